@@ -1,0 +1,72 @@
+"""Paths and small helpers that several test files share."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "models" / "tiny-qwen3"
+REAL_TOKENIZER = ROOT.parent / "shared" / "qwen3-tokenizer"  # the stock Qwen3 tokenizer, where there is one
+sys.path.insert(0, str(ROOT))
+
+WEATHER = {"type": "function", "function": {
+    "name": "get_weather", "description": "Weather of a city.",
+    "parameters": {"type": "object", "required": ["city"], "properties": {
+        "city": {"type": "string"}, "days": {"type": "integer", "minimum": 1, "maximum": 7},
+        "units": {"type": "string", "enum": ["celsius", "fahrenheit"]}}}}}
+ALARM = {"type": "function", "function": {
+    "name": "set_alarm", "description": "Set an alarm.",
+    "parameters": {"type": "object", "required": ["time"], "properties": {
+        "time": {"type": "string"}, "loud": {"type": "boolean"}, "place": {
+            "type": "object", "required": ["room"], "properties": {"room": {"type": "string"}}}}}}}
+
+
+def native(request: str, *calls: tuple, content: str | None = None) -> dict:
+    """Return a native row with the calls (name, arguments)."""
+    calls = [{"name": name, "arguments": arguments} for name, arguments in calls]
+    if content is not None:
+        return {"input": request, "output": {"content": content}}
+    return {"input": request, "output": {"function_call": calls[0]} if len(calls) == 1 else {"function_calls": calls}}
+
+
+def write_jsonl(path: Path, rows: list) -> str:
+    """Write rows, one JSON object a line; a string row is written as it is."""
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n")
+    return str(path)
+
+
+def run_script(*arguments: object, timeout: int = 240, **environment: str) -> subprocess.CompletedProcess:
+    """Run the real command line in a new process, without a GPU and without the network."""
+    command = [sys.executable, str(ROOT / "train_qwen3_tool_calling.py"), *map(str, arguments)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", **environment}
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=ROOT)
+
+
+@pytest.fixture
+def tools_path(tmp_path: Path) -> str:
+    """A tools file with get_weather and set_alarm."""
+    path = tmp_path / "tools.json"
+    path.write_text(json.dumps([WEATHER, ALARM]))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The embedded base's tokenizer."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(TINY)
+
+
+@pytest.fixture(scope="session")
+def real_tokenizer():
+    """The stock Qwen3 tokenizer; tests skip where it is not to be had."""
+    from transformers import AutoTokenizer
+
+    if not REAL_TOKENIZER.is_dir():
+        pytest.skip("the stock Qwen3 tokenizer is not here")
+    return AutoTokenizer.from_pretrained(REAL_TOKENIZER)

@@ -1,0 +1,206 @@
+"""Streams: literal tensors, and the same loss and gradients as rows computed one at a time."""
+
+import argparse
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+import train_qwen3_tool_calling as script
+
+VOCABULARY = 61
+
+
+def row(prompt: list[int], answer: list[int]) -> dict:
+    return {"input_ids": prompt + answer, "prompt_length": len(prompt)}
+
+
+def values(stream: dict) -> dict:
+    assert {tensor.dtype for tensor in stream.values()} == {torch.int64}
+    assert len({tuple(tensor.shape) for tensor in stream.values()}) == 1
+    return {name: tensor[0].tolist() for name, tensor in stream.items()}
+
+
+def test_one_row_is_itself():
+    assert values(script.build_stream([row([5, 6, 7], [8, 9])])) == {
+        "input_ids": [5, 6, 7, 8, 9], "position_ids": [0, 1, 2, 3, 4], "labels": [-100, -100, -100, 8, 9],
+        "subtree_end": [5, 5, 5, 5, 5]}
+
+
+def test_a_common_prefix_stands_once():
+    rows = [row([5, 6, 7, 2], [8, 9]), row([5, 6, 7, 1], [4])]
+    assert values(script.build_stream(rows)) == {
+        #             shared   first    second
+        "input_ids": [5, 6, 7, 2, 8, 9, 1, 4],
+        "position_ids": [0, 1, 2, 3, 4, 5, 3, 4],
+        "labels": [-100, -100, -100, -100, 8, 9, -100, 4],
+        "subtree_end": [8, 8, 8, 6, 6, 6, 8, 8]}
+
+
+def test_equal_prompts_keep_their_last_token_apart():
+    rows = [row([5, 6], [8, 9]), row([5, 6], [7])]  # token 6 predicts 8 in one row and 7 in the other
+    assert values(script.build_stream(rows)) == {
+        "input_ids": [5, 6, 8, 9, 6, 7], "position_ids": [0, 1, 2, 3, 1, 2],
+        "labels": [-100, -100, 8, 9, -100, 7], "subtree_end": [6, 4, 4, 4, 6, 6]}
+
+
+def test_a_tree_with_three_levels_and_a_stranger():
+    rows = [row([1, 2, 3, 9], [4]), row([1, 2, 5, 9], [4]), row([1, 7], [4]), row([8, 2], [4])]
+    assert values(script.build_stream(rows)) == {
+        "input_ids": [1, 7, 4, 2, 3, 9, 4, 5, 9, 4, 8, 2, 4],
+        "position_ids": [0, 1, 2, 1, 2, 3, 4, 2, 3, 4, 0, 1, 2],
+        "labels": [-100, -100, 4, -100, -100, -100, 4, -100, -100, 4, -100, -100, 4],
+        "subtree_end": [10, 3, 3, 10, 7, 7, 7, 10, 10, 10, 13, 13, 13]}
+
+
+def test_filling_tokens_see_only_themselves():
+    stream = values(script.build_stream([row([5, 6], [7])], multiple_of=4))
+    assert stream == {"input_ids": [5, 6, 7, 0], "position_ids": [0, 1, 2, 0], "labels": [-100, -100, 7, -100],
+                      "subtree_end": [3, 3, 3, 4]}
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A small random Qwen3 with LoRA whose two factors are both alive, in float32."""
+    torch.manual_seed(0)
+    config = Qwen3Config(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=16,
+                         num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)
+    lora = LoraConfig(r=4, lora_alpha=4, target_modules=script.TARGET_MODULES, task_type="CAUSAL_LM")
+    model = get_peft_model(Qwen3ForCausalLM(config), lora)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def loss_and_gradients(model, batches: list[list[dict]]) -> tuple[float, dict]:
+    """The mean loss over all supervised tokens of the batches, and the gradient of every adapter weight."""
+    model.zero_grad()
+    tokens = sum(len(row["input_ids"]) - row["prompt_length"] for batch in batches for row in batch)
+    total = 0.0
+    for batch in batches:
+        loss = script.compute_token_losses(model, script.build_stream(batch), "transformers").sum() / tokens
+        loss.backward()
+        total += loss.item()
+    return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def plain_loss_and_gradients(model, rows: list[dict]) -> tuple[float, dict]:
+    """The same by the model's own causal attention and loss, one row at a time, with nothing of this project."""
+    model.zero_grad()
+    tokens = sum(len(row["input_ids"]) - row["prompt_length"] for row in rows)
+    total = 0.0
+    for r in rows:
+        ids = torch.tensor([r["input_ids"]])
+        labels = ids.clone()
+        labels[0, : r["prompt_length"]] = -100
+        loss = model(input_ids=ids, labels=labels, num_items_in_batch=tokens).loss
+        loss.backward()
+        total += loss.item()
+    return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same(shared, separate):
+    assert shared[0] == pytest.approx(separate[0], rel=1e-5)
+    assert shared[1].keys() == separate[1].keys()
+    largest = max(torch.linalg.norm(gradient) for gradient in separate[1].values())
+    for name, gradient in separate[1].items():  # a gradient that is zero by symmetry is rounding noise in both
+        assert torch.linalg.norm(shared[1][name] - gradient) <= 1e-5 * torch.linalg.norm(gradient) + 1e-7 * largest, name
+
+
+TOOLS_A, TOOLS_B = list(range(1, 21)), list(range(30, 45))
+CASES = {
+    "one tool set": [row(TOOLS_A + [22, 23], [24, 25]), row(TOOLS_A + [22, 26], [27]), row(TOOLS_A + [28], [29, 24, 1])],
+    "several tool sets": [row(TOOLS_A + [22], [24]), row(TOOLS_B + [22], [24, 25]), row(TOOLS_A + [23], [24]),
+                          row(TOOLS_B + [50, 51], [52])],
+    "a row that is a prefix of another": [row(TOOLS_A[:10], [11]), row(TOOLS_A, [21, 22]), row(TOOLS_A[:9], [10, 11])],
+    "single rows": [row(TOOLS_A, [21]), row(TOOLS_B, [21]), row([59, 58, 57], [56, 55])],
+    "turns of one conversation": [row(TOOLS_A, [21, 22]), row(TOOLS_A + [21, 22, 30, 31], [32]),
+                                  row(TOOLS_A + [21, 22, 30, 31, 32, 33], [34, 35])],
+    "the same row twice": [row(TOOLS_A, [21, 22])] * 2,
+    "prompts of one token": [row([7], [8]), row([7], [9])],
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_sharing_changes_neither_loss_nor_gradients(model, name):
+    assert_same(loss_and_gradients(model, [CASES[name]]), plain_loss_and_gradients(model, CASES[name]))
+
+
+def test_micro_batches_and_fused_accumulation_are_the_same(model):
+    rows = CASES["one tool set"] + CASES["several tool sets"] + CASES["single rows"]
+    expected = plain_loss_and_gradients(model, rows)
+    for size in (1, 3, 4, len(rows)):
+        assert_same(loss_and_gradients(model, [rows[i : i + size] for i in range(0, len(rows), size)]), expected)
+
+
+def test_filling_changes_nothing(model):
+    rows = CASES["several tool sets"]
+    tokens = sum(len(r["input_ids"]) - r["prompt_length"] for r in rows)
+    model.zero_grad()
+    loss = script.compute_token_losses(model, script.build_stream(rows, multiple_of=64), "transformers").sum() / tokens
+    loss.backward()
+    filled = loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    assert_same(filled, plain_loss_and_gradients(model, rows))
+
+
+def test_a_broken_mask_would_be_seen(model):
+    stream = script.build_stream(CASES["one tool set"])
+    right = script.compute_token_losses(model, stream, "transformers").sum().item()
+    stream["subtree_end"][:] = stream["input_ids"].shape[1]  # everyone sees their elder siblings
+    assert script.compute_token_losses(model, stream, "transformers").sum().item() != pytest.approx(right, rel=1e-4)
+
+
+token = st.integers(1, 3)  # few tokens, so that prefixes meet by chance
+rows_of_tokens = st.lists(st.builds(row, st.lists(token, min_size=1, max_size=8), st.lists(token, min_size=1, max_size=3)),
+                          min_size=1, max_size=7)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows_of_tokens)
+def test_any_tree_of_rows_gives_the_same_gradients(model, rows):
+    assert_same(loss_and_gradients(model, [rows]), plain_loss_and_gradients(model, rows))
+
+
+@settings(max_examples=300, deadline=None)
+@given(rows_of_tokens)
+def test_every_token_sees_its_own_row_and_nothing_else(rows):
+    stream = values(script.build_stream(rows))
+    ids, labels, end = stream["input_ids"], stream["labels"], stream["subtree_end"]
+    seen = [[k for k in range(q + 1) if q < end[k]] for q in range(len(ids))]
+    assert all(len(visible) == stream["position_ids"][q] + 1 for q, visible in enumerate(seen))
+    leaves = [q for q in range(len(ids)) if labels[q] != -100 and (q + 1 == len(ids) or labels[q + 1] == -100)]
+    got = sorted(([ids[k] for k in seen[q]], sum(labels[k] != -100 for k in seen[q])) for q in leaves)
+    assert got == sorted((r["input_ids"], len(r["input_ids"]) - r["prompt_length"]) for r in rows)
+
+
+def plan(lengths: list[int], shared: int, batch_size: int, steps: int, max_seq_length: int):
+    sequences = [script.Sequence("x", list(range(shared)) + [100 + i] * (length - shared), shared + 1)
+                 for i, length in enumerate(lengths)]
+    return script.plan_streams(sequences, argparse.Namespace(
+        batch_size=batch_size, gradient_accumulation_steps=steps, max_seq_length=max_seq_length))
+
+
+def test_accumulation_is_fused_as_far_as_the_flags_allow():
+    assert plan([120] * 20, 100, 2, 4, 130) == (8, 1)  # 100 + 8 x 20 = 260 tokens, and 2 x 130 are allowed
+    assert plan([120] * 20, 100, 2, 4, 129) == (4, 2)
+    assert plan([120] * 20, 0, 2, 4, 130) == (2, 4)  # nothing shared, nothing fused
+    assert plan([120] * 3, 100, 2, 4, 130) == (8, 1)  # fewer rows than a step
+    assert plan([120] * 20, 100, 1, 3, 160) == (3, 1)
+    assert plan([130] * 20, 0, 2, 4, 100) == (2, 4)  # too long for the bound: as the flags say
+
+
+def test_held_out_loss_is_a_mean_over_tokens(model):
+    rows = CASES["one tool set"] + CASES["single rows"]
+    sequences = [script.Sequence("x", r["input_ids"], r["prompt_length"]) for r in rows]
+    model.train()
+    expected = plain_loss_and_gradients(model, rows)[0]
+    for size in (1, 2, 6):
+        loss = script.score_loss(model, script.to_streams(sequences, size), "transformers")
+        assert loss == pytest.approx(expected, rel=1e-5)
+    assert model.training
+
+
