@@ -108,7 +108,7 @@ def assert_same(shared, separate):
     assert shared[1].keys() == separate[1].keys()
     largest = max(torch.linalg.norm(gradient) for gradient in separate[1].values())
     for name, gradient in separate[1].items():  # a gradient that is zero by symmetry is rounding noise in both
-        assert torch.linalg.norm(shared[1][name] - gradient) <= 1e-5 * torch.linalg.norm(gradient) + 1e-7 * largest, name
+        assert torch.linalg.norm(shared[1][name] - gradient) <= 1e-5 * torch.linalg.norm(gradient) + 1e-6 * largest, name
 
 
 TOOLS_A, TOOLS_B = list(range(1, 21)), list(range(30, 45))

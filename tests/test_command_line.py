@@ -1,0 +1,294 @@
+"""The real command line, end to end on CPU: files, resume, reload, and one clear line for every mistake."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ALARM, ROOT, TINY, WEATHER, native, run_script, write_jsonl
+
+import train_qwen3_tool_calling as script
+
+CITIES = ["Rome", "Oslo", "Paris", "Lima", "Cairo", "Quito", "Delhi", "Turin", "Kyoto", "Perth", "Accra", "Sofia"]
+ROWS = [row for city in CITIES for row in (
+    native(f"is it raining in {city}", ("get_weather", {"city": city})),
+    native(f"how is {city} for the next 3 days", ("get_weather", {"city": city, "days": 3})))]
+FINAL_FILES = ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "run.yaml",
+               "tokenizer.json", "tokenizer_config.json"]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def errors(result: subprocess.CompletedProcess) -> list[str]:
+    assert "Traceback" not in result.stderr
+    return [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """One finished 4-bit run of two epochs: (folder, result). Later tests resume it and load what it wrote."""
+    folder = tmp_path_factory.mktemp("job")
+    (folder / "tools.json").write_text(json.dumps([WEATHER, ALARM]))
+    write_jsonl(folder / "rows.jsonl", ROWS)
+    return folder, run_script(*arguments(folder))
+
+
+def arguments(folder: Path, *more: object) -> list:
+    return ["--model_id", TINY, "--dataset_path", folder / "rows.jsonl", "--tools_path", folder / "tools.json",
+            "--output_dir", folder / "out", "--final_model_dir", folder / "final", "--num_epochs", 2,
+            "--train_test_split", 0.25, *more]
+
+
+def test_a_run_writes_exactly_these_files(job):
+    folder, result = job
+    assert result.returncode == 0, result.stderr
+    assert names(folder / "final") == FINAL_FILES
+    assert names(folder / "out") == ["README.md", "adapter", "checkpoint-3", "checkpoint-6", "run.yaml"]
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(names(folder / "out" / "adapter"))
+    assert names(folder) == ["final", "out", "rows.jsonl", "tools.json"]  # nothing half-written is left
+
+
+def test_a_run_says_what_it_did(job):
+    _, result = job
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("read     24 valid rows, 24 turns that call, from ")
+    assert lines[1].startswith("render   18 training and 6 held-out sequences of ")
+    assert sum(line.startswith("▶<tool_call>") for line in lines) == 2  # two rows shown, supervised part marked
+    assert any(line.startswith("plan     8 rows per step in 1 stream of about ") for line in lines)
+    assert sum("of 6  loss " in line for line in lines) == 6
+    assert sum("held-out loss" in line and "epoch" in line for line in lines) == 2
+    for name in ("expected ", "before ", "after "):
+        assert sum(line.startswith(f"  {name}") for line in lines) == 3
+    assert lines[-1].startswith("done     merged model: ")
+    assert result.stderr == ""
+
+
+def test_settings_are_written_down(job):
+    folder, _ = job
+    for place in ("out", "final"):
+        text = (folder / place / "run.yaml").read_text()
+        assert text.startswith(script.WRITTEN_BY)
+        settings = yaml.safe_load(text)
+        assert settings["lora_rank"] == 16 and settings["num_epochs"] == 2 and settings["load_in_4bit"] is True
+
+
+def test_the_merged_model_is_a_plain_qwen3_like_its_base(job):
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, _ = job
+    base, merged = load_file(TINY / "model.safetensors"), load_file(folder / "final" / "model.safetensors")
+    assert {name: (t.shape, t.dtype) for name, t in merged.items()} == {n: (t.shape, t.dtype) for n, t in base.items()}
+    changed = {name for name in base if not torch.equal(base[name], merged[name])}
+    assert changed == {name for name in base if any(target in name for target in script.TARGET_MODULES)}
+    tokenizer = AutoTokenizer.from_pretrained(folder / "final")
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(TINY).chat_template
+    assert tokenizer.eos_token == "<|im_end|>"
+    config = json.loads((folder / "final" / "config.json").read_text())
+    assert config["architectures"] == ["Qwen3ForCausalLM"] and "quantization_config" not in config
+    model = AutoModelForCausalLM.from_pretrained(folder / "final")
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True,
+                                           return_tensors="pt", return_dict=True)
+    assert model.generate(**prompt, max_new_tokens=4, do_sample=False).shape[1] > prompt["input_ids"].shape[1]
+
+
+def test_resume_ends_with_the_same_weights(job, tmp_path):
+    folder, _ = job
+    shutil.copytree(folder, tmp_path / "again")
+    again = tmp_path / "again"
+    shutil.rmtree(again / "out" / "checkpoint-6")
+    shutil.rmtree(again / "out" / "adapter")
+    result = run_script(*arguments(again, "--resume_from_checkpoint"))
+    assert result.returncode == 0, result.stderr
+    assert f"resume   from {again / 'out' / 'checkpoint-3'}" in result.stdout.splitlines()
+    assert "train    3 steps in" in result.stdout
+    for file in ("out/adapter/adapter_model.safetensors", "final/model.safetensors"):
+        assert (again / file).read_bytes() == (folder / file).read_bytes(), file
+    assert names(again / "final") == FINAL_FILES  # replaced the earlier one, which this script had written
+
+
+def test_16_bit_training_answers_like_its_adapter_and_skips_what_it_must(tmp_path):
+    (tmp_path / "tools.json").write_text(json.dumps([WEATHER]))
+    bad = native("x", ("get_weather", {}))
+    long = native("very " * 600 + "long", ("get_weather", {"city": "Rome"}))
+    path = write_jsonl(tmp_path / "rows.jsonl", [bad, *ROWS[:12], long])
+    result = run_script(*arguments(tmp_path, "--no-load_in_4bit", "--on_invalid", "skip", "--max_steps", 2,
+                                   "--max_seq_length", 500))
+    assert result.returncode == 0, result.stderr  # the run itself compares the answers
+    skipped = result.stderr.splitlines()
+    assert skipped[0] == f'skipped: {path}:1: call 1 "get_weather": arguments.city is missing'
+    assert skipped[1].startswith(f"skipped: {path}:14: ") and skipped[1].endswith(
+        "--max_seq_length is 500 and no answer is ever cut")
+    assert len(skipped) == 2
+    assert "render   9 training and 3 held-out sequences" in result.stdout
+    assert names(tmp_path / "final") == FINAL_FILES
+
+
+def test_a_quantised_model_trains_and_names_its_original(tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    (tmp_path / "tools.json").write_text(json.dumps([WEATHER]))
+    write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    AutoModelForCausalLM.from_pretrained(TINY, quantization_config=four_bit).save_pretrained(tmp_path / "quantised")
+    AutoTokenizer.from_pretrained(TINY).save_pretrained(tmp_path / "quantised")
+    command = arguments(tmp_path, "--max_steps", 2, "--model_id", tmp_path / "quantised")
+    result = run_script(*command)
+    assert result.returncode == 1
+    assert errors(result) == [f"error: --model_id {tmp_path / 'quantised'}: is already quantised, and a merge needs the "
+                              "16-bit weights; name the original with --merge_model_id"]
+    assert names(tmp_path) == ["quantised", "rows.jsonl", "tools.json"]
+    result = run_script(*command, "--merge_model_id", TINY)
+    assert result.returncode == 0, result.stderr
+    assert names(tmp_path / "final") == FINAL_FILES
+
+
+def test_bad_data_ends_the_run_and_writes_nothing(tmp_path, tools_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [
+        ROWS[0], native("x", ("get_weather", {"city": "Rome", "days": "7"})), "{oops"])
+    before = names(tmp_path)
+    result = run_script("--dataset_path", path, "--tools_path", tools_path, "--model_id", "no/such/model",
+                        "--output_dir", tmp_path / "out", "--final_model_dir", tmp_path / "final")
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr.splitlines() == [
+        f'error: {path}:2: call 1 "get_weather": arguments.days must be an integer, got "7"',
+        f"error: {path}:3: not valid JSON: Expecting property name enclosed in double quotes; "
+        "expected one JSON object a line, or a JSON array",
+        "error: 2 problems in 2 of 3 rows; mend them, or leave them out with --on_invalid skip"]
+    assert names(tmp_path) == before
+
+
+def test_checks_need_no_heavy_library():
+    """A broken file or --help must answer at once, so nothing up to the model may import torch."""
+    code = ("import sys, train_qwen3_tool_calling as s\n"
+            "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'rich', 'jsonschema'}\n"
+            "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+            "s.read_examples(s.parse_args([]))\n"
+            "assert not (heavy - {'jsonschema'}) & set(sys.modules), heavy & set(sys.modules)\n")
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--batch_size", "0"], "argument --batch_size: must be at least 1, got 0"),
+    (["--num_epochs", "x"], "argument --num_epochs: invalid whole number value: 'x'"),
+    (["--learning_rate", "0"], "argument --learning_rate: must be above 0, got 0"),
+    (["--train_test_split", "1"], "argument --train_test_split: must be at least 0 and below 1, got 1"),
+    (["--learning_rat", "1"], "unrecognized arguments: --learning_rat 1"),
+    (["--engine", "magic"], "argument --engine: invalid choice: 'magic' (choose from"),
+])
+def test_a_wrong_flag_exits_with_2(flags, message):
+    result = run_script(*flags)
+    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_help_names_every_flag_with_its_default():
+    result = run_script("--help")
+    assert result.returncode == 0 and "None" not in result.stdout
+    text = " ".join(result.stdout.split())
+    for flag, default in {
+            "--model_id": "Qwen/Qwen3-0.6B", "--dataset_path": "data/synthetic_finetune_dataset.json",
+            "--tools_path": "data/tools.json", "--learning_rate": "0.0002", "--num_epochs": "3", "--batch_size": "2",
+            "--gradient_accumulation_steps": "4", "--max_seq_length": "2048", "--train_test_split": "0.1",
+            "--output_dir": "outputs/qwen3_tool_calling_unsloth", "--lora_rank": "16", "--lora_alpha": "16",
+            "--final_model_dir": "models/qwen3_tool_calling_merged", "--lora_dropout": "0.0", "--warmup_steps": "10",
+            "--weight_decay": "0.01", "--lr_scheduler_type": "linear", "--load_in_4bit": "True", "--engine": "auto",
+            "--seed": "3407", "--on_invalid": "error", "--report_to": "none"}.items():
+        assert f"(default: {default})" in text.split(f" {flag} ")[-1].split(" --")[0] or (
+            f"{flag}" in text and f"(default: {default})" in text), flag
+    readme = (ROOT / "README.md").read_text()
+    flags = {word.strip("[],") for word in result.stdout.split() if word.strip("[],").startswith("--")}
+    assert not [flag for flag in flags if flag not in readme]
+
+
+def small_job(tmp_path, tools_path, *more) -> subprocess.CompletedProcess:
+    path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    return run_script("--dataset_path", path, "--tools_path", tools_path, "--model_id", TINY,
+                      "--output_dir", tmp_path / "out", "--final_model_dir", tmp_path / "final", *more)
+
+
+def test_a_foreign_folder_is_not_touched(tmp_path, tools_path):
+    for flag, name in (("--output_dir", "out"), ("--final_model_dir", "final")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "precious.txt").write_text("mine")
+        result = small_job(tmp_path, tools_path)
+        assert result.returncode == 1
+        assert errors(result) == [f"error: {flag} {tmp_path / name}: holds files that this script did not write; "
+                                  "choose another folder or empty it"]
+        assert names(tmp_path / name) == ["precious.txt"]
+        shutil.rmtree(tmp_path / name)
+    (tmp_path / "out").write_text("a file")
+    assert errors(small_job(tmp_path, tools_path)) == [f"error: --output_dir {tmp_path / 'out'}: is a file; expected a folder"]
+
+
+def test_resuming_from_nothing_is_one_line(tmp_path, tools_path):
+    result = small_job(tmp_path, tools_path, "--resume_from_checkpoint")
+    assert errors(result) == [f"error: --resume_from_checkpoint: {tmp_path / 'out'} holds no checkpoint; "
+                              "leave the flag out to start"]
+    result = small_job(tmp_path, tools_path, "--resume_from_checkpoint", tmp_path)
+    assert errors(result) == [f"error: --resume_from_checkpoint {tmp_path}: not a checkpoint; "
+                              "expected a folder checkpoint-N"]
+
+
+def test_a_model_that_cannot_be_had_is_one_line(tmp_path, tools_path):
+    empty, bert = tmp_path / "empty", tmp_path / "bert"
+    empty.mkdir()
+    bert.mkdir()
+    (bert / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertForMaskedLM"]}))
+    (bert / "model.safetensors").write_bytes(b"")
+    expected = {
+        "no/such-model": "no such folder, not in the cache, and the Hub cannot be reached; check the network, or give a "
+                         "folder",
+        str(empty): "the folder holds no *.safetensors; give a folder saved by save_pretrained",
+        str(bert): "not a causal language model (BertForMaskedLM)"}
+    for model_id, message in expected.items():
+        result = small_job(tmp_path, tools_path, "--model_id", model_id)
+        assert result.returncode == 1
+        assert errors(result) == [f"error: --model_id {model_id}: {message}"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_unsloth_without_a_gpu_is_one_line(tmp_path, tools_path):
+    result = small_job(tmp_path, tools_path, "--engine", "unsloth")
+    assert errors(result) == ["error: --engine unsloth needs a CUDA GPU, and torch sees none; "
+                              "use --engine transformers"]
+
+
+def test_a_full_disk_is_seen_before_training(tmp_path, monkeypatch):
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")(10**9, 10**9 - 1000, 1000)
+    monkeypatch.setattr(script.shutil, "disk_usage", lambda path: usage)
+    args = script.parse_args(["--model_id", str(TINY), "--final_model_dir", str(tmp_path / "a" / "b")])
+    with pytest.raises(script.UserError, match=r"the merged model needs 0\.0 GB and the disk has 0\.0 GB free"):
+        script.check_disk(args, script.check_model(str(TINY)))
+
+
+def test_a_merge_that_went_wrong_keeps_the_adapter_and_no_folder(tmp_path):
+    args = script.parse_args(["--final_model_dir", str(tmp_path / "final")])
+    script.partial_folder(args.final_model_dir).mkdir()
+    good, worse = {"loss": 0.100, "answers": ["a"]}, {"loss": 0.103, "answers": ["a"]}
+    script.check_merged(args, "out/adapter", good, {"loss": 0.101, "answers": ["b"]})  # 4-bit: the loss decides
+    with pytest.raises(script.UserError, match="held-out loss 0.1030, adapter 0.1000.*the adapter is safe in out/adapter"):
+        script.check_merged(args, "out/adapter", good, worse)
+    assert list(tmp_path.iterdir()) == []
+    args.load_in_4bit = False
+    script.check_merged(args, "out/adapter", good, worse)  # 16-bit: the answers decide
+    with pytest.raises(script.UserError, match="the adapter is safe"):
+        script.check_merged(args, "out/adapter", good, {"loss": 0.1, "answers": ["b"]})
+
+
+def test_a_final_folder_is_replaced_whole(tmp_path):
+    final = tmp_path / "final"
+    final.mkdir()
+    (final / "old").write_text("old")
+    script.partial_folder(str(final)).mkdir()
+    (script.partial_folder(str(final)) / "new").write_text("new")
+    script.put_in_place(str(final))
+    assert names(tmp_path) == ["final"] and names(final) == ["new"]

@@ -1,0 +1,162 @@
+"""Rendering: exact supervised text, the serving prompt token by token, and the round trip of every call."""
+
+import json
+
+import pytest
+from conftest import ALARM, WEATHER
+
+import train_qwen3_tool_calling as script
+
+ASK = {"role": "user", "content": "rain in Rome and Oslo?"}
+REPLY = {"role": "tool", "content": '{"rain": true}'}
+EMPTY_THOUGHT = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+
+
+def calls(*cities: str, content: str = "", **more) -> dict:
+    return {"role": "assistant", "content": content, **more, "tool_calls": [
+        {"type": "function", "function": {"name": "get_weather", "arguments": {"city": city}}} for city in cities]}
+
+
+def says(text: str, **more) -> dict:
+    return {"role": "assistant", "content": text, **more}
+
+
+CONVERSATIONS = {
+    "one call": [ASK, calls("Rome")],
+    "parallel calls": [ASK, calls("Rome", "Oslo")],
+    "no call": [ASK, says("I cannot know.")],
+    "content beside a call": [ASK, calls("Rome", content="Let me look.")],
+    "system": [{"role": "system", "content": "Be brief."}, ASK, calls("Rome")],
+    "tool reply": [ASK, calls("Rome"), REPLY, says("Yes.")],
+    "two replies": [ASK, calls("Rome", "Oslo"), REPLY, REPLY, says("Both.")],
+    "two rounds of calls": [ASK, calls("Rome"), REPLY, calls("Oslo"), REPLY, says("Both.")],
+    "several turns": [ASK, says("Where?"), ASK, calls("Rome"), REPLY, says("Yes."), ASK, calls("Oslo")],
+    "thinking": [ASK, calls("Rome", reasoning_content="The user asks for Rome.")],
+    "thinking after a reply": [ASK, calls("Rome", reasoning_content="Rome first."), REPLY,
+                               says("Yes.", reasoning_content="It rains.")],
+    "unicode": [{"role": "user", "content": "Wetter in Köln? 🌧 東京"}, calls("Köln", '"東京" \\ 🌧\n')],
+}
+
+
+def render(tokenizer, messages: list[dict], tools=(WEATHER, ALARM)) -> list[script.Sequence]:
+    (sequences,), problems = script.render_examples(tokenizer, [script.Example("x:1", messages, list(tools))], 4096)
+    assert problems == []
+    return sequences
+
+
+def supervised(tokenizer, sequence: script.Sequence) -> str:
+    return tokenizer.decode(sequence.input_ids[sequence.prompt_length :])
+
+
+def test_the_supervised_text_is_exact(tokenizer):
+    def texts(name):
+        return [supervised(tokenizer, sequence) for sequence in render(tokenizer, CONVERSATIONS[name])]
+
+    rome = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+    oslo = rome.replace("Rome", "Oslo")
+    assert texts("one call") == [f"{rome}<|im_end|>"]
+    assert texts("parallel calls") == [f"{rome}\n{oslo}<|im_end|>"]
+    assert texts("no call") == ["I cannot know.<|im_end|>"]
+    assert texts("content beside a call") == [f"Let me look.\n{rome}<|im_end|>"]
+    assert texts("two rounds of calls") == [f"{rome}<|im_end|>", f"{oslo}<|im_end|>", "Both.<|im_end|>"]
+    assert texts("thinking after a reply") == [f"<think>\nRome first.\n</think>\n\n{rome}<|im_end|>",
+                                               "<think>\nIt rains.\n</think>\n\nYes.<|im_end|>"]
+
+
+def test_a_turn_before_a_tool_reply_stands_on_the_serving_prompt(tokenizer):
+    """Stock Qwen3 drops the empty think block there when it renders the whole conversation at once."""
+    first, _ = render(tokenizer, CONVERSATIONS["tool reply"])
+    assert tokenizer.decode(first.input_ids[: first.prompt_length]).endswith(EMPTY_THOUGHT)
+    whole = tokenizer.apply_chat_template(CONVERSATIONS["tool reply"], tools=[WEATHER, ALARM], tokenize=False)
+    assert '<|im_start|>assistant\n<tool_call>' in whole  # what training on whole conversations would teach
+
+
+@pytest.mark.parametrize("which", ["tokenizer", "real_tokenizer"])
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_every_turn_is_trained_as_served(request, which, name):
+    tokenizer = request.getfixturevalue(which)
+    messages = CONVERSATIONS[name]
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    sequences = render(tokenizer, messages)
+    assert len(sequences) == len(turns)
+    for turn, sequence in zip(turns, sequences):
+        served = tokenizer.apply_chat_template(
+            messages[:turn], tools=[WEATHER, ALARM], add_generation_prompt=True, tokenize=True, return_dict=False,
+            enable_thinking="reasoning_content" in messages[turn])
+        assert sequence.input_ids[: sequence.prompt_length] == served
+        answer = supervised(tokenizer, sequence)
+        assert answer.endswith("<|im_end|>") and answer.count("<|im_end|>") == 1
+        assert script.parse_calls(answer) == [call["function"] for call in messages[turn].get("tool_calls", [])]
+
+
+def test_the_two_tokenizers_render_the_same_text(tokenizer, real_tokenizer):
+    for messages in CONVERSATIONS.values():
+        texts = [[t.decode(s.input_ids) for s in render(t, messages)] for t in (tokenizer, real_tokenizer)]
+        assert texts[0] == texts[1]
+
+
+def test_without_tools_no_tool_is_rendered(tokenizer):
+    (sequence,) = render(tokenizer, [{"role": "user", "content": "hi"}, says("hello")], tools=[])
+    assert tokenizer.decode(sequence.input_ids) == (
+        "<|im_start|>user\nhi<|im_end|>\n" + EMPTY_THOUGHT + "hello<|im_end|>")
+
+
+def test_a_sequence_over_the_limit_is_a_problem_and_is_not_cut(tokenizer):
+    examples = [script.Example("x:1", CONVERSATIONS["one call"], [WEATHER]),
+                script.Example("x:2", [ASK, says("long " * 300)], [WEATHER])]
+    length = len(script.render_examples(tokenizer, examples, 4096)[0][1][0].input_ids)
+    groups, problems = script.render_examples(tokenizer, examples, length)
+    assert problems == [] and len(groups[1][0].input_ids) == length
+    groups, problems = script.render_examples(tokenizer, examples, length - 1)
+    assert problems == [("x:2", f"{length:,} tokens; --max_seq_length is {length - 1:,} and no answer is ever cut")]
+    assert len(groups[0]) == 1 and groups[1] == []
+
+
+def test_a_template_that_loses_the_calls_is_a_problem(tokenizer):
+    class Lossy:
+        """A tokenizer whose template ignores tool calls."""
+
+        eos_token = tokenizer.eos_token
+
+        def __call__(self, *args, **kwargs):
+            return tokenizer(*args, **kwargs)
+
+        def apply_chat_template(self, messages, **kwargs):
+            bare = [{**message, "tool_calls": None} for message in messages]
+            return tokenizer.apply_chat_template(bare, **kwargs)
+
+    examples = [script.Example("x:1", CONVERSATIONS["one call"], [WEATHER])]
+    groups, problems = script.render_examples(Lossy(), examples, 4096)
+    assert groups == [[]]
+    assert problems == [("x:1", 'message 2: its calls do not survive rendering and parsing: "<|im_end|>"')]
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("hello", []),
+    ('<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>', [{"name": "f", "arguments": {}}]),
+    ('hm <tool_call>{"name": "f", "arguments": {"a": "</b>"}}</tool_call>', [{"name": "f", "arguments": {"a": "</b>"}}]),
+    ('<tool_call>\n{"name": "f", "arguments": {}}', [{"name": "f", "arguments": {}}]),  # cut off, as servers accept it
+    ('<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>\n<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>',
+     [{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}]),
+])
+def test_calls_are_parsed_as_servers_do(text, expected):
+    assert script.parse_calls(text) == expected
+
+
+def test_broken_json_in_a_call_is_an_error():
+    with pytest.raises(ValueError):
+        script.parse_calls('<tool_call>\n{"name": f}\n</tool_call>')
+
+
+def test_the_bundled_data_renders_without_a_problem(tokenizer):
+    from conftest import ROOT
+
+    rows = script.read_rows(str(ROOT / "data" / "synthetic_finetune_dataset.json"))
+    examples, problems = script.to_examples(rows, str(ROOT / "data" / "tools.json"))
+    assert problems == [] and len(examples) == len(rows)
+    groups, problems = script.render_examples(tokenizer, examples, script.MAX_SEQ_LENGTH)
+    assert problems == []
+    for (_, row), (sequence,) in zip(rows, groups):
+        output = row["output"]
+        expected = output.get("function_calls") or [output["function_call"]] if "content" not in output else []
+        assert script.parse_calls(supervised(tokenizer, sequence)) == json.loads(json.dumps(expected))
