@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import random
 import re
 import shutil
 import sys
@@ -51,6 +52,7 @@ TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"
 
 SHOWN_ROWS = 3  # held-out requests whose answers are shown before and after
 MAX_NEW_TOKENS = 256  # for those answers
+CHECKED_ROWS = 8  # rows on which sharing the prefix is compared with rows one by one, at the start of each run
 READ_BACK_ROWS = 200  # held-out rows on which the merged model is compared with the adapter
 SHOWN_PROBLEMS = 20
 WRITTEN_BY = "# written by train_qwen3_tool_calling.py\n"  # first line of run.yaml: marks a folder as ours to replace
@@ -148,6 +150,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     train.add_argument("--weight_decay", type=number(float, 0), default=WEIGHT_DECAY, metavar="W", help="AdamW's decay")
     train.add_argument("--optim", metavar="NAME", default=argparse.SUPPRESS,
                        help="optimizer (default: adamw_8bit on CUDA, adamw_torch elsewhere)")
+    train.add_argument("--share_prefix", action=argparse.BooleanOptionalAction, default=True,
+                       help="compute what rows have in common once per stream")
     train.add_argument("--seed", type=number(int, 0), default=SEED, help="seed of everything random")
 
     output = parser.add_argument_group("output")
@@ -591,69 +595,165 @@ def show_row(tokenizer, sequence: Sequence) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 # 6  Batch: sequences -> one flat stream per micro-batch that holds every common prefix once
 # ---------------------------------------------------------------------------------------------------------------
-def common_length(one: list[int], other: list[int]) -> int:
-    """Return how many leading tokens two lists share."""
-    return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+class Plan(NamedTuple):
+    """How an optimizer step is computed: `accumulation` streams of `rows` rows, filled up to one of `lengths`."""
+
+    rows: int
+    accumulation: int
+    lengths: tuple[int, ...] = ()
+    share_prefix: bool = True
 
 
-def build_stream(rows: list[dict], multiple_of: int = 1) -> dict:
+def to_tree(rows: list) -> list[tuple]:
+    """Sort rows so that each shares with the one before it all it shares with any: [(row, shared tokens), ...].
+
+    The last prompt token always belongs to its row alone, because its prediction (the answer's first token) does.
+    """
+    import numpy as np
+
+    keys = [np.asarray(row.input_ids[: row.prompt_length - 1], dtype=">u4") for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: keys[i].tobytes())  # big-endian bytes sort as the tokens do
+    tree, last = [], keys[0][:0]
+    for i in order:
+        length = min(len(keys[i]), len(last))
+        differences = np.flatnonzero(keys[i][:length] != last[:length])
+        tree.append((rows[i], int(differences[0]) if len(differences) else length))
+        last = keys[i]
+    return tree
+
+
+def count_tokens(rows: list[Sequence]) -> int:
+    """Return how many tokens the stream of these rows has."""
+    return sum(len(row.input_ids) - shared for row, shared in to_tree(rows))
+
+
+def build_stream(rows: list[Sequence], lengths: tuple[int, ...] = ()) -> dict:
     """Lay rows out as one sequence in which a prefix that several rows share stands once.
 
     The rows form a tree of tokens, written in depth-first order: a token's descendants are the tokens after it up to
     its `subtree_end`. A token attends to its ancestors, which are all tokens k with k <= q < subtree_end[k]; so it sees
     its own row from the start and nothing of any other, and loss and gradient are those of the rows one by one.
-    The last prompt token always belongs to its row alone, because its prediction (the answer's first token) does.
 
     Args:
-        rows: dicts with `input_ids` (prompt and answer) and `prompt_length` (leading tokens that are not supervised).
-        multiple_of: the stream is filled to a multiple of this with tokens that see only themselves.
+        rows: sequences in any order.
+        lengths: the stream is filled to the first of these lengths that holds it, with tokens that see only themselves.
     Returns: int64 tensors of shape [1, tokens]: input_ids, position_ids, labels (-100: not supervised), subtree_end.
     """
+    import numpy as np
     import torch
 
-    ids, positions, labels, subtree_end = [], [], [], []
-    path, last_key = [], []  # where the tokens of the row before stand in the stream, and its shareable tokens
-    for row in sorted(rows, key=lambda row: row["input_ids"][: row["prompt_length"] - 1]):
-        tokens, prompt_length = row["input_ids"], row["prompt_length"]
-        key = tokens[: prompt_length - 1]
-        shared = common_length(key, last_key)  # in sorted order the neighbour shares the most
-        for index in path[shared:]:
-            subtree_end[index] = len(ids)
-        path = path[:shared] + list(range(len(ids), len(ids) + len(tokens) - shared))
-        ids += tokens[shared:]
-        positions += range(shared, len(tokens))
-        labels += [-100] * (prompt_length - shared) + tokens[prompt_length:]
-        subtree_end += [0] * (len(tokens) - shared)
-        last_key = key
-    for index in path:
-        subtree_end[index] = len(ids)
-    fill = -len(ids) % multiple_of
-    subtree_end += range(len(ids) + 1, len(ids) + 1 + fill)
-    ids, positions, labels = ids + [0] * fill, positions + [0] * fill, labels + [-100] * fill
-    columns = {"input_ids": ids, "position_ids": positions, "labels": labels, "subtree_end": subtree_end}
-    return {name: torch.tensor([values]) for name, values in columns.items()}
+    columns = {"input_ids": [], "position_ids": [], "labels": []}
+    subtree_end = np.zeros(sum(len(row.input_ids) for row in rows) + max(lengths, default=0), dtype=np.int64)
+    path, size = np.zeros(0, dtype=np.int64), 0  # path: where the tokens of the row before stand in the stream
+    for row, shared in to_tree(rows):
+        subtree_end[path[shared:]] = size
+        tokens = np.asarray(row.input_ids, dtype=np.int64)
+        labels = np.where(np.arange(len(tokens)) < row.prompt_length, -100, tokens)
+        for name, values in zip(columns, (tokens, np.arange(len(tokens)), labels)):
+            columns[name].append(values[shared:])
+        path = np.concatenate([path[:shared], np.arange(size, size + len(tokens) - shared)])
+        size += len(tokens) - shared
+    subtree_end[path] = size
+    fill = next((length for length in lengths if length >= size), size) - size
+    subtree_end[size : size + fill] = np.arange(size + 1, size + fill + 1)
+    stream = {name: np.concatenate(parts + [np.full(fill, -100 if name == "labels" else 0)])
+              for name, parts in columns.items()}
+    stream["subtree_end"] = subtree_end[: size + fill]
+    return {name: torch.from_numpy(values.astype(np.int64))[None] for name, values in stream.items()}
 
 
-def plan_streams(sequences: list[Sequence], args: argparse.Namespace) -> tuple[int, int]:
-    """Return (rows per stream, streams per optimizer step): accumulation steps fused as far as memory allows.
+def build_padded(rows: list[Sequence]) -> dict:
+    """Return the rows as an ordinary batch, padded on the right: int64 [rows, longest]; for --no-share_prefix."""
+    import torch
 
-    A stream may hold batch_size x max_seq_length tokens, which is what the flags allow a padded batch. The bound is
-    for any rows that chance puts together: the prefix common to all, and the longest rests.
+    longest = max(len(row.input_ids) for row in rows)
+    padded = {"input_ids": [], "labels": [], "attention_mask": []}
+    for row in rows:
+        size, fill = len(row.input_ids), longest - len(row.input_ids)
+        padded["input_ids"].append(row.input_ids + [0] * fill)
+        padded["labels"].append([-100] * row.prompt_length + row.input_ids[row.prompt_length :] + [-100] * fill)
+        padded["attention_mask"].append([1] * size + [0] * fill)
+    return {name: torch.tensor(values) for name, values in padded.items()}
+
+
+def build_batch(rows: list[Sequence], plan: Plan) -> dict:
+    """Return the tensors of one micro-batch as the plan says."""
+    return build_stream(rows, plan.lengths) if plan.share_prefix else build_padded(rows)
+
+
+def group_rows(sequences: list[Sequence]) -> list[list[list[int]]]:
+    """Return indices of sequences: groups (the same tools) of conversations (the same row of the file) of turns.
+
+    Rows whose prompts share at least half of their tokens are of one group.
     """
-    shared = min(common_length(sequences[0].input_ids, other.input_ids) for other in sequences)
-    rests = sorted((len(sequence.input_ids) - shared for sequence in sequences), reverse=True)
-    steps = args.gradient_accumulation_steps
+    tree = to_tree([*sequences])
+    index_of = {id(sequence): i for i, sequence in enumerate(sequences)}
+    groups: list[dict[str, list[int]]] = []
+    for sequence, shared in tree:
+        if not groups or shared < sequence.prompt_length / 2:
+            groups.append({})
+        groups[-1].setdefault(sequence.where, []).append(index_of[id(sequence)])
+    return [list(group.values()) for group in groups]
+
+
+def order_rows(groups: list[list[list[int]]], piece: int, seed: int, epoch: int) -> list[int]:
+    """Return the order of the rows in one epoch: random, yet with rows of the same tools in runs of about `piece`.
+
+    With one list of tools this is a plain shuffle. With many, rows that can share their prefix meet in a stream, and a
+    stream still mixes several lists. The same seed and epoch give the same order, so a resumed run goes on as planned.
+    """
+    generator = random.Random(f"{seed} {epoch}")
+    pieces = []
+    for group in groups:
+        conversations = generator.sample(group, len(group))
+        rows = [row for conversation in conversations for row in conversation]
+        pieces += [rows[i : i + piece] for i in range(0, len(rows), piece)]
+    generator.shuffle(pieces)
+    return [row for rows in pieces for row in rows]
+
+
+def piece_size(rows: int) -> int:
+    """Return how many rows of the same tools stand together in a stream of `rows`: half, so that it mixes two lists."""
+    return max(1, rows // 2)
+
+
+def plan_streams(sequences: list[Sequence], args: argparse.Namespace, engine: str) -> Plan:
+    """Fuse accumulation steps into one stream as far as the flags' memory allows, for every stream of the run.
+
+    A stream may hold batch_size x max_seq_length tokens: what the flags allow a padded batch to hold.
+    """
+    batch_size, steps = args.batch_size, args.gradient_accumulation_steps
+    if not args.share_prefix:
+        return Plan(batch_size, steps, share_prefix=False)
+    groups = group_rows(sequences)
     for fused in range(steps, 0, -1):
-        rows = args.batch_size * fused
-        if steps % fused == 0 and shared + sum(rests[:rows]) <= args.batch_size * args.max_seq_length:
-            return rows, steps // fused
-    return args.batch_size, steps
+        if steps % fused == 0:
+            rows, sizes = batch_size * fused, []
+            for epoch in range(args.num_epochs):
+                order = order_rows(groups, piece_size(rows), args.seed, epoch)
+                sizes += [count_tokens([sequences[i] for i in order[j : j + rows]]) for j in range(0, len(order), rows)]
+            if fused == 1 or max(sizes) <= batch_size * args.max_seq_length:
+                return Plan(rows, steps // fused, choose_lengths(sizes) if engine == "unsloth" else ())
 
 
-def to_streams(sequences: list[Sequence], rows: int, multiple_of: int = 1) -> list[dict]:
-    """Return the sequences in order as streams of `rows` rows each."""
-    chunks = [sequences[i : i + rows] for i in range(0, len(sequences), rows)]
-    return [build_stream([sequence._asdict() for sequence in chunk], multiple_of) for chunk in chunks]
+def choose_lengths(sizes: list[int]) -> tuple[int, ...]:
+    """Return the few lengths that streams are filled up to, because attention is compiled anew for each length.
+
+    Quartiles, rounded up to the kernel's 128; a length less than a tenth below the next is not worth compiling.
+    """
+    sizes = sorted(sizes)
+    quartiles = {-(-sizes[(len(sizes) - 1) * quarter // 4] // 128) * 128 for quarter in (1, 2, 3, 4)}
+    lengths: list[int] = []
+    for length in sorted(quartiles, reverse=True):
+        if not lengths or length <= 0.9 * lengths[-1]:
+            lengths.append(length)
+    return tuple(reversed(lengths))
+
+
+def to_batches(sequences: list[Sequence], plan: Plan) -> list[dict]:
+    """Return sequences for scoring, where order does not matter: sorted, so that neighbours share the most."""
+    ordered = [sequence for sequence, _ in to_tree(sequences)]
+    return [build_batch(ordered[i : i + plan.rows], plan) for i in range(0, len(ordered), plan.rows)]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -755,15 +855,23 @@ def load_model(args: argparse.Namespace, engine: str):
     """Return the base model, in 4 bits if asked, with fresh LoRA adapters on all seven projections."""
     lora = dict(r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, bias="none",
                 target_modules=TARGET_MODULES)
+    import torch
+
     if engine == "unsloth":
+        from torch.nn.attention.flex_attention import flex_attention
+        from trl.trainer.utils import add_fused_lm_head
         from unsloth import FastLanguageModel
+        from unsloth.utils import prefix_grouper_kernel
 
         model, _ = FastLanguageModel.from_pretrained(
             args.model_id, max_seq_length=args.max_seq_length, load_in_4bit=args.load_in_4bit, dtype=None)
-        return FastLanguageModel.get_peft_model(
+        model = FastLanguageModel.get_peft_model(
             model, **lora, use_gradient_checkpointing="unsloth", random_state=args.seed)
+        add_fused_lm_head(model.get_base_model())
+        # Streams have few lengths, so attention compiled for exactly these is worth it: half the time of "any length".
+        prefix_grouper_kernel._flex_attention_compiled = torch.compile(flex_attention, dynamic=False)
+        return model
 
-    import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -775,29 +883,42 @@ def load_model(args: argparse.Namespace, engine: str):
         args.model_id, dtype=dtype, attn_implementation="sdpa", device_map=device,
         quantization_config=four_bit if args.load_in_4bit else None)
     model.config.use_cache = False
+    for module in model.modules():
+        # On CPU, the first inference makes bitsandbytes repack 4-bit weights for bf16, in training from then on too.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
 
 
-def compute_token_losses(model, stream: dict, engine: str):
-    """Return the loss in nats of each supervised token of a stream, fp32 [supervised tokens], with its gradient.
+def compute_token_losses(model, batch: dict, engine: str):
+    """Return the loss in nats of each supervised token of a batch, fp32 [supervised tokens], with its gradient.
 
-    Attention is limited to each token's ancestors, and the vocabulary projection, the largest of all, is computed for
-    the supervised positions alone.
+    In a stream, attention is limited to each token's ancestors. The vocabulary projection, the largest of all
+    multiplications, is computed only where a token is supervised.
     """
     import torch
 
-    ids, positions, subtree_end = stream["input_ids"], stream["position_ids"], stream["subtree_end"][0]
-    labels = stream["labels"][0, 1:]
-    supervised = (labels != -100).nonzero()[:, 0]
-    if engine == "unsloth":  # TRL's head, a Triton kernel that never holds all logits; SFTTrainer has put it in place
-        outputs = model(input_ids=ids, position_ids=positions, labels=stream["labels"], fused_lm_head=True,
-                        prefix_seg_info=to_prefix_seg_info(subtree_end))
-        return -outputs.log_probs[0, supervised].float()
-    index = torch.arange(len(subtree_end), device=ids.device)
-    visible = (index[None, :] <= index[:, None]) & (index[:, None] < subtree_end[None, :])  # [queries, keys]
-    logits = model(input_ids=ids, position_ids=positions, attention_mask=visible[None, None], use_cache=False,
-                   logits_to_keep=supervised).logits[0]
+    inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "subtree_end")}
+    labels = batch["labels"][:, 1:]
+    supervised = labels != -100
+    if engine == "unsloth":  # TRL's head: a Triton kernel that never holds all logits
+        if "subtree_end" in batch:
+            inputs["prefix_seg_info"] = to_prefix_seg_info(batch["subtree_end"][0])
+        outputs = model(**inputs, labels=batch["labels"], fused_lm_head=True)
+        return -outputs.log_probs[supervised].float()
+    if "subtree_end" in batch:
+        inputs["attention_mask"] = to_attention_mask(batch["subtree_end"][0])
+    columns = supervised.any(dim=0).nonzero()[:, 0]
+    logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits[supervised[:, columns]]
     return torch.nn.functional.cross_entropy(logits.float(), labels[supervised], reduction="none")
+
+
+def to_attention_mask(subtree_end):
+    """Return which keys a query sees, as bool [1, 1, queries, keys], from subtree_end [tokens]."""
+    import torch
+
+    index = torch.arange(len(subtree_end), device=subtree_end.device)
+    return ((index[None, :] <= index[:, None]) & (index[:, None] < subtree_end[None, :]))[None, None]
 
 
 def to_prefix_seg_info(subtree_end):
@@ -858,24 +979,73 @@ def autocast(model):
     return torch.autocast(device, to_dtype(device), enabled=device == "cuda")
 
 
-def score_loss(model, streams, engine: str) -> float:
-    """Return the mean loss over all supervised tokens of the streams, in nats per token."""
+def score_loss(model, batches, engine: str) -> float:
+    """Return the mean loss over all supervised tokens of the batches, in nats per token."""
     import torch
 
     total, tokens = 0.0, 0
     was_training = model.training
     model.eval()
-    for stream in streams:
-        stream = {name: tensor.to(model.device) for name, tensor in stream.items()}
+    for batch in batches:
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         with torch.no_grad(), autocast(model):
-            losses = compute_token_losses(model, stream, engine)
+            losses = compute_token_losses(model, batch, engine)
         total += losses.double().sum().item()
         tokens += len(losses)
     model.train(was_training)
     return total / tokens
 
 
-def build_progress(total_steps: int):
+def compare_sharing(model, rows: list[Sequence], lengths: tuple[int, ...], engine: str) -> tuple[float, float]:
+    """Return the relative difference of (loss, gradient) between rows in one stream and rows one at a time.
+
+    The single rows go through the model's own causal attention, so nothing of the stream is in them.
+    """
+    import torch
+
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def compute(batches):
+        model.zero_grad()
+        total = 0.0
+        for batch in batches:
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            with autocast(model):
+                loss = compute_token_losses(model, batch, engine).sum()
+            loss.backward()
+            total += loss.item()
+        gradient = torch.cat([parameter.grad.float().flatten() for parameter in parameters])
+        model.zero_grad()
+        return total, gradient
+
+    was_training = model.training
+    model.train()
+    shared = compute([build_stream(rows, lengths)])
+    single = compute([build_padded([row]) for row in rows])
+    model.train(was_training)
+    return (abs(shared[0] - single[0]) / abs(single[0]),
+            ((shared[1] - single[1]).norm() / single[1].norm()).item())
+
+
+def check_sharing(args: argparse.Namespace, model, train: list[Sequence], plan: Plan, engine: str) -> Plan:
+    """Compute the first rows of the run shared and one by one; return the plan, without sharing if they differ."""
+    if not plan.share_prefix:
+        return plan
+    start = time.perf_counter()
+    order = order_rows(group_rows(train), piece_size(plan.rows), args.seed, epoch=0)
+    rows = [train[i] for i in order[: min(plan.rows, CHECKED_ROWS)]]
+    loss, gradient = compare_sharing(model, rows, plan.lengths, engine)
+    limit = 1e-4 if model.device.type == "cpu" else 2e-2  # fp32 and bf16 rounding
+    if loss <= limit and gradient <= limit:
+        say("check", f"sharing changes the loss of {len(rows)} rows by {loss:.1e} and their gradient by {gradient:.1e} of "
+                     f"its norm: rounding ({time.perf_counter() - start:.1f} s)")
+        return plan
+    print(f"warning: sharing the prefix changes the loss by {loss:.1e} and the gradient by {gradient:.1e} of its norm, "
+          f"more than rounding ({limit:.0e}): sharing is switched off", file=sys.stderr)
+    return plan_streams(train, argparse.Namespace(**{**vars(args), "share_prefix": False}), engine)
+
+
+def build_progress():
     """Return a TrainerCallback that draws a progress bar and prints about twenty losses and every held-out loss."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from transformers import TrainerCallback
@@ -891,7 +1061,7 @@ def build_progress(total_steps: int):
             if "loss" in logs:
                 step, text = state.global_step, f"loss {float(logs['loss']):.4f}"
                 self.bar.update(self.task, completed=step, loss=text)
-                if step == 1 or step % max(1, total_steps // 20) == 0 or step == state.max_steps:
+                if step == 1 or step % max(1, state.max_steps // 20) == 0 or step == state.max_steps:
                     say("", f"step {step:>5,} of {state.max_steps:,}  {text}")
 
         def on_evaluate(self, args, state, control, metrics=None, **kwargs):
@@ -904,20 +1074,37 @@ def build_progress(total_steps: int):
     return ProgressBar()
 
 
-def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train, held_out, plan: tuple[int, int]):
-    """Return TRL's SFTTrainer over the pre-tokenised sequences, batched as `plan` = (rows, accumulation) says.
+def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train, held_out, plan: Plan):
+    """Return TRL's SFTTrainer over the pre-tokenised sequences, batched as planned.
 
     The rows go in as token ids: TRL would otherwise render and truncate them in its own way, and Unsloth's replacement
-    of that step rejects conversations.
+    of that step rejects conversations. The dataset holds indices; the collator looks the sequences up.
     """
     import torch
     from datasets import Dataset
     from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
+    groups, held_out = group_rows(train), [sequence for sequence, _ in to_tree(held_out)] if held_out else []
+
+    class RowOrder(torch.utils.data.Sampler):
+        epoch = 0
+
+        def set_epoch(self, epoch):
+            self.epoch = epoch
+
+        def __len__(self):
+            return len(train)
+
+        def __iter__(self):
+            return iter(order_rows(groups, piece_size(plan.rows), args.seed, self.epoch))
+
     class StreamTrainer(SFTTrainer):
+        def _get_train_sampler(self, train_dataset=None):
+            return RowOrder()
+
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            """Return the stream's share of the mean over all supervised tokens of the optimizer step."""
+            """Return the micro-batch's share of the mean over all supervised tokens of the optimizer step."""
             return compute_token_losses(model, inputs, engine).sum() / num_items_in_batch
 
         def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
@@ -927,15 +1114,17 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
             metrics = {f"{metric_key_prefix}_loss": score_loss(self.model, dataloader, engine)}
             return EvalLoopOutput(None, None, metrics, num_samples=len(dataloader.dataset))
 
-    def to_dataset(sequences):
-        columns = {name: [getattr(sequence, name) for sequence in sequences] for name in ("input_ids", "prompt_length")}
-        return Dataset.from_dict(columns)
+    def to_dataset(sequences, offset):
+        return Dataset.from_dict({"index": range(offset, offset + len(sequences))}) if sequences else None
 
+    def collate(rows):
+        return build_batch([both[row["index"]] for row in rows], plan)
+
+    both = [*train, *held_out]
     cuda = model.device.type == "cuda"
-    rows, accumulation = plan
     config = SFTConfig(
-        output_dir=args.output_dir, per_device_train_batch_size=rows, per_device_eval_batch_size=rows,
-        gradient_accumulation_steps=accumulation, num_train_epochs=args.num_epochs, max_steps=args.max_steps or -1,
+        output_dir=args.output_dir, per_device_train_batch_size=plan.rows, per_device_eval_batch_size=plan.rows,
+        gradient_accumulation_steps=plan.accumulation, num_train_epochs=args.num_epochs, max_steps=args.max_steps or -1,
         learning_rate=args.learning_rate, lr_scheduler_type=args.lr_scheduler_type, warmup_steps=args.warmup_steps,
         weight_decay=args.weight_decay, optim=args.optim or ("adamw_8bit" if cuda else "adamw_torch"), seed=args.seed,
         bf16=cuda and to_dtype("cuda") == torch.bfloat16, fp16=cuda and to_dtype("cuda") == torch.float16,
@@ -943,22 +1132,15 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
         eval_strategy="epoch" if held_out else "no", disable_tqdm=True, dataloader_pin_memory=cuda, use_cpu=not cuda,
         max_length=None, remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True})
     trainer = StreamTrainer(
-        model=model, args=config, processing_class=tokenizer, train_dataset=to_dataset(train),
-        eval_dataset=to_dataset(held_out) if held_out else None,
-        data_collator=partial(build_stream, multiple_of=stream_multiple(engine)))
+        model=model, args=config, processing_class=tokenizer, data_collator=collate,
+        train_dataset=to_dataset(train, 0), eval_dataset=to_dataset(held_out, len(train)))
     trainer.remove_callback(PrinterCallback)
-    steps = args.max_steps or math.ceil(len(train) / (rows * accumulation)) * args.num_epochs
-    trainer.add_callback(build_progress(steps))
+    trainer.add_callback(build_progress())
     # TRL makes the adapter of a 4-bit base bf16, in which late, small updates round to nothing.
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return trainer
-
-
-def stream_multiple(engine: str) -> int:
-    """Return what stream lengths are rounded up to: Unsloth's attention is compiled for multiples of 128."""
-    return 256 if engine == "unsloth" else 1
 
 
 def find_checkpoint(args: argparse.Namespace) -> str | None:
@@ -1070,11 +1252,12 @@ def save_adapter(model, output_dir: str) -> str:
     return adapter
 
 
-def merge_adapter(args: argparse.Namespace, base_id: str, adapter: str, sequences: list[Sequence], rows: int) -> dict:
+def merge_adapter(args: argparse.Namespace, base_id: str, adapter: str, sequences: list[Sequence], shown: list[Sequence],
+                  plan: Plan) -> dict:
     """Merge the adapter into the 16-bit base, save it, read it back and score it; runs in a fresh process.
 
     A fresh process, because Unsloth changes Transformers' classes for good, and the model must work where no Unsloth
-    is: with plain AutoModelForCausalLM. Returns loss and answers on `sequences`, for the caller to compare.
+    is: with plain AutoModelForCausalLM. Returns the loss on `sequences` and the answers to `shown`, for the caller to compare.
     """
     quiet_libraries()
     import torch
@@ -1103,8 +1286,8 @@ def merge_adapter(args: argparse.Namespace, base_id: str, adapter: str, sequence
         raise UserError(f"{folder}: missing or unknown weights: {', '.join(sorted(strays)[:5])}")
     if bad := [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]:
         raise UserError(f"{folder}: weights that are not finite: {', '.join(bad[:5])}")
-    loss = score_loss(model, to_streams(sequences, rows), "transformers")
-    return {"loss": loss, "answers": generate_answers(model, tokenizer, sequences[:SHOWN_ROWS], "transformers")}
+    return {"loss": score_loss(model, to_batches(sequences, plan), "transformers"),
+            "answers": generate_answers(model, tokenizer, shown, "transformers")}
 
 
 def run_fresh(function, *arguments):
@@ -1186,15 +1369,19 @@ def render_all(args: argparse.Namespace, tokenizer, examples: list[Example]) -> 
     return train, held_out
 
 
-def show_plan(train: list[Sequence], args: argparse.Namespace, plan: tuple[int, int]) -> None:
-    """Print how many tokens a step computes, beside what padded batches would."""
-    rows, accumulation = plan
-    step = train[: rows * accumulation]
-    computed = sum(stream["input_ids"].numel() for stream in to_streams(step, rows))
-    batches = [step[i : i + args.batch_size] for i in range(0, len(step), args.batch_size)]
-    padded = sum(max(len(sequence.input_ids) for sequence in batch) * len(batch) for batch in batches)
-    say("plan", f"{len(step)} rows per step in {accumulation} stream{'s' * (accumulation > 1)} of about "
-                f"{computed // accumulation:,} tokens instead of {len(batches)} batches of {padded // len(batches):,} "
+def show_plan(train: list[Sequence], args: argparse.Namespace, plan: Plan) -> None:
+    """Print how many tokens the first step computes, beside what padded batches would."""
+    order = order_rows(group_rows(train), piece_size(plan.rows), args.seed, epoch=0)
+    step = [train[i] for i in order[: plan.rows * plan.accumulation]]
+    streams = [build_batch(step[i : i + plan.rows], plan) for i in range(0, len(step), plan.rows)]
+    computed = sum(stream["input_ids"].numel() for stream in streams)
+    batches = [build_padded(step[i : i + args.batch_size]) for i in range(0, len(step), args.batch_size)]
+    padded = sum(batch["input_ids"].numel() for batch in batches)
+    if not plan.share_prefix:
+        say("plan", f"{len(step)} rows per step in {len(batches)} padded batches of about {padded // len(batches):,} tokens")
+        return
+    say("plan", f"{len(step)} rows per step in {len(streams)} stream{'s' * (len(streams) > 1)} of about "
+                f"{computed // len(streams):,} tokens instead of {len(batches)} batches of {padded // len(batches):,} "
                 f"({padded / computed:.1f} times fewer)")
 
 
@@ -1248,28 +1435,29 @@ def main(argv: list[str] | None = None) -> None:
     train, held_out = render_all(args, tokenizer, examples)
     for sequence in train[:2]:
         show_row(tokenizer, sequence)
-    rows, accumulation = plan = plan_streams(train, args)
+    plan = plan_streams(train, args, engine)
     show_plan(train, args, plan)
 
     model = load_model(args, engine)
     report_gpu("gpu")
     shown = (held_out or train)[:SHOWN_ROWS]
     before = generate_answers(model, tokenizer, shown, engine)
+    plan = check_sharing(args, model, train, plan, engine)
 
     start_output(args, checkpoint)
     trainer = build_trainer(args, engine, model, tokenizer, train, held_out, plan)
-    train_model(trainer, checkpoint, train, rows * accumulation)
+    train_model(trainer, checkpoint, train, plan.rows * plan.accumulation)
     report_gpu("gpu")
 
     compared = (held_out or train)[:READ_BACK_ROWS]
-    expected = {"loss": score_loss(trainer.model, to_streams(compared, rows, stream_multiple(engine)), engine),
+    expected = {"loss": score_loss(trainer.model, to_batches(compared, plan), engine),
                 "answers": generate_answers(trainer.model, tokenizer, shown, engine)}
     adapter = save_adapter(trainer.model, args.output_dir)
     say("save", f"adapter: {adapter}")
     del trainer, model
     free_gpu()
 
-    got = run_fresh(merge_adapter, args, merge_base, adapter, compared, rows)
+    got = run_fresh(merge_adapter, args, merge_base, adapter, compared, shown, plan)
     check_merged(args, adapter, expected, got)
     put_in_place(args.final_model_dir)
     say("merge", f"16-bit, read back by a fresh process: held-out loss {got['loss']:.4f}, adapter {expected['loss']:.4f}")

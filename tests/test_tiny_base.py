@@ -249,7 +249,7 @@ def test_no_sentence_template_is_shared_with_the_data(maker):
     phrases = {frame_of(text) for name, value in vars(data).items() if name.isupper() for text in strings_in(value) if len(text) < 300}
     phrases = {phrase for phrase in phrases if len(phrase) >= 2}
     assert len(phrases) > 200, "the templates of data/make_dataset.py were not found"
-    ours = [maker.OPENERS, maker.CLOSERS, maker.LEADS, maker.CHATTER, maker.REPLIES, maker.SYSTEM_TEXTS, maker.TRUE_MENTIONS, maker.FALSE_MENTIONS]
+    ours = [maker.OPENERS, maker.CLOSERS, maker.LEADS, maker.CHATTER, maker.REPLIES, maker.QUESTIONS, maker.SYSTEM_TEXTS, maker.TRUE_MENTIONS, maker.FALSE_MENTIONS]
     frames = {frame_of(text) for text in strings_in(ours)}
     frames = {frame for frame in frames if len(frame) >= 2}
     assert len(frames) > 40

@@ -1,0 +1,97 @@
+"""What needs CUDA: both engines, by the real command line. `python -m pytest -m gpu` on a machine with a GPU."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ALARM, ROOT, TINY, WEATHER, run_script, write_jsonl
+from test_command_line import FINAL_FILES, ROWS, names
+
+try:
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+except ImportError:
+    has_gpu = False
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not has_gpu, reason="needs a CUDA GPU")]
+MODEL = os.environ.get("GPU_TEST_MODEL", str(TINY))  # for example a full-size Qwen3
+VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+
+
+def run(folder, *more, **changes):
+    settings = {"--model_id": MODEL, "--dataset_path": folder / "rows.jsonl", "--tools_path": folder / "tools.json",
+                "--output_dir": folder / "out", "--final_model_dir": folder / "final", "--num_epochs": 2,
+                "--train_test_split": 0.25, **changes}
+    flags = [item for pair in settings.items() for item in pair]
+    result = run_script(*flags, *more, timeout=500, CUDA_VISIBLE_DEVICES=VISIBLE)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout
+
+
+def losses(output: str) -> list[float]:
+    return [float(loss) for loss in re.findall(r"step +\d+ of \d+  loss ([\d.]+)", output)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gpu")
+    (folder / "tools.json").write_text(json.dumps([WEATHER, ALARM]))
+    write_jsonl(folder / "rows.jsonl", ROWS)
+    return folder
+
+
+def test_unsloth_trains_resumes_merges_and_matches_the_stock_engine(folder):
+    output = run(folder)
+    assert "Unsloth" in output and len(losses(output)) == 6
+    assert sum(line.startswith("gpu      ") and "GiB reserved" in line for line in output.splitlines()) == 2
+    assert names(folder / "final") == FINAL_FILES
+    for checkpoint in ("checkpoint-6",):
+        subprocess.run(["rm", "-r", folder / "out" / checkpoint], check=True)
+    resumed = run(folder, "--resume_from_checkpoint")
+    assert losses(resumed) == pytest.approx(losses(output)[3:], rel=2e-3)
+    stock = run(folder, **{"--engine": "transformers", "--output_dir": folder / "stock", "--max_steps": 1})
+    assert losses(stock)[0] == pytest.approx(losses(output)[0], rel=0.01)
+
+
+GRADIENTS = """
+import sys, torch
+import train_qwen3_tool_calling as s
+args = s.parse_args(["--model_id", sys.argv[1], "--dataset_path", sys.argv[2], "--tools_path", sys.argv[3], *sys.argv[4:]])
+engine = s.start_engine(args)
+assert engine == "unsloth"
+tokenizer = s.load_tokenizer(args.model_id)
+train, held_out = s.render_all(args, tokenizer, s.read_examples(args))
+model = s.build_trainer(args, engine, s.load_model(args, engine), tokenizer, train, held_out, (8, 1)).model
+for name, parameter in model.named_parameters():
+    if "lora_B" in name:
+        torch.nn.init.normal_(parameter, std=0.02)
+model.train()
+
+def gradients(batches):
+    model.zero_grad()
+    total = 0
+    for batch in batches:
+        stream = {k: v.cuda() for k, v in s.to_streams(batch, len(batch), s.stream_multiple(engine))[0].items()}
+        with s.autocast(model):
+            loss = s.compute_token_losses(model, stream, engine).sum()
+        loss.backward()
+        total += loss.item()
+    return total, torch.cat([p.grad.float().flatten() for p in model.parameters() if p.requires_grad])
+
+rows = train[:8]
+shared, separate = gradients([rows]), gradients([[row] for row in rows])
+print("loss", abs(shared[0] / separate[0] - 1), "norm", ((shared[1] - separate[1]).norm() / separate[1].norm()).item())
+"""
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-load_in_4bit"]])
+def test_unsloth_shared_gradients_are_those_of_single_rows(folder, flags):
+    result = subprocess.run(
+        [sys.executable, "-c", GRADIENTS, MODEL, folder / "rows.jsonl", folder / "tools.json", *flags],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, timeout=500)
+    assert result.returncode == 0, result.stderr[-3000:]
+    loss, norm = map(float, re.search(r"loss (\S+) norm (\S+)", result.stdout).groups())
+    assert loss < 0.005 and norm < 0.02  # bf16 rounding
