@@ -23,7 +23,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SEED = 3407
-ROWS = 1600
+ROWS = 2000
 NO_CALL_SHARE = 0.08  # answered in words: without these a model learns to call a tool at any price
 PARALLEL_SHARE = 0.08  # answered with two or three calls
 SINGLE_WORDS = (4, 30)  # fewest and most words in a request for one call
@@ -35,7 +35,6 @@ PARALLEL_WORDS = (6, 45)
 def items_of(text):
     """The comma-separated items of `text`; an item may run over the end of a line."""
     return [" ".join(item.split()) for item in text.split(",")]
-
 
 FIRST_NAMES = """Ada Aisha Alan Alice Amir Ana Andre Anika Anton Asha Ava Bella Ben Bianca Bruno Carla Carlos Cathy
 Chen Chloe Clara Cleo Cora Dana Daniel David Diego Dina Dora Eddie Elena Eli Ella Emil Emma Erik Esther Eva Farah
@@ -65,25 +64,14 @@ Market Mill North Oak Orchard Park Pine Queen River Rose School
 Spring Station Union Valley Walnut Water Willow""".split()
 LANDMARKS = items_of("Station, Hospital, Mall, Museum, Theater, Hotel, Stadium, Library, School, Market, Airport, Cafe")
 
-SONG_FIRST = """Silver Golden Midnight Broken Electric Velvet Crystal Paper Summer Winter Lonely Crazy Burning
-Frozen Hidden Purple Wild Gentle Sweet Distant Empty Secret Falling Rising Neon Dusty Hollow Lucky Quiet
-Sacred""".split()
-SONG_LAST = """River Heart Sky Road Dream Ocean Fire Shadow Moon Garden Mirror Train Angel Thunder Island Window
-Dancer Highway Stranger Memory Rain Diamond Honey Flower Mountain Echo Paradise Castle Kiss""".split()
-BANDS = """Foxes Wolves Pilots Sailors Tigers Rebels Poets Ghosts Rockets Cousins Painters Drifters Giants Pirates
-Lions Brothers Sisters Dreamers Robots""".split()
-
 FOOD = items_of("""apples, bananas, bread, butter, carrots, cheese, chicken, coffee, corn, crackers, cucumbers,
 eggs, fish, garlic, ginger, grapes, ham, honey, ketchup, lemons, lettuce, mangoes, milk, mushrooms, mustard,
 noodles, nuts, oats, olives, onions, pasta, peaches, pears, peas, pepper, plums, potatoes, rice, salad, salmon,
 salt, sausages, soup, spinach, sugar, tea, tofu, tomatoes, tuna, vinegar, yogurt""")
-FOOD_KINDS = items_of("organic, fresh, local, cheap, fancy, imported")
 HOUSEHOLD = items_of("""soap, shampoo, toothpaste, sponges, candles, batteries, napkins, tissues, matches,
 detergent, light bulbs, dish soap, paper towels, trash bags, cat food, dog food, toilet paper, baking powder, olive
 oil, orange juice, peanut butter, almond milk, baking soda, ice cream, chocolate chips, hand cream, bin liners, oven
 gloves""")
-STORE_FIRST = """Green Corner Sunny Happy Fresh City Family Village Super Quick Blue Star""".split()
-STORE_LAST = """Market Deli Mart Grocery Foods Pantry Basket Bakery Farm Depot""".split()
 
 DISHES = items_of("""rice, pasta, soup, stew, chicken, beans, lentils, pizza, eggs, potatoes, noodles, curry, fish,
 dumplings, meatballs, tofu, lasagna, chili, ravioli, sausages""")
@@ -92,9 +80,6 @@ homemade""".split()
 CHORES = items_of("""laundry, nap, workout, homework, plank, meditation, face mask, piano practice, reading break,
 stretching, board game, green tea, apple pie, lemon cake, banana bread, oat cookies, blueberry muffins, cold brew,
 dough, oven""")
-ACTIVITIES = """yoga gym school tennis piano chess dance football guitar judo pottery swimming language boxing choir
-hockey karate math running salsa""".split()
-ACTIVITY_KINDS = "class session practice lesson training trip group camp".split()
 TOPICS = """budget marketing design school piano sales project team product garden writing hiring security travel
 planning family software training wedding garage customer client board football film press charity museum
 dance""".split()
@@ -113,13 +98,7 @@ NUMBER_WORDS = {
     "fifteen": 15, "twenty": 20, "thirty": 30, "forty": 40, "fifty": 50, "sixty": 60, "seventy": 70, "eighty": 80,
     "ninety": 90,
 }
-CURRENCIES = {
-    "USD": ("$", ["dollars", "bucks", "usd", "USD"]),
-    "EUR": ("€", ["euros", "eur", "EUR"]),
-    "GBP": ("£", ["pounds", "gbp", "GBP"]),
-    "JPY": ("¥", ["yen", "jpy", "JPY"]),
-    "INR": ("₹", ["rupees", "inr", "INR"]),
-}
+CURRENCIES = "dollars euros pounds yen rupees francs".split()
 
 # --- 2 slots: each draws a value and returns (the words said, the arguments they mean) ------------------------
 
@@ -203,11 +182,6 @@ def slot_repeat(rng):
         ("on weekends", "weekends"), ("every weekend", "weekends"),
     ))
     return words, {"repeat": repeat}
-
-
-def slot_label(rng):
-    label = f"{rng.choice(ACTIVITIES)} {rng.choice(ACTIVITY_KINDS)}"
-    return label, {"label": label}
 
 
 def slot_number(rng):
@@ -323,38 +297,6 @@ def slot_units(rng):
     return f"in {units}", {"units": units}
 
 
-def slot_song(rng):
-    song = said(rng, f"{rng.choice(SONG_FIRST)} {rng.choice(SONG_LAST)}")
-    return song, {"song": song}
-
-
-def slot_artist(rng):
-    """A singer or a band."""
-    singer = f"{rng.choice(FIRST_NAMES)} {rng.choice(LAST_NAMES)}"
-    artist = said(rng, rng.choice((singer, f"{rng.choice(SONG_FIRST)} {rng.choice(BANDS)}")))
-    return artist, {"artist": artist}
-
-
-def slot_loop(rng):
-    return rng.choice(("on repeat", "on loop", "over and over")), {"repeat": True}
-
-
-def item(rng):
-    food = rng.choice(FOOD)
-    return rng.choice((food, f"{rng.choice(FOOD_KINDS)} {food}", rng.choice(HOUSEHOLD)))
-
-
-def slot_items(rng):
-    """One to four things to buy."""
-    items = distinct(rng, item, rng.choice((1, 1, 2, 2, 3, 4)))
-    return listing(rng, items), {"items": items}
-
-
-def slot_store(rng):
-    store = said(rng, f"{rng.choice(STORE_FIRST)} {rng.choice(STORE_LAST)}")
-    return store, {"store": store}
-
-
 def slot_room(rng):
     room = rng.choice(("kitchen", "bedroom", "living room", "bathroom", "hallway", "office"))
     return room, {"room": room}
@@ -412,22 +354,20 @@ def slot_riders(rng):
 
 
 def slot_money(rng):
-    """An amount and its currency: $50, 19.99 euros, fifty pounds."""
-    code = rng.choice(list(CURRENCIES))
-    symbol, names = CURRENCIES[code]
+    """An amount and its currency: 19.99 euros, fifty pounds."""
+    currency = rng.choice(CURRENCIES)
     if rng.random() < 0.15:
         word = rng.choice(list(NUMBER_WORDS))
-        return f"{word} {names[0]}", {"amount": NUMBER_WORDS[word], "from_currency": code}
-    cents = 0 if code == "JPY" else rng.choice((0.25, 0.5, 0.75, 0.95, 0.99))
+        return f"{word} {currency}", {"amount": NUMBER_WORDS[word], "from_currency": currency}
+    cents = 0 if currency == "yen" else rng.choice((0.25, 0.5, 0.75, 0.95, 0.99))
     amount = rng.choice((rng.randint(2, 99), rng.randrange(50, 5000, 10), rng.randint(2, 200) + cents))
-    words = f"{symbol}{amount}" if rng.random() < 0.3 else f"{amount} {rng.choice(names)}"
-    return words, {"amount": amount, "from_currency": code}
+    return f"{amount} {currency}", {"amount": amount, "from_currency": currency}
 
 
 def slot_currency(rng):
     """The currency to convert into."""
-    code = rng.choice(list(CURRENCIES))
-    return rng.choice(CURRENCIES[code][1]), {"to_currency": code}
+    currency = rng.choice(CURRENCIES)
+    return currency, {"to_currency": currency}
 
 
 # {city} in a phrasing calls slot_city, and so on for every function above whose name begins with slot_.
@@ -451,12 +391,12 @@ PHRASES = {
         "{clock} alarm {repeat}",
         "gimme an alarm at {time}",
         "i want an alarm {repeat} at {time}",
-        "make an alarm for {time} and call it {label}",
-        "set an alarm called {label} for {time}",
-        "set a {clock} alarm named {label}",
-        "new alarm {day} at {time}, name it {label}",
-        "i keep missing things, set an alarm at {clock} {day} and call it {label}",
-        "could you set up an alarm {repeat} at {time}, label it {label}",
+        "make an alarm for {time} please",
+        "set me an alarm for {time} {day}",
+        "set a {clock} alarm {day}",
+        "new alarm {day} at {time}",
+        "i keep missing things, set an alarm at {clock} {day}",
+        "could you set up an alarm {repeat} at {time}",
         "don't let me oversleep, alarm at {time} {day}",
         "i always sleep in so wake me at {morning} {repeat}",
         "my alarm should ring at {time} {day}",
@@ -468,9 +408,9 @@ PHRASES = {
         "i have to get up at {morning} {day} so set the alarm",
         "would you mind setting an alarm for {time} {day}",
         "how about an alarm {day} at {time}, yes, do that",
-        "schedule an alarm {repeat} for {time} with the label {label}",
+        "schedule an alarm {repeat} for {time}",
         "i'm off to sleep, wake me up at {morning}",
-        "alarm {repeat} at {clock}, called {label}",
+        "alarm {repeat} at {clock}",
     ],
     "set_timer": [
         "set a timer for {minutes}",
@@ -618,80 +558,6 @@ PHRASES = {
         "so is it nice out in {city} or what",
         "i want the {city} weather {when} {units}",
     ],
-    "play_music": [
-        "play {song} for me",
-        "play {song} by {artist}",
-        "play {song} by {artist} {loop}",
-        "play {song} {loop}",
-        "play me {song}",
-        "play the song {song}",
-        "play the song {song} by {artist}",
-        "put on {song}",
-        "put on {song} by {artist}",
-        "put {song} {loop}",
-        "put {song} by {artist} {loop}",
-        "can you play {song} by {artist}",
-        "could you put on the song {song}",
-        "i wanna hear {song}",
-        "i want to listen to {song} by {artist}",
-        "i'd love to hear {song} by {artist} {loop}",
-        "i'm in the mood for {song} by {artist}",
-        "let me hear {song}",
-        "let's hear {song} by {artist}",
-        "let's listen to {song} {loop}",
-        "music please, {song} by {artist}",
-        "some music, hmm, {song}",
-        "start the song {song}",
-        "start {song} by {artist}",
-        "stick {song} {loop}, i love it",
-        "blast {song} by {artist}",
-        "crank up {song}",
-        "how about some {artist}, play {song}",
-        "next song: {song} by {artist}",
-        "it's party time, play {song}",
-        "i've had {song} in my head all day, play it",
-        "what's that tune, oh yes, {song} by {artist}, play it",
-        "need something to work to, play {song} by {artist} {loop}",
-        "hit play on {song} by {artist}",
-        "you know {song} by {artist}? play that",
-    ],
-    "add_to_shopping_list": [
-        "add {items} to my shopping list",
-        "add {items} to the shopping list",
-        "add {items} to the {store} list",
-        "add {items} to my shopping list for {store}",
-        "put {items} on my shopping list",
-        "put {items} on the list",
-        "put {items} on the list for {store}",
-        "shopping list: {items}",
-        "shopping list for {store}: {items}",
-        "can you add {items} to the list",
-        "could you put {items} on the grocery list",
-        "we need {items}, add that to the shopping list",
-        "we need {items} from {store}, put it on the list",
-        "we're out of {items}, put it on the list",
-        "we ran out of {items} so add that to the shopping list",
-        "i have to buy {items}, note it on the shopping list",
-        "i have to get {items} at {store}, add that to my list",
-        "i need {items} from {store}, list it",
-        "i should get {items}, put that on the shopping list",
-        "i'm going to {store} later, put {items} on the list",
-        "don't let me forget {items}, add to shopping list",
-        "groceries: {items}",
-        "groceries from {store}: {items}",
-        "grocery list, add {items}",
-        "need to pick up {items} at {store}, put it on my shopping list",
-        "my shopping list needs {items}",
-        "write {items} on the shopping list",
-        "write {items} down for {store}",
-        "stick {items} on the shopping list",
-        "throw {items} on the grocery list",
-        "next time i shop i need {items}, add that",
-        "what else, ah right, {items}, on the shopping list",
-        "the cupboard is empty, add {items} to my list",
-        "running low on {items}, shopping list please",
-        "to buy at {store}: {items}",
-    ],
     "control_light": [
         "{switch} the {room} lights",
         "{switch} the lights in the {room}",
@@ -838,17 +704,6 @@ MIXED = {
         "give me the forecast for {city} {when}",
         "look up the weather for {city} {units}",
     ],
-    "play_music": [
-        "play {song}",
-        "play {song} by {artist}",
-        "put on {song} by {artist} {loop}",
-        "put {song} {loop}",
-    ],
-    "add_to_shopping_list": [
-        "add {items} to my shopping list",
-        "put {items} on the shopping list",
-        "add {items} to the {store} list",
-    ],
     "control_light": [
         "{switch} the {room} lights",
         "turn the {room} lights {on_off}",
@@ -935,57 +790,21 @@ NO_CALL = {
     "I'm an assistant that can use your tools.": [
         "who are you", "what are you exactly", "are you a robot", "are you human", "what's your name",
     ],
-    "What time should the alarm ring?": [
-        "set an alarm {day}", "wake me up {day}", "i need an alarm called {label}", "can you set an alarm for me",
-        "set an alarm {repeat}", "wake me {repeat}",
-    ],
     "How long should the timer run?": [
         "set a timer for the {job}", "start a timer", "i need a timer for my {job}", "can you time the {job} for me",
         "timer for the {job}", "set a timer please",
-    ],
-    "What day and time is the event?": [
-        "put a {title} in my calendar", "schedule a {title} with {people}", "add a {title} to my calendar",
-        "i have a {title}, put it in my calendar", "plan a {title} and invite {people}",
-    ],
-    "What should the message say?": [
-        "text {name}", "send {name} a message", "send a message to {name} {app}", "can you text {name} for me",
-        "message {name} {app}", "write to {name} {app}",
-    ],
-    "Which city do you mean?": [
-        "what's the weather like {when}", "will it rain {when}", "how cold is it outside",
-        "give me the forecast {when}", "do i need an umbrella {when}", "what's the temperature {units}",
-    ],
-    "Which song would you like to hear?": [
-        "play some music", "play something by {artist}", "put on a song by {artist}", "i wanna hear a song",
-        "play a song {loop}", "can you play something",
-    ],
-    "What should I add to the list?": [
-        "add something to my shopping list", "put something on the list for {store}", "i need stuff from {store}",
-        "can you add to the shopping list", "new item for my shopping list",
-    ],
-    "Which room do you mean?": [
-        "{switch} the lights", "dim the lights to {percent}", "make the lights {color}", "can you {switch} the light",
-        "set the lights to {percent}", "lights {on_off}",
-    ],
-    "Where should the taxi pick you up?": [
-        "book a taxi to {to}", "get me a cab to {to}", "i need a taxi to {to} at {time}", "taxi to {to} for {riders}",
-        "can you get me a ride to {to}",
-    ],
-    "Which currency should I convert it to?": [
-        "convert {money}", "can you convert {money} for me", "change {money} please", "i want to exchange {money}",
-        "how much is {money} worth",
     ],
     "Sorry, I can't make phone calls.": [
         "call {name}", "give {name} a call", "can you phone {name}", "ring {name} for me",
         "start a video call with {name}",
     ],
     "Sorry, I can't order things for you.": [
-        "order me a pizza", "order a burger for dinner", "buy two tickets for {artist}", "order {items} online",
+        "order me a pizza", "order a burger for dinner", "buy two tickets to the opera", "order new shoes online",
         "can you buy me a new laptop", "book a table for {riders}",
     ],
     "Sorry, I can't look that up.": [
         "who won the match last night", "how tall is mount everest", "what's in the news today", "who wrote hamlet",
-        "what's the capital of peru", "how many people live in {city}", "how far is {city}", "who is {artist}",
+        "what's the capital of peru", "how many people live in china", "how far is the moon", "who painted the mona lisa",
     ],
     "Sorry, I can't control that device.": [
         "turn up the heating", "lock the front door", "start the robot vacuum", "open the blinds in the {room}",
@@ -1005,7 +824,7 @@ SHORT_OPENERS = ["hey", "um,", "uh,", "ok", "oh,", "well,", "hmm,", "so"]
 CLOSERS = [" please", ", please", " pls", ", thanks", " thx", ", thank you", " if you can", ", cheers", ", ta", " :)"]
 # Slots of free words: a closer right behind one could be read as a part of its value.
 OPEN_ENDED = (
-    "{text}", '"', "{song}", "{artist}", "{label}", "{job}", "{title}", "{items}", "{people}", "{store}", "{to}",
+    "{text}", '"', "{job}", "{title}", "{people}", "{to}",
 )
 SLANG = {"please": "pls", "you": "u", "your": "ur", "want to": "wanna", "have to": "gotta", "thanks": "thx"}
 
@@ -1035,7 +854,7 @@ def add_noise(rng, template, openers=OPENERS, closers=CLOSERS):
     if rng.random() < 0.25:
         for plain, slang in SLANG.items():
             template = re.sub(rf"\b{plain}\b(?!')", slang, template)
-    if rng.random() < 0.15:
+    if rng.random() < 0.1:
         template = misspell(rng, template)
     if not has_opener and rng.random() < 0.4:
         template = f"{rng.choice(openers)} {template}"

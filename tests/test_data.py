@@ -116,7 +116,7 @@ def test_tools_show_every_kind_of_argument():
     schemas = [part for tool in TOOLS.values() for part in tool["parameters"]["properties"].values()]
     assert {"string", "integer", "number", "boolean", "array", "object"} == {schema["type"] for schema in schemas}
     assert any("enum" in schema for schema in schemas)
-    assert len(TOOLS) == 10
+    assert 8 <= len(TOOLS) <= 12
 
 
 @pytest.mark.parametrize("name", TOOLS)
@@ -146,9 +146,9 @@ def test_strings_are_copied_from_the_request():
                 assert value in row["input"], (value, row)
 
 
-def test_enums_without_a_code_are_said():
+def test_most_enums_are_said_as_they_are():
     for row, call in CALLS:
-        for name in {"room", "color", "app", "units"} & set(call["arguments"]):
+        for name in {"room", "color", "app", "units", "from_currency", "to_currency"} & set(call["arguments"]):
             assert call["arguments"][name] in row["input"], row
 
 

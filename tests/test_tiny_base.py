@@ -67,6 +67,11 @@ def test_folder_is_complete_and_small():
     assert sum(path.stat().st_size for path in BASE.iterdir()) <= 25_000_000
 
 
+def test_card_says_what_the_model_is_not():
+    card = (BASE / "README.md").read_text(encoding="utf-8")
+    assert "not a Qwen release" in card and "make_tiny_qwen3.py" in card
+
+
 def test_model_is_a_qwen3_in_bf16_of_at_most_12_million_parameters():
     import torch
     from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
@@ -189,6 +194,10 @@ def test_chat_template_writes_the_text_of_stock_qwen3(tokenizer):
         assert tokenizer.apply_chat_template(system + messages, **options) == expected, (system + messages, options)
         compared += 1
     assert compared > 5000
+
+
+def test_chat_template_is_the_one_of_the_sources(tokenizer):
+    assert tokenizer.chat_template == (ROOT / "models" / "tiny_qwen3_chat_template.jinja").read_text(encoding="utf-8")
 
 
 # --- disjoint from data/ --------------------------------------------------------------------------------------
