@@ -151,6 +151,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     train.add_argument("--weight_decay", type=number(float, 0), default=WEIGHT_DECAY, metavar="W", help="AdamW's decay")
     train.add_argument("--optim", metavar="NAME", default=argparse.SUPPRESS,
                        help="optimizer (default: adamw_8bit on CUDA, adamw_torch elsewhere)")
+    train.add_argument("--gradient_checkpointing", choices=["auto", "on", "off"], default="auto",
+                       help="compute activations twice instead of keeping them; auto: on with CUDA")
     train.add_argument("--share_prefix", action=argparse.BooleanOptionalAction, default=True,
                        help="compute what rows have in common once per stream")
     train.add_argument("--seed", type=number(int, 0), default=SEED, help="seed of everything random")
@@ -852,6 +854,13 @@ def to_dtype(device: str):
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
+def use_checkpointing(args: argparse.Namespace) -> bool:
+    """Return whether activations are computed twice instead of kept: less memory, a third more time."""
+    import torch
+
+    return torch.cuda.is_available() if args.gradient_checkpointing == "auto" else args.gradient_checkpointing == "on"
+
+
 def load_model(args: argparse.Namespace, engine: str):
     """Return the base model, in 4 bits if asked, with fresh LoRA adapters on all seven projections."""
     lora = dict(r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, bias="none",
@@ -867,7 +876,8 @@ def load_model(args: argparse.Namespace, engine: str):
         model, _ = FastLanguageModel.from_pretrained(
             args.model_id, max_seq_length=args.max_seq_length, load_in_4bit=args.load_in_4bit, dtype=None)
         model = FastLanguageModel.get_peft_model(
-            model, **lora, use_gradient_checkpointing="unsloth", random_state=args.seed)
+            model, **lora, random_state=args.seed,
+            use_gradient_checkpointing="unsloth" if use_checkpointing(args) else False)
         add_fused_lm_head(model.get_base_model())
         # Streams have few lengths, so attention compiled for exactly these is worth it: half the time of "any length".
         prefix_grouper_kernel._flex_attention_compiled = torch.compile(flex_attention, dynamic=False)
@@ -1131,7 +1141,7 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
         learning_rate=args.learning_rate, lr_scheduler_type=args.lr_scheduler_type, warmup_steps=args.warmup_steps,
         weight_decay=args.weight_decay, optim=args.optim or ("adamw_8bit" if cuda else "adamw_torch"), seed=args.seed,
         bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16,
-        gradient_checkpointing=cuda, logging_steps=1, save_strategy="epoch", report_to=args.report_to,
+        gradient_checkpointing=use_checkpointing(args), logging_steps=1, save_strategy="epoch", report_to=args.report_to,
         eval_strategy="epoch" if held_out else "no", disable_tqdm=True, dataloader_pin_memory=cuda, use_cpu=not cuda,
         max_length=None, remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True})
     trainer = StreamTrainer(

@@ -14,8 +14,8 @@ import train_qwen3_tool_calling as script
 VOCABULARY = 61
 
 
-def row(prompt: list[int], answer: list[int]) -> dict:
-    return {"input_ids": prompt + answer, "prompt_length": len(prompt)}
+def row(prompt: list[int], answer: list[int], where: str = "x:1") -> script.Sequence:
+    return script.Sequence(where, prompt + answer, len(prompt))
 
 
 def values(stream: dict) -> dict:
@@ -57,7 +57,7 @@ def test_a_tree_with_three_levels_and_a_stranger():
 
 
 def test_filling_tokens_see_only_themselves():
-    stream = values(script.build_stream([row([5, 6], [7])], multiple_of=4))
+    stream = values(script.build_stream([row([5, 6], [7])], lengths=(2, 4, 8)))
     assert stream == {"input_ids": [5, 6, 7, 0], "position_ids": [0, 1, 2, 0], "labels": [-100, -100, 7, -100],
                       "subtree_end": [3, 3, 3, 4]}
 
@@ -76,10 +76,10 @@ def model():
     return model
 
 
-def loss_and_gradients(model, batches: list[list[dict]]) -> tuple[float, dict]:
+def loss_and_gradients(model, batches: list[list[script.Sequence]]) -> tuple[float, dict]:
     """The mean loss over all supervised tokens of the batches, and the gradient of every adapter weight."""
     model.zero_grad()
-    tokens = sum(len(row["input_ids"]) - row["prompt_length"] for batch in batches for row in batch)
+    tokens = sum(len(row.input_ids) - row.prompt_length for batch in batches for row in batch)
     total = 0.0
     for batch in batches:
         loss = script.compute_token_losses(model, script.build_stream(batch), "transformers").sum() / tokens
@@ -88,15 +88,15 @@ def loss_and_gradients(model, batches: list[list[dict]]) -> tuple[float, dict]:
     return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def plain_loss_and_gradients(model, rows: list[dict]) -> tuple[float, dict]:
+def plain_loss_and_gradients(model, rows: list[script.Sequence]) -> tuple[float, dict]:
     """The same by the model's own causal attention and loss, one row at a time, with nothing of this project."""
     model.zero_grad()
-    tokens = sum(len(row["input_ids"]) - row["prompt_length"] for row in rows)
+    tokens = sum(len(row.input_ids) - row.prompt_length for row in rows)
     total = 0.0
     for r in rows:
-        ids = torch.tensor([r["input_ids"]])
+        ids = torch.tensor([r.input_ids])
         labels = ids.clone()
-        labels[0, : r["prompt_length"]] = -100
+        labels[0, : r.prompt_length] = -100
         loss = model(input_ids=ids, labels=labels, num_items_in_batch=tokens).loss
         loss.backward()
         total += loss.item()
@@ -137,11 +137,12 @@ def test_micro_batches_and_fused_accumulation_are_the_same(model):
         assert_same(loss_and_gradients(model, [rows[i : i + size] for i in range(0, len(rows), size)]), expected)
 
 
-def test_filling_changes_nothing(model):
+@pytest.mark.parametrize("build", [lambda rows: script.build_stream(rows, lengths=(64, 128)), script.build_padded])
+def test_filled_streams_and_padded_batches_change_nothing(model, build):
     rows = CASES["several tool sets"]
-    tokens = sum(len(r["input_ids"]) - r["prompt_length"] for r in rows)
+    tokens = sum(len(r.input_ids) - r.prompt_length for r in rows)
     model.zero_grad()
-    loss = script.compute_token_losses(model, script.build_stream(rows, multiple_of=64), "transformers").sum() / tokens
+    loss = script.compute_token_losses(model, build(rows), "transformers").sum() / tokens
     loss.backward()
     filled = loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     assert_same(filled, plain_loss_and_gradients(model, rows))
@@ -174,32 +175,96 @@ def test_every_token_sees_its_own_row_and_nothing_else(rows):
     assert all(len(visible) == stream["position_ids"][q] + 1 for q, visible in enumerate(seen))
     leaves = [q for q in range(len(ids)) if labels[q] != -100 and (q + 1 == len(ids) or labels[q + 1] == -100)]
     got = sorted(([ids[k] for k in seen[q]], sum(labels[k] != -100 for k in seen[q])) for q in leaves)
-    assert got == sorted((r["input_ids"], len(r["input_ids"]) - r["prompt_length"]) for r in rows)
+    assert got == sorted((r.input_ids, len(r.input_ids) - r.prompt_length) for r in rows)
 
 
-def plan(lengths: list[int], shared: int, batch_size: int, steps: int, max_seq_length: int):
-    sequences = [script.Sequence("x", list(range(shared)) + [100 + i] * (length - shared), shared + 1)
+def settings_of(batch_size: int, steps: int, max_seq_length: int, **more) -> argparse.Namespace:
+    return argparse.Namespace(batch_size=batch_size, gradient_accumulation_steps=steps, share_prefix=True, num_epochs=2,
+                              max_seq_length=max_seq_length, seed=1, **more)
+
+
+def plan(lengths: list[int], shared: int, batch_size: int, steps: int, max_seq_length: int, engine="transformers"):
+    sequences = [row(list(range(shared)) + [100 + i] * (length - shared - 1), [7], f"x:{i}")
                  for i, length in enumerate(lengths)]
-    return script.plan_streams(sequences, argparse.Namespace(
-        batch_size=batch_size, gradient_accumulation_steps=steps, max_seq_length=max_seq_length))
+    return script.plan_streams(sequences, settings_of(batch_size, steps, max_seq_length), engine)
 
 
 def test_accumulation_is_fused_as_far_as_the_flags_allow():
-    assert plan([120] * 20, 100, 2, 4, 130) == (8, 1)  # 100 + 8 x 20 = 260 tokens, and 2 x 130 are allowed
-    assert plan([120] * 20, 100, 2, 4, 129) == (4, 2)
-    assert plan([120] * 20, 0, 2, 4, 130) == (2, 4)  # nothing shared, nothing fused
-    assert plan([120] * 3, 100, 2, 4, 130) == (8, 1)  # fewer rows than a step
-    assert plan([120] * 20, 100, 1, 3, 160) == (3, 1)
-    assert plan([130] * 20, 0, 2, 4, 100) == (2, 4)  # too long for the bound: as the flags say
+    assert plan([120] * 20, 100, 2, 4, 130) == (8, 1, (), True)  # 100 + 8 x 20 = 260 tokens, and 2 x 130 are allowed
+    assert plan([120] * 20, 100, 2, 4, 129) == (4, 2, (), True)
+    assert plan([120] * 20, 0, 2, 4, 130) == (2, 4, (), True)  # nothing shared, nothing fused
+    assert plan([120] * 3, 100, 2, 4, 130) == (8, 1, (), True)  # fewer rows than a step
+    assert plan([120] * 20, 100, 1, 3, 160) == (3, 1, (), True)
+    assert plan([130] * 20, 0, 2, 4, 100) == (2, 4, (), True)  # too long for the bound: as the flags say
+
+
+def test_streams_for_compiled_attention_have_few_lengths():
+    assert plan([120] * 20, 100, 2, 4, 130, engine="unsloth").lengths == (256, 384)  # 260 tokens; the last, 4 rows, 180
+    assert script.choose_lengths([100]) == (128,)
+    assert script.choose_lengths([1900, 1950, 2000, 2040]) == (2048,)  # all within a tenth of the longest
+    assert script.choose_lengths([100, 500, 1000, 2000]) == (128, 512, 1024, 2048)
+    assert script.choose_lengths([128] * 99 + [129]) == (128, 256)
+
+
+def test_no_sharing_is_the_batches_of_the_flags():
+    args = settings_of(2, 4, 130)
+    args.share_prefix = False
+    rows = [row([1, 2, 3], [4]), row([1, 2], [5, 6])]
+    plan = script.plan_streams(rows, args, "unsloth")
+    assert plan == (2, 4, (), False)
+    batch = script.build_batch(rows, plan)
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
+        "input_ids": [[1, 2, 3, 4], [1, 2, 5, 6]], "labels": [[-100, -100, -100, 4], [-100, -100, 5, 6]],
+        "attention_mask": [[1, 1, 1, 1], [1, 1, 1, 1]]}
+
+
+def many_tools() -> list[script.Sequence]:
+    """Three tool sets with 20, 9 and 1 rows; the first set's rows are turns of conversations, two a row of the file."""
+    prefixes = [list(range(100, 120)), list(range(200, 220)), list(range(300, 320))]
+    rows = [row(prefixes[0] + [i], [1], f"x:{i // 2}") for i in range(20)]
+    return [*rows, *(row(prefixes[1] + [i], [1], f"y:{i}") for i in range(9)), row(prefixes[2], [1], "z:1")]
+
+
+def test_rows_of_the_same_tools_are_grouped():
+    groups = script.group_rows(many_tools())
+    assert sorted(sum(len(turns) for turns in group) for group in groups) == [1, 9, 20]
+    assert sorted(map(sorted, groups[0])) == [[i, i + 1] for i in range(0, 20, 2)]  # turns stay together
+
+
+def test_the_order_is_random_repeatable_and_lets_rows_meet():
+    groups = script.group_rows(many_tools())
+    order = script.order_rows(groups, 4, seed=1, epoch=0)
+    assert sorted(order) == list(range(30))
+    assert order == script.order_rows(groups, 4, seed=1, epoch=0)
+    assert order != script.order_rows(groups, 4, seed=1, epoch=1) != script.order_rows(groups, 4, seed=2, epoch=1)
+    tool_set = [0 if i < 20 else 1 if i < 29 else 2 for i in order]
+    changes = sum(a != b for a, b in zip(tool_set, tool_set[1:]))
+    assert changes <= 9  # nine pieces of about four rows; a plain shuffle changes about 14 times
+    one_group = script.group_rows(many_tools()[20:29])
+    assert len({tuple(script.order_rows(one_group, 4, 1, epoch)) for epoch in range(50)}) > 45
+
+
+def test_the_self_check_passes_and_a_broken_mask_fails_it(model, monkeypatch, capsys):
+    train = CASES["one tool set"] + CASES["one tool set"]
+    planned = script.Plan(4, 1)
+    args = settings_of(4, 1, 100)
+    assert script.check_sharing(args, model, train, planned, "transformers") == planned
+    assert capsys.readouterr().out.startswith("check    sharing changes the loss of 4 rows by ")
+
+    def everything_before(subtree_end):
+        return torch.ones(1, 1, len(subtree_end), len(subtree_end), dtype=torch.bool).tril()
+
+    monkeypatch.setattr(script, "to_attention_mask", everything_before)
+    assert script.check_sharing(args, model, train, planned, "transformers") == script.Plan(4, 1, share_prefix=False)
+    assert "more than rounding (1e-04): sharing is switched off" in capsys.readouterr().err
 
 
 def test_held_out_loss_is_a_mean_over_tokens(model):
     rows = CASES["one tool set"] + CASES["single rows"]
-    sequences = [script.Sequence("x", r["input_ids"], r["prompt_length"]) for r in rows]
     model.train()
     expected = plain_loss_and_gradients(model, rows)[0]
     for size in (1, 2, 6):
-        loss = script.score_loss(model, script.to_streams(sequences, size), "transformers")
+        loss = script.score_loss(model, script.to_batches(rows, script.Plan(size, 1)), "transformers")
         assert loss == pytest.approx(expected, rel=1e-5)
     assert model.training
 

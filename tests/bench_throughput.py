@@ -1,0 +1,234 @@
+"""Throughput of this script beside the recipes in use today: same rows, same LoRA, one table.
+
+    python tests/bench_throughput.py --model_id Qwen/Qwen3-0.6B       # a CUDA machine: tables 1 and 2
+    python tests/bench_throughput.py --cpu                            # two CPU cores, the embedded base
+
+Every recipe trains in a process of its own (Unsloth changes the libraries for good) through TRL's SFTTrainer. The
+processes load their models side by side and then wait for each other, so that one at a time uses the GPU. A step is
+timed from its first micro-batch to its optimizer step, with the device synchronised; the first steps are not counted.
+"""
+
+import argparse
+import fcntl
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import train_qwen3_tool_calling as script  # noqa: E402  (imports the standard library only)
+
+# name: label, engine, how rows are batched, flags, batch size, accumulation steps
+FOUR_BIT, SIXTEEN_BIT = ["--load_in_4bit"], ["--no-load_in_4bit", "--gradient_checkpointing", "off"]
+PADDED, PACKED, SHARED = "padded", "packed", "shared"
+RECIPES = {
+    "a": ("Unsloth, 4-bit, padded", "unsloth", PADDED, FOUR_BIT, 2, 4),
+    "b16": ("Unsloth, 4-bit, padded", "unsloth", PADDED, FOUR_BIT, 16, 1),
+    "b32": ("Unsloth, 4-bit, padded", "unsloth", PADDED, FOUR_BIT, 32, 1),
+    "c": ("Unsloth, 4-bit, packed to 8,192", "unsloth", PACKED, FOUR_BIT, 4, 1),
+    "d4": ("Transformers + PEFT + TRL, 4-bit, padded", "transformers", PADDED, FOUR_BIT, 8, 1),
+    "d16": ("Transformers + PEFT + TRL, 16-bit, padded", "transformers", PADDED, SIXTEEN_BIT, 32, 1),
+    "e8": ("this script, 4-bit, defaults", "unsloth", SHARED, FOUR_BIT, 2, 4),
+    "e128": ("this script, 4-bit", "unsloth", SHARED, FOUR_BIT, 128, 1),
+    "e16": ("this script, 16-bit", "unsloth", SHARED, SIXTEEN_BIT, 128, 1),
+}
+GROWTH = {f"tools {tools}, rows {rows}": (tools, rows) for tools, rows in
+          [(6, 128), (60, 128), (8, 8), (8, 32), (8, 512)]}
+CPU_RECIPES = {
+    "padded": ("Transformers + PEFT + TRL, 4-bit, padded", "transformers", PADDED, FOUR_BIT, 2, 4),
+    "e8": ("this script, 4-bit, defaults", "transformers", SHARED, FOUR_BIT, 2, 4),
+}
+
+
+def make_rows(args: argparse.Namespace, tokenizer, tools: int | None) -> list[script.Sequence]:
+    """Return the training sequences; with `tools`, every row lists that many (renamed copies make up the number)."""
+    examples = script.read_examples(args)
+    if tools:
+        own = examples[0].tools
+        copies = [{**tool, "function": {**tool["function"], "name": f"{tool['function']['name']}_{i // len(own) + 1}"}}
+                  for i, tool in enumerate(own * (tools // len(own) + 1))]
+        listed = [*own, *copies[len(own) :]][:tools]
+        names = {tool["function"]["name"] for tool in listed}
+        called = [{call["function"]["name"] for m in example.messages for call in m.get("tool_calls", [])}
+                  for example in examples]
+        examples = [example._replace(tools=listed) for example, calls in zip(examples, called) if calls <= names]
+    groups, problems = script.render_examples(tokenizer, examples, args.max_seq_length)
+    script.report_problems(problems, "error", len(examples))
+    return [sequence for group in groups for sequence in group]
+
+
+def make_stock_trainer(args, model, tokenizer, train, packing: bool):
+    """Return TRL's SFTTrainer as its users set it up, on the same tokens and labels."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    cuda = model.device.type == "cuda"
+    rows = {"input_ids": [row.input_ids for row in train],
+            "labels": [[-100] * row.prompt_length + row.input_ids[row.prompt_length :] for row in train]}
+    config = SFTConfig(
+        output_dir=args.output_dir, per_device_train_batch_size=args.batch_size, max_steps=args.max_steps,
+        gradient_accumulation_steps=args.gradient_accumulation_steps, learning_rate=args.learning_rate, bf16=cuda,
+        optim="adamw_8bit" if cuda else "adamw_torch", gradient_checkpointing=script.use_checkpointing(args),
+        logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=not cuda, seed=args.seed,
+        packing=packing, max_length=8192 if packing else None, remove_unused_columns=not packing,
+        dataset_kwargs=None if packing else {"skip_prepare_dataset": True})
+    return SFTTrainer(model=model, args=config, processing_class=tokenizer, train_dataset=Dataset.from_dict(rows))
+
+
+def count_rows(inputs: dict) -> int:
+    """Return how many training rows a micro-batch holds."""
+    if "subtree_end" in inputs:
+        labels = inputs["labels"][0]
+        return int(((labels[1:] != -100) & (labels[:-1] == -100)).sum())
+    if "packed_seq_lengths" in inputs:
+        return int((inputs["packed_seq_lengths"] > 1).sum())
+    if "position_ids" in inputs:
+        return int((inputs["position_ids"] == 0).sum())
+    return len(inputs["input_ids"])
+
+
+def time_steps(trainer, warm_up: int) -> dict:
+    """Train, and return the median step in seconds, rows and tokens per step, and the peak memory in GiB."""
+    import torch
+    from transformers import TrainerCallback
+
+    cuda, steps, micro_step = trainer.model.device.type == "cuda", [], trainer.training_step
+
+    def counted(model, inputs, *args, **kwargs):
+        steps[-1]["rows"] += count_rows(inputs)
+        steps[-1]["tokens"] += inputs["input_ids"].numel()
+        return micro_step(model, inputs, *args, **kwargs)
+
+    class Timer(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            torch.cuda.synchronize() if cuda else None
+            steps.append({"rows": 0, "tokens": 0, "start": time.perf_counter()})
+
+        def on_step_end(self, args, state, control, **kwargs):
+            torch.cuda.synchronize() if cuda else None
+            steps[-1]["end"] = time.perf_counter()
+
+    trainer.training_step = counted
+    trainer.add_callback(Timer())
+    torch.cuda.reset_peak_memory_stats() if cuda else None
+    trainer.train()
+    timed = steps[warm_up:]
+    # From one step's end to the next one's: the time to fetch the data counts too.
+    seconds = statistics.median(after["end"] - before["end"] for before, after in zip(steps[warm_up - 1 :], timed))
+    rows = statistics.mean(step["rows"] for step in timed)
+    return {"seconds": seconds, "rows": rows, "tokens": statistics.mean(step["tokens"] for step in timed),
+            "samples_per_second": rows / seconds, "first_step": steps[0]["end"] - steps[0]["start"],
+            "peak": torch.cuda.max_memory_reserved() / 2**30 if cuda else 0.0, "steps": len(timed)}
+
+
+def run_recipe(options, engine: str, kind: str, flags: list[str], batch_size: int, accumulation: int,
+               tools: int | None = None) -> dict:
+    """Load, wait for the device to be free, train and time one recipe in this process."""
+    folder = tempfile.mkdtemp()
+    args = script.parse_args([
+        "--model_id", options.model_id, "--engine", engine, "--output_dir", folder, "--num_epochs", "40", *flags,
+        "--max_steps", str(options.warm_up + options.steps), "--max_seq_length", "16384" if tools else "2048",
+        "--batch_size", str(batch_size), "--gradient_accumulation_steps", str(accumulation),
+        "--dataset_path", options.dataset_path, "--tools_path", options.tools_path])
+    script.start_engine(args)
+    tokenizer = script.load_tokenizer(args.model_id)
+    train = make_rows(args, tokenizer, tools)
+    args.num_epochs = -(-args.max_steps * batch_size * accumulation // len(train))
+    model = script.load_model(args, engine)
+    Path(options.result).with_suffix(".ready").touch()
+    with open(options.lock, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if kind == SHARED:
+            plan = script.plan_streams(train, args, engine)
+            trainer = script.build_trainer(args, engine, model, tokenizer, train, [], plan)
+        else:
+            trainer = make_stock_trainer(args, model, tokenizer, train, packing=kind == PACKED)
+        return time_steps(trainer, options.warm_up)
+
+
+def run_all(options, jobs: dict[str, list]) -> dict[str, dict]:
+    """Run each job in its own process; return the results of those that succeeded."""
+    processes, results, lock = {}, {}, open(options.lock, "w")
+    fcntl.flock(lock, fcntl.LOCK_EX)  # nobody is timed while others still load
+    for name, job in jobs.items():
+        output = Path(options.folder) / f"{len(processes)}.json"
+        command = [sys.executable, __file__, "--job", json.dumps(job), "--result", str(output), "--lock", options.lock,
+                   "--model_id", options.model_id, "--dataset_path", options.dataset_path, "--warm_up",
+                   str(options.warm_up), "--steps", str(options.steps), "--tools_path", options.tools_path]
+        log = open(output.with_suffix(".log"), "w")
+        processes[name] = (subprocess.Popen(command, stdout=log, stderr=log), output)
+    while any(p.poll() is None and not out.with_suffix(".ready").exists() for p, out in processes.values()):
+        time.sleep(0.2)
+    fcntl.flock(lock, fcntl.LOCK_UN)
+    for name, (process, output) in processes.items():
+        process.wait()
+        if output.is_file():
+            results[name] = json.loads(output.read_text())
+        else:
+            lines = output.with_suffix(".log").read_text().strip().splitlines() or [""]
+            print(f"{name}: failed: {lines[-1][:300]}", file=sys.stderr)
+    return results
+
+
+def print_tables(options, jobs: dict, results: dict) -> None:
+    """Print table 1 (recipes) and table 2 (growth) in Markdown, ready for the README."""
+    print("\n| | recipe | rows per step | samples/s | tokens computed per row | ms per step | peak GiB | first step s |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, job in jobs.items():
+        if name in results and name not in GROWTH:
+            r = results[name]
+            print(f"| {name} | {job[0]} | {r['rows']:.0f} | {r['samples_per_second']:.1f} | {r['tokens'] / r['rows']:,.0f} "
+                  f"| {1000 * r['seconds']:.0f} | {r['peak']:.2f} | {r['first_step']:.1f} |")
+    speed = {name: result["samples_per_second"] for name, result in results.items()}
+    others = {name: speed[name] for name in speed if name not in GROWTH and not name.startswith("e")}
+    if others:
+        best = max(others, key=others.get)
+        for name in speed:
+            if name.startswith("e"):
+                base = f" and {speed[name] / speed['a']:.1f} times (a)" if "a" in speed else ""
+                print(f"\n({name}) is {speed[name] / others[best]:.1f} times ({best}), the best of the others{base}")
+    growth = [name for name in GROWTH if name in results]
+    if growth:
+        print("\n| growth, this script, 4-bit | samples/s | ms per row | peak GiB |\n|---|---|---|---|")
+        for name in growth:
+            r = results[name]
+            print(f"| {name} | {r['samples_per_second']:.1f} | {1000 / r['samples_per_second']:.2f} | {r['peak']:.2f} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_id", default=script.MODEL_ID)
+    parser.add_argument("--dataset_path", default=str(ROOT / script.DATASET_PATH))
+    parser.add_argument("--tools_path", default=str(ROOT / script.TOOLS_PATH))
+    parser.add_argument("--cpu", action="store_true", help="compare padded and shared on CPU with the embedded base")
+    parser.add_argument("--only", help="comma-separated names of recipes")
+    parser.add_argument("--warm_up", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=20)
+    for hidden in ("--job", "--result", "--lock"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.job:
+        result = run_recipe(options, *json.loads(options.job)[1:])
+        Path(options.result).write_text(json.dumps(result))
+        return
+    jobs = {name: list(recipe) for name, recipe in (CPU_RECIPES if options.cpu else RECIPES).items()}
+    if options.cpu:
+        options.model_id = str(ROOT / "models" / "tiny-qwen3")
+    else:
+        jobs |= {name: [name, "unsloth", SHARED, FOUR_BIT, rows, 1, tools] for name, (tools, rows) in GROWTH.items()}
+    if options.only:
+        jobs = {name: job for name, job in jobs.items() if name in options.only.split(",")}
+    options.folder = tempfile.mkdtemp()
+    options.lock = str(Path(options.folder) / "lock")
+    start = time.perf_counter()
+    results = run_all(options, jobs)
+    print_tables(options, jobs, results)
+    print(f"\n{options.warm_up} warm-up and {options.steps} timed steps each; {time.perf_counter() - start:.0f} s in all")
+
+
+if __name__ == "__main__":
+    main()
