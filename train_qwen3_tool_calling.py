@@ -52,7 +52,7 @@ TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"
 
 SHOWN_ROWS = 3  # held-out requests whose answers are shown before and after
 MAX_NEW_TOKENS = 256  # for those answers
-CHECKED_ROWS = 4  # rows on which sharing the prefix is compared with rows one by one, at the start of each run
+CHECKED_ROWS = 4  # at most so many rows are computed shared and by themselves at the start of each run, and compared
 READ_BACK_ROWS = 200  # held-out rows on which the merged model is compared with the adapter
 MERGE_SLACK = 0.02  # nats per token by which a merge after 4-bit training may be worse: 2 % of a small loss is noise
 SHOWN_PROBLEMS = 20
@@ -1008,45 +1008,42 @@ def score_loss(model, batches, engine: str) -> float:
 
 
 def compare_sharing(model, rows: list[Sequence], lengths: tuple[int, ...], engine: str) -> tuple[float, float]:
-    """Return the relative difference of (loss, gradient) between rows in one stream and rows one at a time.
+    """Return the relative difference of (loss, gradient) between rows in one stream and rows by themselves.
 
-    The single rows go through the model's own causal attention, so nothing of the stream is in them.
+    By themselves: as an ordinary padded batch through the model's own causal attention, with nothing of the stream.
     """
     import torch
 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
-    def compute(batches):
+    def compute(batch):
         model.zero_grad()
-        total = 0.0
-        for batch in batches:
-            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            with autocast(model):
-                loss = compute_token_losses(model, batch, engine).sum()
-            loss.backward()
-            total += loss.item()
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        with autocast(model):
+            loss = compute_token_losses(model, batch, engine).sum()
+        loss.backward()
         gradient = torch.cat([parameter.grad.float().flatten() for parameter in parameters])
         model.zero_grad()
-        return total, gradient
+        return loss.item(), gradient
 
     was_training = model.training
     model.train()
-    shared = compute([build_stream(rows, lengths)])
-    single = compute([build_padded([row]) for row in rows])
+    shared = compute(build_stream(rows, lengths))
+    single = compute(build_padded(rows))
     model.train(was_training)
     return (abs(shared[0] - single[0]) / abs(single[0]),
             ((shared[1] - single[1]).norm() / single[1].norm()).item())
 
 
 def check_sharing(args: argparse.Namespace, model, train: list[Sequence], plan: Plan, engine: str) -> Plan:
-    """Compute the first rows of the run shared and one by one; return the plan, without sharing if they differ."""
+    """Compute the first rows of the run shared and by themselves; return the plan, without sharing if they differ."""
     import torch
 
     if not plan.share_prefix:
         return plan
     start = time.perf_counter()
     order = order_rows(group_rows(train), piece_size(plan.rows), args.seed, epoch=0)
-    rows = [train[i] for i in order[: min(plan.rows, CHECKED_ROWS)]]
+    rows = [train[i] for i in order[: max(2, min(args.batch_size, CHECKED_ROWS))]]
     loss, gradient = compare_sharing(model, rows, plan.lengths, engine)
     limit = 1e-4 if to_dtype(model.device.type) == torch.float32 else 2e-2  # of rounding
     if loss <= limit and gradient <= limit:
