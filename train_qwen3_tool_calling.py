@@ -720,6 +720,12 @@ def piece_size(rows: int) -> int:
     return max(1, rows // 2)
 
 
+def first_rows(train: list[Sequence], args: argparse.Namespace, plan: Plan, count: int) -> list[Sequence]:
+    """Return the rows that the run will compute first."""
+    order = order_rows(group_rows(train), piece_size(plan.rows), args.seed, epoch=0)
+    return [train[i] for i in order[:count]]
+
+
 def plan_streams(sequences: list[Sequence], args: argparse.Namespace, engine: str) -> Plan:
     """Fuse accumulation steps into one stream as far as the flags' memory allows, for every stream of the run.
 
@@ -776,8 +782,10 @@ def start_engine(args: argparse.Namespace) -> str:
         # Its generated trainers belong with the run, not into the folder the user happens to stand in.
         os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path(args.output_dir).resolve() / "unsloth_compiled"))
         import unsloth  # noqa: F401
+    import transformers
+
     quiet_libraries()
-    transformers_seed(args.seed)
+    transformers.set_seed(args.seed)
     return engine
 
 
@@ -794,13 +802,6 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)
-
-
-def transformers_seed(seed: int) -> None:
-    """Seed Python, NumPy and torch."""
-    from transformers import set_seed
-
-    set_seed(seed)
 
 
 def check_model(model_id: str, flag: str = "--model_id"):
@@ -1042,8 +1043,7 @@ def check_sharing(args: argparse.Namespace, model, train: list[Sequence], plan: 
     if not plan.share_prefix:
         return plan
     start = time.perf_counter()
-    order = order_rows(group_rows(train), piece_size(plan.rows), args.seed, epoch=0)
-    rows = [train[i] for i in order[: max(2, min(args.batch_size, CHECKED_ROWS))]]
+    rows = first_rows(train, args, plan, max(2, min(args.batch_size, CHECKED_ROWS)))
     loss, gradient = compare_sharing(model, rows, plan.lengths, engine)
     limit = 1e-4 if to_dtype(model.device.type) == torch.float32 else 2e-2  # of rounding
     if loss <= limit and gradient <= limit:
@@ -1382,8 +1382,7 @@ def render_all(args: argparse.Namespace, tokenizer, examples: list[Example]) -> 
 
 def show_plan(train: list[Sequence], args: argparse.Namespace, plan: Plan) -> None:
     """Print how many tokens the first step computes, beside what padded batches would."""
-    order = order_rows(group_rows(train), piece_size(plan.rows), args.seed, epoch=0)
-    step = [train[i] for i in order[: plan.rows * plan.accumulation]]
+    step = first_rows(train, args, plan, plan.rows * plan.accumulation)
     streams = [build_batch(step[i : i + plan.rows], plan) for i in range(0, len(step), plan.rows)]
     computed = sum(stream["input_ids"].numel() for stream in streams)
     batches = [build_padded(step[i : i + args.batch_size]) for i in range(0, len(step), args.batch_size)]
