@@ -52,7 +52,8 @@ TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"
 
 SHOWN_ROWS = 3  # held-out requests whose answers are shown before and after
 MAX_NEW_TOKENS = 256  # for those answers
-CHECKED_ROWS = 4  # at most so many rows are computed shared and by themselves at the start of each run, and compared
+CHECKED_ROWS = 8  # so many rows are computed shared and by themselves at the start of each run, and compared
+RECORDED_BYTES = 2**30  # a stream whose layers' inputs take more than this is not recorded as a CUDA graph
 READ_BACK_ROWS = 64  # held-out rows on which the merged model is compared with the adapter
 MERGE_SLACK = 0.02  # nats per token by which a merge after 4-bit training may be worse: 2 % of a small loss is noise
 SHOWN_PROBLEMS = 20
@@ -155,6 +156,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                        help="compute activations twice instead of keeping them; auto: on with CUDA")
     train.add_argument("--share_prefix", action=argparse.BooleanOptionalAction, default=True,
                        help="compute what rows have in common once per stream")
+    train.add_argument("--cuda_graphs", action=argparse.BooleanOptionalAction, default=True,
+                       help="record the step and replay it with a few launches (Unsloth)")
     train.add_argument("--seed", type=number(int, 0), default=SEED, help="seed of everything random")
 
     output = parser.add_argument_group("output")
@@ -669,14 +672,15 @@ def build_padded(rows: list[Sequence]) -> dict:
     """Return the rows as an ordinary batch, padded on the right: int64 [rows, longest]; for --no-share_prefix."""
     import torch
 
-    longest = max(len(row.input_ids) for row in rows)
-    padded = {"input_ids": [], "labels": [], "attention_mask": []}
-    for row in rows:
-        size, fill = len(row.input_ids), longest - len(row.input_ids)
-        padded["input_ids"].append(row.input_ids + [0] * fill)
-        padded["labels"].append([-100] * row.prompt_length + row.input_ids[row.prompt_length :] + [-100] * fill)
-        padded["attention_mask"].append([1] * size + [0] * fill)
-    return {name: torch.tensor(values) for name, values in padded.items()}
+    shape = len(rows), max(len(row.input_ids) for row in rows)
+    padded = {"input_ids": torch.zeros(shape, dtype=torch.int64), "labels": torch.full(shape, -100),
+              "attention_mask": torch.zeros(shape, dtype=torch.int64)}
+    for i, row in enumerate(rows):
+        tokens = torch.as_tensor(row.input_ids)
+        padded["input_ids"][i, : len(tokens)] = tokens
+        padded["labels"][i, row.prompt_length : len(tokens)] = tokens[row.prompt_length :]
+        padded["attention_mask"][i, : len(tokens)] = 1
+    return padded
 
 
 def build_batch(rows: list[Sequence], plan: Plan) -> dict:
@@ -748,13 +752,13 @@ def plan_streams(sequences: list[Sequence], args: argparse.Namespace, engine: st
 def choose_lengths(sizes: list[int]) -> tuple[int, ...]:
     """Return the few lengths that streams are filled up to, because attention is compiled anew for each length.
 
-    Quartiles, rounded up to the kernel's 128; a length less than a tenth below the next is not worth compiling.
+    Quartiles, rounded up to the kernel's 128; a length less than a quarter below the next is not worth compiling.
     """
     sizes = sorted(sizes)
     quartiles = {-(-sizes[(len(sizes) - 1) * quarter // 4] // 128) * 128 for quarter in (1, 2, 3, 4)}
     lengths: list[int] = []
     for length in sorted(quartiles, reverse=True):
-        if not lengths or length <= 0.9 * lengths[-1]:
+        if not lengths or length <= 0.75 * lengths[-1]:
             lengths.append(length)
     return tuple(reversed(lengths))
 
@@ -781,6 +785,10 @@ def start_engine(args: argparse.Namespace) -> str:
             raise RuntimeError(f"Unsloth must be imported before {', '.join(late)}: it patches them")
         # Its generated trainers belong with the run, not into the folder the user happens to stand in.
         os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path(args.output_dir).resolve() / "unsloth_compiled"))
+        if args.share_prefix:
+            os.environ.setdefault("UNSLOTH_BLOCK_COMPILE", "0")  # compiled blocks serve padded batches, for ten seconds
+            os.environ.setdefault("UNSLOTH_LOGPROB_CHUNK_GB", "0.0625")  # scratch for logits and for cuBLAS: with
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")  # 0.3 GB more they are no faster
         import unsloth  # noqa: F401
     import transformers
 
@@ -862,7 +870,51 @@ def use_checkpointing(args: argparse.Namespace) -> bool:
     return torch.cuda.is_available() if args.gradient_checkpointing == "auto" else args.gradient_checkpointing == "on"
 
 
-def load_model(args: argparse.Namespace, engine: str):
+def to_attention_mask(subtree_end):
+    """Return which keys a query sees, as bool [1, 1, queries, keys], from subtree_end [tokens]."""
+    import torch
+
+    index = torch.arange(len(subtree_end), device=subtree_end.device)
+    return ((index[None, :] <= index[:, None]) & (index[:, None] < subtree_end[None, :]))[None, None]
+
+
+def to_key_blocks(attention_mask) -> list[list[int]]:
+    """Return for each block of queries the blocks of keys of which it sees anything, from a mask [1, 1, tokens, tokens]."""
+    import torch
+
+    size, length = block_size(attention_mask), attention_mask.shape[-1]
+    blocks, fill = -(-length // size), -length % size
+    padded = torch.nn.functional.pad(attention_mask[0, 0], (0, fill, 0, fill))
+    return [row.nonzero()[:, 0].tolist() for row in padded.view(blocks, size, blocks, size).any(dim=3).any(dim=1).cpu()]
+
+
+def block_size(tensor) -> int:
+    """Return how many tokens a block of attention has: few on CPU, to skip much; many on a GPU, to launch little."""
+    return 128 if tensor.device.type == "cpu" else 1024
+
+
+def attend_in_blocks(module, query, key, value, attention_mask, scaling=None, key_blocks=None, **kwargs):
+    """Return PyTorch's attention [1, tokens, heads, head_dim] without the blocks in which nothing is seen.
+
+    A stream of many rows is mostly such blocks. Without `key_blocks` this is the attention of Transformers' "sdpa".
+    """
+    import torch
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if key_blocks is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    size, outputs = block_size(query), []
+    keys, values = key.split(size, dim=2), value.split(size, dim=2)
+    for queries, mask, blocks in zip(query.split(size, dim=2), attention_mask.split(size, dim=2), key_blocks):
+        masks = mask.split(size, dim=3)
+        outputs.append(torch.nn.functional.scaled_dot_product_attention(
+            queries, torch.cat([keys[block] for block in blocks], dim=2),
+            torch.cat([values[block] for block in blocks], dim=2), torch.cat([masks[block] for block in blocks], dim=3),
+            scale=scaling, enable_gqa=query.shape[1] != key.shape[1]))
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def load_model(args: argparse.Namespace, engine: str, plan: Plan):
     """Return the base model, in 4 bits if asked, with fresh LoRA adapters on all seven projections."""
     lora = dict(r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, bias="none",
                 target_modules=TARGET_MODULES)
@@ -882,17 +934,22 @@ def load_model(args: argparse.Namespace, engine: str):
         add_fused_lm_head(model.get_base_model())
         # Streams have few lengths, so attention compiled for exactly these is worth it: half the time of "any length".
         prefix_grouper_kernel._flex_attention_compiled = torch.compile(flex_attention, dynamic=False)
+        # A recorded gradient lies where the next one will be written, so there must be one stream per step.
+        read_streams(model, record=args.cuda_graphs and plan.accumulation == 1 and not args.lora_dropout)
         return model
 
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.masking_utils import sdpa_mask
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = to_dtype(device)
     four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                   bnb_4bit_compute_dtype=dtype)
+    AttentionInterface.register("blocks", attend_in_blocks)
+    AttentionMaskInterface.register("blocks", sdpa_mask)
     model = AutoModelForCausalLM.from_pretrained(
-        args.model_id, dtype=dtype, attn_implementation="sdpa", device_map=device,
+        args.model_id, dtype=dtype, attn_implementation="blocks", device_map=device,
         quantization_config=four_bit if args.load_in_4bit else None)
     model.config.use_cache = False
     for module in model.modules():
@@ -900,37 +957,6 @@ def load_model(args: argparse.Namespace, engine: str):
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
-
-
-def compute_token_losses(model, batch: dict, engine: str):
-    """Return the loss in nats of each supervised token of a batch, fp32 [supervised tokens], with its gradient.
-
-    In a stream, attention is limited to each token's ancestors. The vocabulary projection, the largest of all
-    multiplications, is computed only where a token is supervised.
-    """
-    import torch
-
-    inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "subtree_end")}
-    labels = batch["labels"][:, 1:]
-    supervised = labels != -100
-    if engine == "unsloth":  # TRL's head: a Triton kernel that never holds all logits
-        if "subtree_end" in batch:
-            inputs["prefix_seg_info"] = to_prefix_seg_info(batch["subtree_end"][0])
-        outputs = model(**inputs, labels=batch["labels"], fused_lm_head=True)
-        return -outputs.log_probs[supervised].float()
-    if "subtree_end" in batch:
-        inputs["attention_mask"] = to_attention_mask(batch["subtree_end"][0])
-    columns = supervised.any(dim=0).nonzero()[:, 0]
-    logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits[supervised[:, columns]]
-    return torch.nn.functional.cross_entropy(logits.float(), labels[supervised], reduction="none")
-
-
-def to_attention_mask(subtree_end):
-    """Return which keys a query sees, as bool [1, 1, queries, keys], from subtree_end [tokens]."""
-    import torch
-
-    index = torch.arange(len(subtree_end), device=subtree_end.device)
-    return ((index[None, :] <= index[:, None]) & (index[:, None] < subtree_end[None, :]))[None, None]
 
 
 def to_prefix_seg_info(subtree_end):
@@ -952,6 +978,85 @@ def to_prefix_seg_info(subtree_end):
     kernel._BLOCK_MASK_CACHE[(seg_info.signature, str(subtree_end.device))] = kernel._create_block_mask_compiled(
         sees, B=1, H=None, Q_LEN=length, KV_LEN=length, device=subtree_end.device)
     return seg_info
+
+
+def read_streams(model, record: bool) -> None:
+    """Make Unsloth's decoder take streams (`subtree_end`), and replay them as CUDA graphs where that pays.
+
+    The step of a small model is bound by the launch of its 6,000 kernels, not by their work. With `record`, forward and
+    backward of each stream length are recorded when it first comes in training, and from then on replayed by two
+    launches. Layers are then checkpointed without Unsloth's copies to the CPU, which a graph cannot hold; long streams,
+    whose checkpoints would take much memory and which keep the GPU busy anyway, are left to those.
+    """
+    import torch.utils.checkpoint
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    decoder = model.get_base_model().model
+    eager, graphs, pool = decoder.forward, {}, torch.cuda.graph_pool_handle()
+
+    class Stream(torch.nn.Module):
+        def __init__(self, length: int):
+            super().__init__()
+            self.decoder, self.packed_seq_lengths = decoder, torch.tensor([length])
+
+        def forward(self, input_ids, position_ids, subtree_end):
+            # Given packed_seq_lengths, Unsloth need not wait for the GPU to find them, which a graph cannot.
+            return eager(input_ids=input_ids, position_ids=position_ids, packed_seq_lengths=self.packed_seq_lengths,
+                         prefix_seg_info=to_prefix_seg_info(subtree_end)).last_hidden_state
+
+    def to_graph(*tensors):
+        checkpoint = getattr(torch.utils.checkpoint, "_old_checkpoint", torch.utils.checkpoint.checkpoint)
+        unsloth_checkpoint = getattr(decoder.layers[0], "_gradient_checkpointing_func", None)
+        torch.cuda.empty_cache()
+        try:
+            for layer in decoder.layers:
+                layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+            with torch.autocast("cuda", torch.get_autocast_dtype("cuda"), cache_enabled=False):
+                return torch.cuda.make_graphed_callables(
+                    Stream(len(tensors[-1])), tuple(t.clone() for t in tensors), num_warmup_iters=1, pool=pool)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # which leaves CUDA's allocator in a state not to be trusted
+            raise UserError(f"the step cannot be recorded as a CUDA graph ({str(error).splitlines()[0]}); "
+                            "run again with --no-cuda_graphs, slower") from None
+        finally:
+            for layer in decoder.layers:
+                layer._gradient_checkpointing_func = unsloth_checkpoint
+
+    def forward(*inputs, subtree_end=None, **kwargs):
+        if subtree_end is None:
+            return eager(*inputs, **kwargs)
+        length, tensors = len(subtree_end), (kwargs["input_ids"], kwargs["position_ids"], subtree_end)
+        stream, held = Stream(length), 2 * length * decoder.config.hidden_size * len(decoder.layers)
+        if record and decoder.training and torch.is_grad_enabled() and held <= RECORDED_BYTES:
+            graphs[length] = stream = graphs.get(length) or to_graph(*tensors)
+        return BaseModelOutputWithPast(last_hidden_state=stream(*tensors))
+
+    decoder.forward = forward
+
+
+def compute_token_losses(model, batch: dict, engine: str):
+    """Return the loss in nats of each supervised token of a batch, fp32 [supervised tokens], with its gradient.
+
+    In a stream, attention is limited to each token's ancestors. The vocabulary projection, the largest of all
+    multiplications, is computed only where a token is supervised.
+    """
+    import torch
+
+    inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "subtree_end")}
+    labels = batch["labels"][:, 1:]
+    supervised = labels != -100
+    if engine == "unsloth":  # TRL's head: a Triton kernel that never holds all logits
+        if "subtree_end" in batch:
+            inputs["subtree_end"] = batch["subtree_end"][0]
+        outputs = model(**inputs, labels=batch["labels"], fused_lm_head=True)
+        return -outputs.log_probs[supervised].float()
+    if "subtree_end" in batch:
+        inputs["attention_mask"] = to_attention_mask(batch["subtree_end"][0])
+        inputs["key_blocks"] = to_key_blocks(inputs["attention_mask"])
+    columns = supervised.any(dim=0).nonzero()[:, 0]
+    logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits[supervised[:, columns]]
+    return torch.nn.functional.cross_entropy(logits.float(), labels[supervised], reduction="none")
 
 
 def generate_answers(model, tokenizer, sequences: list[Sequence], engine: str) -> list[str]:
@@ -1008,51 +1113,70 @@ def score_loss(model, batches, engine: str) -> float:
     return total / tokens
 
 
-def compare_sharing(model, rows: list[Sequence], lengths: tuple[int, ...], engine: str) -> tuple[float, float]:
-    """Return the relative difference of (loss, gradient) between rows in one stream and rows by themselves.
+def free_gpu() -> None:
+    """Give the GPU memory of models that are no longer held back to the driver, for the next process."""
+    import gc
 
-    By themselves: as an ordinary padded batch through the model's own causal attention, with nothing of the stream.
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def compute_gradient(model, batches: list[dict], engine: str):
+    """Return (loss summed over the supervised tokens, its gradient as one fp32 vector on the CPU) of the batches."""
+    import torch
+
+    parameters, total = [parameter for parameter in model.parameters() if parameter.requires_grad], 0.0
+    model.zero_grad()
+    for batch in batches:
+        with autocast(model):
+            loss = compute_token_losses(model, {n: tensor.to(model.device) for n, tensor in batch.items()}, engine).sum()
+        loss.backward()
+        total += loss.item()
+    gradient = torch.cat([parameter.grad.float().flatten().cpu() for parameter in parameters])
+    model.zero_grad()
+    return total, gradient
+
+
+def compare_sharing(model, rows: list[Sequence], lengths: tuple[int, ...], engine: str) -> tuple[float, float, float]:
+    """Return (relative difference of the loss, of the gradient, limit) between rows in one stream and by themselves.
+
+    By themselves: as ordinary padded batches through the model's own causal attention, with nothing of the stream.
+    The limit on the gradient is 1e-4 in fp32 and 2 % in bf16. Where bf16 is coarser than that, as on losses near zero,
+    it is twice what two other ways to compute the rows differ by: padded, and in a stream for each row.
     """
     import torch
 
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-    def compute(batch):
-        model.zero_grad()
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        with autocast(model):
-            loss = compute_token_losses(model, batch, engine).sum()
-        loss.backward()
-        gradient = torch.cat([parameter.grad.float().flatten() for parameter in parameters])
-        model.zero_grad()
-        return loss.item(), gradient
+    def difference(one, other):
+        return ((one[1] - other[1]).norm() / other[1].norm()).item()
 
     was_training = model.training
     model.train()
-    shared = compute(build_stream(rows, lengths))
-    single = compute(build_padded(rows))
+    shared = compute_gradient(model, [build_stream(rows, lengths)], engine)
+    single = compute_gradient(model, [build_padded(rows[i : i + 2]) for i in range(0, len(rows), 2)], engine)
+    gradient, limit = difference(shared, single), 1e-4 if to_dtype(model.device.type) == torch.float32 else 2e-2
+    if gradient > limit == 2e-2:
+        alone = compute_gradient(model, [build_stream([row], lengths) for row in rows], engine)
+        limit = max(limit, min(0.2, 2 * difference(alone, single)))
     model.train(was_training)
-    return (abs(shared[0] - single[0]) / abs(single[0]),
-            ((shared[1] - single[1]).norm() / single[1].norm()).item())
+    return abs(shared[0] - single[0]) / abs(single[0]), gradient, limit
 
 
-def check_sharing(args: argparse.Namespace, model, train: list[Sequence], plan: Plan, engine: str) -> Plan:
-    """Compute the first rows of the run shared and by themselves; return the plan, without sharing if they differ."""
-    import torch
-
-    if not plan.share_prefix:
-        return plan
+def check_sharing(args: argparse.Namespace, model, train: list[Sequence], plan: Plan, engine: str) -> bool:
+    """Compute the first rows of the run shared and by themselves; print how they differ, return whether by rounding."""
     start = time.perf_counter()
-    rows = first_rows(train, args, plan, max(2, min(args.batch_size, CHECKED_ROWS)))
-    loss, gradient = compare_sharing(model, rows, plan.lengths, engine)
-    limit = 1e-4 if to_dtype(model.device.type) == torch.float32 else 2e-2  # of rounding
-    if loss <= limit and gradient <= limit:
-        say("check", f"sharing changes the loss of {len(rows)} rows by {loss:.1e} and their gradient by {gradient:.1e} of "
-                     f"its norm: rounding ({time.perf_counter() - start:.1f} s)")
-        return plan
+    rows = first_rows(train, args, plan, CHECKED_ROWS)
+    loss, gradient, limit = compare_sharing(model, rows, plan.lengths, engine)
+    free_gpu()
+    if gradient <= limit:
+        say("check", f"sharing changes the loss of {len(rows)} rows by {loss:.1e} and their gradient by {gradient:.1e} "
+                     f"of its norm: rounding ({time.perf_counter() - start:.1f} s)")
+        return True
     print(f"warning: sharing the prefix changes the loss by {loss:.1e} and the gradient by {gradient:.1e} of its norm, "
           f"more than rounding ({limit:.0e}): sharing is switched off", file=sys.stderr)
-    return plan_streams(train, argparse.Namespace(**{**vars(args), "share_prefix": False}), engine)
+    return False
 
 
 def build_progress():
@@ -1090,6 +1214,7 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
     The rows go in as token ids: TRL would otherwise render and truncate them in its own way, and Unsloth's replacement
     of that step rejects conversations. The dataset holds indices; the collator looks the sequences up.
     """
+    import numpy as np
     import torch
     from datasets import Dataset
     from transformers import PrinterCallback
@@ -1130,7 +1255,8 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
     def collate(rows):
         return build_batch([both[row["index"]] for row in rows], plan)
 
-    both = [*train, *held_out]
+    # As arrays: lists would be turned into arrays anew in every step.
+    both = [sequence._replace(input_ids=np.asarray(sequence.input_ids)) for sequence in (*train, *held_out)]
     cuda, dtype = model.device.type == "cuda", to_dtype(model.device.type)
     config = SFTConfig(
         output_dir=args.output_dir, per_device_train_batch_size=plan.rows, per_device_eval_batch_size=plan.rows,
@@ -1150,6 +1276,8 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    if engine == "unsloth":  # the trainer would turn checkpointing on only in train(), after the self-check
+        trainer.model.for_training(use_gradient_checkpointing=use_checkpointing(args))
     return trainer
 
 
@@ -1417,17 +1545,6 @@ def train_model(trainer, checkpoint: str | None, train: list[Sequence], rows_per
                  f"{tokens / seconds:,.0f} tokens/s of the rows; loss {result.training_loss:.4f}")
 
 
-def free_gpu() -> None:
-    """Give the GPU memory of models that are no longer held back to the driver, for the next process."""
-    import gc
-
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run the whole job: read, check, render, train, score, save."""
     args = parse_args(argv)
@@ -1448,14 +1565,17 @@ def main(argv: list[str] | None = None) -> None:
     plan = plan_streams(train, args, engine)
     show_plan(train, args, plan)
 
-    model = load_model(args, engine)
+    model = load_model(args, engine, plan)
     report_gpu("gpu")
     shown = (held_out or train)[:SHOWN_ROWS]
     before = generate_answers(model, tokenizer, shown, engine)
-    plan = check_sharing(args, model, train, plan, engine)
 
-    start_output(args, checkpoint)
     trainer = build_trainer(args, engine, model, tokenizer, train, held_out, plan)
+    if plan.share_prefix and not check_sharing(args, trainer.model, train, plan, engine):
+        args.share_prefix = False
+        plan = plan_streams(train, args, engine)
+        trainer = build_trainer(args, engine, model, tokenizer, train, held_out, plan)
+    start_output(args, checkpoint)
     train_model(trainer, checkpoint, train, plan.rows * plan.accumulation)
     report_gpu("gpu")
 

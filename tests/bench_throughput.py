@@ -29,6 +29,7 @@ RECIPES = {
     "a": ("Unsloth, 4-bit, padded", "unsloth", PADDED, FOUR_BIT, 2, 4),
     "b16": ("Unsloth, 4-bit, padded", "unsloth", PADDED, FOUR_BIT, 16, 1),
     "b32": ("Unsloth, 4-bit, padded", "unsloth", PADDED, FOUR_BIT, 32, 1),
+    "b64": ("Unsloth, 4-bit, padded", "unsloth", PADDED, FOUR_BIT, 64, 1),
     "c": ("Unsloth, 4-bit, packed to 8,192", "unsloth", PACKED, FOUR_BIT, 4, 1),
     "d4": ("Transformers + PEFT + TRL, 4-bit, padded", "transformers", PADDED, FOUR_BIT, 8, 1),
     "d16": ("Transformers + PEFT + TRL, 16-bit, padded", "transformers", PADDED, SIXTEEN_BIT, 32, 1),
@@ -42,6 +43,8 @@ CPU_RECIPES = {
     # TRL 1.15's own loss is a Triton kernel wherever Triton is installed, and fails without a GPU: so our loss here.
     "padded": ("the same, padded batches", "transformers", SHARED, [*FOUR_BIT, "--no-share_prefix"], 2, 4),
     "e8": ("this script, 4-bit, defaults", "transformers", SHARED, FOUR_BIT, 2, 4),
+    "e32": ("this script, 4-bit", "transformers", SHARED, FOUR_BIT, 32, 1),
+    "e128": ("this script, 4-bit", "transformers", SHARED, FOUR_BIT, 128, 1),
 }
 
 
@@ -123,6 +126,7 @@ def time_steps(trainer, warm_up: int) -> dict:
     rows = statistics.mean(step["rows"] for step in timed)
     return {"seconds": seconds, "rows": rows, "tokens": statistics.mean(step["tokens"] for step in timed),
             "samples_per_second": rows / seconds, "first_step": steps[0]["end"] - steps[0]["start"],
+            "first_loss": next(log["loss"] for log in trainer.state.log_history if "loss" in log),
             "peak": torch.cuda.max_memory_reserved() / 2**30 if cuda else 0.0, "steps": len(timed)}
 
 
@@ -132,23 +136,29 @@ def run_recipe(options, engine: str, kind: str, flags: list[str], batch_size: in
     folder = tempfile.mkdtemp()
     args = script.parse_args([
         "--model_id", options.model_id, "--engine", engine, "--output_dir", folder, "--num_epochs", "40", *flags,
-        "--max_steps", str(options.warm_up + options.steps), "--max_seq_length", "16384" if tools else "2048",
+        "--max_steps", str(options.warm_up + options.steps), "--max_seq_length", str(16384 if tools else 8192 if kind == PACKED else 2048),
         "--batch_size", str(batch_size), "--gradient_accumulation_steps", str(accumulation),
         "--dataset_path", options.dataset_path, "--tools_path", options.tools_path])
+    args.share_prefix = args.share_prefix and kind == SHARED  # the others run with Unsloth's own settings
     script.start_engine(args)
     tokenizer = script.load_tokenizer(args.model_id)
     train = make_rows(args, tokenizer, tools)
     args.num_epochs = -(-args.max_steps * batch_size * accumulation // len(train))
-    model = script.load_model(args, engine)
+    plan = script.plan_streams(train, args, engine)
+    model = script.load_model(args, engine, plan)
     Path(options.result).with_suffix(".ready").touch()
     with open(options.lock, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if kind == SHARED:
-            plan = script.plan_streams(train, args, engine)
-            trainer = script.build_trainer(args, engine, model, tokenizer, train, [], plan)
-        else:
+        if kind != SHARED:
             trainer = make_stock_trainer(args, model, tokenizer, train, packing=kind == PACKED)
-        return time_steps(trainer, options.warm_up)
+            return time_steps(trainer, options.warm_up)
+        trainer = script.build_trainer(args, engine, model, tokenizer, train, [], plan)
+        start = time.perf_counter()
+        if plan.share_prefix and not script.check_sharing(args, trainer.model, train, plan, engine):
+            raise RuntimeError("sharing is switched off")
+        checked = time.perf_counter() - start
+        result = time_steps(trainer, options.warm_up)
+        return {**result, "first_step": result["first_step"] + checked}
 
 
 def run_all(options, jobs: dict[str, list]) -> dict[str, dict]:
@@ -169,6 +179,7 @@ def run_all(options, jobs: dict[str, list]) -> dict[str, dict]:
         process.wait()
         if output.is_file():
             results[name] = json.loads(output.read_text())
+            print(f"{name}: {results[name]['samples_per_second']:.1f} samples/s", file=sys.stderr, flush=True)
         else:
             lines = output.with_suffix(".log").read_text().strip().splitlines() or [""]
             print(f"{name}: failed: {lines[-1][:300]}", file=sys.stderr)
@@ -177,13 +188,14 @@ def run_all(options, jobs: dict[str, list]) -> dict[str, dict]:
 
 def print_tables(options, jobs: dict, results: dict) -> None:
     """Print table 1 (recipes) and table 2 (growth) in Markdown, ready for the README."""
-    print("\n| | recipe | rows per step | samples/s | tokens computed per row | ms per step | peak GiB | first step s |")
-    print("|---|---|---|---|---|---|---|---|")
+    columns = ("", "recipe", "rows per step", "samples/s", "tokens computed per row", "ms per step", "peak GiB",
+               "first step s", "first loss")
+    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for name, job in jobs.items():
         if name in results and name not in GROWTH:
             r = results[name]
             print(f"| {name} | {job[0]} | {r['rows']:.0f} | {r['samples_per_second']:.1f} | {r['tokens'] / r['rows']:,.0f} "
-                  f"| {1000 * r['seconds']:.0f} | {r['peak']:.2f} | {r['first_step']:.1f} |")
+                  f"| {1000 * r['seconds']:.0f} | {r['peak']:.2f} | {r['first_step']:.1f} | {float(r['first_loss']):.3f} |")
     speed = {name: result["samples_per_second"] for name, result in results.items()}
     others = {name: speed[name] for name in speed if name not in GROWTH and not name.startswith("e")}
     if others:

@@ -23,7 +23,7 @@ VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
 
 
 def run(folder, *more, **changes):
-    settings = {"--model_id": MODEL, "--dataset_path": folder / "rows.jsonl", "--tools_path": folder / "tools.json",
+    settings = {"--model_id": TINY, "--dataset_path": folder / "rows.jsonl", "--tools_path": folder / "tools.json",
                 "--output_dir": folder / "out", "--final_model_dir": folder / "final", "--num_epochs": 2,
                 "--train_test_split": 0.25, **changes}
     flags = [item for pair in settings.items() for item in pair]
@@ -52,7 +52,8 @@ def test_unsloth_trains_resumes_merges_and_matches_the_stock_engine(folder):
     shutil.rmtree(folder / "out" / "checkpoint-6")
     resumed = run(folder, "--resume_from_checkpoint")
     assert losses(resumed) == pytest.approx(losses(output)[3:], rel=2e-3)
-    stock = run(folder, **{"--engine": "transformers", "--output_dir": folder / "stock", "--max_steps": 1})
+    stock = run(folder, **{"--engine": "transformers", "--output_dir": folder / "stock", "--max_steps": 1,
+                           "--warmup_steps": 0})
     assert losses(stock)[0] == pytest.approx(losses(output)[0], rel=0.01)
 
 
@@ -64,35 +65,37 @@ engine = s.start_engine(args)
 assert engine == "unsloth"
 tokenizer = s.load_tokenizer(args.model_id)
 train, held_out = s.render_all(args, tokenizer, s.read_examples(args))
-model = s.build_trainer(args, engine, s.load_model(args, engine), tokenizer, train, held_out, s.Plan(8, 1)).model
+plan = s.Plan(8, 1, (1024, 2048))
+model = s.build_trainer(args, engine, s.load_model(args, engine, plan), tokenizer, train, held_out, plan).model
 for name, parameter in model.named_parameters():
     if "lora_B" in name:
         torch.nn.init.normal_(parameter, std=0.02)
 model.train()
 
-def gradients(batches):
-    model.zero_grad()
-    total = 0
-    for batch in batches:
-        stream = {k: v.cuda() for k, v in batch.items()}
-        with s.autocast(model):
-            loss = s.compute_token_losses(model, stream, engine).sum()
-        loss.backward()
-        total += loss.item()
-    return total, torch.cat([p.grad.float().flatten() for p in model.parameters() if p.requires_grad])
+def difference(one, other):
+    return ((one[1] - other[1]).norm() / other[1].norm()).item()
 
-rows = train[:8]
-shared = gradients([s.build_stream(rows, (1024, 2048))])
-separate = gradients([s.build_padded([row]) for row in rows])
-print("loss", abs(shared[0] / separate[0] - 1), "norm", ((shared[1] - separate[1]).norm() / separate[1].norm()).item())
+rows = [train[:8], train[8:16]]
+streams = [[s.build_stream(part, plan.lengths)] for part in rows]
+replayed = [s.compute_gradient(model, stream, engine) for stream in streams]
+s.RECORDED_BYTES = 0
+launched = [s.compute_gradient(model, stream, engine) for stream in streams]
+padded = [s.compute_gradient(model, [s.build_padded([row]) for row in part], engine) for part in rows]
+alone = [s.compute_gradient(model, [s.build_stream([row], plan.lengths) for row in part], engine) for part in rows]
+for i in range(2):
+    print("loss", abs(replayed[i][0] / padded[i][0] - 1), "norm", difference(replayed[i], padded[i]),
+          "rounding", difference(alone[i], padded[i]), "graph", difference(replayed[i], launched[i]))
 """
 
 
 @pytest.mark.parametrize("flags", [[], ["--no-load_in_4bit"]])
-def test_unsloth_shared_gradients_are_those_of_single_rows(folder, flags):
+def test_unsloth_shared_gradients_are_those_of_single_rows_also_from_a_cuda_graph(folder, flags):
     result = subprocess.run(
         [sys.executable, "-c", GRADIENTS, MODEL, folder / "rows.jsonl", folder / "tools.json", *flags],
         capture_output=True, text=True, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, timeout=500)
     assert result.returncode == 0, result.stderr[-3000:]
-    loss, norm = map(float, re.search(r"loss (\S+) norm (\S+)", result.stdout).groups())
-    assert loss < 0.005 and norm < 0.02  # bf16 rounding
+    found = re.findall(r"loss (\S+) norm (\S+) rounding (\S+) graph (\S+)", result.stdout)
+    assert len(found) == 2
+    for loss, norm, rounding, graph in [map(float, line) for line in found]:
+        assert loss < 0.02 and norm < max(0.02, 2 * rounding) < 0.2  # bf16: coarse on losses near zero
+        assert graph < 1e-3
