@@ -18,7 +18,9 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
+import subprocess
 import sys
 import time
 from functools import partial
@@ -50,12 +52,13 @@ LORA_ALPHA = 16  # alpha / rank = 1: the adapter's output is not scaled
 LORA_DROPOUT = 0.0  # 0 lets Unsloth use its fused kernels
 TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
+EVAL_SAMPLES = 200  # held-out rows answered by the base, the adapter and the merged model: +-3 of 100 at 95 %
+EVAL_BATCH_SIZE = 64  # answers written at once
+MAX_NEW_TOKENS = 256  # longest answer; several calls fit
 SHOWN_ROWS = 3  # held-out requests whose answers are shown before and after
-MAX_NEW_TOKENS = 256  # for those answers
 CHECKED_ROWS = 8  # so many rows are computed shared and by themselves at the start of each run, and compared
 RECORDED_BYTES = 2**30  # a stream whose layers' inputs take more than this is not recorded as a CUDA graph
-READ_BACK_ROWS = 64  # held-out rows on which the merged model is compared with the adapter
-MERGE_SLACK = 0.02  # nats per token by which a merge after 4-bit training may be worse: 2 % of a small loss is noise
+MERGE_SLACK = 0.02  # nats per token, and share of the rows, by which the merged model may be worse than the adapter
 SHOWN_PROBLEMS = 20
 WRITTEN_BY = "# written by train_qwen3_tool_calling.py\n"  # first line of run.yaml: marks a folder as ours to replace
 
@@ -78,6 +81,8 @@ class Sequence(NamedTuple):
     where: str
     input_ids: list[int]
     prompt_length: int
+    answer: str = ""  # the supervised text without its end token, for scoring
+    tools: list[dict] = []
 
 
 def say(stage: str, text: str) -> None:
@@ -123,6 +128,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--on_invalid", choices=["error", "skip"], default="error",
                       help="what to do with a row that has a problem")
 
+    data.add_argument("--eval_dataset_path", metavar="PATH", default=argparse.SUPPRESS,
+                      help="rows to hold out, instead of a share of --dataset_path")
+
     model = parser.add_argument_group("model")
     model.add_argument("--model_id", default=MODEL_ID, help="Hub id or folder of the base model")
     model.add_argument("--merge_model_id", metavar="MODEL", default=argparse.SUPPRESS,
@@ -160,17 +168,44 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                        help="record the step and replay it with a few launches (Unsloth)")
     train.add_argument("--seed", type=number(int, 0), default=SEED, help="seed of everything random")
 
+    train.add_argument("--logging_steps", type=count, default=1, metavar="N", help="steps from one loss to the next")
+    train.add_argument("--save_steps", type=count, metavar="N", default=argparse.SUPPRESS,
+                       help="steps from one checkpoint to the next (default: an epoch)")
+
+    score = parser.add_argument_group("evaluation")
+    score.add_argument("--eval_steps", type=count, metavar="N", default=argparse.SUPPRESS,
+                       help="steps from one held-out loss and exact match to the next (default: an epoch)")
+    score.add_argument("--metric_for_best", choices=["exact_match", "loss"], default=argparse.SUPPRESS,
+                       help="keep the checkpoint that is best on the held-out rows (default: the last)")
+    score.add_argument("--early_stopping_patience", type=count, metavar="N", default=argparse.SUPPRESS,
+                       help="stop after N evaluations without improvement (default: never)")
+    score.add_argument("--eval_samples", type=count, default=EVAL_SAMPLES, metavar="N",
+                       help="held-out rows to answer at the end with base, adapter and merged model")
+    score.add_argument("--eval_batch_size", type=count, default=EVAL_BATCH_SIZE, metavar="N",
+                       help="answers written at once")
+    score.add_argument("--max_new_tokens", type=count, default=MAX_NEW_TOKENS, metavar="N", help="longest answer")
+    score.add_argument("--eval_only", metavar="MODEL", default=argparse.SUPPRESS,
+                       help="train nothing: score this model or adapter on the held-out rows")
+
     output = parser.add_argument_group("output")
     output.add_argument("--output_dir", default=OUTPUT_DIR, help="folder for checkpoints and the adapter")
     output.add_argument("--final_model_dir", default=FINAL_MODEL_DIR, help="folder for the merged model")
     output.add_argument("--resume_from_checkpoint", nargs="?", const="newest", metavar="PATH",
                         default=argparse.SUPPRESS, help="go on from a checkpoint (no PATH: the newest in --output_dir)")
     output.add_argument("--report_to", default="none", metavar="NAME", help="tensorboard, wandb, ... or none")
+    output.add_argument("--run_name", metavar="NAME", default=argparse.SUPPRESS, help="the run's name there")
 
     # SUPPRESS above keeps "(default: None)" out of --help; here those settings get their value.
-    unset = dict(max_samples=None, merge_model_id=None, max_steps=None, optim=None, resume_from_checkpoint=None)
-    args = argparse.Namespace(**unset)
-    return parser.parse_args(argv, namespace=args)
+    unset = ("max_samples", "eval_dataset_path", "merge_model_id", "max_steps", "optim", "save_steps", "eval_steps",
+             "metric_for_best", "early_stopping_patience", "eval_only", "resume_from_checkpoint", "run_name")
+    args = parser.parse_args(argv, namespace=argparse.Namespace(**dict.fromkeys(unset)))
+    if args.early_stopping_patience and not args.metric_for_best:
+        args.metric_for_best = "exact_match"
+    if args.metric_for_best:  # a checkpoint to keep must have been scored
+        args.save_steps = args.save_steps or args.eval_steps
+        if bool(args.save_steps) != bool(args.eval_steps) or (args.save_steps or 1) % (args.eval_steps or 1):
+            parser.error("--metric_for_best keeps a checkpoint by its score: --save_steps must be a multiple of --eval_steps")
+    return args
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -575,12 +610,13 @@ def render_examples(tokenizer, examples: list[Example], max_seq_length: int):
     prompts = encode([prompt for _, prompt, _ in rendered])["input_ids"] if rendered else []
     answers = encode([answer for _, _, answer in rendered])["input_ids"] if rendered else []
     groups: list[list[Sequence]] = [[] for _ in examples]
-    for (index, _, _), prompt, answer in zip(rendered, prompts, answers):
+    for (index, _, text), prompt, answer in zip(rendered, prompts, answers):
         if len(prompt) + len(answer) > max_seq_length:
             bad.add(index)
             problems.append((examples[index].where, f"{len(prompt) + len(answer):,} tokens; "
                              f"--max_seq_length is {max_seq_length:,} and no answer is ever cut"))
-        groups[index].append(Sequence(examples[index].where, prompt + answer, len(prompt)))
+        groups[index].append(Sequence(examples[index].where, prompt + answer, len(prompt),
+                                      text.removesuffix(tokenizer.eos_token), examples[index].tools))
     return [[] if index in bad else group for index, group in enumerate(groups)], problems
 
 
@@ -893,14 +929,36 @@ def block_size(tensor) -> int:
     return 128 if tensor.device.type == "cpu" else 1024
 
 
-def attend_in_blocks(module, query, key, value, attention_mask, scaling=None, key_blocks=None, **kwargs):
-    """Return PyTorch's attention [1, tokens, heads, head_dim] without the blocks in which nothing is seen.
+def attend_with_prefix(query, key, value, attention_mask, scaling: float, prefix_key, prefix_value):
+    """Return the attention [rows, tokens, heads, head_dim] of rows whose common prefix is held once, not row by row.
 
-    A stream of many rows is mostly such blocks. Without `key_blocks` this is the attention of Transformers' "sdpa".
+    query is [rows, heads, tokens, head_dim]; key and value are [rows, key heads, keys, head_dim], those of the prefix
+    [1, key heads, prefix, head_dim]; attention_mask is bool [rows, 1, tokens, keys]. Every token sees the whole prefix.
+    """
+    import torch
+
+    rows, heads, tokens, _ = query.shape
+    query = query.view(rows, key.shape[1], -1, tokens, query.shape[-1])  # query heads grouped by their key head
+    own = torch.einsum("bgrqd,bgkd->bgrqk", query, key).masked_fill(~attention_mask[:, :, None], -math.inf)
+    shared = torch.einsum("bgrqd,gpd->bgrqp", query, prefix_key[0])
+    weights = (torch.cat([shared, own], dim=-1) * scaling).softmax(dim=-1, dtype=torch.float32).to(value.dtype)
+    shared, own = weights.split([shared.shape[-1], own.shape[-1]], dim=-1)
+    output = torch.einsum("bgrqp,gpd->bgrqd", shared, prefix_value[0]) + torch.einsum("bgrqk,bgkd->bgrqd", own, value)
+    return output.reshape(rows, heads, tokens, -1).transpose(1, 2)
+
+
+def attend_in_blocks(module, query, key, value, attention_mask, scaling=None, key_blocks=None, prefix_cache=None, **kwargs):
+    """Return PyTorch's attention [rows, tokens, heads, head_dim] without the blocks in which nothing is seen.
+
+    A stream of many rows is mostly such blocks. With `prefix_cache` the rows have a prefix in common whose keys and
+    values stand there. With neither, this is the attention of Transformers' "sdpa".
     """
     import torch
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    if prefix_cache is not None:
+        layer = prefix_cache.layers[module.layer_idx]
+        return attend_with_prefix(query, key, value, attention_mask, scaling, layer.keys, layer.values), None
     if key_blocks is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     size, outputs = block_size(query), []
@@ -912,6 +970,28 @@ def attend_in_blocks(module, query, key, value, attention_mask, scaling=None, ke
             torch.cat([values[block] for block in blocks], dim=2), torch.cat([masks[block] for block in blocks], dim=3),
             scale=scaling, enable_gqa=query.shape[1] != key.shape[1]))
     return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def load_base(model_id: str, load_in_4bit: bool):
+    """Return a model with plain Transformers, in 4 bits if asked, on the GPU if there is one."""
+    import torch
+    from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.masking_utils import sdpa_mask
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = to_dtype(device)
+    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                  bnb_4bit_compute_dtype=dtype)
+    AttentionInterface.register("blocks", attend_in_blocks)
+    AttentionMaskInterface.register("blocks", sdpa_mask)
+    model = AutoModelForCausalLM.from_pretrained(
+        model_id, dtype=dtype, attn_implementation="blocks", device_map=device,
+        quantization_config=four_bit if load_in_4bit else None)
+    for module in model.modules():
+        # On CPU, the first inference makes bitsandbytes repack 4-bit weights for bf16, in training from then on too.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def load_model(args: argparse.Namespace, engine: str, plan: Plan):
@@ -931,7 +1011,7 @@ def load_model(args: argparse.Namespace, engine: str, plan: Plan):
         model = FastLanguageModel.get_peft_model(
             model, **lora, random_state=args.seed,
             use_gradient_checkpointing="unsloth" if use_checkpointing(args) else False)
-        add_fused_lm_head(model.get_base_model())
+        add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "is_top1"))
         # Streams have few lengths, so attention compiled for exactly these is worth it: half the time of "any length".
         prefix_grouper_kernel._flex_attention_compiled = torch.compile(flex_attention, dynamic=False)
         # A recorded gradient lies where the next one will be written, so there must be one stream per step.
@@ -939,23 +1019,9 @@ def load_model(args: argparse.Namespace, engine: str, plan: Plan):
         return model
 
     from peft import LoraConfig, get_peft_model
-    from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, BitsAndBytesConfig
-    from transformers.masking_utils import sdpa_mask
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = to_dtype(device)
-    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                                  bnb_4bit_compute_dtype=dtype)
-    AttentionInterface.register("blocks", attend_in_blocks)
-    AttentionMaskInterface.register("blocks", sdpa_mask)
-    model = AutoModelForCausalLM.from_pretrained(
-        args.model_id, dtype=dtype, attn_implementation="blocks", device_map=device,
-        quantization_config=four_bit if args.load_in_4bit else None)
+    model = load_base(args.model_id, args.load_in_4bit)
     model.config.use_cache = False
-    for module in model.modules():
-        # On CPU, the first inference makes bitsandbytes repack 4-bit weights for bf16, in training from then on too.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
 
 
@@ -1028,7 +1094,8 @@ def read_streams(model, record: bool) -> None:
             return eager(*inputs, **kwargs)
         length, tensors = len(subtree_end), (kwargs["input_ids"], kwargs["position_ids"], subtree_end)
         stream, held = Stream(length), 2 * length * decoder.config.hidden_size * len(decoder.layers)
-        if record and decoder.training and torch.is_grad_enabled() and held <= RECORDED_BYTES:
+        training = decoder.training and torch.is_grad_enabled()
+        if record and held <= RECORDED_BYTES and (training or length in graphs):
             graphs[length] = stream = graphs.get(length) or to_graph(*tensors)
         return BaseModelOutputWithPast(last_hidden_state=stream(*tensors))
 
@@ -1036,9 +1103,9 @@ def read_streams(model, record: bool) -> None:
 
 
 def compute_token_losses(model, batch: dict, engine: str):
-    """Return the loss in nats of each supervised token of a batch, fp32 [supervised tokens], with its gradient.
+    """Return (loss in nats, fp32 with gradient; whether greedy decoding would choose it) per supervised token.
 
-    In a stream, attention is limited to each token's ancestors. The vocabulary projection, the largest of all
+    Both are of shape [supervised tokens]. In a stream, attention is limited to each token's ancestors. The vocabulary projection, the largest of all
     multiplications, is computed only where a token is supervised.
     """
     import torch
@@ -1050,44 +1117,16 @@ def compute_token_losses(model, batch: dict, engine: str):
         if "subtree_end" in batch:
             inputs["subtree_end"] = batch["subtree_end"][0]
         outputs = model(**inputs, labels=batch["labels"], fused_lm_head=True)
-        return -outputs.log_probs[supervised].float()
+        return -outputs.log_probs[supervised].float(), outputs.is_top1[supervised]
     if "subtree_end" in batch:
         inputs["attention_mask"] = to_attention_mask(batch["subtree_end"][0])
         inputs["key_blocks"] = to_key_blocks(inputs["attention_mask"])
     columns = supervised.any(dim=0).nonzero()[:, 0]
     logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits[supervised[:, columns]]
-    return torch.nn.functional.cross_entropy(logits.float(), labels[supervised], reduction="none")
+    losses = torch.nn.functional.cross_entropy(logits.float(), labels[supervised], reduction="none")
+    return losses, logits.detach().argmax(dim=-1) == labels[supervised]
 
 
-def generate_answers(model, tokenizer, sequences: list[Sequence], engine: str) -> list[str]:
-    """Return the model's greedy answer to the prompt of each sequence."""
-    import torch
-
-    if engine == "unsloth":
-        from unsloth import FastLanguageModel
-
-        FastLanguageModel.for_inference(model)
-    prompts = [sequence.input_ids[: sequence.prompt_length] for sequence in sequences]
-    longest = max(map(len, prompts))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
-    was_training = model.training
-    model.eval()
-    with torch.inference_mode():
-        output = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=MAX_NEW_TOKENS, do_sample=False,
-                                temperature=None, top_p=None, top_k=None, use_cache=True, pad_token_id=pad,
-                                eos_token_id=tokenizer.eos_token_id)
-    model.train(was_training)
-    if engine == "unsloth":
-        FastLanguageModel.for_training(model)
-    return [tokenizer.decode(row[longest:]).split(tokenizer.eos_token)[0].replace(tokenizer.pad_token or "", "")
-            for row in output]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# 8  Train: SFTTrainer over the streams
-# ---------------------------------------------------------------------------------------------------------------
 def autocast(model):
     """Return the mixed-precision context that the trainer uses too."""
     import torch
@@ -1096,21 +1135,90 @@ def autocast(model):
     return torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32)
 
 
-def score_loss(model, batches, engine: str) -> float:
-    """Return the mean loss over all supervised tokens of the batches, in nats per token."""
+def generate_tokens(model, prompts: list[list[int]], stop: int, max_new_tokens: int) -> list[list[int]]:
+    """Return the greedy answers to prompts, as tokens without the stop token.
+
+    What all prompts have in common is computed once and held once; the rest of each is padded on the left. A row that
+    is done leaves the batch.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    tree = to_tree([Sequence("", prompt, len(prompt)) for prompt in prompts])
+    shared = min((length for _, length in tree[1:]), default=len(prompts[0]) - 1)
+    prefix, cache = DynamicCache(), DynamicCache()
+    if shared:
+        model(torch.tensor([prompts[0][:shared]], device=model.device), past_key_values=prefix, logits_to_keep=1)
+    width = max(map(len, prompts)) - shared
+    ids = torch.tensor([[0] * (width + shared - len(prompt)) + prompt[shared:] for prompt in prompts])
+    filled = torch.tensor([[0] * (width + shared - len(prompt)) + [1] * (len(prompt) - shared) for prompt in prompts])
+    ids, filled = ids.to(model.device), filled.to(model.device)
+    positions = (shared + filled.cumsum(dim=1) - 1).clamp(min=0)
+    # Padding sees itself, so that no token sees nothing; nothing else sees padding.
+    mask = (filled[:, None, :].bool() & torch.ones(width, width, dtype=torch.bool, device=ids.device).tril())
+    mask = (mask | torch.eye(width, dtype=torch.bool, device=ids.device))[:, None]
+    answers, open_rows = [[] for _ in prompts], torch.arange(len(prompts))
+    for _ in range(max_new_tokens):
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
+                       prefix_cache=prefix if shared else None, logits_to_keep=1).logits
+        tokens = logits[:, -1].argmax(dim=-1)
+        for row, token in zip(open_rows.tolist(), tokens.tolist()):
+            answers[row] += [token] if token != stop else []
+        going = (tokens != stop).nonzero()[:, 0]
+        if not len(going):
+            break
+        if len(going) < len(tokens):
+            cache.batch_select_indices(going)
+            open_rows, filled = open_rows[going.cpu()], filled[going]
+        ids, positions = tokens[going, None], positions[going, -1:] + 1
+        filled = torch.cat([filled, torch.ones_like(ids)], dim=1)
+        mask = filled[:, None, None, :].bool()
+    return answers
+
+
+def generate_answers(model, tokenizer, sequences: list[Sequence], args: argparse.Namespace, name: str) -> list[str]:
+    """Return the greedy answer of a model of plain Transformers to the prompt of each sequence."""
+    import torch
+    from rich.progress import track
+
+    size, eos, answers = args.eval_batch_size, tokenizer.eos_token, {}
+    ordered = [sequence for sequence, _ in to_tree(sequences)]  # neighbours share the most
+    model.eval()
+    batches = [ordered[i : i + size] for i in range(0, len(ordered), size)]
+    for batch in track(batches, f"answers of {name}", transient=True, disable=not sys.stdout.isatty()):
+        prompts = [list(sequence.input_ids[: sequence.prompt_length]) for sequence in batch]
+        with torch.inference_mode(), autocast(model):
+            tokens = generate_tokens(model, prompts, tokenizer.convert_tokens_to_ids(eos), args.max_new_tokens)
+        answers |= {id(sequence): tokenizer.decode(answer) for sequence, answer in zip(batch, tokens)}
+    return [answers[id(sequence)] for sequence in sequences]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 8  Train: SFTTrainer over the streams
+# ---------------------------------------------------------------------------------------------------------------
+def score_batches(model, batches, engine: str) -> dict:
+    """Return the mean loss in nats per supervised token, and the share of sequences that greedy decoding reproduces.
+
+    Greedy decoding writes an answer exactly if and only if each of its tokens is the most likely one after those before
+    it. So this forward pass, which knows the answer, counts exact matches without generating.
+    """
     import torch
 
-    total, tokens = 0.0, 0
+    total, tokens, exact, sequences = 0.0, 0, 0, 0
     was_training = model.training
     model.eval()
     for batch in batches:
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         with torch.no_grad(), autocast(model):
-            losses = compute_token_losses(model, batch, engine)
-        total += losses.double().sum().item()
-        tokens += len(losses)
+            losses, hits = compute_token_losses(model, batch, engine)
+        supervised = batch["labels"] != -100
+        starts = supervised & ~supervised.roll(1, dims=1)  # before each answer stands its prompt
+        answer = starts.flatten().cumsum(dim=0)[supervised.flatten()] - 1
+        misses = torch.zeros(int(starts.sum()), device=hits.device).index_add_(0, answer, (~hits).float())
+        total, tokens = total + losses.double().sum().item(), tokens + len(losses)
+        exact, sequences = exact + int((misses == 0).sum()), sequences + len(misses)
     model.train(was_training)
-    return total / tokens
+    return {"loss": total / tokens, "exact_match": exact / sequences}
 
 
 def free_gpu() -> None:
@@ -1132,7 +1240,7 @@ def compute_gradient(model, batches: list[dict], engine: str):
     model.zero_grad()
     for batch in batches:
         with autocast(model):
-            loss = compute_token_losses(model, {n: tensor.to(model.device) for n, tensor in batch.items()}, engine).sum()
+            loss = compute_token_losses(model, {n: t.to(model.device) for n, t in batch.items()}, engine)[0].sum()
         loss.backward()
         total += loss.item()
     gradient = torch.cat([parameter.grad.float().flatten().cpu() for parameter in parameters])
@@ -1200,7 +1308,7 @@ def build_progress():
 
         def on_evaluate(self, args, state, control, metrics=None, **kwargs):
             say("", f"step {state.global_step:>5,} of {state.max_steps:,}  epoch {state.epoch:.3g}: "
-                    f"held-out loss {metrics['eval_loss']:.4f}")
+                    f"held-out loss {metrics['eval_loss']:.4f}, exact match {metrics['eval_exact_match']:.1%}")
 
         def on_train_end(self, args, state, control, **kwargs):
             self.bar.stop()
@@ -1217,7 +1325,7 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
     import numpy as np
     import torch
     from datasets import Dataset
-    from transformers import PrinterCallback
+    from transformers import EarlyStoppingCallback, PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
     groups, held_out = group_rows(train), [sequence for sequence, _ in to_tree(held_out)] if held_out else []
@@ -1235,18 +1343,22 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
             return iter(order_rows(groups, piece_size(plan.rows), args.seed, self.epoch))
 
     class StreamTrainer(SFTTrainer):
+        tokens_computed = 0
+
         def _get_train_sampler(self, train_dataset=None):
             return RowOrder()
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             """Return the micro-batch's share of the mean over all supervised tokens of the optimizer step."""
-            return compute_token_losses(model, inputs, engine).sum() / num_items_in_batch
+            self.tokens_computed += inputs["input_ids"].numel()
+            return compute_token_losses(model, inputs, engine)[0].sum() / num_items_in_batch
 
         def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
-            """Return the held-out loss as a mean over tokens; the library's is a mean over batches."""
+            """Return the held-out loss as a mean over tokens (the library's is one over batches), and exact match."""
             from transformers.trainer_utils import EvalLoopOutput
 
-            metrics = {f"{metric_key_prefix}_loss": score_loss(self.model, dataloader, engine)}
+            scores = score_batches(self.model, dataloader, engine)
+            metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
             return EvalLoopOutput(None, None, metrics, num_samples=len(dataloader.dataset))
 
     def to_dataset(sequences, offset):
@@ -1264,14 +1376,20 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
         learning_rate=args.learning_rate, lr_scheduler_type=args.lr_scheduler_type, warmup_steps=args.warmup_steps,
         weight_decay=args.weight_decay, optim=args.optim or ("adamw_8bit" if cuda else "adamw_torch"), seed=args.seed,
         bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16,
-        gradient_checkpointing=use_checkpointing(args), logging_steps=1, save_strategy="epoch", report_to=args.report_to,
-        eval_strategy="epoch" if held_out else "no", disable_tqdm=True, dataloader_pin_memory=cuda, use_cpu=not cuda,
+        gradient_checkpointing=use_checkpointing(args), logging_steps=args.logging_steps, report_to=args.report_to,
+        run_name=args.run_name, disable_tqdm=True, dataloader_pin_memory=cuda, use_cpu=not cuda,
+        save_strategy="steps" if args.save_steps else "epoch", save_steps=args.save_steps or 500,
+        eval_strategy="no" if not held_out else "steps" if args.eval_steps else "epoch", eval_steps=args.eval_steps,
+        load_best_model_at_end=bool(args.metric_for_best), metric_for_best_model=args.metric_for_best,
+        greater_is_better=args.metric_for_best == "exact_match",
         max_length=None, remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True})
     trainer = StreamTrainer(
         model=model, args=config, processing_class=tokenizer, data_collator=collate,
         train_dataset=to_dataset(train, 0), eval_dataset=to_dataset(held_out, len(train)))
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(build_progress())
+    if args.early_stopping_patience:
+        trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
     # TRL makes the adapter of a 4-bit base bf16, in which late, small updates round to nothing.
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
@@ -1309,7 +1427,186 @@ def report_gpu(stage: str, seconds: float | None = None) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 9  Save: adapter, then the merged 16-bit model, read back and checked by a fresh process
+# 9  Score: answers -> verdicts -> scores
+# ---------------------------------------------------------------------------------------------------------------
+NO_CALL, BROKEN = "(no call)", "(broken)"  # labels beside the names of the tools
+MAX_CLASSES = 20  # plain answers that take at most so many values are classes
+JSON_TYPES = {dict: {"object"}, list: {"array"}, str: {"string"}, int: {"integer", "number"}, float: {"number"},
+              bool: {"boolean"}, type(None): {"null"}}  # what a value may serve as: 5.0 is no integer
+IGNORED = re.compile(r"[ ,./\-_*^]")  # what the Berkeley Function-Calling Leaderboard (BFCL) ignores in a string
+
+
+class Verdict(NamedTuple):
+    """How one answer compares with the expected one; `expected` and `got` name the tools called, () is no call."""
+
+    exact: bool
+    ast: bool
+    broken: bool
+    expected: tuple[str, ...]
+    got: tuple[str, ...]
+
+
+def read_calls(text: str) -> list[dict]:
+    """Return the calls in an answer; ValueError if one of them is nothing that a server could run."""
+    calls = parse_calls(text)
+    if not all(isinstance(call, dict) and isinstance(call.get("name"), str) and isinstance(call.get("arguments"), dict)
+               for call in calls):
+        raise ValueError('a call must be {"name": "...", "arguments": {...}}')
+    return [{"name": call["name"], "arguments": call["arguments"]} for call in calls]
+
+
+def is_same(got: object, expected: object) -> bool:
+    """Say whether two JSON values are equal: 1 is 1.0, true is not 1, and the order of keys does not matter."""
+    if isinstance(got, dict) and isinstance(expected, dict):
+        return got.keys() == expected.keys() and all(is_same(got[key], expected[key]) for key in got)
+    if isinstance(got, list) and isinstance(expected, list):
+        return len(got) == len(expected) and all(map(is_same, got, expected))
+    return isinstance(got, bool) == isinstance(expected, bool) and got == expected
+
+
+def is_alike(got: object, expected: object, schema: object) -> bool:
+    """Say whether two values match by BFCL's rules: types by the schema, strings without case and punctuation."""
+    schema = schema if isinstance(schema, dict) else {}
+    types = schema.get("type", [])
+    if types and JSON_TYPES[type(got)].isdisjoint([types] if isinstance(types, str) else types):
+        return False
+    if isinstance(got, dict) and isinstance(expected, dict):
+        return has_alike_arguments(got, expected, schema)
+    if isinstance(got, list) and isinstance(expected, list):
+        schemas = schema.get("prefixItems", []) + [schema.get("items")] * len(got)
+        return len(got) == len(expected) and all(map(is_alike, got, expected, schemas))
+    if isinstance(got, str) and isinstance(expected, str):
+        got, expected = (IGNORED.sub("", text).lower().replace("'", '"') for text in (got, expected))
+    return is_same(got, expected)
+
+
+def has_alike_arguments(got: dict, expected: dict, schema: dict) -> bool:
+    """Say whether two objects match by BFCL's rules: none required is missing; a default may be left out or written.
+
+    An unknown argument needs no check of its own: the expected call has none, and there is no default to equal.
+    """
+    rules = schema.get("properties", {})
+    defaults = {name: rule["default"] for name, rule in rules.items() if isinstance(rule, dict) and "default" in rule}
+    full_got, full_expected = {**defaults, **got}, {**defaults, **expected}
+    return got.keys() >= set(schema.get("required", [])) and all(
+        name in full_got and name in full_expected
+        and is_alike(full_got[name], full_expected[name], rules.get(name, schema.get("additionalProperties")))
+        for name in got.keys() | expected.keys())
+
+
+def can_pair(got: list, expected: list, fits) -> bool:
+    """Say whether all of `got` pair off one to one with all of `expected`, each with one it fits (maximum matching)."""
+    partners: dict[int, object] = {}
+
+    def place(item: object, tried: set[int]) -> bool:
+        for index, candidate in enumerate(expected):
+            if index not in tried and fits(item, candidate):
+                tried.add(index)
+                if index not in partners or place(partners[index], tried):  # its partner may find another place
+                    partners[index] = item
+                    return True
+        return False
+
+    return len(got) == len(expected) and all(place(item, set()) for item in got)
+
+
+def score_answer(got: str, expected: str, tools: list[dict]) -> Verdict:
+    """Compare an answer with the expected one, exactly and by BFCL's rules; without tools only the text counts."""
+    wanted = read_calls(expected)
+    wanted_names = tuple(call["name"] for call in wanted)
+    try:
+        calls = read_calls(got)
+    except (ValueError, RecursionError):  # a model that repeats itself can open a thousand brackets
+        return Verdict(False, False, True, wanted_names, ())
+    if tools:
+        schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
+        exact = can_pair(calls, wanted, is_same)
+        ast = exact or can_pair(calls, wanted, lambda call, other: call["name"] == other["name"]
+                                and is_alike(call["arguments"], other["arguments"], schemas.get(call["name"])))
+    else:
+        exact = ast = got.strip() == expected.strip()
+    return Verdict(exact, ast, False, wanted_names, tuple(call["name"] for call in calls))
+
+
+def divide(part: float, whole: float) -> float:
+    """Return the share part / whole; of nothing, all is right."""
+    return part / whole if whole else 1.0
+
+
+def macro_f1(rows: list[tuple[tuple, tuple]]) -> float:
+    """Return the mean F1 over the labels that are expected anywhere, given each row's (expected, got) labels."""
+    scores = []
+    for label in sorted({label for expected, _ in rows for label in expected}):
+        hits = sum(min(expected.count(label), got.count(label)) for expected, got in rows)
+        scores.append(2 * hits / sum(expected.count(label) + got.count(label) for expected, got in rows))
+    return divide(math.fsum(scores), len(scores))
+
+
+def count_scores(verdicts: list[Verdict]) -> dict:
+    """Return the scores over all rows; a broken call counts as a call."""
+    called = [bool(row.got) or row.broken for row in verdicts]
+    wanted = [bool(row.expected) for row in verdicts]
+    both = sum(call and want for call, want in zip(called, wanted))
+    return {
+        "exact_match": divide(sum(row.exact for row in verdicts), len(verdicts)),
+        "ast_match": divide(sum(row.ast for row in verdicts), len(verdicts)),
+        "tool_macro_f1": macro_f1([(row.expected, row.got) for row in verdicts]),
+        "call_precision": divide(both, sum(called)),
+        "call_recall": divide(both, sum(wanted)),
+        "broken_json": sum(row.broken for row in verdicts),
+        "n": len(verdicts),
+    }
+
+
+def count_per_tool(verdicts: list[Verdict]) -> dict[str, dict]:
+    """Return per tool how many rows expect it, and the shares of these that call it and that match exactly."""
+    table = {}
+    for label in [*sorted({name for row in verdicts for name in row.expected}), NO_CALL]:
+        rows = [row for row in verdicts if label in (row.expected or (NO_CALL,))]
+        called = [label in (row.got or (BROKEN if row.broken else NO_CALL,)) for row in rows]
+        if rows:
+            table[label] = {"support": len(rows), "tool": divide(sum(called), len(rows)),
+                            "exact": divide(sum(row.exact for row in rows), len(rows))}
+    return table
+
+
+def pair_labels(row: Verdict) -> list[tuple[str, str]]:
+    """Return (expected, got) labels of one row: equal names first, then the others in order."""
+    nothing = BROKEN if row.broken else NO_CALL
+    if not row.expected:
+        return [(NO_CALL, name) for name in row.got or (nothing,)]
+    pairs, missed, others = [], [], list(row.got)
+    for name in row.expected:
+        if name in others:
+            others.remove(name)
+            pairs.append((name, name))
+        else:
+            missed.append(name)
+    return pairs + list(zip(missed, others + [nothing] * len(missed)))
+
+
+def count_confusion(verdicts: list[Verdict]) -> tuple[list[str], list[list[int]]]:
+    """Return (labels, counts): counts[i][j] is how often label i was expected and label j given."""
+    pairs = [pair for row in verdicts for pair in pair_labels(row)]
+    special = [label for label in (NO_CALL, BROKEN) if any(label in pair for pair in pairs)]
+    expected = {wanted for wanted, _ in pairs}.difference(special)
+    others = {got for _, got in pairs}.difference(special, expected)
+    labels = sorted(expected) + sorted(others) + special
+    place = {label: index for index, label in enumerate(labels)}
+    counts = [[0] * len(labels) for _ in labels]
+    for wanted, got in pairs:
+        counts[place[wanted]][place[got]] += 1
+    return labels, counts
+
+
+def count_classes(pairs: list[tuple[str, str]]) -> float | None:
+    """Return the macro-F1 of plain (expected, got) answers if the expected ones are a few classes, else None."""
+    rows = [((expected.strip(),), (got.strip(),)) for expected, got in pairs]
+    return macro_f1(rows) if 0 < len({expected for expected, _ in rows}) <= MAX_CLASSES else None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 10  Save: adapter, then the merged 16-bit model, read back and checked by a fresh process
 # ---------------------------------------------------------------------------------------------------------------
 def check_folder(path: str, flag: str) -> None:
     """Refuse a folder that holds anything and was not written by this script."""
@@ -1390,42 +1687,67 @@ def save_adapter(model, output_dir: str) -> str:
     return adapter
 
 
-def merge_adapter(args: argparse.Namespace, base_id: str, adapter: str, sequences: list[Sequence], shown: list[Sequence],
-                  plan: Plan) -> dict:
-    """Merge the adapter into the 16-bit base, save it, read it back and score it; runs in a fresh process.
-
-    A fresh process, because Unsloth changes Transformers' classes for good, and the model must work where no Unsloth
-    is: with plain AutoModelForCausalLM. Returns the loss on `sequences` and the answers to `shown`, for the caller to compare.
-    """
-    quiet_libraries()
+def merge_adapter(args: argparse.Namespace, base_id: str, adapter: str) -> Path:
+    """Merge the adapter into the 16-bit base, save the model whole, and return its folder, not yet the final one."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = partial_folder(args.final_model_dir)
     shutil.rmtree(folder, ignore_errors=True)
-    base = AutoModelForCausalLM.from_pretrained(base_id, dtype="auto", device_map=device)
+    base = AutoModelForCausalLM.from_pretrained(
+        base_id, dtype="auto", device_map="cuda" if torch.cuda.is_available() else "cpu")
     sums = {name: parameter.double().sum().item() for name, parameter in base.named_parameters()}
     merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
     if all(sums[name] == parameter.double().sum().item() for name, parameter in merged.named_parameters()):
-        raise UserError("the merged model equals the base: training changed nothing that 16-bit weights can hold")
+        raise UserError("the merged model equals the base: training changed nothing that 16-bit weights can hold; "
+                        "train longer or raise --learning_rate")
     merged.config.use_cache = True  # off during training only
     merged.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(args.model_id)
-    tokenizer.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(args.model_id).save_pretrained(folder)
     write_run(args, folder)
-    del base, merged
+    return folder
 
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=to_dtype(device), device_map=device,
-                                                       output_loading_info=True)
+
+def read_back(folder: Path):
+    """Return the saved model, loaded with plain Transformers and checked: no stray weights, all finite."""
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     strays = [*info["missing_keys"], *info["unexpected_keys"], *(n for n, _ in model.named_parameters() if "lora" in n)]
     if strays:
         raise UserError(f"{folder}: missing or unknown weights: {', '.join(sorted(strays)[:5])}")
     if bad := [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]:
         raise UserError(f"{folder}: weights that are not finite: {', '.join(bad[:5])}")
-    return {"loss": score_loss(model, to_batches(sequences, plan), "transformers"),
-            "answers": generate_answers(model, tokenizer, shown, "transformers")}
+    del model
+    return load_base(str(folder), load_in_4bit=False)
+
+
+def merge_and_score(args: argparse.Namespace, base_id: str, adapter: str, sequences: list[Sequence], plan: Plan) -> dict:
+    """Answer the sequences with the base, the adapter, and the merged model read back; return {name: result} of each.
+
+    Runs in a fresh process, because Unsloth changes Transformers' classes for good, and the proof must hold where no
+    Unsloth is. The adapter stands on the base that it was trained on, in 4 bits if that was so; the others have 16.
+    """
+    quiet_libraries()
+    from peft import PeftModel
+
+    tokenizer, results = load_tokenizer(args.model_id), {}
+
+    def score(name, model):
+        results[name] = {"answers": generate_answers(model, tokenizer, sequences, args, name),
+                         "loss": score_batches(model, to_batches(sequences, plan), "transformers")["loss"]}
+
+    base = load_base(base_id, load_in_4bit=False)
+    score("base", base)
+    if args.load_in_4bit:
+        del base
+        base = load_base(args.model_id, load_in_4bit=True)
+    score("adapter", PeftModel.from_pretrained(base, adapter))
+    del base
+    free_gpu()
+    score("merged", read_back(merge_adapter(args, base_id, adapter)))
+    return results
 
 
 def run_fresh(function, *arguments):
@@ -1441,71 +1763,398 @@ def run_fresh(function, *arguments):
             raise UserError("the process that merges was killed; it needs memory for the whole 16-bit model") from None
 
 
-def check_merged(args: argparse.Namespace, adapter: str, expected: dict, got: dict) -> None:
+def check_merged(args: argparse.Namespace, adapter: str, results: dict, scores: dict) -> None:
     """Compare the merged model read back with the adapter it came from; a mismatch is a UserError.
 
-    After 16-bit training both are the same model and must answer alike. After 4-bit training the merged model stands on
-    the unquantised base, which is a little different and as a rule better, so its held-out loss decides.
+    After 16-bit training both are the same model up to the rounding of the merge and must answer alike. After 4-bit
+    training the merged model stands on the unquantised base, a little different and as a rule better, so loss and
+    score decide.
     """
-    if args.load_in_4bit:
-        wrong = got["loss"] > expected["loss"] + max(0.02 * expected["loss"], MERGE_SLACK)
-    else:
-        wrong = got["answers"] != expected["answers"]
-    if wrong or not math.isfinite(got["loss"]):
+    expected, got = results["adapter"], results["merged"]
+    worse = scores["adapter"]["exact_match"] - scores["merged"]["exact_match"]
+    different = sum(a != b for a, b in zip(expected["answers"], got["answers"])) / len(expected["answers"])
+    wrong = got["loss"] > expected["loss"] + max(0.02 * expected["loss"], MERGE_SLACK) or worse > MERGE_SLACK
+    if wrong or not math.isfinite(got["loss"]) or (not args.load_in_4bit and different > MERGE_SLACK):
         shutil.rmtree(partial_folder(args.final_model_dir), ignore_errors=True)
         raise UserError(f"the merged model does not do what the adapter does: held-out loss {got['loss']:.4f}, adapter "
-                        f"{expected['loss']:.4f}; answers {shorten(got['answers'])}, adapter "
-                        f"{shorten(expected['answers'])}; nothing was written to {args.final_model_dir}, the adapter is "
-                        f"safe in {adapter}")
+                        f"{expected['loss']:.4f}; exact {scores['merged']['exact_match']:.1%}, adapter "
+                        f"{scores['adapter']['exact_match']:.1%}; {different:.1%} of the answers differ; nothing was "
+                        f"written to {args.final_model_dir}, the adapter is safe in {adapter}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 10  Report: what a person sees at the end
+# 11  Report: what a person sees at the end
 # ---------------------------------------------------------------------------------------------------------------
-def show_answers(tokenizer, sequences: list[Sequence], before: list[str], after: list[str]) -> None:
-    """Print request, expected answer, and the model's answer before and after training."""
-    for sequence, old, new in zip(sequences, before, after):
-        prompt = tokenizer.decode(sequence.input_ids[: sequence.prompt_length])
-        request = prompt.rsplit("<|im_start|>user\n", 1)[-1].split("<|im_end|>")[0]
-        expected = tokenizer.decode(sequence.input_ids[sequence.prompt_length :]).split(tokenizer.eos_token)[0]
-        print(f"\n{sequence.where}  {request}")
-        for name, text in (("expected", expected), ("before", old), ("after", new)):
-            mark = "" if name == "expected" else " ✓" if text.strip() == expected.strip() else " ✗"
-            print(f"  {name:<9}{' '.join(text.split())[:200]}{mark}")
+def score_results(sequences: list[Sequence], results: dict) -> tuple[dict, dict]:
+    """Return ({model: scores}, {model: verdicts}) of the answers of each model."""
+    verdicts = {name: [score_answer(answer, sequence.answer, sequence.tools)
+                       for answer, sequence in zip(result["answers"], sequences)] for name, result in results.items()}
+    return {name: count_scores(of_model) for name, of_model in verdicts.items()}, verdicts
+
+
+def read_request(tokenizer, sequence: Sequence) -> str:
+    """Return what the user said last in the prompt of a sequence."""
+    prompt = tokenizer.decode(sequence.input_ids[: sequence.prompt_length])
+    return prompt.rsplit("<|im_start|>user\n", 1)[-1].split("<|im_end|>")[0]
+
+
+def show_answers(tokenizer, sequences: list[Sequence], answers: dict[str, list[str]]) -> None:
+    """Print request, expected answer, and the answer of the first and of the last model."""
+    first, *_, last = answers if len(answers) > 1 else ["", *answers]
+    for index, sequence in enumerate(sequences):
+        print(f"\n{sequence.where}  {read_request(tokenizer, sequence)}")
+        print(f"  {'expected':<9}{' '.join(sequence.answer.split())[:200]}")
+        for label, name in (("before", first), ("after", last)):
+            if name:
+                exact = score_answer(answers[name][index], sequence.answer, sequence.tools).exact
+                print(f"  {label:<9}{' '.join(answers[name][index].split())[:200]} {'✓' if exact else '✗'}")
     print()
+
+
+def show_scores(scores: dict) -> None:
+    """Print one line of scores for each model."""
+    say("score", f"{'':<9}{'exact':>8}{'AST':>8}{'tool F1':>9}{'calls: precision':>18}{'recall':>8}{'broken':>8}{'rows':>7}")
+    for name, score in scores.items():
+        say("", f"{name:<9}{score['exact_match']:>8.1%}{score['ast_match']:>8.1%}{score['tool_macro_f1']:>9.1%}"
+                f"{score['call_precision']:>18.1%}{score['call_recall']:>8.1%}{score['broken_json']:>8}{score['n']:>7}")
+
+
+def to_report(args, tokenizer, sequences, results, scores, verdicts, data, lengths, train) -> dict:
+    """Return all that is known of the run as one dict, with what report.json promises."""
+    import numpy as np
+    import torch
+
+    last = list(results)[-1]
+    shares = {name: count_per_tool(of_model) for name, of_model in verdicts.items()}
+    per_tool = {tool: {"support": row["support"], **{name: {"tool": shares[name][tool]["tool"],
+                "exact": shares[name][tool]["exact"]} for name in shares}} for tool, row in shares[last].items()}
+    labels, counts = count_confusion(verdicts[last])
+    failures = [{"where": sequence.where, "request": read_request(tokenizer, sequence), "expected": sequence.answer,
+                 "got": answer, "before": results[list(results)[0]]["answers"][index]}
+                for index, (sequence, answer, verdict) in enumerate(zip(sequences, results[last]["answers"], verdicts[last]))
+                if not verdict.exact]
+    data = {"path": args.dataset_path, "rows": data["train"] + data["held_out"], "skipped": 0, **data}
+    if lengths:
+        bins, edges = np.histogram(lengths, bins=min(30, max(lengths) - min(lengths) + 1))
+        data |= {"tokens": {"mean": sum(lengths) / len(lengths), "max": max(lengths)},
+                 "lengths": {"edges": [round(float(edge), 1) for edge in edges], "counts": bins.tolist()}}
+    classes = count_classes([(sequence.answer, answer) for sequence, answer in zip(sequences, results[last]["answers"])])
+    if not any(sequence.tools for sequence in sequences) and classes is not None:
+        scores[last]["macro_f1"] = classes
+    report = {"scores": scores, "per_tool": per_tool, "confusion": {"labels": labels, "counts": counts}, "data": data,
+              "failures": failures, "versions": find_versions(), "args": vars(args), "git": find_commit(),
+              "command": " ".join(["python", *map(shlex.quote, sys.argv)]),
+              "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu",
+              "finished": time.strftime("%Y-%m-%d %H:%M")}
+    return report | ({"train": train} if train else {})
+
+
+def find_versions() -> dict:
+    """Return {library: version or None} of what a run depends on."""
+    from importlib import metadata
+
+    versions = {"python": sys.version.split()[0]}
+    for name in ("torch", "transformers", "trl", "peft", "bitsandbytes", "unsloth"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def find_commit() -> str | None:
+    """Return the commit of the folder that the script is in, with "(changed)" where files differ from it, or None."""
+    git = partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True)
+    try:
+        commit = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
+        changed = git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
+    except OSError:  # no git here
+        return None
+    return commit + (" (changed)" if changed else "") if commit else None
+
+
+SHOWN_CHARACTERS = 2000  # of any one text in the report; the rest is counted, not shown
+INVISIBLE = r"[\0-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ud800-\udfff\ufffe\uffff]"
+SCORE_NAMES = {"exact_match": "Exact match", "ast_match": "AST match", "tool_macro_f1": "Tool macro-F1",
+               "call_precision": "Call precision", "call_recall": "Call recall", "broken_json": "Broken JSON"}
+
+SHOWN_CHARACTERS = 2000  # of any one text in the report; the rest is counted, not shown
+INVISIBLE = r"[\0-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ud800-\udfff\ufffe\uffff]"
+SCORE_NAMES = {"exact_match": "Exact match", "ast_match": "AST match", "tool_macro_f1": "Tool macro-F1",
+               "call_precision": "Call precision", "call_recall": "Call recall", "broken_json": "Broken JSON"}
+
+REPORT_TEMPLATE = """<!doctype html>
+{% macro section(title, note="") %}<section><div><h2>{{ title }}</h2><p class="note">{{ note }}</p></div>
+<div>{{ caller() }}</div></section>{% endmacro %}
+{% macro listed(kind, pairs) %}<dl class="{{ kind }}">{% for name, value in pairs if value or kind == "pairs" %}
+<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>{% endfor %}</dl>{% endmacro %}
+{% macro chart(curve, label) %}<figure role="img" aria-label="{{ label }} by step">
+<div class="y"><span>{{ curve.top }}</span><span>{{ curve.half }}</span><span>0</span></div>
+<svg viewBox="0 0 100 100" preserveAspectRatio="none"><path class="grid" d="M0 0H100M0 50H100M0 100H100"/>
+{% for line in curve.lines %}<polyline class="{{ line.kind }}" points="{{ line.points }}"/>
+{% if line.dots %}<path class="dots" d="{{ line.dots }}"/>{% endif %}{% endfor %}</svg>
+<div class="x"><span>step 0</span><span>{{ curve.steps | number }}</span></div>
+<figcaption>{{ label }}: {% for line in curve.lines %}{{ ", " if not loop.first }}
+<span class="{{ line.kind }}">{{ line.name }} {{ line.last }}</span>{% endfor %}</figcaption></figure>{% endmacro %}
+{% macro bar(score, kind) %}<div class="bar {{ kind }}"><i style="--exact:{{ score.exact | share }};
+--tool:{{ score.tool | share }}"></i><span>{{ score.exact | percent }}</span></div>{% endmacro %}
+{% set fell = scores and scores[last].exact_match < scores[first].exact_match %}
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{{ headline }}</title><style>
+:root { --paper:#fdfcfa; --ink:#1f1e1c; --mute:#67635d; --line:#e4e0d8; --soft:#f4f1eb; --base:#8b867e;
+  --accent:#0b6e5f; --bad:#b3261e; color-scheme:light dark; print-color-adjust:exact; -webkit-print-color-adjust:exact }
+@media screen and (prefers-color-scheme:dark) { :root { --paper:#171716; --ink:#e9e6e0; --mute:#a19c94; --line:#33312e;
+  --soft:#21201e; --base:#88837b; --accent:#5fc9b1; --bad:#ff9186 } } * { box-sizing:border-box } body { margin:0 auto;
+  max-width:74rem; padding:clamp(2rem,6vw,5.5rem) clamp(1.1rem,5vw,4rem); background:var(--paper); color:var(--ink);
+  font:1rem/1.55 system-ui,sans-serif; font-variant-numeric:tabular-nums; overflow-wrap:anywhere }
+h1 { font-size:clamp(2.1rem,6.5vw,4rem); line-height:1.08; letter-spacing:-.025em; font-weight:600; margin:0 0 1.2rem;
+  text-wrap:balance } h1 span, .lead span { display:inline-block } .scores td { white-space:nowrap } .after {
+  color:var(--accent) } .fell, .bad { color:var(--bad) } .bad { margin:.6rem 0 0; font-weight:600 } .lead {
+  font-size:1.15rem; max-width:44rem; color:var(--mute); margin:0 } h2 { font-size:1rem; font-weight:600; margin:0 0
+  .4rem } .note, dt { color:var(--mute); font-size:.84rem; margin:0 } section > div { min-width:0 } section {
+  display:grid; grid-template-columns:12rem minmax(0,1fr); gap:1rem 3rem; margin-top:clamp(2rem,4vw,3rem);
+  padding-top:1.5rem; border-top:1px solid var(--line) }
+table { border-collapse:collapse; width:100%; font-size:.94rem } th { font-weight:400; text-align:left } td, .scores
+  thead th:not(:first-child) { text-align:right } thead th { color:var(--mute); font-size:.84rem } th, td {
+  padding:.42rem 0 .42rem .6rem } tr > :first-child { padding-left:0 } tbody tr { border-top:1px solid var(--line) }
+  .scores tr > :last-child { color:var(--accent); font-weight:600 } .tools thead th { white-space:nowrap } .tools tr >
+  :last-child { width:58%; padding-left:1.5rem } .bar { --c:var(--base); display:flex; align-items:center; gap:.6rem;
+  font-size:.8rem; line-height:1.3; color:var(--mute) } .bar i { flex:1; height:.5rem; border-radius:2px;
+  background:linear-gradient(90deg, var(--c) var(--exact), color-mix(in srgb,var(--c) 32%,transparent) 0 var(--tool),
+  var(--soft) 0) } .bar span { width:3.2rem } .bar.last { --c:var(--accent); color:var(--ink) } .wide { overflow-x:auto
+  } .matrix { width:auto; font-size:.8rem } .matrix tr { border:0 } .matrix tbody td { text-align:center;
+  min-width:1.9rem; height:1.9rem; padding:.1rem; border:1px solid var(--paper); background:color-mix(in
+  srgb,var(--c,var(--soft)) var(--heat,0%),var(--soft)) } .hit { --c:var(--accent); font-weight:600 } .miss {
+  --c:var(--bad) } .matrix thead th { writing-mode:vertical-rl; rotate:180deg; max-height:10rem; padding:.4rem 0;
+  line-height:1.1 } .matrix tbody th { min-width:6rem; max-width:13rem; padding-right:.7rem; line-height:1.2 }
+.charts { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr)); gap:2rem } figure {
+  margin:0; display:grid; grid-template-columns:auto 1fr; gap:.2rem .6rem; font-size:.8rem; color:var(--mute) } .y, .x {
+  display:flex; justify-content:space-between } .y { flex-direction:column; text-align:right; margin:-.6rem 0 } .x,
+  figcaption { grid-column:2 } figcaption { font-size:.9rem; color:var(--ink) } figcaption .held { color:var(--accent) }
+  svg { width:100%; height:11rem; overflow:visible } svg * { fill:none; stroke:var(--base); stroke-width:1.5px;
+  vector-effect:non-scaling-stroke } svg .grid { stroke:var(--line); stroke-width:1px } svg .held, svg .dots {
+  stroke:var(--accent) } svg .dots { stroke-width:6px; stroke-linecap:round } .bins { grid-column:1/3; display:flex;
+  align-items:flex-end; gap:1px; height:7rem; margin-top:1.8rem } .bins + .x { grid-column:1/3 } .bins i { flex:1;
+  background:var(--accent) }
+dl, dd { margin:0 } .facts { display:grid; grid-template-columns:repeat(auto-fill,minmax(min(100%,10.5rem),1fr));
+  gap:1.6rem 1.5rem } .facts div { display:flex; flex-direction:column-reverse; justify-content:flex-end } .facts dd {
+  font-size:1.5rem; line-height:1.2; letter-spacing:-.01em } .pairs { columns:2 19rem; column-gap:3rem; font-size:.88rem
+  } .pairs div { display:flex; gap:1rem; padding:.28rem 0; justify-content:space-between; border-bottom:1px solid
+  var(--line); break-inside:avoid } .pairs dt { flex:none; max-width:50% } .pairs dd { text-align:right } details {
+  border-bottom:1px solid var(--line) } summary { cursor:pointer; padding:.6rem 0; display:flex; gap:.2rem 1rem;
+  align-items:baseline } summary::before { content:"+"; color:var(--accent); width:.7rem } [open] > summary::before {
+  content:"–" } summary .note { flex:none; max-width:45% } bdi { flex:1; min-width:0; overflow:hidden;
+  white-space:nowrap; text-overflow:ellipsis } [open] bdi { white-space:pre-wrap } .answers { padding:.2rem 0 1.4rem
+  1.7rem; display:grid; gap:.7rem; color:var(--mute); font-size:.84rem } pre { margin:.15rem 0 0; padding:.7rem .9rem;
+  background:var(--soft); color:var(--ink); border-radius:4px; white-space:pre-wrap; max-height:32rem; overflow:auto;
+  unicode-bidi:isolate; font:.84rem/1.55 ui-monospace,monospace } .command { user-select:all } ins, del {
+  --c:var(--accent); color:var(--c); background:color-mix(in srgb,var(--c) 10%,transparent); text-underline-offset:.2em
+  } del { --c:var(--bad) } @media (max-width:50rem) { section { grid-template-columns:minmax(0,1fr) } } @media
+  (max-width:34rem) { summary { flex-wrap:wrap } summary .note { max-width:85% } bdi { flex-basis:100% } .answers {
+  padding-left:0 } .tools tr > :last-child { padding-left:.9rem; width:52% } }
+@media print { @page { margin:16mm } body { padding:0; font-size:10pt; background:none } section {
+  grid-template-columns:minmax(0,1fr) } section > :first-child { break-after:avoid } tr, figure, .facts div {
+  break-inside:avoid } details::details-content { content-visibility:visible } bdi { white-space:pre-wrap }
+  summary::before { content:none } .wide, pre { overflow:visible; max-height:none } .matrix { width:100% } .matrix tbody
+  td { min-width:0 } .answers { padding-left:0 } }
+</style></head><body><main><h1>{% if scores %}
+{% if first != last %}<span>{{ scores[first].exact_match | percent }}</span> → {% endif %}
+<span class="{{ "fell" if fell else "after" }}">{{ scores[last].exact_match | percent }}</span> of calls exact
+{% else %}{{ headline }}{% endif %}</h1>
+{% if data %}<p class="lead">{{ args.model_id }}{% if train %}, trained on {{ data.train | number }} rows{% endif %}
+{% if scores %}, measured on {{ scores[last].n | number }} held-out rows{% endif %} of {{ data.path }}
+{%- if device %}, on {{ device }}{% endif %}{% if finished %}, <span>{{ finished }}</span>{% endif %}.</p>{% endif %}
+{% if fell %}<p class="bad">The {{ last }} model does worse than the {{ first }} model.</p>{% endif %}
+{% if scores %}{% call section("Scores", "On the held-out rows.") %}<table class="scores">
+<thead><tr><td></td>{% for name in scores %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead><tbody>
+{% for key, label in score_names.items() %}<tr><th scope="row">{{ label }}</th>{% for score in scores.values() %}
+<td>{{ score[key] | number if key == "broken_json" else score[key] | percent(1) }}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table>{% endcall %}{% endif %}
+{% if curves %}{% call section("Learning") %}<div class="charts">
+{% for label, curve in curves.items() %}{{ chart(curve, label) }}{% endfor %}</div>{% endcall %}{% endif %}
+{% if tools %}{% call section("Tools", "Full colour: exact. Pale: the right tool, other arguments. " ~
+("Grey is " ~ first ~ ", green " ~ last ~ ". " if first != last else "") ~ "Weakest first.") %}<table class="tools">
+<thead><tr><th scope="col">tool</th><th scope="col">rows</th><th scope="col">exact</th></tr></thead><tbody>
+{% for name, tool in tools %}<tr><th scope="row">{{ name | breakable }}</th><td>{{ tool.support | number }}</td><td>
+{% if first != last %}{{ bar(tool[first], "first") }}{% endif %}{{ bar(tool[last], "last") }}</td></tr>
+{% endfor %}</tbody></table>{% endcall %}{% endif %}
+{% if matrix.rows %}
+{% call section("Confusion", "Rows: the tool expected. Columns: the tool called by the " ~ last ~ " model.") %}
+<div class="wide" tabindex="0" role="region" aria-label="Confusion table"><table class="matrix">
+<thead><tr><td></td>{% for name in matrix.columns %}<th scope="col">{{ name | breakable }}</th>{% endfor %}</tr></thead>
+<tbody>{% for name, cells in matrix.rows %}<tr><th scope="row">{{ name | breakable }}</th>
+{% for kind, heat, n in cells %}<td class="{{ kind }}" style="--heat:{{ heat }}%">{{ n or "" }}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table></div>{% endcall %}{% endif %}
+{% if data %}{% call section("Data", data.path) %}
+{{ listed("facts", [("rows", data.rows | number), ("for training", data.train | number),
+("held out", data.held_out | number), ("skipped", data.skipped | number),
+("tokens per row on average", data.tokens.mean | number), ("tokens at most", data.tokens.max | number)]) }}
+{% set bins = data.lengths %}{% if bins.counts %}
+<figure role="img" aria-label="Rows by length"><div class="bins">{% for count in bins.counts %}
+<i style="height:{{ (count / (bins.counts | max or 1)) | share }}"></i>{% endfor %}</div>
+<div class="x"><span>{{ bins.edges[0] | number }} tokens</span><span>{{ bins.edges[-1] | number }}</span>
+</div></figure>{% endif %}{% endcall %}{% endif %}
+{% if train %}{% call section("Training") %}
+{% set computed, padded, memory = train.tokens_computed, train.tokens_padded, train.peak_memory_gib | number %}
+{{ listed("facts", [("samples per second", train.samples_per_second | number),
+("tokens per second", train.tokens_per_second | number), ("tokens computed: " ~ computed | number ~ " instead of " ~
+padded | number, computed and "%.1f times fewer" % (padded / computed)), ("peak memory", memory and memory ~ " GiB"),
+("for " ~ train.steps | number ~ " steps", "%d min %d s" % (train.seconds // 60, train.seconds % 60)),
+("mean loss", train.loss | number), ("resumed from", train.resumed_from)]) }}{% endcall %}{% endif %}
+{% if failures or scores and scores[last].exact_match == 1 %}
+{% call section("Failures (" ~ failures | length | number ~ ")", failures and "Answers of the " ~ last ~ " model that
+are not the expected ones. Underlined: only expected. Struck: only answered." or "Every answer is the expected one.") %}
+{% for failure in failures %}{% set expected, got = mark_difference(failure.expected, failure.got) %}
+<details><summary><span class="note">{{ failure.where }}</span> <bdi dir="auto">{{ failure.request }}</bdi></summary>
+<div class="answers"><div>expected<pre>{{ expected }}</pre></div><div>{{ last }}<pre>{{ got }}</pre></div>
+{% if failure.before %}<div>base<pre>{{ failure.before }}</pre></div>{% endif %}</div></details>
+{% endfor %}{% endcall %}{% endif %}
+{% for title, pairs in [("Settings", args | items), ("Versions", (versions | items | list) + [("git", git)])] if data %}
+{% call section(title) %}{{ listed("pairs", pairs) }}{% endcall %}{% endfor %}
+{% if command %}{% call section("Repeat this run", "A click selects it all.") %}
+<pre class="command" tabindex="0">{{ command | whole }}</pre>{% endcall %}{% endif %}
+</main></body></html>
+"""
+
+
+def show_text(value: object, limit: int = SHOWN_CHARACTERS) -> object:
+    """Return what the page shows for a value: a long text cut, and characters that act instead of showing by number."""
+    if value is None or hasattr(value, "__html__"):
+        return "–" if value is None else value
+    text = str(value)
+    rest = f"… {len(text) - limit:,} more characters" if len(text) > limit else ""
+    return re.sub(INVISIBLE, lambda match: f"⟨U+{ord(match[0]):04X}⟩", text[:limit]) + rest
+
+
+def mark_difference(expected: str, got: str) -> list:
+    """Return both texts as markup: <ins> around what only `expected` has, <del> around what only `got` has."""
+    from markupsafe import Markup, escape
+
+    cut = [show_text(text[:SHOWN_CHARACTERS]) for text in (expected, got)]
+    left, right = (re.findall(r'[^\s"{}\[\],<>]+|\s+|.', text) for text in cut)
+    marked = [Markup(""), Markup("")]
+    for change, a, b, c, d in difflib.SequenceMatcher(None, left, right).get_opcodes():
+        for side, tag, words in ((0, "ins", left[a:b]), (1, "del", right[c:d])):
+            text = escape("".join(words))
+            marked[side] += text if change == "equal" or not words else Markup(f"<{tag}>{text}</{tag}>")
+    return [mark + show_text(text)[len(shown):] for mark, text, shown in zip(marked, (expected, got), cut)]
+
+
+def show_number(value: float | None) -> str | None:
+    """Return a number with thousands separated, and three digits of one that is not whole."""
+    if not isinstance(value, (int, float)):
+        return None
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.3g}"
+
+
+def show_percent(share: float | None, digits: int = 0) -> str | None:
+    """Return a share in percent with one decimal, which is left out when 0 unless `digits` asks for it."""
+    return f"{100 * share:.1f}".removesuffix("" if digits else ".0") + " %" if share is not None else None
+
+
+def draw_curve(history: list[dict], names: dict[str, str], show=show_number, top: float | None = None) -> dict:
+    """Return the lines of a chart for the log's keys in `names`, in percent of its width and height."""
+    from markupsafe import Markup
+
+    logged = {key: [(entry["step"], entry[key]) for entry in history
+                    if isinstance(entry.get(key), (int, float)) and math.isfinite(entry[key])] for key in names}
+    steps = max((entry["step"] for entry in history), default=1) or 1
+    highest = max((value for points in logged.values() for _, value in points), default=1)
+    unit = 10 ** math.floor(math.log10(highest)) if highest > 0 else 1
+    top = top or next(n * unit for n in (1, 1.5, 2, 3, 4, 6, 8, 10, 11) if n * unit >= highest)
+    lines = []
+    for key, points in logged.items():
+        thin = points[:: -(len(points) // 400 + 1)]  # from the last; more points than pixels make the page heavy
+        drawn = [f"{100 * step / steps:.2f},{100 - 100 * value / top:.2f}" for step, value in thin]
+        if points:
+            held = key.startswith("eval")
+            lines.append({"kind": "held" if held else "fitted", "name": names[key], "last": show(points[-1][1]),
+                          "points": Markup(" ".join(drawn)),
+                          "dots": Markup("".join(f"M{point}h0" for point in drawn)) if held else ""})
+    return {"lines": lines, "top": show(top), "half": show(top / 2), "steps": steps}
+
+
+def shade_confusion(confusion: dict) -> dict:
+    """Return the rows and columns that hold a count, each cell as (kind, heat in percent, count)."""
+    labels, counts = confusion["labels"], confusion["counts"]
+    used = [column for column in range(len(labels)) if any(row[column] for row in counts)]
+    rows = []
+    for label, row in zip(labels, counts):
+        if total := sum(row):
+            kinds = ["" if not row[column] else "hit" if labels[column] == label else "miss" for column in used]
+            heats = [12 + 30 * row[column] // total for column in used]  # at most 42: the text stays readable
+            rows.append((label, list(zip(kinds, heats, (row[column] for column in used)))))
+    return {"columns": [labels[column] for column in used], "rows": rows}
+
+
+def render_report(report: dict) -> str:
+    """Return the report of a run as one HTML page that needs nothing from outside; absent parts are left out."""
+    from jinja2 import ChainableUndefined, Environment
+    from markupsafe import Markup, escape
+
+    page = Environment(autoescape=True, undefined=ChainableUndefined, finalize=show_text, trim_blocks=True)
+    page.filters |= {"percent": show_percent, "number": show_number, "share": lambda part: f"{100 * (part or 0):.1f}%",
+                     "breakable": lambda name: Markup("_<wbr>").join(show_text(name).split("_")),
+                     "whole": lambda text: Markup(escape(show_text(text, sys.maxsize)))}  # not cut: it is to be copied
+    scores, train, tools = report.get("scores") or {}, report.get("train") or {}, report.get("per_tool") or {}
+    first, last = (next(iter(names), None) for names in (scores, reversed(scores)))
+    headline = " → ".join(show_percent(scores[name]["exact_match"]) for name in dict.fromkeys([first, last]) if name)
+    curves = {"Loss": draw_curve(train.get("history") or [], {"loss": "training", "eval_loss": "held out"}),
+              "Exact match": draw_curve(train.get("history") or [], {"eval_exact_match": "held out"}, show_percent, 1)}
+    return page.from_string(REPORT_TEMPLATE).render(
+        report, first=first, last=last, score_names=SCORE_NAMES,
+        headline=headline + " of calls exact" if scores else "Trained, not measured", mark_difference=mark_difference,
+        tools=sorted(tools.items(), key=lambda item: (item[1].get(last, {}).get("exact", 0), item[0])),
+        curves={name: curve for name, curve in curves.items() if curve["lines"]},
+        matrix=shade_confusion(report["confusion"]) if report.get("confusion") else {})
+
+
+def write_report(folder: str, report: dict) -> Path:
+    """Write report.json and report.html into `folder`, marked as this script's, and return it."""
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    if not (path / "run.yaml").exists():
+        (path / "run.yaml").write_text(WRITTEN_BY, encoding="utf-8")
+    (path / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False, default=str), encoding="utf-8")
+    (path / "report.html").write_text(render_report(report), encoding="utf-8")
+    return path
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The run, one stage after the other
 # ---------------------------------------------------------------------------------------------------------------
-def read_examples(args: argparse.Namespace) -> list[Example]:
-    """Return the valid examples of the dataset; problems end the run or are skipped, as --on_invalid says."""
+def read_examples(args: argparse.Namespace, path: str) -> list[Example]:
+    """Return the valid examples of a file; problems end the run or are skipped, as --on_invalid says."""
     start = time.perf_counter()
-    rows = read_rows(args.dataset_path, args.max_samples)
+    rows = read_rows(path, args.max_samples)
     examples, problems = to_examples(rows, args.tools_path)
     report_problems(problems, args.on_invalid, len(rows))
     if not examples:
-        raise UserError(f"{args.dataset_path}: no valid row is left")
+        raise UserError(f"{path}: no valid row is left")
     calls = sum(bool(message.get("tool_calls")) for example in examples for message in example.messages)
-    say("read", f"{len(examples):,} valid rows, {calls:,} turns that call, from {args.dataset_path} "
+    say("read", f"{len(examples):,} valid rows, {calls:,} turns that call, from {path} "
                 f"({time.perf_counter() - start:.1f} s)")
     return examples
 
 
-def render_all(args: argparse.Namespace, tokenizer, examples: list[Example]) -> tuple[list[Sequence], list[Sequence]]:
-    """Return the training and held-out sequences of the valid examples."""
+def render_all(args: argparse.Namespace, tokenizer, examples: list[Example],
+               held_out: list[Example] | None = None) -> tuple[list[Sequence], list[Sequence]]:
+    """Return the training and held-out sequences of the valid examples, split here if `held_out` is not given."""
     start = time.perf_counter()
-    groups, problems = render_examples(tokenizer, examples, args.max_seq_length)
-    report_problems(problems, args.on_invalid, len(examples))
-    sequences = {id(example): group for example, group in zip(examples, groups) if group}
-    sides = split_examples([example for example in examples if id(example) in sequences], args.train_test_split)
-    train, held_out = ([sequence for example in side for sequence in sequences[id(example)]] for side in sides)
+    both = [*examples, *(held_out or [])]
+    groups, problems = render_examples(tokenizer, both, args.max_seq_length)
+    report_problems(problems, args.on_invalid, len(both))
+    sequences = {id(example): group for example, group in zip(both, groups) if group}
+    sides = ([[example for example in side if id(example) in sequences] for side in (examples, held_out)] if held_out
+             else split_examples([example for example in both if id(example) in sequences], args.train_test_split))
+    train, test = ([sequence for example in side for sequence in sequences[id(example)]] for side in sides)
     if not train:
         raise UserError(f"{args.dataset_path}: no row is left to train on; lower --train_test_split or add rows")
     tokens = [len(sequence.input_ids) for sequence in train]
-    say("render", f"{len(train):,} training and {len(held_out):,} held-out sequences of {sum(tokens) // len(tokens):,} "
+    say("render", f"{len(train):,} training and {len(test):,} held-out sequences of {sum(tokens) // len(tokens):,} "
                   f"tokens on average, {max(tokens):,} at most ({time.perf_counter() - start:.1f} s)")
-    return train, held_out
+    return train, test
 
 
 def show_plan(train: list[Sequence], args: argparse.Namespace, plan: Plan) -> None:
@@ -1531,27 +2180,79 @@ def start_output(args: argparse.Namespace, checkpoint: str | None) -> None:
     write_run(args, args.output_dir)
 
 
-def train_model(trainer, checkpoint: str | None, train: list[Sequence], rows_per_step: int) -> None:
-    """Train, from a checkpoint if there is one, and print the speed of the steps made now."""
+def train_model(trainer, checkpoint: str | None, train: list[Sequence], rows_per_step: int) -> dict:
+    """Train, from a checkpoint if there is one; print and return the facts of the steps made now."""
+    import torch
+
     first = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
     if checkpoint:
         say("resume", f"from {checkpoint}")
     start = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = time.perf_counter() - start
-    samples = (result.global_step - first) * rows_per_step
-    tokens = samples * sum(len(sequence.input_ids) for sequence in train) / len(train)
-    say("train", f"{result.global_step - first:,} steps in {seconds:.0f} s: {samples / seconds:.1f} samples/s, "
-                 f"{tokens / seconds:,.0f} tokens/s of the rows; loss {result.training_loss:.4f}")
+    seconds, steps = time.perf_counter() - start, result.global_step - first
+    tokens = steps * rows_per_step * sum(len(sequence.input_ids) for sequence in train) / len(train)
+    facts = {"loss": result.training_loss, "seconds": seconds, "steps": steps, "resumed_from": checkpoint,
+             "samples_per_second": steps * rows_per_step / seconds, "tokens_per_second": tokens / seconds,
+             "peak_memory_gib": torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None,
+             "tokens_computed": trainer.tokens_computed, "history": trainer.state.log_history}
+    say("train", f"{steps:,} steps in {seconds:.0f} s: {facts['samples_per_second']:.1f} samples/s, "
+                 f"{facts['tokens_per_second']:,.0f} tokens/s of the rows; loss {facts['loss']:.4f}")
+    return facts
+
+
+def count_padded(args: argparse.Namespace, train: list[Sequence], plan: Plan, facts: dict) -> int:
+    """Return how many tokens padded batches of --batch_size would have computed in the steps that were made."""
+    rows, total, groups = facts["steps"] * plan.rows * plan.accumulation, 0, group_rows(train)
+    for epoch in range(args.num_epochs):
+        order = order_rows(groups, piece_size(plan.rows), args.seed, epoch)[: max(0, rows - epoch * len(train))]
+        batches = [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)]
+        total += sum(len(batch) * max(len(train[row].input_ids) for row in batch) for batch in batches)
+    return total
+
+
+def evaluate_only(args: argparse.Namespace) -> None:
+    """Score a model or an adapter on --eval_dataset_path, or on the held-out rows of --dataset_path; train nothing."""
+    examples = read_examples(args, args.eval_dataset_path or args.dataset_path)
+    args.engine = "transformers"
+    start_engine(args)
+    settings = Path(args.eval_only) / "adapter_config.json"
+    base_id = json.loads(settings.read_text())["base_model_name_or_path"] if settings.is_file() else args.eval_only
+    check_model(base_id, "--eval_only")
+    tokenizer = load_tokenizer(base_id)
+    sides = ([], examples) if args.eval_dataset_path else split_examples(examples, args.train_test_split)
+    groups, problems = render_examples(tokenizer, sides[1] or sides[0], args.max_seq_length)
+    report_problems(problems, args.on_invalid, len(groups))
+    sequences = [sequence for group in groups for sequence in group][: args.eval_samples]
+    model = load_base(base_id, load_in_4bit=settings.is_file() and args.load_in_4bit)
+    if settings.is_file():
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, args.eval_only)
+    results = {"model": {"answers": generate_answers(model, tokenizer, sequences, args, args.eval_only)}}
+    finish(args, tokenizer, sequences, results, {"train": 0, "held_out": len(sequences)}, [])
+
+
+def finish(args: argparse.Namespace, tokenizer, sequences: list[Sequence], results: dict, data: dict,
+           lengths: list[int], train: dict | None = None) -> None:
+    """Show the scores and three answers, and write the report."""
+    scores, verdicts = score_results(sequences, results)
+    report = to_report(args, tokenizer, sequences, results, scores, verdicts, data, lengths, train)
+    show_answers(tokenizer, sequences[:SHOWN_ROWS], {name: result["answers"] for name, result in results.items()})
+    show_scores(scores)
+    folder = write_report(args.output_dir, report)
+    say("report", f"{folder / 'report.html'}")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the whole job: read, check, render, train, score, save."""
+    """Run the whole job: read, check, render, train, save, score, report."""
     args = parse_args(argv)
     check_folder(args.output_dir, "--output_dir")
+    if args.eval_only:
+        return evaluate_only(args)
     check_folder(args.final_model_dir, "--final_model_dir")
     checkpoint = find_checkpoint(args)
-    examples = read_examples(args)
+    examples = read_examples(args, args.dataset_path)
+    held_out = read_examples(args, args.eval_dataset_path) if args.eval_dataset_path else None
 
     engine = start_engine(args)
     config = check_model(args.model_id)
@@ -1559,7 +2260,7 @@ def main(argv: list[str] | None = None) -> None:
     check_same_shape(config, merge_base) if merge_base != args.model_id else None
     check_disk(args, config)
     tokenizer = load_tokenizer(args.model_id)
-    train, held_out = render_all(args, tokenizer, examples)
+    train, held_out = render_all(args, tokenizer, examples, held_out)
     for sequence in train[:2]:
         show_row(tokenizer, sequence)
     plan = plan_streams(train, args, engine)
@@ -1567,31 +2268,30 @@ def main(argv: list[str] | None = None) -> None:
 
     model = load_model(args, engine, plan)
     report_gpu("gpu")
-    shown = (held_out or train)[:SHOWN_ROWS]
-    before = generate_answers(model, tokenizer, shown, engine)
-
     trainer = build_trainer(args, engine, model, tokenizer, train, held_out, plan)
     if plan.share_prefix and not check_sharing(args, trainer.model, train, plan, engine):
         args.share_prefix = False
         plan = plan_streams(train, args, engine)
         trainer = build_trainer(args, engine, model, tokenizer, train, held_out, plan)
     start_output(args, checkpoint)
-    train_model(trainer, checkpoint, train, plan.rows * plan.accumulation)
+    facts = train_model(trainer, checkpoint, train, plan.rows * plan.accumulation)
+    facts["tokens_padded"] = count_padded(args, train, plan, facts)
     report_gpu("gpu")
-
-    compared = (held_out or train)[:READ_BACK_ROWS]
-    expected = {"loss": score_loss(trainer.model, to_batches(compared, plan), engine),
-                "answers": generate_answers(trainer.model, tokenizer, shown, engine)}
     adapter = save_adapter(trainer.model, args.output_dir)
     say("save", f"adapter: {adapter}")
     del trainer, model
     free_gpu()
 
-    got = run_fresh(merge_adapter, args, merge_base, adapter, compared, shown, plan)
-    check_merged(args, adapter, expected, got)
+    tested = (held_out or train)[: args.eval_samples]
+    start = time.perf_counter()
+    results = run_fresh(merge_and_score, args, merge_base, adapter, tested, plan)
+    scores, _ = score_results(tested, results)
+    check_merged(args, adapter, results, scores)
     put_in_place(args.final_model_dir)
-    say("merge", f"16-bit, read back by a fresh process: held-out loss {got['loss']:.4f}, adapter {expected['loss']:.4f}")
-    show_answers(tokenizer, shown, before, got["answers"])
+    say("merge", f"16-bit, read back by a fresh process: held-out loss {results['merged']['loss']:.4f}, adapter "
+                 f"{results['adapter']['loss']:.4f} ({time.perf_counter() - start:.0f} s with {3 * len(tested):,} answers)")
+    finish(args, tokenizer, tested, results, {"train": len(train), "held_out": len(held_out)},
+           [len(sequence.input_ids) for sequence in train], facts)
     say("done", f"merged model: {args.final_model_dir}")
 
 

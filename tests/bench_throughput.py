@@ -50,7 +50,7 @@ CPU_RECIPES = {
 
 def make_rows(args: argparse.Namespace, tokenizer, tools: int | None) -> list[script.Sequence]:
     """Return the training sequences; with `tools`, every row lists that many (renamed copies make up the number)."""
-    examples = script.read_examples(args)
+    examples = script.read_examples(args, args.dataset_path)
     if tools:
         own = examples[0].tools
         copies = [{**tool, "function": {**tool["function"], "name": f"{tool['function']['name']}_{i // len(own) + 1}"}}
@@ -161,6 +161,24 @@ def run_recipe(options, engine: str, kind: str, flags: list[str], batch_size: in
         return {**result, "first_step": result["first_step"] + checked}
 
 
+def time_answers(options, rows: int = 150, tokens: int = 64) -> None:
+    """Print how long it takes to answer `rows` prompts with `tokens` tokens each, the stop token ignored."""
+    import torch
+
+    args = script.parse_args(["--engine", "transformers", "--dataset_path", options.dataset_path, "--tools_path",
+                              options.tools_path])
+    script.start_engine(args)
+    train = make_rows(args, script.load_tokenizer(options.model_id), None)[:rows]
+    prompts = [row.input_ids[: row.prompt_length] for row in train]
+    for four_bit in (False, True):
+        model = script.load_base(options.model_id, four_bit).eval()
+        start = time.perf_counter()
+        with torch.inference_mode(), script.autocast(model):
+            for i in range(0, rows, args.eval_batch_size):
+                script.generate_tokens(model, prompts[i : i + args.eval_batch_size], -1, tokens)
+        print(f"{rows} answers of {tokens} tokens, {4 if four_bit else 16}-bit: {time.perf_counter() - start:.1f} s")
+
+
 def run_all(options, jobs: dict[str, list]) -> dict[str, dict]:
     """Run each job in its own process; return the results of those that succeeded."""
     processes, results, lock = {}, {}, open(options.lock, "w")
@@ -218,6 +236,7 @@ def main() -> None:
     parser.add_argument("--dataset_path", default=str(ROOT / script.DATASET_PATH))
     parser.add_argument("--tools_path", default=str(ROOT / script.TOOLS_PATH))
     parser.add_argument("--cpu", action="store_true", help="compare padded and shared on CPU with the embedded base")
+    parser.add_argument("--answers", action="store_true", help="time 150 answers of 64 tokens, nothing else")
     parser.add_argument("--only", help="comma-separated names of recipes")
     parser.add_argument("--warm_up", type=int, default=10)
     parser.add_argument("--steps", type=int, default=20)
@@ -228,6 +247,8 @@ def main() -> None:
         result = run_recipe(options, *json.loads(options.job)[1:])
         Path(options.result).write_text(json.dumps(result))
         return
+    if options.answers:
+        return time_answers(options)
     jobs = {name: list(recipe) for name, recipe in (CPU_RECIPES if options.cpu else RECIPES).items()}
     if options.cpu:
         options.model_id = str(ROOT / "models" / "tiny-qwen3")

@@ -49,7 +49,8 @@ def test_a_run_writes_exactly_these_files(job):
     folder, result = job
     assert result.returncode == 0, result.stderr
     assert names(folder / "final") == FINAL_FILES
-    assert names(folder / "out") == ["README.md", "adapter", "checkpoint-3", "checkpoint-6", "run.yaml"]
+    assert names(folder / "out") == ["README.md", "adapter", "checkpoint-3", "checkpoint-6", "report.html", "report.json",
+                                      "run.yaml"]
     assert {"adapter_config.json", "adapter_model.safetensors"} <= set(names(folder / "out" / "adapter"))
     assert names(folder) == ["final", "out", "rows.jsonl", "tools.json"]  # nothing half-written is left
 
@@ -67,6 +68,54 @@ def test_a_run_says_what_it_did(job):
         assert sum(line.startswith(f"  {name}") for line in lines) == 3
     assert lines[-1].startswith("done     merged model: ")
     assert result.stderr == ""
+
+
+def test_the_report_holds_what_it_promises(job):
+    folder, result = job
+    report = json.loads((folder / "out" / "report.json").read_text())
+    assert set(report) == {"scores", "per_tool", "confusion", "data", "failures", "versions", "args", "git", "command",
+                           "device", "finished", "train"}
+    assert list(report["scores"]) == ["base", "adapter", "merged"]
+    for scores in report["scores"].values():
+        assert set(scores) == {"exact_match", "ast_match", "tool_macro_f1", "call_precision", "call_recall", "broken_json",
+                               "n"} and scores["n"] == 6
+    assert report["per_tool"]["get_weather"]["support"] == 6
+    assert report["data"]["train"] == 18 and report["data"]["held_out"] == 6
+    assert sum(report["data"]["lengths"]["counts"]) == 18
+    train = report["train"]
+    assert train["steps"] == 6 and train["tokens_computed"] < train["tokens_padded"] and train["peak_memory_gib"] is None
+    evaluations = [log for log in train["history"] if "eval_loss" in log]
+    assert [log["step"] for log in evaluations] == [3, 6] and all(0 <= log["eval_exact_match"] <= 1 for log in evaluations)
+    assert len(report["failures"]) == round(6 * (1 - report["scores"]["merged"]["exact_match"]))
+    lines = result.stdout.splitlines()
+    table = lines.index(next(line for line in lines if line.startswith("score ")))
+    assert [line.split()[0] for line in lines[table + 1 : table + 4]] == ["base", "adapter", "merged"]
+    assert "<html" in (folder / "out" / "report.html").read_text()
+
+
+def test_a_model_and_an_adapter_are_scored_without_training(job, tmp_path):
+    folder, _ = job
+    trained = json.loads((folder / "out" / "report.json").read_text())["scores"]
+    for name, flags in (("merged", ["--eval_only", folder / "final"]), ("adapter", ["--eval_only", folder / "out" / "adapter"])):
+        result = run_script(*arguments(folder, "--output_dir", tmp_path / name, *flags))
+        assert result.returncode == 0, result.stderr
+        assert names(tmp_path / name) == ["report.html", "report.json", "run.yaml"]
+        report = json.loads((tmp_path / name / "report.json").read_text())
+        assert report["scores"] == {"model": trained[name]} and "train" not in report
+
+
+def test_the_best_checkpoint_is_kept_and_a_separate_file_is_held_out(tmp_path):
+    (tmp_path / "tools.json").write_text(json.dumps([WEATHER]))
+    write_jsonl(tmp_path / "rows.jsonl", ROWS[:16])
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", ROWS[16:])
+    result = run_script(*arguments(tmp_path, "--eval_dataset_path", held_out, "--num_epochs", 6, "--eval_steps", 1,
+                                   "--metric_for_best", "loss", "--early_stopping_patience", 1, "--learning_rate", 0.05,
+                                   "--warmup_steps", 0, "--eval_samples", 4, "--max_new_tokens", 8))
+    assert "render   16 training and 8 held-out sequences" in result.stdout, result.stderr
+    losses = [float(x) for x in re.findall(r"held-out loss ([\d.]+)", result.stdout.split("train  ")[0])]
+    assert 2 <= len(losses) < 12 and losses[-1] >= min(losses[:-1])  # stopped early, one evaluation after the best
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["scores"]["adapter"]["n"] == 4
 
 
 def test_settings_are_written_down(job):
@@ -171,7 +220,7 @@ def test_checks_need_no_heavy_library():
     code = ("import sys, train_qwen3_tool_calling as s\n"
             "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'rich', 'jsonschema'}\n"
             "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
-            "s.read_examples(s.parse_args([]))\n"
+            "s.read_examples(s.parse_args([]), s.DATASET_PATH)\n"
             "assert not (heavy - {'jsonschema'}) & set(sys.modules), heavy & set(sys.modules)\n")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
 
@@ -183,6 +232,8 @@ def test_checks_need_no_heavy_library():
     (["--train_test_split", "1"], "argument --train_test_split: must be at least 0 and below 1, got 1"),
     (["--learning_rat", "1"], "unrecognized arguments: --learning_rat 1"),
     (["--engine", "magic"], "argument --engine: invalid choice: 'magic' (choose from"),
+    (["--metric_for_best", "loss", "--eval_steps", "2", "--save_steps", "3"],
+     "--metric_for_best keeps a checkpoint by its score: --save_steps must be a multiple of --eval_steps"),
 ])
 def test_a_wrong_flag_exits_with_2(flags, message):
     result = run_script(*flags)
@@ -274,17 +325,27 @@ def test_a_full_disk_is_seen_before_training(tmp_path, monkeypatch):
 
 def test_a_merge_that_went_wrong_keeps_the_adapter_and_no_folder(tmp_path):
     args = script.parse_args(["--final_model_dir", str(tmp_path / "final")])
-    script.partial_folder(args.final_model_dir).mkdir()
-    good, worse = {"loss": 0.100, "answers": ["a"]}, {"loss": 0.121, "answers": ["a"]}
-    script.check_merged(args, "out/adapter", good, {"loss": 0.119, "answers": ["b"]})  # 4-bit: the loss decides
-    script.check_merged(args, "out/adapter", {"loss": 8.0}, {"loss": 8.15})  # 2 % of a large loss, 0.02 of a small one
-    with pytest.raises(script.UserError, match="held-out loss 0.1210, adapter 0.1000.*the adapter is safe in out/adapter"):
-        script.check_merged(args, "out/adapter", good, worse)
+
+    def check(merged_loss, merged_exact=0.9, answers=("a", "b"), loss=0.1):
+        script.partial_folder(args.final_model_dir).mkdir(exist_ok=True)
+        results = {"adapter": {"loss": loss, "answers": ["a", "b"]}, "merged": {"loss": merged_loss, "answers": [*answers]}}
+        scores = {"adapter": {"exact_match": 0.9}, "merged": {"exact_match": merged_exact}}
+        script.check_merged(args, "out/adapter", results, scores)
+
+    check(0.119, answers=("a", "c"))  # 4-bit: loss and score decide
+    check(8.15, loss=8.0)  # 2 % of a large loss, 0.02 of a small one
+    check(0.1, merged_exact=0.885)
+    with pytest.raises(script.UserError, match="held-out loss 0.1210, adapter 0.1000; .*the adapter is safe in out/adapter"):
+        check(0.121)
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(script.UserError, match="exact 87.0%, adapter 90.0%"):
+        check(0.1, merged_exact=0.87)
+    with pytest.raises(script.UserError, match="held-out loss nan"):
+        check(float("nan"))
     args.load_in_4bit = False
-    script.check_merged(args, "out/adapter", good, worse)  # 16-bit: the answers decide
-    with pytest.raises(script.UserError, match="the adapter is safe"):
-        script.check_merged(args, "out/adapter", good, {"loss": 0.1, "answers": ["b"]})
+    check(0.119)
+    with pytest.raises(script.UserError, match="50.0% of the answers differ"):  # 16-bit: the same model, the same answers
+        check(0.1, answers=("a", "c"))
 
 
 def test_a_final_folder_is_replaced_whole(tmp_path):

@@ -82,7 +82,7 @@ def loss_and_gradients(model, batches: list[list[script.Sequence]]) -> tuple[flo
     tokens = sum(len(row.input_ids) - row.prompt_length for batch in batches for row in batch)
     total = 0.0
     for batch in batches:
-        loss = script.compute_token_losses(model, script.build_stream(batch), "transformers").sum() / tokens
+        loss = script.compute_token_losses(model, script.build_stream(batch), "transformers")[0].sum() / tokens
         loss.backward()
         total += loss.item()
     return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -142,7 +142,7 @@ def test_filled_streams_and_padded_batches_change_nothing(model, build):
     rows = CASES["several tool sets"]
     tokens = sum(len(r.input_ids) - r.prompt_length for r in rows)
     model.zero_grad()
-    loss = script.compute_token_losses(model, build(rows), "transformers").sum() / tokens
+    loss = script.compute_token_losses(model, build(rows), "transformers")[0].sum() / tokens
     loss.backward()
     filled = loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     assert_same(filled, plain_loss_and_gradients(model, rows))
@@ -150,9 +150,9 @@ def test_filled_streams_and_padded_batches_change_nothing(model, build):
 
 def test_a_broken_mask_would_be_seen(model):
     stream = script.build_stream(CASES["one tool set"])
-    right = script.compute_token_losses(model, stream, "transformers").sum().item()
+    right = script.compute_token_losses(model, stream, "transformers")[0].sum().item()
     stream["subtree_end"][:] = stream["input_ids"].shape[1]  # everyone sees their elder siblings
-    assert script.compute_token_losses(model, stream, "transformers").sum().item() != pytest.approx(right, rel=1e-4)
+    assert script.compute_token_losses(model, stream, "transformers")[0].sum().item() != pytest.approx(right, rel=1e-4)
 
 
 token = st.integers(1, 3)  # few tokens, so that prefixes meet by chance
@@ -264,7 +264,7 @@ def test_held_out_loss_is_a_mean_over_tokens(model):
     model.train()
     expected = plain_loss_and_gradients(model, rows)[0]
     for size in (1, 2, 6):
-        loss = script.score_loss(model, script.to_batches(rows, script.Plan(size, 1)), "transformers")
+        loss = script.score_batches(model, script.to_batches(rows, script.Plan(size, 1)), "transformers")["loss"]
         assert loss == pytest.approx(expected, rel=1e-5)
     assert model.training
 

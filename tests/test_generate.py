@@ -1,0 +1,73 @@
+"""Answers: generation with a shared prefix writes what Transformers writes, and free exact match counts the same rows."""
+
+import pytest
+from conftest import ROOT, TINY
+
+import train_qwen3_tool_calling as script
+
+torch = pytest.importorskip("torch")
+
+
+@pytest.fixture(scope="module")
+def model():
+    script.quiet_libraries()
+    return script.load_base(str(TINY), load_in_4bit=False).eval()
+
+
+@pytest.fixture(scope="module")
+def sequences(tokenizer):
+    """Fifty held-out rows of the bundled data, of which the embedded base gets some right."""
+    args = script.parse_args(["--dataset_path", str(ROOT / script.DATASET_PATH), "--tools_path",
+                              str(ROOT / script.TOOLS_PATH)])
+    _, held_out = script.split_examples(script.read_examples(args, args.dataset_path), 0.1)
+    groups, problems = script.render_examples(tokenizer, held_out[:50], 2048)
+    assert not problems
+    return [sequence for group in groups for sequence in group]
+
+
+def write_alone(model, tokenizer, prompt: list[int], max_new_tokens: int) -> list[int]:
+    """Return Transformers' own greedy answer to one prompt."""
+    stop = tokenizer.convert_tokens_to_ids(tokenizer.eos_token)
+    output = model.generate(torch.tensor([prompt]), max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stop,
+                            pad_token_id=stop, temperature=None, top_p=None, top_k=None)[0, len(prompt):].tolist()
+    return output[: output.index(stop)] if stop in output else output
+
+
+def test_free_exact_match_is_that_of_generation_row_by_row(model, tokenizer, sequences):
+    args = script.parse_args(["--eval_batch_size", "16", "--max_new_tokens", "120"])
+    answers = script.generate_answers(model, tokenizer, sequences, args, "base")
+    written = [answer == sequence.answer for answer, sequence in zip(answers, sequences)]
+    assert 5 <= sum(written) <= 45  # both verdicts occur
+    counted = [script.score_batches(model, [script.build_stream([row])], "transformers")["exact_match"] for row in sequences]
+    assert counted == written
+    for batches in ([script.build_stream(sequences[:8]), script.build_stream(sequences[8:])],
+                    [script.build_padded(sequences[:20]), script.build_padded(sequences[20:])]):
+        assert script.score_batches(model, batches, "transformers")["exact_match"] == sum(written) / len(written)
+
+
+def test_a_batch_answers_as_each_prompt_alone(model, tokenizer, sequences):
+    rows = sequences[:6]
+    prompts = [row.input_ids[: row.prompt_length] for row in rows]
+    stop = tokenizer.convert_tokens_to_ids(tokenizer.eos_token)
+    alone = [write_alone(model, tokenizer, prompt, 40) for prompt in prompts]
+    assert len({len(answer) for answer in alone}) > 1  # rows leave the batch at different steps
+    with torch.inference_mode():
+        assert script.generate_tokens(model, prompts, stop, 40) == alone
+        assert script.generate_tokens(model, prompts[::-1], stop, 40) == alone[::-1]
+        assert script.generate_tokens(model, prompts[:1], stop, 40) == alone[:1]  # one prompt shares all but its end
+        strangers = [prompts[0], prompts[1][300:], prompts[2][5:]]  # nothing in common: no prefix, much padding
+        assert script.generate_tokens(model, strangers, stop, 12) == [
+            write_alone(model, tokenizer, prompt, 12) for prompt in strangers]
+
+
+def test_grouped_query_attention_with_a_prefix_is_attention():
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(3, heads, 5, 8, generator=generator) for heads in (6, 2, 2))
+    prefix_key, prefix_value = (torch.randn(1, 2, 7, 8, generator=generator) for _ in range(2))
+    mask = torch.ones(3, 1, 5, 5, dtype=torch.bool).tril()
+    got = script.attend_with_prefix(query, key, value, mask, 0.3, prefix_key, prefix_value)
+    keys, values = (torch.cat([prefix.expand(3, -1, -1, -1), own], dim=2)
+                    for prefix, own in ((prefix_key, key), (prefix_value, value)))
+    whole = torch.cat([torch.ones(3, 1, 5, 7, dtype=torch.bool), mask], dim=3)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, keys, values, whole, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(got, expected.transpose(1, 2))

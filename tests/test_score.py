@@ -1,0 +1,357 @@
+"""Scores: every rule of the exact and the BFCL match by example, and the rates and tables counted from verdicts."""
+
+import itertools
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import train_qwen3_tool_calling as script
+
+
+def tool(name: str, properties: dict | None, **schema) -> dict:
+    """Return a tool in the OpenAI shape; without properties it has no parameters at all."""
+    parameters = {} if properties is None else {"parameters": {"type": "object", "properties": properties, **schema}}
+    return {"type": "function", "function": {"name": name, "description": name, **parameters}}
+
+
+TOOLS = [
+    tool("book", {
+        "city": {"type": "string"}, "days": {"type": "integer", "default": 3}, "price": {"type": "number"},
+        "loud": {"type": "boolean"}, "units": {"type": "string", "enum": ["C", "F"], "default": "C"},
+        "tags": {"type": "array", "items": {"type": "string"}}, "ids": {"type": "array", "items": {"type": "integer"}},
+        "place": {"type": "object", "required": ["room"], "properties": {
+            "room": {"type": "string"}, "floor": {"type": "integer", "default": 0}, "wing": {"type": "string"}}},
+        "stops": {"type": "array", "items": {"type": "object", "properties": {"at": {"type": "string"}}}},
+        "note": {"type": ["string", "null"]}, "any": {}, "free": True,
+        "either": {"anyOf": [{"type": "integer"}, {"type": "null"}], "default": None},
+        "pair": {"type": "array", "prefixItems": [{"type": "string"}, {"type": "integer"}], "items": {"type": "null"}},
+    }, required=["city"]),
+    tool("mode", {"mode": {"type": "string", "default": "eco"}, "text": {"type": "string"}}, required=["mode"]),
+    tool("count", {}, additionalProperties={"type": "integer"}),
+    tool("tick", {"n": {"type": "integer", "default": 5.0}, "of": {"type": "string"}}),  # to BFCL 5.0 is no integer
+    tool("ping", {}),
+    tool("bare", None),
+]
+
+
+def block(text: str) -> str:
+    return f"<tool_call>\n{text}\n</tool_call>"
+
+
+def call(name: str, **arguments) -> str:
+    return block(json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False))
+
+
+def book(**arguments) -> str:
+    return call("book", city="Rome", **arguments)
+
+
+def loose(**arguments) -> str:
+    """Return that call with its city in lower case, which is no exact match whatever the other arguments are."""
+    return call("book", city="rome", **arguments)
+
+
+ROME, OSLO, LIMA = (call("book", city=city) for city in ("Rome", "Oslo", "Lima"))
+ANSWER = "It is 12 degrees."
+E_ACUTE, E_COMBINED = "caf\u00e9", "cafe\u0301"
+
+EXACT = [  # (name, got, expected): an exact match, which is a BFCL match too
+    ("the same call", ROME, ROME),
+    ("order of keys", block('{"arguments": {"days": 2, "city": "Rome"}, "name": "book"}'), book(days=2)),
+    ("order of nested keys", book(place={"floor": 1, "room": "a"}), book(place={"room": "a", "floor": 1})),
+    ("white space in JSON", '<tool_call>{"name":"book","arguments":{"city":"Rome"}}</tool_call>', ROME),
+    ("escaped unicode", block(r'{"name": "book", "arguments": {"city": "caf\u00e9"}}'), call("book", city=E_ACUTE)),
+    ("an emoji as a surrogate pair", block(r'{"name": "book", "arguments": {"city": "\ud83d\ude00"}}'),
+     call("book", city="\U0001f600")),
+    ("1.0 is the number 1", book(price=1.0), book(price=1)),
+    ("1 is the number 1.0", book(price=1), book(price=1.0)),
+    ("1e2 is 100", block('{"name": "book", "arguments": {"city": "Rome", "price": 1e2}}'), book(price=100)),
+    ("3.0 is the integer 3 as a JSON value", book(days=3.0), book(days=3)),
+    ("null", book(note=None), book(note=None)),
+    ("true", book(loud=True), book(loud=True)),
+    ("empty list", book(tags=[]), book(tags=[])),
+    ("empty arguments", call("ping"), call("ping")),
+    ("a tool without parameters", call("bare"), call("bare")),
+    ("text before the call", "I look it up.\n" + ROME, ROME),
+    ("text after the call", ROME + "\nDone.", ROME),
+    ("empty thoughts before the call", "<think>\n\n</think>\n\n" + ROME, ROME),
+    ("closing tag missing", ROME.removesuffix("</tool_call>"), ROME),
+    ("a further key beside name and arguments", block('{"id": 1, "name": "ping", "arguments": {}}'), call("ping")),
+    ("two calls", ROME + OSLO, ROME + OSLO),
+    ("two calls, the other order", OSLO + ROME, ROME + OSLO),
+    ("three calls, turned", LIMA + ROME + OSLO, ROME + OSLO + LIMA),
+    ("equal calls twice", ROME + OSLO + ROME, ROME + ROME + OSLO),
+    ("no call, the same text", ANSWER, ANSWER),
+    ("no call, other text", "Which city?", ANSWER),
+    ("no call, empty text", "", ANSWER),
+    ("no call, JSON outside of a block", '{"name": "ping", "arguments": {}}', ANSWER),
+    ("no call, a closing tag alone", "</tool_call>", ANSWER),
+    ("arguments the schema does not list", call("count", a=1, b=2), call("count", b=2, a=1)),
+]
+ALIKE = [  # a BFCL match that is not exact
+    ("case", call("book", city="rOME"), ROME),
+    ("every ignored character", call("book", city=" r,o.m/e-_*^"), ROME),
+    ("apostrophe as quote", call("book", city="l'aquila"), call("book", city='L"Aquila')),
+    ("case of letters beyond ASCII", call("book", city="ÅLESUND"), call("book", city="ålesund")),
+    ("only ignored characters", call("book", city="-"), call("book", city="*")),
+    ("integer as number", loose(price=5), book(price=5.0)),
+    ("a float as number", loose(price=2.5), book(price=2.5)),
+    ("default written", book(units="C"), ROME),
+    ("default omitted", ROME, book(units="C")),
+    ("default written in lower case", book(units="c"), ROME),
+    ("integer default written", book(days=3), ROME),
+    ("integer default omitted", ROME, book(days=3)),
+    ("both defaults, one on each side", book(days=3), book(units="C")),
+    ("null default written", book(either=None), ROME),
+    ("nested default written", book(place={"room": "a", "floor": 0}), book(place={"room": "a"})),
+    ("nested default omitted", book(place={"room": "a"}), book(place={"room": "a", "floor": 0})),
+    ("case in a nested object", book(place={"room": "HALL A"}), book(place={"room": "hall-a"})),
+    ("case in a list", book(tags=["A", "b"]), book(tags=["a", "B"])),
+    ("case in an object in a list", book(stops=[{"at": "A"}]), book(stops=[{"at": "a"}])),
+    ("case without a schema", book(any={"x": ["A"]}), book(any={"x": ["a"]})),
+    ("1.0 as 1 without a type", loose(any=1.0), book(any=1)),
+    ("a schema that is true", loose(free="A"), book(free="a")),
+    ("one of several types: string", loose(note="A"), book(note="a")),
+    ("one of several types: null", loose(note=None), book(note=None)),
+    ("prefixItems", book(pair=["A", 1]), book(pair=["a", 1])),
+    ("parallel, the other order", call("book", city="oslo") + call("book", city="rome"), ROME + OSLO),
+    ("parallel, one exact", ROME + call("book", city="OSLO"), OSLO + ROME),
+    # n=5 fits both expected calls, but n left out fits only n left out: the first call must give way
+    ("parallel, where a greedy matcher errs", call("tick", of="A", n=5) + call("tick", of="A"),
+     call("tick", of="a") + call("tick", of="a", n=5)),
+]
+WRONG = [  # no match; well-formed
+    ("another value", OSLO, ROME),
+    ("another tool with the same arguments", call("mode", city="Rome"), ROME),
+    ("tool name in another case", call("Book", city="Rome"), ROME),
+    ("unknown tool", call("fly", city="Rome"), ROME),
+    ("required argument missing", call("book"), ROME),
+    ("required argument missing, though it has a default", call("mode", text="a"), call("mode", mode="eco", text="a")),
+    ("nested required argument missing", book(place={"floor": 0}), book(place={"room": "a"})),
+    ("unknown argument", book(country="IT"), ROME),
+    ("unknown nested argument", book(place={"room": "a", "x": 1}), book(place={"room": "a"})),
+    ("name of an argument in another case", call("book", City="Rome"), ROME),
+    ("optional argument missing", ROME, book(loud=False)),
+    ("optional argument too many", book(loud=False), ROME),
+    ("not the default written", book(units="F"), ROME),
+    ("not the default omitted", ROME, book(units="F")),
+    ("nested optional argument missing", book(place={"room": "a"}), book(place={"room": "a", "wing": "w"})),
+    ("null for an omitted argument", book(loud=None), ROME),
+    ("null for a default", book(units=None), ROME),
+    ("string for an integer", book(days="5"), book(days=5)),
+    ("string for a number", book(price="5"), book(price=5)),
+    ("integer for a string", call("book", city=5), call("book", city="5")),
+    ("5.0 is no integer to BFCL", loose(days=5.0), book(days=5)),
+    ("5.0 is no integer to BFCL, in a list", loose(ids=[5.0]), book(ids=[5])),
+    ("5.0 is no integer to BFCL, by additionalProperties", call("count", a=5.0) + call("book", city="rome"),
+     call("count", a=5) + ROME),
+    ("a float for an integer, of the default's value", loose(days=3.0), ROME),
+    ("true is not 1", book(days=True), book(days=1)),
+    ("1 is not true", book(loud=1), book(loud=True)),
+    ("0 is not false, without a type", book(any=0), book(any=False)),
+    ("true is not 1.0, nested without a type", book(any=[{"x": True}]), book(any=[{"x": 1.0}])),
+    ("the string true is not true", book(loud="true"), book(loud=True)),
+    ("the string null is not null", book(note="null"), book(note=None)),
+    ("empty text is not null", book(note=""), book(note=None)),
+    ("a number in neither of several types", book(note=5), book(note="5")),
+    ("NaN equals nothing", block('{"name": "book", "arguments": {"city": "Rome", "price": NaN}}'), book(price=1)),
+    ("order of a list", book(tags=["a", "b"]), book(tags=["b", "a"])),
+    ("a shorter list", book(tags=["a"]), book(tags=["a", "b"])),
+    ("a longer list", book(tags=["a", "b", "b"]), book(tags=["a", "b"])),
+    ("a value for a list of it", book(tags="a"), book(tags=["a"])),
+    ("a list for an object", book(place=["a"]), book(place={"room": "a"})),
+    ("JSON text for an object", book(place='{"room": "a"}'), book(place={"room": "a"})),
+    ("é is not e and a combining accent", call("book", city=E_ACUTE), call("book", city=E_COMBINED)),
+    ("é is not e", call("book", city=E_ACUTE), call("book", city="cafe")),
+    ("punctuation that BFCL does not ignore", call("book", city="Rome!"), ROME),
+    ("a tab is not ignored", call("book", city="Ro\tme"), ROME),
+    ("no call where one is expected", ANSWER, ROME),
+    ("an empty answer where a call is expected", "", ROME),
+    ("a call where none is expected", ROME, ANSWER),
+    ("one call of two", ROME, ROME + OSLO),
+    ("a call too many", ROME + OSLO, ROME),
+    ("a call repeated", ROME + ROME, ROME),
+    ("one call for two expected ones", ROME + ROME, ROME + OSLO),
+    ("arguments crossed between two calls", call("book", city="Rome", days=2) + call("book", city="Oslo", days=1),
+     call("book", city="Rome", days=1) + call("book", city="Oslo", days=2)),
+    ("arguments for a tool that takes none", call("ping", x=1), call("ping")),
+]
+BROKEN = [  # a block that no server could run: never a match and never "no call"
+    ("cut off", '<tool_call>\n{"name": "book", "arguments": {"city": "Ro', ROME),
+    ("brace missing", block('{"name": "book", "arguments": {"city": "Rome"}'), ROME),
+    ("single quotes", block("{'name': 'book', 'arguments': {'city': 'Rome'}}"), ROME),
+    ("Python's True", block('{"name": "book", "arguments": {"city": "Rome", "loud": True}}'), book(loud=True)),
+    ("two JSONs in one tag", block('{"name": "ping", "arguments": {}}\n{"name": "ping", "arguments": {}}'),
+     call("ping") + call("ping")),
+    ("a list of calls in one tag", block('[{"name": "ping", "arguments": {}}]'), call("ping")),
+    ("an empty block", block(""), call("ping")),
+    ("an opening tag alone", "<tool_call>", call("ping")),
+    ("no JSON", block("ping()"), call("ping")),
+    ("a number", block("5"), call("ping")),
+    ("arguments missing", block('{"name": "ping"}'), call("ping")),
+    ("arguments null", block('{"name": "ping", "arguments": null}'), call("ping")),
+    ("arguments as a list", block('{"name": "ping", "arguments": []}'), call("ping")),
+    ("arguments as JSON text", block(r'{"name": "book", "arguments": "{\"city\": \"Rome\"}"}'), ROME),
+    ("parameters for arguments", block('{"name": "book", "parameters": {"city": "Rome"}}'), ROME),
+    ("name missing", block('{"arguments": {}}'), call("ping")),
+    ("name is no text", block('{"name": 5, "arguments": {}}'), call("ping")),
+    ("one of two blocks", ROME + block("{"), ROME + OSLO),
+    ("a right call before it", ROME + block("{"), ROME),
+    ("a block within an open block", "<tool_call>\n" + ROME, ROME),
+    ("where no call is expected", block("{"), ANSWER),
+    ("a thousand brackets", '<tool_call>\n{"name": "book", "arguments": {"city": ' + "[" * 100_000, ROME),
+    ("too many digits", block('{"name": "book", "arguments": {"price": ' + "9" * 5_000 + "}}"), ROME),
+]
+CASES = [(name, got, expected, *verdict) for cases, verdict in (
+    (EXACT, (True, True, False)), (ALIKE, (False, True, False)),
+    (WRONG, (False, False, False)), (BROKEN, (False, False, True))) for name, got, expected in cases]
+
+
+@pytest.mark.parametrize("got, expected, exact, ast, broken", [pytest.param(*case[1:], id=case[0]) for case in CASES])
+def test_answer(got, expected, exact, ast, broken):
+    verdict = script.score_answer(got, expected, TOOLS)
+    assert verdict[:3] == (exact, ast, broken)
+    assert script.score_answer(expected, expected, TOOLS)[:3] == (True, True, False)
+
+
+@pytest.mark.parametrize("got, expected, verdict", [
+    (ROME + call("ping"), call("ping") + ROME, (True, True, False, ("ping", "book"), ("book", "ping"))),
+    (call("fly") + call("fly"), ROME, (False, False, False, ("book",), ("fly", "fly"))),
+    (ANSWER, ROME, (False, False, False, ("book",), ())),
+    (ROME, ANSWER, (False, False, False, (), ("book",))),
+    (ANSWER, ANSWER, (True, True, False, (), ())),
+    (ROME + block("{"), ROME, (False, False, True, ("book",), ())),
+])
+def test_verdict_names_the_tools(got, expected, verdict):
+    assert script.score_answer(got, expected, TOOLS) == script.Verdict(*verdict)
+
+
+@pytest.mark.parametrize("got, exact, broken, names", [
+    ("positive", True, False, ()),
+    (" positive\n", True, False, ()),
+    ("Positive", False, False, ()),
+    ("", False, False, ()),
+    ("positive" + call("ping"), False, False, ("ping",)),
+    ("positive" + block("{"), False, True, ()),
+])
+def test_rows_without_tools_compare_texts(got, exact, broken, names):
+    assert script.score_answer(got, "positive", []) == script.Verdict(exact, exact, broken, (), names)
+
+
+def test_a_broken_expected_answer_is_no_verdict():
+    with pytest.raises(ValueError):
+        script.score_answer(ROME, block("{"), TOOLS)
+
+
+# Hand-made rows: exact, ast, broken, expected, got
+VERDICTS = [script.Verdict(*row) for row in (
+    (True, True, False, ("book",), ("book",)),
+    (False, True, False, ("book",), ("book",)),
+    (False, False, False, ("book",), ("mode",)),
+    (False, False, False, ("book",), ()),
+    (False, False, True, ("ping",), ()),
+    (False, False, False, ("ping", "ping"), ("book", "ping", "mode")),
+    (False, False, False, ("book", "ping", "mode"), ("fly", "ping")),
+    (True, True, False, (), ()),
+    (False, False, False, (), ("fly", "ping")),
+    (False, False, True, (), ()),
+)]
+
+
+def test_scores():
+    # book: 2 hits, 5 expected, 3 called; mode: 0 of 1 and 2; ping: 2 hits, 4 expected, 3 called
+    assert script.count_scores(VERDICTS) == {
+        "exact_match": 2 / 10, "ast_match": 3 / 10, "tool_macro_f1": pytest.approx((4 / 8 + 0 + 4 / 7) / 3),
+        "call_precision": 6 / 8, "call_recall": 6 / 7, "broken_json": 2, "n": 10}
+
+
+PERFECT = {"exact_match": 1.0, "ast_match": 1.0, "tool_macro_f1": 1.0, "call_precision": 1.0, "call_recall": 1.0,
+           "broken_json": 0, "n": 1}
+
+
+@pytest.mark.parametrize("verdicts, scores", [
+    ([], PERFECT | {"n": 0}),
+    ([VERDICTS[0]], PERFECT),
+    ([VERDICTS[7]], PERFECT),
+    ([VERDICTS[3]], PERFECT | {"exact_match": 0.0, "ast_match": 0.0, "tool_macro_f1": 0.0, "call_recall": 0.0}),
+    ([VERDICTS[8]], PERFECT | {"exact_match": 0.0, "ast_match": 0.0, "call_precision": 0.0}),
+    ([VERDICTS[4]], PERFECT | {"exact_match": 0.0, "ast_match": 0.0, "tool_macro_f1": 0.0, "broken_json": 1}),
+], ids=["no row", "a right call", "rightly no call", "a call missed", "a needless call", "a broken call"])
+def test_scores_of_one_row(verdicts, scores):
+    assert script.count_scores(verdicts) == scores
+
+
+def test_per_tool():
+    table = script.count_per_tool(VERDICTS)
+    assert table == {
+        "book": {"support": 5, "tool": 2 / 5, "exact": 1 / 5},
+        "mode": {"support": 1, "tool": 0.0, "exact": 0.0},
+        "ping": {"support": 3, "tool": 2 / 3, "exact": 0.0},
+        "(no call)": {"support": 3, "tool": 1 / 3, "exact": 1 / 3}}
+    assert list(table) == ["book", "mode", "ping", "(no call)"]
+    assert script.count_per_tool(VERDICTS[:1]) == {"book": {"support": 1, "tool": 1.0, "exact": 1.0}}
+    assert script.count_per_tool([]) == {}
+
+
+def test_confusion():
+    assert script.count_confusion(VERDICTS) == (
+        ["book", "mode", "ping", "fly", "(no call)", "(broken)"],
+        [[2, 1, 0, 1, 1, 0],
+         [0, 0, 0, 0, 1, 0],
+         [1, 0, 2, 0, 0, 1],
+         [0, 0, 0, 0, 0, 0],
+         [0, 0, 1, 1, 1, 1],
+         [0, 0, 0, 0, 0, 0]])
+
+
+@pytest.mark.parametrize("expected, got, broken, labels, counts", [
+    (("a",), ("a",), False, ["a"], [[1]]),
+    (("a",), ("a", "z"), False, ["a"], [[1]]),  # a call too many is left out
+    (("a", "b"), ("b", "z"), False, ["a", "b", "z"], [[0, 0, 1], [0, 1, 0], [0, 0, 0]]),
+    (("b", "a"), (), True, ["a", "b", "(broken)"], [[0, 0, 1], [0, 0, 1], [0, 0, 0]]),
+    ((), (), False, ["(no call)"], [[1]]),
+    ((), ("z", "z"), False, ["z", "(no call)"], [[0, 0], [2, 0]]),
+])
+def test_confusion_of_one_row(expected, got, broken, labels, counts):
+    assert script.count_confusion([script.Verdict(False, False, broken, expected, got)]) == (labels, counts)
+
+
+@pytest.mark.parametrize("pairs, score", [
+    ([], None),
+    ([("yes", "yes"), ("no", "no")], 1.0),
+    ([(" yes", "yes\n")], 1.0),
+    ([("yes", "Yes")], 0.0),
+    ([("yes", "yes"), ("yes", "no"), ("no", "no"), ("no", "maybe")], pytest.approx((2 / 3 + 1 / 2) / 2)),
+    ([(str(i), "0") for i in range(20)], pytest.approx(2 / 21 / 20)),
+    ([(str(i), str(i)) for i in range(21)], None),
+], ids=["no row", "right", "white space", "case", "mixed", "20 classes", "21 classes"])
+def test_classes(pairs, score):
+    assert script.count_classes(pairs) == score
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3), max_leaves=8)
+ARGUMENTS = st.dictionaries(st.text(max_size=3), JSON, max_size=3)
+CALL = st.fixed_dictionaries({"name": st.sampled_from(["book", "ping", "fly"]), "arguments": ARGUMENTS})
+
+
+@given(st.lists(CALL, min_size=1, max_size=4))
+def test_calls_match_themselves_in_every_order(calls):
+    expected = "\n".join(block(json.dumps(call)) for call in calls)
+    names = tuple(call["name"] for call in calls)
+    for permutation in itertools.permutations(calls):
+        got = "\n".join(block(json.dumps(call)) for call in permutation)
+        assert script.score_answer(got, expected, TOOLS) == script.Verdict(
+            True, True, False, names, tuple(call["name"] for call in permutation))
+
+
+@given(st.integers(1, 4), st.data())
+def test_pairing_finds_a_pairing_where_there_is_one(size, data):
+    row = st.lists(st.booleans(), min_size=size, max_size=size)
+    fits = data.draw(st.lists(row, min_size=size, max_size=size))
+    orders = itertools.permutations(range(size))
+    there_is_one = any(all(fits[i][j] for i, j in enumerate(order)) for order in orders)
+    assert script.can_pair(list(range(size)), list(range(size)), lambda i, j: fits[i][j]) == there_is_one
