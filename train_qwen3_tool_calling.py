@@ -204,7 +204,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.metric_for_best:  # a checkpoint to keep must have been scored
         args.save_steps = args.save_steps or args.eval_steps
         if bool(args.save_steps) != bool(args.eval_steps) or (args.save_steps or 1) % (args.eval_steps or 1):
-            parser.error("--metric_for_best keeps a checkpoint by its score: --save_steps must be a multiple of --eval_steps")
+            parser.error("--metric_for_best keeps a checkpoint by its score: "
+                         "--save_steps must be a multiple of --eval_steps")
     return args
 
 
@@ -631,7 +632,8 @@ def show_row(tokenizer, sequence: Sequence) -> None:
         prompt = f"{prompt[:160]} … {len(prompt) - 460:,} characters … {prompt[-300:]}"
     text = Text(f"\n{sequence.where}  ({sequence.prompt_length:,} prompt tokens, "
                 f"{len(sequence.input_ids) - sequence.prompt_length} supervised)\n", style="bold")
-    Console(highlight=False, soft_wrap=True).print(text + Text(prompt, style="dim") + Text(f"▶{answer}◀", style="green"))
+    text += Text(prompt, style="dim") + Text(f"▶{answer}◀", style="green")
+    Console(highlight=False, soft_wrap=True).print(text)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -884,7 +886,8 @@ def load_tokenizer(model_id: str):
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_id)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--model_id {model_id}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--model_id {model_id}: its tokenizer cannot be loaded: {reason}") from None
     if not tokenizer.chat_template:
         raise UserError(f"--model_id {model_id}: has no chat template; use a chat model such as {MODEL_ID}")
     return tokenizer
@@ -915,7 +918,7 @@ def to_attention_mask(subtree_end):
 
 
 def to_key_blocks(attention_mask) -> list[list[int]]:
-    """Return for each block of queries the blocks of keys of which it sees anything, from a mask [1, 1, tokens, tokens]."""
+    """Return for each block of queries the blocks of keys it sees anything of, from a mask [1, 1, tokens, tokens]."""
     import torch
 
     size, length = block_size(attention_mask), attention_mask.shape[-1]
@@ -947,7 +950,8 @@ def attend_with_prefix(query, key, value, attention_mask, scaling: float, prefix
     return output.reshape(rows, heads, tokens, -1).transpose(1, 2)
 
 
-def attend_in_blocks(module, query, key, value, attention_mask, scaling=None, key_blocks=None, prefix_cache=None, **kwargs):
+def attend_in_blocks(module, query, key, value, attention_mask, scaling=None, key_blocks=None, prefix_cache=None,
+                     **kwargs):
     """Return PyTorch's attention [rows, tokens, heads, head_dim] without the blocks in which nothing is seen.
 
     A stream of many rows is mostly such blocks. With `prefix_cache` the rows have a prefix in common whose keys and
@@ -1105,8 +1109,8 @@ def read_streams(model, record: bool) -> None:
 def compute_token_losses(model, batch: dict, engine: str):
     """Return (loss in nats, fp32 with gradient; whether greedy decoding would choose it) per supervised token.
 
-    Both are of shape [supervised tokens]. In a stream, attention is limited to each token's ancestors. The vocabulary projection, the largest of all
-    multiplications, is computed only where a token is supervised.
+    Both are of shape [supervised tokens]. In a stream, attention is limited to each token's ancestors. The vocabulary
+    projection, the largest of all multiplications, is computed only where a token is supervised.
     """
     import torch
 
@@ -1204,21 +1208,22 @@ def score_batches(model, batches, engine: str) -> dict:
     """
     import torch
 
-    total, tokens, exact, sequences = 0.0, 0, 0, 0
+    losses, misses, tokens = [], [], 0
     was_training = model.training
     model.eval()
     for batch in batches:
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        with torch.no_grad(), autocast(model):
-            losses, hits = compute_token_losses(model, batch, engine)
         supervised = batch["labels"] != -100
         starts = supervised & ~supervised.roll(1, dims=1)  # before each answer stands its prompt
-        answer = starts.flatten().cumsum(dim=0)[supervised.flatten()] - 1
-        misses = torch.zeros(int(starts.sum()), device=hits.device).index_add_(0, answer, (~hits).float())
-        total, tokens = total + losses.double().sum().item(), tokens + len(losses)
-        exact, sequences = exact + int((misses == 0).sum()), sequences + len(misses)
+        answer = starts.flatten().cumsum(dim=0)[supervised.flatten()] - 1  # which answer a supervised token is of
+        with torch.no_grad(), autocast(model):
+            loss, hits = compute_token_losses(model, {n: t.to(model.device) for n, t in batch.items()}, engine)
+        losses.append(loss.sum(dtype=torch.float64))
+        misses.append(torch.zeros(int(starts.sum()), device=hits.device).index_add_(
+            0, answer.to(hits.device), (~hits).float()))
+        tokens += len(loss)
     model.train(was_training)
-    return {"loss": total / tokens, "exact_match": exact / sequences}
+    return {"loss": torch.stack(losses).sum().item() / tokens,
+            "exact_match": (torch.cat(misses) == 0).double().mean().item()}
 
 
 def free_gpu() -> None:
@@ -1328,7 +1333,7 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
     from transformers import EarlyStoppingCallback, PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
-    groups, held_out = group_rows(train), [sequence for sequence, _ in to_tree(held_out)] if held_out else []
+    groups, held_out_batches = group_rows(train), to_batches(held_out, plan) if held_out else []
 
     class RowOrder(torch.utils.data.Sampler):
         epoch = 0
@@ -1357,9 +1362,9 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
             """Return the held-out loss as a mean over tokens (the library's is one over batches), and exact match."""
             from transformers.trainer_utils import EvalLoopOutput
 
-            scores = score_batches(self.model, dataloader, engine)
+            scores = score_batches(self.model, held_out_batches, engine)
             metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
-            return EvalLoopOutput(None, None, metrics, num_samples=len(dataloader.dataset))
+            return EvalLoopOutput(None, None, metrics, num_samples=len(held_out))
 
     def to_dataset(sequences, offset):
         return Dataset.from_dict({"index": range(offset, offset + len(sequences))}) if sequences else None
@@ -1630,8 +1635,8 @@ def check_disk(args: argparse.Namespace, config) -> None:
     parent = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:
-        raise UserError(f"--final_model_dir {args.final_model_dir}: the merged model needs {needed / 1e9:.1f} GB and the "
-                        f"disk has {free / 1e9:.1f} GB free; free some space or choose another disk")
+        raise UserError(f"--final_model_dir {args.final_model_dir}: the merged model needs {needed / 1e9:.1f} GB and "
+                        f"the disk has {free / 1e9:.1f} GB free; free some space or choose another disk")
 
 
 def check_merge_base(args: argparse.Namespace, config) -> str:
@@ -1674,6 +1679,10 @@ def put_in_place(final: str) -> None:
     shutil.rmtree(old, ignore_errors=True)
     if final_folder.exists():
         final_folder.rename(old)
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in partial_folder(final).glob("*.safetensors"):  # written for the owner alone
+        file.chmod(0o666 & ~umask)
     partial_folder(final).rename(final_folder)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -1723,7 +1732,8 @@ def read_back(folder: Path):
     return load_base(str(folder), load_in_4bit=False)
 
 
-def merge_and_score(args: argparse.Namespace, base_id: str, adapter: str, sequences: list[Sequence], plan: Plan) -> dict:
+def merge_and_score(args: argparse.Namespace, base_id: str, adapter: str, sequences: list[Sequence],
+                    plan: Plan) -> dict:
     """Answer the sequences with the base, the adapter, and the merged model read back; return {name: result} of each.
 
     Runs in a fresh process, because Unsloth changes Transformers' classes for good, and the proof must hold where no
@@ -1813,7 +1823,8 @@ def show_answers(tokenizer, sequences: list[Sequence], answers: dict[str, list[s
 
 def show_scores(scores: dict) -> None:
     """Print one line of scores for each model."""
-    say("score", f"{'':<9}{'exact':>8}{'AST':>8}{'tool F1':>9}{'calls: precision':>18}{'recall':>8}{'broken':>8}{'rows':>7}")
+    say("score", f"{'':<9}{'exact':>8}{'AST':>8}{'tool F1':>9}{'calls: precision':>18}{'recall':>8}{'broken':>8}"
+                 f"{'rows':>7}")
     for name, score in scores.items():
         say("", f"{name:<9}{score['exact_match']:>8.1%}{score['ast_match']:>8.1%}{score['tool_macro_f1']:>9.1%}"
                 f"{score['call_precision']:>18.1%}{score['call_recall']:>8.1%}{score['broken_json']:>8}{score['n']:>7}")
@@ -1829,16 +1840,16 @@ def to_report(args, tokenizer, sequences, results, scores, verdicts, data, lengt
     per_tool = {tool: {"support": row["support"], **{name: {"tool": shares[name][tool]["tool"],
                 "exact": shares[name][tool]["exact"]} for name in shares}} for tool, row in shares[last].items()}
     labels, counts = count_confusion(verdicts[last])
+    before, got = results[next(iter(results))]["answers"], results[last]["answers"]
     failures = [{"where": sequence.where, "request": read_request(tokenizer, sequence), "expected": sequence.answer,
-                 "got": answer, "before": results[list(results)[0]]["answers"][index]}
-                for index, (sequence, answer, verdict) in enumerate(zip(sequences, results[last]["answers"], verdicts[last]))
-                if not verdict.exact]
-    data = {"path": args.dataset_path, "rows": data["train"] + data["held_out"], "skipped": 0, **data}
+                 "got": got[index], "before": before[index]}
+                for index, sequence in enumerate(sequences) if not verdicts[last][index].exact]
+    data = {"path": args.dataset_path, "rows": data["train"] + data["held_out"], **data}
     if lengths:
         bins, edges = np.histogram(lengths, bins=min(30, max(lengths) - min(lengths) + 1))
         data |= {"tokens": {"mean": sum(lengths) / len(lengths), "max": max(lengths)},
                  "lengths": {"edges": [round(float(edge), 1) for edge in edges], "counts": bins.tolist()}}
-    classes = count_classes([(sequence.answer, answer) for sequence, answer in zip(sequences, results[last]["answers"])])
+    classes = count_classes([(sequence.answer, answer) for sequence, answer in zip(sequences, got)])
     if not any(sequence.tools for sequence in sequences) and classes is not None:
         scores[last]["macro_f1"] = classes
     report = {"scores": scores, "per_tool": per_tool, "confusion": {"labels": labels, "counts": counts}, "data": data,
@@ -2124,8 +2135,8 @@ def write_report(folder: str, report: dict) -> Path:
 # ---------------------------------------------------------------------------------------------------------------
 # The run, one stage after the other
 # ---------------------------------------------------------------------------------------------------------------
-def read_examples(args: argparse.Namespace, path: str) -> list[Example]:
-    """Return the valid examples of a file; problems end the run or are skipped, as --on_invalid says."""
+def read_examples(args: argparse.Namespace, path: str) -> tuple[list[Example], int]:
+    """Return (valid examples of a file, rows skipped); problems end the run or are skipped, as --on_invalid says."""
     start = time.perf_counter()
     rows = read_rows(path, args.max_samples)
     examples, problems = to_examples(rows, args.tools_path)
@@ -2135,19 +2146,20 @@ def read_examples(args: argparse.Namespace, path: str) -> list[Example]:
     calls = sum(bool(message.get("tool_calls")) for example in examples for message in example.messages)
     say("read", f"{len(examples):,} valid rows, {calls:,} turns that call, from {path} "
                 f"({time.perf_counter() - start:.1f} s)")
-    return examples
+    return examples, len(rows) - len(examples)
 
 
 def render_all(args: argparse.Namespace, tokenizer, examples: list[Example],
-               held_out: list[Example] | None = None) -> tuple[list[Sequence], list[Sequence]]:
-    """Return the training and held-out sequences of the valid examples, split here if `held_out` is not given."""
+               held_out: list[Example] = []) -> tuple[list[Sequence], list[Sequence]]:
+    """Return the training and held-out sequences of the valid examples, split here if none are held out yet."""
     start = time.perf_counter()
-    both = [*examples, *(held_out or [])]
+    both = [*examples, *held_out]
     groups, problems = render_examples(tokenizer, both, args.max_seq_length)
     report_problems(problems, args.on_invalid, len(both))
     sequences = {id(example): group for example, group in zip(both, groups) if group}
-    sides = ([[example for example in side if id(example) in sequences] for side in (examples, held_out)] if held_out
-             else split_examples([example for example in both if id(example) in sequences], args.train_test_split))
+    sides = [[example for example in side if id(example) in sequences] for side in (examples, held_out)]
+    if not held_out:
+        sides = split_examples(sides[0], args.train_test_split)
     train, test = ([sequence for example in side for sequence in sequences[id(example)]] for side in sides)
     if not train:
         raise UserError(f"{args.dataset_path}: no row is left to train on; lower --train_test_split or add rows")
@@ -2165,7 +2177,8 @@ def show_plan(train: list[Sequence], args: argparse.Namespace, plan: Plan) -> No
     batches = [build_padded(step[i : i + args.batch_size]) for i in range(0, len(step), args.batch_size)]
     padded = sum(batch["input_ids"].numel() for batch in batches)
     if not plan.share_prefix:
-        say("plan", f"{len(step)} rows per step in {len(batches)} padded batches of about {padded // len(batches):,} tokens")
+        say("plan", f"{len(step)} rows per step in {len(batches)} padded batches of about "
+                    f"{padded // len(batches):,} tokens")
         return
     say("plan", f"{len(step)} rows per step in {len(streams)} stream{'s' * (len(streams) > 1)} of about "
                 f"{computed // len(streams):,} tokens instead of {len(batches)} batches of {padded // len(batches):,} "
@@ -2191,8 +2204,9 @@ def train_model(trainer, checkpoint: str | None, train: list[Sequence], rows_per
     result = trainer.train(resume_from_checkpoint=checkpoint)
     seconds, steps = time.perf_counter() - start, result.global_step - first
     tokens = steps * rows_per_step * sum(len(sequence.input_ids) for sequence in train) / len(train)
-    facts = {"loss": result.training_loss, "seconds": seconds, "steps": steps, "resumed_from": checkpoint,
-             "samples_per_second": steps * rows_per_step / seconds, "tokens_per_second": tokens / seconds,
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log and log["step"] > first]
+    facts = {"loss": sum(losses) / len(losses) if losses else result.training_loss, "seconds": seconds,
+             "steps": steps, "resumed_from": checkpoint, "samples_per_second": steps * rows_per_step / seconds, "tokens_per_second": tokens / seconds,
              "peak_memory_gib": torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None,
              "tokens_computed": trainer.tokens_computed, "history": trainer.state.log_history}
     say("train", f"{steps:,} steps in {seconds:.0f} s: {facts['samples_per_second']:.1f} samples/s, "
@@ -2212,7 +2226,7 @@ def count_padded(args: argparse.Namespace, train: list[Sequence], plan: Plan, fa
 
 def evaluate_only(args: argparse.Namespace) -> None:
     """Score a model or an adapter on --eval_dataset_path, or on the held-out rows of --dataset_path; train nothing."""
-    examples = read_examples(args, args.eval_dataset_path or args.dataset_path)
+    examples, skipped = read_examples(args, args.eval_dataset_path or args.dataset_path)
     args.engine = "transformers"
     start_engine(args)
     settings = Path(args.eval_only) / "adapter_config.json"
@@ -2229,7 +2243,7 @@ def evaluate_only(args: argparse.Namespace) -> None:
 
         model = PeftModel.from_pretrained(model, args.eval_only)
     results = {"model": {"answers": generate_answers(model, tokenizer, sequences, args, args.eval_only)}}
-    finish(args, tokenizer, sequences, results, {"train": 0, "held_out": len(sequences)}, [])
+    finish(args, tokenizer, sequences, results, {"train": 0, "held_out": len(sequences), "skipped": skipped}, [])
 
 
 def finish(args: argparse.Namespace, tokenizer, sequences: list[Sequence], results: dict, data: dict,
@@ -2251,8 +2265,9 @@ def main(argv: list[str] | None = None) -> None:
         return evaluate_only(args)
     check_folder(args.final_model_dir, "--final_model_dir")
     checkpoint = find_checkpoint(args)
-    examples = read_examples(args, args.dataset_path)
-    held_out = read_examples(args, args.eval_dataset_path) if args.eval_dataset_path else None
+    examples, skipped = read_examples(args, args.dataset_path)
+    held_out, more_skipped = read_examples(args, args.eval_dataset_path) if args.eval_dataset_path else ([], 0)
+    rows = len(examples) + len(held_out) + skipped + more_skipped
 
     engine = start_engine(args)
     config = check_model(args.model_id)
@@ -2289,8 +2304,10 @@ def main(argv: list[str] | None = None) -> None:
     check_merged(args, adapter, results, scores)
     put_in_place(args.final_model_dir)
     say("merge", f"16-bit, read back by a fresh process: held-out loss {results['merged']['loss']:.4f}, adapter "
-                 f"{results['adapter']['loss']:.4f} ({time.perf_counter() - start:.0f} s with {3 * len(tested):,} answers)")
-    finish(args, tokenizer, tested, results, {"train": len(train), "held_out": len(held_out)},
+                 f"{results['adapter']['loss']:.4f} ({time.perf_counter() - start:.0f} s with {3 * len(tested):,} "
+                 "answers)")
+    used = len({sequence.where for sequence in (*train, *held_out)})
+    finish(args, tokenizer, tested, results, {"train": len(train), "held_out": len(held_out), "skipped": rows - used},
            [len(sequence.input_ids) for sequence in train], facts)
     say("done", f"merged model: {args.final_model_dir}")
 

@@ -50,7 +50,7 @@ CPU_RECIPES = {
 
 def make_rows(args: argparse.Namespace, tokenizer, tools: int | None) -> list[script.Sequence]:
     """Return the training sequences; with `tools`, every row lists that many (renamed copies make up the number)."""
-    examples = script.read_examples(args, args.dataset_path)
+    examples, _ = script.read_examples(args, args.dataset_path)
     if tools:
         own = examples[0].tools
         copies = [{**tool, "function": {**tool["function"], "name": f"{tool['function']['name']}_{i // len(own) + 1}"}}

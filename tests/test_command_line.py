@@ -158,6 +158,9 @@ def test_resume_ends_with_the_same_weights(job, tmp_path):
     assert result.returncode == 0, result.stderr
     assert f"resume   from {again / 'out' / 'checkpoint-3'}" in result.stdout.splitlines()
     assert "train    3 steps in" in result.stdout
+    train = json.loads((again / "out" / "report.json").read_text())["train"]
+    losses = [log["loss"] for log in train["history"] if "loss" in log]
+    assert len(losses) == 6 and train["loss"] == pytest.approx(sum(losses[3:]) / 3)  # of the steps made now
     for file in ("out/adapter/adapter_model.safetensors", "final/model.safetensors"):
         assert (again / file).read_bytes() == (folder / file).read_bytes(), file
     assert names(again / "final") == FINAL_FILES  # replaced the earlier one, which this script had written
@@ -177,6 +180,8 @@ def test_16_bit_training_answers_like_its_adapter_and_skips_what_it_must(tmp_pat
         "--max_seq_length is 500 and no answer is ever cut")
     assert len(skipped) == 2
     assert "render   9 training and 3 held-out sequences" in result.stdout
+    data = json.loads((tmp_path / "out" / "report.json").read_text())["data"]
+    assert (data["rows"], data["train"], data["held_out"], data["skipped"]) == (12, 9, 3, 2)
     assert names(tmp_path / "final") == FINAL_FILES
 
 

@@ -19,7 +19,7 @@ def sequences(tokenizer):
     """Fifty held-out rows of the bundled data, of which the embedded base gets some right."""
     args = script.parse_args(["--dataset_path", str(ROOT / script.DATASET_PATH), "--tools_path",
                               str(ROOT / script.TOOLS_PATH)])
-    _, held_out = script.split_examples(script.read_examples(args, args.dataset_path), 0.1)
+    _, held_out = script.split_examples(script.read_examples(args, args.dataset_path)[0], 0.1)
     groups, problems = script.render_examples(tokenizer, held_out[:50], 2048)
     assert not problems
     return [sequence for group in groups for sequence in group]

@@ -64,7 +64,7 @@ args = s.parse_args(["--model_id", sys.argv[1], "--dataset_path", sys.argv[2], "
 engine = s.start_engine(args)
 assert engine == "unsloth"
 tokenizer = s.load_tokenizer(args.model_id)
-train, held_out = s.render_all(args, tokenizer, s.read_examples(args, args.dataset_path))
+train, held_out = s.render_all(args, tokenizer, s.read_examples(args, args.dataset_path)[0])
 plan = s.Plan(8, 1, (1024, 2048))
 model = s.build_trainer(args, engine, s.load_model(args, engine, plan), tokenizer, train, held_out, plan).model
 for name, parameter in model.named_parameters():
