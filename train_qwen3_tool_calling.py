@@ -1321,6 +1321,27 @@ def build_progress():
     return ProgressBar()
 
 
+def to_sft_config(args: argparse.Namespace, plan: Plan, evaluate: bool):
+    """Return the settings of a run as TRL names them."""
+    import torch
+    from trl import SFTConfig
+
+    cuda = torch.cuda.is_available()
+    dtype = to_dtype("cuda" if cuda else "cpu")
+    return SFTConfig(
+        output_dir=args.output_dir, per_device_train_batch_size=plan.rows, per_device_eval_batch_size=plan.rows,
+        gradient_accumulation_steps=plan.accumulation, num_train_epochs=args.num_epochs, max_steps=args.max_steps or -1,
+        learning_rate=args.learning_rate, lr_scheduler_type=args.lr_scheduler_type, warmup_steps=args.warmup_steps,
+        weight_decay=args.weight_decay, optim=args.optim or ("adamw_8bit" if cuda else "adamw_torch"), seed=args.seed,
+        bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, gradient_checkpointing=use_checkpointing(args),
+        logging_steps=args.logging_steps, report_to=args.report_to, run_name=args.run_name, disable_tqdm=True,
+        save_strategy="steps" if args.save_steps else "epoch", save_steps=args.save_steps or 500,
+        eval_strategy="no" if not evaluate else "steps" if args.eval_steps else "epoch", eval_steps=args.eval_steps,
+        load_best_model_at_end=bool(args.metric_for_best), metric_for_best_model=args.metric_for_best,
+        greater_is_better=args.metric_for_best == "exact_match", dataloader_pin_memory=cuda, use_cpu=not cuda,
+        max_length=None, remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True})
+
+
 def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train, held_out, plan: Plan):
     """Return TRL's SFTTrainer over the pre-tokenised sequences, batched as planned.
 
@@ -1331,7 +1352,7 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
     import torch
     from datasets import Dataset
     from transformers import EarlyStoppingCallback, PrinterCallback
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTTrainer
 
     groups, held_out_batches = group_rows(train), to_batches(held_out, plan) if held_out else []
 
@@ -1374,22 +1395,8 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
 
     # As arrays: lists would be turned into arrays anew in every step.
     both = [sequence._replace(input_ids=np.asarray(sequence.input_ids)) for sequence in (*train, *held_out)]
-    cuda, dtype = model.device.type == "cuda", to_dtype(model.device.type)
-    config = SFTConfig(
-        output_dir=args.output_dir, per_device_train_batch_size=plan.rows, per_device_eval_batch_size=plan.rows,
-        gradient_accumulation_steps=plan.accumulation, num_train_epochs=args.num_epochs, max_steps=args.max_steps or -1,
-        learning_rate=args.learning_rate, lr_scheduler_type=args.lr_scheduler_type, warmup_steps=args.warmup_steps,
-        weight_decay=args.weight_decay, optim=args.optim or ("adamw_8bit" if cuda else "adamw_torch"), seed=args.seed,
-        bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16,
-        gradient_checkpointing=use_checkpointing(args), logging_steps=args.logging_steps, report_to=args.report_to,
-        run_name=args.run_name, disable_tqdm=True, dataloader_pin_memory=cuda, use_cpu=not cuda,
-        save_strategy="steps" if args.save_steps else "epoch", save_steps=args.save_steps or 500,
-        eval_strategy="no" if not held_out else "steps" if args.eval_steps else "epoch", eval_steps=args.eval_steps,
-        load_best_model_at_end=bool(args.metric_for_best), metric_for_best_model=args.metric_for_best,
-        greater_is_better=args.metric_for_best == "exact_match",
-        max_length=None, remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True})
     trainer = StreamTrainer(
-        model=model, args=config, processing_class=tokenizer, data_collator=collate,
+        model=model, args=to_sft_config(args, plan, bool(held_out)), processing_class=tokenizer, data_collator=collate,
         train_dataset=to_dataset(train, 0), eval_dataset=to_dataset(held_out, len(train)))
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(build_progress())
@@ -2206,7 +2213,8 @@ def train_model(trainer, checkpoint: str | None, train: list[Sequence], rows_per
     tokens = steps * rows_per_step * sum(len(sequence.input_ids) for sequence in train) / len(train)
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log and log["step"] > first]
     facts = {"loss": sum(losses) / len(losses) if losses else result.training_loss, "seconds": seconds,
-             "steps": steps, "resumed_from": checkpoint, "samples_per_second": steps * rows_per_step / seconds, "tokens_per_second": tokens / seconds,
+             "steps": steps, "resumed_from": checkpoint, "samples_per_second": steps * rows_per_step / seconds,
+             "tokens_per_second": tokens / seconds,
              "peak_memory_gib": torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None,
              "tokens_computed": trainer.tokens_computed, "history": trainer.state.log_history}
     say("train", f"{steps:,} steps in {seconds:.0f} s: {facts['samples_per_second']:.1f} samples/s, "
