@@ -850,6 +850,15 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=UserWarning)
 
 
+def check_report_to(name: str) -> None:
+    """Refuse a tracker whose library is not installed, before a model is loaded for it."""
+    from transformers.integrations import get_available_reporting_integrations
+
+    known = ["none", "all", *get_available_reporting_integrations()]
+    if name not in known:
+        raise UserError(f"--report_to {name}: not installed, or unknown to Transformers; here: {', '.join(known)}")
+
+
 def check_model(model_id: str, flag: str = "--model_id"):
     """Return the config of a causal language model; whatever is wrong with the id becomes one line that says so."""
     from transformers import AutoConfig
@@ -2278,6 +2287,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = len(examples) + len(held_out) + skipped + more_skipped
 
     engine = start_engine(args)
+    check_report_to(args.report_to)
     config = check_model(args.model_id)
     merge_base = check_merge_base(args, config)
     check_same_shape(config, merge_base) if merge_base != args.model_id else None

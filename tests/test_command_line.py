@@ -312,6 +312,13 @@ def test_a_model_that_cannot_be_had_is_one_line(tmp_path, tools_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_tracker_that_is_not_there_is_one_line(tmp_path, tools_path):
+    result = small_job(tmp_path, tools_path, "--report_to", "notebook_of_mine")
+    assert len(errors(result)) == 1 and errors(result)[0].startswith(
+        "error: --report_to notebook_of_mine: not installed, or unknown to Transformers; here: none, all")
+    assert not (tmp_path / "out").exists()
+
+
 def test_unsloth_without_a_gpu_is_one_line(tmp_path, tools_path):
     result = small_job(tmp_path, tools_path, "--engine", "unsloth")
     assert errors(result) == ["error: --engine unsloth needs a CUDA GPU, and torch sees none; "
