@@ -57,7 +57,9 @@ EVAL_BATCH_SIZE = 64  # answers written at once
 MAX_NEW_TOKENS = 256  # longest answer; several calls fit
 SHOWN_ROWS = 3  # held-out requests whose answers are shown before and after
 CHECKED_ROWS = 8  # so many rows are computed shared and by themselves at the start of each run, and compared
+HELD_SCORES = 2**28  # attention scores held at once when answers are written: 1 GiB in fp32
 RECORDED_BYTES = 2**30  # a stream whose layers' inputs take more than this is not recorded as a CUDA graph
+READ_BACK_ROWS = 64  # held-out rows on which the losses of merged model and adapter are compared
 MERGE_SLACK = 0.02  # nats per token, and share of the rows, by which the merged model may be worse than the adapter
 SHOWN_PROBLEMS = 20
 WRITTEN_BY = "# written by train_qwen3_tool_calling.py\n"  # first line of run.yaml: marks a folder as ours to replace
@@ -971,7 +973,9 @@ def attend_in_blocks(module, query, key, value, attention_mask, scaling=None, ke
 
     if prefix_cache is not None:
         layer = prefix_cache.layers[module.layer_idx]
-        return attend_with_prefix(query, key, value, attention_mask, scaling, layer.keys, layer.values), None
+        scores = query[0, :, :, 0].numel() * (layer.keys.shape[2] + key.shape[2])  # of one row
+        parts = [tensor.split(max(1, HELD_SCORES // scores)) for tensor in (query, key, value, attention_mask)]
+        return torch.cat([attend_with_prefix(*part, scaling, layer.keys, layer.values) for part in zip(*parts)]), None
     if key_blocks is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     size, outputs = block_size(query), []
@@ -1761,8 +1765,9 @@ def merge_and_score(args: argparse.Namespace, base_id: str, adapter: str, sequen
     tokenizer, results = load_tokenizer(args.model_id), {}
 
     def score(name, model):
+        batches = to_batches(sequences[:READ_BACK_ROWS], plan)
         results[name] = {"answers": generate_answers(model, tokenizer, sequences, args, name),
-                         "loss": score_batches(model, to_batches(sequences, plan), "transformers")["loss"]}
+                         "loss": score_batches(model, batches, "transformers")["loss"]}
 
     base = load_base(base_id, load_in_4bit=False)
     score("base", base)
@@ -2260,7 +2265,8 @@ def evaluate_only(args: argparse.Namespace) -> None:
 
         model = PeftModel.from_pretrained(model, args.eval_only)
     results = {"model": {"answers": generate_answers(model, tokenizer, sequences, args, args.eval_only)}}
-    finish(args, tokenizer, sequences, results, {"train": 0, "held_out": len(sequences), "skipped": skipped}, [])
+    data = {"train": 0, "held_out": len(sequences), "skipped": skipped + groups.count([])}
+    finish(args, tokenizer, sequences, results, data, [])
 
 
 def finish(args: argparse.Namespace, tokenizer, sequences: list[Sequence], results: dict, data: dict,

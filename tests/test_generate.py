@@ -45,7 +45,7 @@ def test_free_exact_match_is_that_of_generation_row_by_row(model, tokenizer, seq
         assert script.score_batches(model, batches, "transformers")["exact_match"] == sum(written) / len(written)
 
 
-def test_a_batch_answers_as_each_prompt_alone(model, tokenizer, sequences):
+def test_a_batch_answers_as_each_prompt_alone(model, tokenizer, sequences, monkeypatch):
     rows = sequences[:6]
     prompts = [row.input_ids[: row.prompt_length] for row in rows]
     stop = tokenizer.convert_tokens_to_ids(tokenizer.eos_token)
@@ -55,6 +55,8 @@ def test_a_batch_answers_as_each_prompt_alone(model, tokenizer, sequences):
         assert script.generate_tokens(model, prompts, stop, 40) == alone
         assert script.generate_tokens(model, prompts[::-1], stop, 40) == alone[::-1]
         assert script.generate_tokens(model, prompts[:1], stop, 40) == alone[:1]  # one prompt shares all but its end
+        monkeypatch.setattr(script, "HELD_SCORES", 1)  # one row at a time
+        assert script.generate_tokens(model, prompts, stop, 40) == alone
         strangers = [prompts[0], prompts[1][300:], prompts[2][5:]]  # nothing in common: no prefix, much padding
         assert script.generate_tokens(model, strangers, stop, 12) == [
             write_alone(model, tokenizer, prompt, 12) for prompt in strangers]
