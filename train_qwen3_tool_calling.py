@@ -129,7 +129,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                       help="longest sequence; a longer one is a problem, it is never cut")
     data.add_argument("--on_invalid", choices=["error", "skip"], default="error",
                       help="what to do with a row that has a problem")
-
     data.add_argument("--eval_dataset_path", metavar="PATH", default=argparse.SUPPRESS,
                       help="rows to hold out, instead of a share of --dataset_path")
 
@@ -169,7 +168,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     train.add_argument("--cuda_graphs", action=argparse.BooleanOptionalAction, default=True,
                        help="record the step and replay it with a few launches (Unsloth)")
     train.add_argument("--seed", type=number(int, 0), default=SEED, help="seed of everything random")
-
     train.add_argument("--logging_steps", type=count, default=1, metavar="N", help="steps from one loss to the next")
     train.add_argument("--save_steps", type=count, metavar="N", default=argparse.SUPPRESS,
                        help="steps from one checkpoint to the next (default: an epoch)")
@@ -1400,17 +1398,17 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
             metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
             return EvalLoopOutput(None, None, metrics, num_samples=len(held_out))
 
-    def to_dataset(sequences, offset):
-        return Dataset.from_dict({"index": range(offset, offset + len(sequences))}) if sequences else None
+    def to_dataset(sequences):
+        return Dataset.from_dict({"index": range(len(sequences))}) if sequences else None
 
     def collate(rows):
-        return build_batch([both[row["index"]] for row in rows], plan)
+        return build_batch([arrays[row["index"]] for row in rows], plan)
 
     # As arrays: lists would be turned into arrays anew in every step.
-    both = [sequence._replace(input_ids=np.asarray(sequence.input_ids)) for sequence in (*train, *held_out)]
+    arrays = [sequence._replace(input_ids=np.asarray(sequence.input_ids)) for sequence in train]
     trainer = StreamTrainer(
         model=model, args=to_sft_config(args, plan, bool(held_out)), processing_class=tokenizer, data_collator=collate,
-        train_dataset=to_dataset(train, 0), eval_dataset=to_dataset(held_out, len(train)))
+        train_dataset=to_dataset(train), eval_dataset=to_dataset(held_out))
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(build_progress())
     if args.early_stopping_patience:
@@ -1764,13 +1762,14 @@ def merge_and_score(args: argparse.Namespace, base_id: str, adapter: str, sequen
 
     tokenizer, results = load_tokenizer(args.model_id), {}
 
+    batches = to_batches(sequences[:READ_BACK_ROWS], plan)
+
     def score(name, model):
-        batches = to_batches(sequences[:READ_BACK_ROWS], plan)
         results[name] = {"answers": generate_answers(model, tokenizer, sequences, args, name),
                          "loss": score_batches(model, batches, "transformers")["loss"]}
 
     base = load_base(base_id, load_in_4bit=False)
-    score("base", base)
+    results["base"] = {"answers": generate_answers(base, tokenizer, sequences, args, "base")}
     if args.load_in_4bit:
         del base
         base = load_base(args.model_id, load_in_4bit=True)
@@ -2143,11 +2142,8 @@ def render_report(report: dict) -> str:
 
 
 def write_report(folder: str, report: dict) -> Path:
-    """Write report.json and report.html into `folder`, marked as this script's, and return it."""
+    """Write report.json and report.html into `folder` and return it."""
     path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    if not (path / "run.yaml").exists():
-        (path / "run.yaml").write_text(WRITTEN_BY, encoding="utf-8")
     (path / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False, default=str), encoding="utf-8")
     (path / "report.html").write_text(render_report(report), encoding="utf-8")
     return path
@@ -2266,13 +2262,14 @@ def evaluate_only(args: argparse.Namespace) -> None:
         model = PeftModel.from_pretrained(model, args.eval_only)
     results = {"model": {"answers": generate_answers(model, tokenizer, sequences, args, args.eval_only)}}
     data = {"train": 0, "held_out": len(sequences), "skipped": skipped + groups.count([])}
-    finish(args, tokenizer, sequences, results, data, [])
+    if not (Path(args.output_dir) / "run.yaml").exists():
+        write_run(args, args.output_dir)
+    finish(args, tokenizer, sequences, results, *score_results(sequences, results), data, [])
 
 
-def finish(args: argparse.Namespace, tokenizer, sequences: list[Sequence], results: dict, data: dict,
-           lengths: list[int], train: dict | None = None) -> None:
+def finish(args: argparse.Namespace, tokenizer, sequences: list[Sequence], results: dict, scores: dict, verdicts: dict,
+           data: dict, lengths: list[int], train: dict | None = None) -> None:
     """Show the scores and three answers, and write the report."""
-    scores, verdicts = score_results(sequences, results)
     report = to_report(args, tokenizer, sequences, results, scores, verdicts, data, lengths, train)
     show_answers(tokenizer, sequences[:SHOWN_ROWS], {name: result["answers"] for name, result in results.items()})
     show_scores(scores)
@@ -2324,15 +2321,15 @@ def main(argv: list[str] | None = None) -> None:
     tested = (held_out or train)[: args.eval_samples]
     start = time.perf_counter()
     results = run_fresh(merge_and_score, args, merge_base, adapter, tested, plan)
-    scores, _ = score_results(tested, results)
+    scores, verdicts = score_results(tested, results)
     check_merged(args, adapter, results, scores)
     put_in_place(args.final_model_dir)
     say("merge", f"16-bit, read back by a fresh process: held-out loss {results['merged']['loss']:.4f}, adapter "
                  f"{results['adapter']['loss']:.4f} ({time.perf_counter() - start:.0f} s with {3 * len(tested):,} "
                  "answers)")
     used = len({sequence.where for sequence in (*train, *held_out)})
-    finish(args, tokenizer, tested, results, {"train": len(train), "held_out": len(held_out), "skipped": rows - used},
-           [len(sequence.input_ids) for sequence in train], facts)
+    data = {"train": len(train), "held_out": len(held_out), "skipped": rows - used}
+    finish(args, tokenizer, tested, results, scores, verdicts, data, [len(row.input_ids) for row in train], facts)
     say("done", f"merged model: {args.final_model_dir}")
 
 

@@ -133,10 +133,10 @@ def time_steps(trainer, warm_up: int) -> dict:
 def run_recipe(options, engine: str, kind: str, flags: list[str], batch_size: int, accumulation: int,
                tools: int | None = None) -> dict:
     """Load, wait for the device to be free, train and time one recipe in this process."""
-    folder = tempfile.mkdtemp()
+    folder, max_length = tempfile.mkdtemp(), 16384 if tools else 8192 if kind == PACKED else 2048
     args = script.parse_args([
         "--model_id", options.model_id, "--engine", engine, "--output_dir", folder, "--num_epochs", "40", *flags,
-        "--max_steps", str(options.warm_up + options.steps), "--max_seq_length", str(16384 if tools else 8192 if kind == PACKED else 2048),
+        "--max_steps", str(options.warm_up + options.steps), "--max_seq_length", str(max_length),
         "--batch_size", str(batch_size), "--gradient_accumulation_steps", str(accumulation),
         "--dataset_path", options.dataset_path, "--tools_path", options.tools_path])
     args.share_prefix = args.share_prefix and kind == SHARED  # the others run with Unsloth's own settings
