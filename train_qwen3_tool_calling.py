@@ -640,10 +640,14 @@ def show_row(tokenizer, sequence: Sequence) -> None:
 # 6  Batch: sequences -> one flat stream per micro-batch that holds every common prefix once
 # ---------------------------------------------------------------------------------------------------------------
 class Plan(NamedTuple):
-    """How an optimizer step is computed: `accumulation` streams of `rows` rows, filled up to one of `lengths`."""
+    """How an optimizer step is computed: `accumulation` streams of `rows` rows, filled up to one of `lengths`.
+
+    `groups` are the training rows that can share (see group_rows).
+    """
 
     rows: int
     accumulation: int
+    groups: list[list[list[int]]]
     lengths: tuple[int, ...] = ()
     share_prefix: bool = True
 
@@ -741,15 +745,16 @@ def group_rows(sequences: list[Sequence]) -> list[list[list[int]]]:
     return [list(group.values()) for group in groups]
 
 
-def order_rows(groups: list[list[list[int]]], piece: int, seed: int, epoch: int) -> list[int]:
-    """Return the order of the rows in one epoch: random, yet with rows of the same tools in runs of about `piece`.
+def order_rows(plan: Plan, seed: int, epoch: int) -> list[int]:
+    """Return the order of the training rows in one epoch: random, yet with rows of the same tools in small runs.
 
-    With one list of tools this is a plain shuffle. With many, rows that can share their prefix meet in a stream, and a
-    stream still mixes several lists. The same seed and epoch give the same order, so a resumed run goes on as planned.
+    With one list of tools this is a plain shuffle. With many, rows that can share their prefix meet in a stream: half a
+    stream is of one list, so that it mixes several. The same seed and epoch give the same order, so a resumed run goes
+    on as planned.
     """
-    generator = random.Random(f"{seed} {epoch}")
+    generator, piece = random.Random(f"{seed} {epoch}"), max(1, plan.rows // 2)
     pieces = []
-    for group in groups:
+    for group in plan.groups:
         conversations = generator.sample(group, len(group))
         rows = [row for conversation in conversations for row in conversation]
         pieces += [rows[i : i + piece] for i in range(0, len(rows), piece)]
@@ -757,15 +762,9 @@ def order_rows(groups: list[list[list[int]]], piece: int, seed: int, epoch: int)
     return [row for rows in pieces for row in rows]
 
 
-def piece_size(rows: int) -> int:
-    """Return how many rows of the same tools stand together in a stream of `rows`: half, so that it mixes two lists."""
-    return max(1, rows // 2)
-
-
 def first_rows(train: list[Sequence], args: argparse.Namespace, plan: Plan, count: int) -> list[Sequence]:
     """Return the rows that the run will compute first."""
-    order = order_rows(group_rows(train), piece_size(plan.rows), args.seed, epoch=0)
-    return [train[i] for i in order[:count]]
+    return [train[i] for i in order_rows(plan, args.seed, epoch=0)[:count]]
 
 
 def plan_streams(sequences: list[Sequence], args: argparse.Namespace, engine: str) -> Plan:
@@ -773,18 +772,18 @@ def plan_streams(sequences: list[Sequence], args: argparse.Namespace, engine: st
 
     A stream may hold batch_size x max_seq_length tokens: what the flags allow a padded batch to hold.
     """
-    batch_size, steps = args.batch_size, args.gradient_accumulation_steps
+    batch_size, steps, groups = args.batch_size, args.gradient_accumulation_steps, group_rows(sequences)
     if not args.share_prefix:
-        return Plan(batch_size, steps, share_prefix=False)
-    groups = group_rows(sequences)
+        return Plan(batch_size, steps, groups, share_prefix=False)
     for fused in range(steps, 0, -1):
         if steps % fused == 0:
-            rows, sizes = batch_size * fused, []
+            plan, sizes = Plan(batch_size * fused, steps // fused, groups), []
             for epoch in range(args.num_epochs):
-                order = order_rows(groups, piece_size(rows), args.seed, epoch)
-                sizes += [count_tokens([sequences[i] for i in order[j : j + rows]]) for j in range(0, len(order), rows)]
+                order = order_rows(plan, args.seed, epoch)
+                streams = [order[i : i + plan.rows] for i in range(0, len(order), plan.rows)]
+                sizes += [count_tokens([sequences[i] for i in stream]) for stream in streams]
             if fused == 1 or max(sizes) <= batch_size * args.max_seq_length:
-                return Plan(rows, steps // fused, choose_lengths(sizes) if engine == "unsloth" else ())
+                return plan._replace(lengths=choose_lengths(sizes)) if engine == "unsloth" else plan
 
 
 def choose_lengths(sizes: list[int]) -> tuple[int, ...]:
@@ -1108,10 +1107,11 @@ def read_streams(model, record: bool) -> None:
         if subtree_end is None:
             return eager(*inputs, **kwargs)
         length, tensors = len(subtree_end), (kwargs["input_ids"], kwargs["position_ids"], subtree_end)
-        stream, held = Stream(length), 2 * length * decoder.config.hidden_size * len(decoder.layers)
+        held = 2 * length * decoder.config.hidden_size * len(decoder.layers)
         training = decoder.training and torch.is_grad_enabled()
-        if record and held <= RECORDED_BYTES and (training or length in graphs):
-            graphs[length] = stream = graphs.get(length) or to_graph(*tensors)
+        if record and training and held <= RECORDED_BYTES and length not in graphs:
+            graphs[length] = to_graph(*tensors)
+        stream = graphs.get(length) or Stream(length)
         return BaseModelOutputWithPast(last_hidden_state=stream(*tensors))
 
     decoder.forward = forward
@@ -1264,6 +1264,11 @@ def compute_gradient(model, batches: list[dict], engine: str):
     return total, gradient
 
 
+def relative_difference(gradient, other) -> float:
+    """Return how much a gradient differs from another, as a share of the other's norm."""
+    return ((gradient - other).norm() / other.norm()).item()
+
+
 def compare_sharing(model, rows: list[Sequence], lengths: tuple[int, ...], engine: str) -> tuple[float, float, float]:
     """Return (relative difference of the loss, of the gradient, limit) between rows in one stream and by themselves.
 
@@ -1273,17 +1278,15 @@ def compare_sharing(model, rows: list[Sequence], lengths: tuple[int, ...], engin
     """
     import torch
 
-    def difference(one, other):
-        return ((one[1] - other[1]).norm() / other[1].norm()).item()
-
     was_training = model.training
     model.train()
     shared = compute_gradient(model, [build_stream(rows, lengths)], engine)
     single = compute_gradient(model, [build_padded(rows[i : i + 2]) for i in range(0, len(rows), 2)], engine)
-    gradient, limit = difference(shared, single), 1e-4 if to_dtype(model.device.type) == torch.float32 else 2e-2
+    gradient = relative_difference(shared[1], single[1])
+    limit = 1e-4 if to_dtype(model.device.type) == torch.float32 else 2e-2
     if gradient > limit == 2e-2:
         alone = compute_gradient(model, [build_stream([row], lengths) for row in rows], engine)
-        limit = max(limit, min(0.2, 2 * difference(alone, single)))
+        limit = max(limit, min(0.2, 2 * relative_difference(alone[1], single[1])))
     model.train(was_training)
     return abs(shared[0] - single[0]) / abs(single[0]), gradient, limit
 
@@ -1365,7 +1368,7 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
     from transformers import EarlyStoppingCallback, PrinterCallback
     from trl import SFTTrainer
 
-    groups, held_out_batches = group_rows(train), to_batches(held_out, plan) if held_out else []
+    held_out_batches = to_batches(held_out, plan) if held_out else []
 
     class RowOrder(torch.utils.data.Sampler):
         epoch = 0
@@ -1377,7 +1380,7 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
             return len(train)
 
         def __iter__(self):
-            return iter(order_rows(groups, piece_size(plan.rows), args.seed, self.epoch))
+            return iter(order_rows(plan, args.seed, self.epoch))
 
     class StreamTrainer(SFTTrainer):
         tokens_computed = 0
@@ -1438,7 +1441,7 @@ def find_checkpoint(args: argparse.Namespace) -> str | None:
     return str(found[-1].parent)
 
 
-def report_gpu(stage: str, seconds: float | None = None) -> None:
+def report_gpu(stage: str) -> None:
     """Print the GPU's name and memory use; on CPU print nothing."""
     import torch
 
@@ -2234,9 +2237,9 @@ def train_model(trainer, checkpoint: str | None, train: list[Sequence], rows_per
 
 def count_padded(args: argparse.Namespace, train: list[Sequence], plan: Plan, facts: dict) -> int:
     """Return how many tokens padded batches of --batch_size would have computed in the steps that were made."""
-    rows, total, groups = facts["steps"] * plan.rows * plan.accumulation, 0, group_rows(train)
+    rows, total = facts["steps"] * plan.rows * plan.accumulation, 0
     for epoch in range(args.num_epochs):
-        order = order_rows(groups, piece_size(plan.rows), args.seed, epoch)[: max(0, rows - epoch * len(train))]
+        order = order_rows(plan, args.seed, epoch)[: max(0, rows - epoch * len(train))]
         batches = [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)]
         total += sum(len(batch) * max(len(train[row].input_ids) for row in batch) for batch in batches)
     return total
@@ -2264,6 +2267,8 @@ def evaluate_only(args: argparse.Namespace) -> None:
     data = {"train": 0, "held_out": len(sequences), "skipped": skipped + groups.count([])}
     if not (Path(args.output_dir) / "run.yaml").exists():
         write_run(args, args.output_dir)
+    args.output_dir = str(Path(args.output_dir) / "eval_only")  # beside a training run's report, not in its place
+    write_run(args, args.output_dir)
     finish(args, tokenizer, sequences, results, *score_results(sequences, results), data, [])
 
 

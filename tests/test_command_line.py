@@ -99,8 +99,9 @@ def test_a_model_and_an_adapter_are_scored_without_training(job, tmp_path):
     for name, flags in (("merged", ["--eval_only", folder / "final"]), ("adapter", ["--eval_only", folder / "out" / "adapter"])):
         result = run_script(*arguments(folder, "--output_dir", tmp_path / name, *flags))
         assert result.returncode == 0, result.stderr
-        assert names(tmp_path / name) == ["report.html", "report.json", "run.yaml"]
-        report = json.loads((tmp_path / name / "report.json").read_text())
+        assert names(tmp_path / name) == ["eval_only", "run.yaml"]  # a report of training there would be kept
+        assert names(tmp_path / name / "eval_only") == ["report.html", "report.json", "run.yaml"]
+        report = json.loads((tmp_path / name / "eval_only" / "report.json").read_text())
         assert report["scores"] == {"model": trained[name]} and "train" not in report
 
 

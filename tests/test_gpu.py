@@ -65,7 +65,7 @@ engine = s.start_engine(args)
 assert engine == "unsloth"
 tokenizer = s.load_tokenizer(args.model_id)
 train, held_out = s.render_all(args, tokenizer, s.read_examples(args, args.dataset_path)[0])
-plan = s.Plan(8, 1, (1024, 2048))
+plan = s.Plan(8, 1, s.group_rows(train), (1024, 2048))
 model = s.build_trainer(args, engine, s.load_model(args, engine, plan), tokenizer, train, held_out, plan).model
 for name, parameter in model.named_parameters():
     if "lora_B" in name:
@@ -73,7 +73,7 @@ for name, parameter in model.named_parameters():
 model.train()
 
 def difference(one, other):
-    return ((one[1] - other[1]).norm() / other[1].norm()).item()
+    return s.relative_difference(one[1], other[1])
 
 rows = [train[:8], train[8:16]]
 streams = [[s.build_stream(part, plan.lengths)] for part in rows]

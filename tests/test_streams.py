@@ -186,16 +186,18 @@ def settings_of(batch_size: int, steps: int, max_seq_length: int, **more) -> arg
 def plan(lengths: list[int], shared: int, batch_size: int, steps: int, max_seq_length: int, engine="transformers"):
     sequences = [row(list(range(shared)) + [100 + i] * (length - shared - 1), [7], f"x:{i}")
                  for i, length in enumerate(lengths)]
-    return script.plan_streams(sequences, settings_of(batch_size, steps, max_seq_length), engine)
+    plan = script.plan_streams(sequences, settings_of(batch_size, steps, max_seq_length), engine)
+    assert sorted(row for group in plan.groups for rows in group for row in rows) == list(range(len(sequences)))
+    return plan._replace(groups=[])
 
 
 def test_accumulation_is_fused_as_far_as_the_flags_allow():
-    assert plan([120] * 20, 100, 2, 4, 130) == (8, 1, (), True)  # 100 + 8 x 20 = 260 tokens, and 2 x 130 are allowed
-    assert plan([120] * 20, 100, 2, 4, 129) == (4, 2, (), True)
-    assert plan([120] * 20, 0, 2, 4, 130) == (2, 4, (), True)  # nothing shared, nothing fused
-    assert plan([120] * 3, 100, 2, 4, 130) == (8, 1, (), True)  # fewer rows than a step
-    assert plan([120] * 20, 100, 1, 3, 160) == (3, 1, (), True)
-    assert plan([130] * 20, 0, 2, 4, 100) == (2, 4, (), True)  # too long for the bound: as the flags say
+    assert plan([120] * 20, 100, 2, 4, 130) == (8, 1, [], (), True)  # 100 + 8 x 20 = 260 tokens, and 2 x 130 are allowed
+    assert plan([120] * 20, 100, 2, 4, 129) == (4, 2, [], (), True)
+    assert plan([120] * 20, 0, 2, 4, 130) == (2, 4, [], (), True)  # nothing shared, nothing fused
+    assert plan([120] * 3, 100, 2, 4, 130) == (8, 1, [], (), True)  # fewer rows than a step
+    assert plan([120] * 20, 100, 1, 3, 160) == (3, 1, [], (), True)
+    assert plan([130] * 20, 0, 2, 4, 100) == (2, 4, [], (), True)  # too long for the bound: as the flags say
 
 
 def test_streams_for_compiled_attention_have_few_lengths():
@@ -211,7 +213,7 @@ def test_no_sharing_is_the_batches_of_the_flags():
     args.share_prefix = False
     rows = [row([1, 2, 3], [4]), row([1, 2], [5, 6])]
     plan = script.plan_streams(rows, args, "unsloth")
-    assert plan == (2, 4, (), False)
+    assert plan == (2, 4, [[[1]], [[0]]], (), False)
     batch = script.build_batch(rows, plan)
     assert {name: tensor.tolist() for name, tensor in batch.items()} == {
         "input_ids": [[1, 2, 3, 4], [1, 2, 5, 6]], "labels": [[-100, -100, -100, 4], [-100, -100, 5, 6]],
@@ -232,21 +234,21 @@ def test_rows_of_the_same_tools_are_grouped():
 
 
 def test_the_order_is_random_repeatable_and_lets_rows_meet():
-    groups = script.group_rows(many_tools())
-    order = script.order_rows(groups, 4, seed=1, epoch=0)
+    plan = script.Plan(8, 1, script.group_rows(many_tools()))
+    order = script.order_rows(plan, seed=1, epoch=0)
     assert sorted(order) == list(range(30))
-    assert order == script.order_rows(groups, 4, seed=1, epoch=0)
-    assert order != script.order_rows(groups, 4, seed=1, epoch=1) != script.order_rows(groups, 4, seed=2, epoch=1)
+    assert order == script.order_rows(plan, seed=1, epoch=0)
+    assert order != script.order_rows(plan, seed=1, epoch=1) != script.order_rows(plan, seed=2, epoch=1)
     tool_set = [0 if i < 20 else 1 if i < 29 else 2 for i in order]
     changes = sum(a != b for a, b in zip(tool_set, tool_set[1:]))
     assert changes <= 9  # nine pieces of about four rows; a plain shuffle changes about 14 times
-    one_group = script.group_rows(many_tools()[20:29])
-    assert len({tuple(script.order_rows(one_group, 4, 1, epoch)) for epoch in range(50)}) > 45
+    one_group = plan._replace(groups=script.group_rows(many_tools()[20:29]))
+    assert len({tuple(script.order_rows(one_group, 1, epoch)) for epoch in range(50)}) > 45
 
 
 def test_the_self_check_passes_and_a_broken_mask_fails_it(model, monkeypatch, capsys):
     train = CASES["one tool set"] + CASES["one tool set"]
-    planned = script.Plan(4, 1)
+    planned = script.Plan(4, 1, script.group_rows(train))
     args = settings_of(4, 1, 100)
     assert script.check_sharing(args, model, train, planned, "transformers") is True
     assert capsys.readouterr().out.startswith("check    sharing changes the loss of 6 rows by ")
@@ -264,7 +266,7 @@ def test_held_out_loss_is_a_mean_over_tokens(model):
     model.train()
     expected = plain_loss_and_gradients(model, rows)[0]
     for size in (1, 2, 6):
-        loss = script.score_batches(model, script.to_batches(rows, script.Plan(size, 1)), "transformers")["loss"]
+        loss = script.score_batches(model, script.to_batches(rows, script.Plan(size, 1, [])), "transformers")["loss"]
         assert loss == pytest.approx(expected, rel=1e-5)
     assert model.training
 
