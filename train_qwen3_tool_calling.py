@@ -62,6 +62,7 @@ RECORDED_BYTES = 2**30  # a stream whose layers' inputs take more than this is n
 READ_BACK_ROWS = 64  # held-out rows on which the losses of merged model and adapter are compared
 MERGE_SLACK = 0.02  # nats per token, and share of the rows, by which the merged model may be worse than the adapter
 SHOWN_PROBLEMS = 20
+FORMAT_NAMES = ("native", "openai")  # see FORMATS in section 3
 WRITTEN_BY = "# written by train_qwen3_tool_calling.py\n"  # first line of run.yaml: marks a folder as ours to replace
 
 
@@ -75,6 +76,7 @@ class Example(NamedTuple):
     where: str
     messages: list[dict]
     tools: list[dict]
+    format: str = "openai"  # of the row that it was
 
 
 class Sequence(NamedTuple):
@@ -119,7 +121,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     count, positive = number(int, 1), number(float, 0, low_open=True)
 
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset_path", default=DATASET_PATH, help="JSON array or JSONL of rows")
+    data.add_argument("--dataset_path", nargs="+", default=DATASET_PATH, metavar="PATH",
+                      help="JSON arrays or JSONL files of rows")
+    data.add_argument("--format", choices=["auto", *FORMAT_NAMES], default="auto",
+                      help="shape of the rows (auto: each row's own)")
     data.add_argument("--tools_path", default=TOOLS_PATH, help="JSON array of tools for rows without their own")
     data.add_argument("--train_test_split", type=number(float, 0, 1), default=TRAIN_TEST_SPLIT, metavar="SHARE",
                       help="share of the rows to hold out")
@@ -129,7 +134,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                       help="longest sequence; a longer one is a problem, it is never cut")
     data.add_argument("--on_invalid", choices=["error", "skip"], default="error",
                       help="what to do with a row that has a problem")
-    data.add_argument("--eval_dataset_path", metavar="PATH", default=argparse.SUPPRESS,
+    data.add_argument("--eval_dataset_path", nargs="+", metavar="PATH", default=argparse.SUPPRESS,
                       help="rows to hold out, instead of a share of --dataset_path")
 
     model = parser.add_argument_group("model")
@@ -199,6 +204,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     unset = ("max_samples", "eval_dataset_path", "merge_model_id", "max_steps", "optim", "save_steps", "eval_steps",
              "metric_for_best", "early_stopping_patience", "eval_only", "resume_from_checkpoint", "run_name")
     args = parser.parse_args(argv, namespace=argparse.Namespace(**dict.fromkeys(unset)))
+    if isinstance(args.dataset_path, str):
+        args.dataset_path = [args.dataset_path]  # a list as default would look like Python in --help
     if args.early_stopping_patience and not args.metric_for_best:
         args.metric_for_best = "exact_match"
     if args.metric_for_best:  # a checkpoint to keep must have been scored
@@ -263,14 +270,19 @@ def read_lines(path: str, text: str):
                                                    "expected one JSON object a line, or a JSON array")
 
 
-def read_rows(path: str, max_samples: int | None = None) -> list[tuple[str, object]]:
-    """Return the (where, row) pairs of a JSON array or JSONL file, at most `max_samples`."""
-    text = read_text(path)
-    rows = read_array(path, text) if text.lstrip().startswith("[") else read_lines(path, text)
-    pairs = [pair for _, pair in zip(range(max_samples or sys.maxsize), rows)]
-    if not pairs:
-        raise UserError(f"{path}: holds no rows")
-    return pairs
+def read_rows(paths: list[str], max_samples: int | None = None):
+    """Yield the (where, row) pairs of JSON arrays or JSONL files, at most `max_samples` in all."""
+    left = max_samples or sys.maxsize
+    for path in paths:
+        text, found = read_text(path), 0
+        for pair in read_array(path, text) if text.lstrip().startswith("[") else read_lines(path, text):
+            found += 1
+            yield pair
+            if found == left:
+                return
+        if not found:
+            raise UserError(f"{path}: holds no rows")
+        left -= found
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -337,14 +349,14 @@ FORMATS = {  # name: (keys that mark a row of this format, converter of the row 
 }
 
 
-def to_messages(row: object) -> list[dict]:
-    """Return a row's conversation as OpenAI messages; ValueError says why it is of no known format."""
+def convert(row: object, name: str) -> tuple[str, list[dict], list | None]:
+    """Return (format, OpenAI messages, tools or None) of a row; ValueError says why it is of no known format."""
     if isinstance(row, ValueError):  # a line that was not JSON
         raise row
     if isinstance(row, dict):
-        for keys, convert in FORMATS.values():
-            if keys <= row.keys():
-                return convert(row)
+        for found, (keys, to_messages) in FORMATS.items():
+            if keys <= row.keys() and name in ("auto", found):
+                return found, to_messages(row), row.get("tools")
     shapes = " or ".join("{" + ", ".join(f'"{key}"' for key in sorted(keys)) + "}" for keys, _ in FORMATS.values())
     raise ValueError(f"expected an object with {shapes}, got {shorten(row)}")
 
@@ -485,14 +497,13 @@ def check_calls(messages: list[dict], validators: dict) -> list[str]:
     return problems
 
 
-def to_examples(rows: list[tuple[str, object]], tools_path: str) -> tuple[list[Example], list[tuple[str, str]]]:
-    """Convert and check every row; return (valid examples, (where, problem) pairs of the others)."""
-    examples, problems, checked = [], [], {}
+def to_examples(rows, tools_path: str, name: str = "auto") -> tuple[list[Example], list[tuple[str, str]], int]:
+    """Convert and check every (where, row); return (valid examples, (where, problem) pairs, number of rows)."""
+    examples, problems, checked, total = [], [], {}, 0
     default_tools = None
-    for where, row in rows:
+    for total, (where, row) in enumerate(rows, start=1):
         try:
-            messages = to_messages(row)
-            tools = row.get("tools")
+            found_format, messages, tools = convert(row, name)
         except ValueError as error:
             problems.append((where, str(error)))
             continue
@@ -506,8 +517,8 @@ def to_examples(rows: list[tuple[str, object]], tools_path: str) -> tuple[list[E
         found = found + check_roles(messages) + check_text(messages) + check_calls(messages, validators)
         problems += [(where, problem) for problem in found]
         if not found:
-            examples.append(Example(where, messages, tools))
-    return examples, problems
+            examples.append(Example(where, messages, tools, found_format))
+    return examples, problems, total
 
 
 def read_tools(path: str) -> list[dict]:
@@ -1867,7 +1878,7 @@ def to_report(args, tokenizer, sequences, results, scores, verdicts, data, lengt
     failures = [{"where": sequence.where, "request": read_request(tokenizer, sequence), "expected": sequence.answer,
                  "got": got[index], "before": before[index]}
                 for index, sequence in enumerate(sequences) if not verdicts[last][index].exact]
-    data = {"path": args.dataset_path, "rows": data["train"] + data["held_out"], **data}
+    data = {"path": " ".join(args.dataset_path), "rows": data["train"] + data["held_out"], **data}
     if lengths:
         bins, edges = np.histogram(lengths, bins=min(30, max(lengths) - min(lengths) + 1))
         data |= {"tokens": {"mean": sum(lengths) / len(lengths), "max": max(lengths)},
@@ -2155,18 +2166,17 @@ def write_report(folder: str, report: dict) -> Path:
 # ---------------------------------------------------------------------------------------------------------------
 # The run, one stage after the other
 # ---------------------------------------------------------------------------------------------------------------
-def read_examples(args: argparse.Namespace, path: str) -> tuple[list[Example], int]:
-    """Return (valid examples of a file, rows skipped); problems end the run or are skipped, as --on_invalid says."""
+def read_examples(args: argparse.Namespace, paths: list[str]) -> tuple[list[Example], int]:
+    """Return (valid examples of the files, rows skipped); problems end the run or are skipped, as --on_invalid says."""
     start = time.perf_counter()
-    rows = read_rows(path, args.max_samples)
-    examples, problems = to_examples(rows, args.tools_path)
-    report_problems(problems, args.on_invalid, len(rows))
+    examples, problems, total = to_examples(read_rows(paths, args.max_samples), args.tools_path, args.format)
+    report_problems(problems, args.on_invalid, total)
     if not examples:
-        raise UserError(f"{path}: no valid row is left")
+        raise UserError(f"{' '.join(paths)}: no valid row is left")
     calls = sum(bool(message.get("tool_calls")) for example in examples for message in example.messages)
-    say("read", f"{len(examples):,} valid rows, {calls:,} turns that call, from {path} "
+    say("read", f"{len(examples):,} valid rows, {calls:,} turns that call, from {' '.join(paths)} "
                 f"({time.perf_counter() - start:.1f} s)")
-    return examples, len(rows) - len(examples)
+    return examples, total - len(examples)
 
 
 def render_all(args: argparse.Namespace, tokenizer, examples: list[Example],
@@ -2182,7 +2192,7 @@ def render_all(args: argparse.Namespace, tokenizer, examples: list[Example],
         sides = split_examples(sides[0], args.train_test_split)
     train, test = ([sequence for example in side for sequence in sequences[id(example)]] for side in sides)
     if not train:
-        raise UserError(f"{args.dataset_path}: no row is left to train on; lower --train_test_split or add rows")
+        raise UserError(f"{' '.join(args.dataset_path)}: no row is left to train on; lower --train_test_split or add rows")
     tokens = [len(sequence.input_ids) for sequence in train]
     say("render", f"{len(train):,} training and {len(test):,} held-out sequences of {sum(tokens) // len(tokens):,} "
                   f"tokens on average, {max(tokens):,} at most ({time.perf_counter() - start:.1f} s)")

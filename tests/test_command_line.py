@@ -226,7 +226,7 @@ def test_checks_need_no_heavy_library():
     code = ("import sys, train_qwen3_tool_calling as s\n"
             "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'rich', 'jsonschema'}\n"
             "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
-            "s.read_examples(s.parse_args([]), s.DATASET_PATH)\n"
+            "s.read_examples(s.parse_args([]), [s.DATASET_PATH])\n"
             "assert not (heavy - {'jsonschema'}) & set(sys.modules), heavy & set(sys.modules)\n")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
 

@@ -18,7 +18,7 @@ def calling(name: str, arguments: object) -> dict:
 
 
 def read(path: str, tools_path: str):
-    return script.to_examples(script.read_rows(path), tools_path)
+    return script.to_examples(script.read_rows([path]), tools_path)[:2]
 
 
 def problems_of(tmp_path, tools_path, row) -> list[str]:
@@ -71,11 +71,11 @@ def test_array_and_jsonl_give_the_same_rows_and_lines(tmp_path):
     lines = write_jsonl(tmp_path / "rows.jsonl", rows)
     array = tmp_path / "rows.json"
     array.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
-    assert [row for _, row in script.read_rows(lines)] == [row for _, row in script.read_rows(str(array))] == rows
-    assert [where for where, _ in script.read_rows(str(array))] == [f"{array}:2", f"{array}:3", f"{array}:4"]
+    assert [row for _, row in script.read_rows([lines])] == [row for _, row in script.read_rows([str(array)])] == rows
+    assert [where for where, _ in script.read_rows([str(array)])] == [f"{array}:2", f"{array}:3", f"{array}:4"]
     array.write_text(json.dumps(rows))  # all on one line: counted instead
-    assert [where for where, _ in script.read_rows(str(array))] == [f"{array}:1", f"{array}[1]", f"{array}[2]"]
-    assert len(script.read_rows(lines, max_samples=2)) == 2
+    assert [where for where, _ in script.read_rows([str(array)])] == [f"{array}:1", f"{array}[1]", f"{array}[2]"]
+    assert len(list(script.read_rows([lines], max_samples=2))) == 2
 
 
 @pytest.mark.parametrize("row, expected", [
@@ -177,13 +177,13 @@ def test_a_broken_file_is_one_line(tmp_path, content, expected):
     path = tmp_path / "rows.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(script.UserError) as error:
-        script.read_rows(str(path))
+        list(script.read_rows([str(path)]))
     assert str(error.value) == expected.format(path=path)
 
 
 def test_a_missing_file_is_one_line():
     with pytest.raises(script.UserError, match="^no/such.json: cannot be read: No such file or directory$"):
-        script.read_rows("no/such.json")
+        list(script.read_rows(["no/such.json"]))
 
 
 def test_a_bad_tools_file_names_the_line(tmp_path):

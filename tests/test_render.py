@@ -151,9 +151,9 @@ def test_broken_json_in_a_call_is_an_error():
 def test_the_bundled_data_renders_without_a_problem(tokenizer):
     from conftest import ROOT
 
-    rows = script.read_rows(str(ROOT / "data" / "synthetic_finetune_dataset.json"))
-    examples, problems = script.to_examples(rows, str(ROOT / "data" / "tools.json"))
-    assert problems == [] and len(examples) == len(rows)
+    rows = list(script.read_rows([str(ROOT / "data" / "synthetic_finetune_dataset.json")]))
+    examples, problems, total = script.to_examples(rows, str(ROOT / "data" / "tools.json"))
+    assert problems == [] and len(examples) == total == 2000
     groups, problems = script.render_examples(tokenizer, examples, script.MAX_SEQ_LENGTH)
     assert problems == []
     for (_, row), (sequence,) in zip(rows, groups):
