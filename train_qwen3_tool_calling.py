@@ -1119,11 +1119,12 @@ def read_streams(model, record: bool) -> None:
             return eager(*inputs, **kwargs)
         length, tensors = len(subtree_end), (kwargs["input_ids"], kwargs["position_ids"], subtree_end)
         held = 2 * length * decoder.config.hidden_size * len(decoder.layers)
-        training = decoder.training and torch.is_grad_enabled()
-        if record and training and held <= RECORDED_BYTES and length not in graphs:
-            graphs[length] = to_graph(*tensors)
-        stream = graphs.get(length) or Stream(length)
-        return BaseModelOutputWithPast(last_hidden_state=stream(*tensors))
+        stream = None
+        if record and held <= RECORDED_BYTES:
+            if length not in graphs and decoder.training and torch.is_grad_enabled():
+                graphs[length] = to_graph(*tensors)
+            stream = graphs.get(length)
+        return BaseModelOutputWithPast(last_hidden_state=(stream or Stream(length))(*tensors))
 
     decoder.forward = forward
 
@@ -1263,14 +1264,16 @@ def compute_gradient(model, batches: list[dict], engine: str):
     """Return (loss summed over the supervised tokens, its gradient as one fp32 vector on the CPU) of the batches."""
     import torch
 
-    parameters, total = [parameter for parameter in model.parameters() if parameter.requires_grad], 0.0
-    model.zero_grad()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    total, gradient = 0.0, 0.0
     for batch in batches:
+        model.zero_grad()
         with autocast(model):
             loss = compute_token_losses(model, {n: t.to(model.device) for n, t in batch.items()}, engine)[0].sum()
         loss.backward()
         total += loss.item()
-    gradient = torch.cat([parameter.grad.float().flatten().cpu() for parameter in parameters])
+        # Added here and not in .grad, where a CUDA graph writes the next gradient over the last.
+        gradient += torch.cat([parameter.grad.float().flatten() for parameter in parameters]).cpu()
     model.zero_grad()
     return total, gradient
 
