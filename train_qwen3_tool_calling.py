@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -122,7 +123,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     data = parser.add_argument_group("data")
     data.add_argument("--dataset_path", nargs="+", default=DATASET_PATH, metavar="PATH",
-                      help="JSON arrays or JSONL files of rows")
+                      help="JSON or JSONL files, folders of them, or Hugging Face datasets: name[:split]")
     data.add_argument("--format", choices=["auto", *FORMAT_NAMES], default="auto",
                       help="shape of the rows (auto: each row's own)")
     data.add_argument("--tools_path", default=TOOLS_PATH, help="JSON array of tools for rows without their own")
@@ -135,7 +136,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--on_invalid", choices=["error", "skip"], default="error",
                       help="what to do with a row that has a problem")
     data.add_argument("--eval_dataset_path", nargs="+", metavar="PATH", default=argparse.SUPPRESS,
-                      help="rows to hold out, instead of a share of --dataset_path")
+                      help="rows to hold out, instead of a share of --dataset_path; as there")
 
     model = parser.add_argument_group("model")
     model.add_argument("--model_id", default=MODEL_ID, help="Hub id or folder of the base model")
@@ -217,72 +218,288 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 2  Read: file -> (where, row) pairs, one by one, so that a missing key stays missing and each row keeps its line
+# 2  Read: file, folder or Hub name -> (where, row) pairs, one by one; a missing key stays missing in each row
 # ---------------------------------------------------------------------------------------------------------------
+ROW_FILES = (".json", ".jsonl")  # what is read of a folder
+NOT_ROWS = ("tools.json", "dataset_info.json", "dataset_infos.json", "state.json", "package.json")
+PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd"}  # a file's first bytes: its kind
+HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*(?:/\w[\w.-]*)?)"
+                      r"(?::(?P<config>[\w.+-]+)(?=:))?(?::(?P<split>\w[\w.]*))?", re.ASCII)
+FILE_NAME = re.compile(r".*\.(jsonl?|ndjson|csv|tsv|txt|parquet|arrow|ya?ml|gz|zip|zst)", re.IGNORECASE)
+SHOWN_BYTES = 2**26  # a larger file takes seconds to read, so on a terminal a bar is shown
+
+
 def refuse_constant(name: str):
     """Reject NaN and Infinity, which Python reads but JSON does not have."""
     raise ValueError(f"{name} is not JSON")
 
 
-def read_text(path: str) -> str:
-    """Return a file's text; a file that is absent, empty or not UTF-8 is a UserError."""
+def to_float(text: str) -> float:
+    """Return the number; one that Python could only keep as infinity is a ValueError."""
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"the number {text[:20]} is too large")
+    return value
+
+
+def to_object(pairs: list[tuple]) -> dict:
+    """Return a JSON object; a key that stands twice is a ValueError, because Python would drop the first value."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f'the key "{twice}" stands twice')
+    return found
+
+
+DECODER = json.JSONDecoder(parse_constant=refuse_constant, parse_float=to_float, object_pairs_hook=to_object)
+
+
+def read_value(text: str, position: int = 0) -> tuple[object, int]:
+    """Return the JSON value that begins at `position`, and where it ends; ValueError or RecursionError if broken."""
+    value, end = DECODER.raw_decode(text, position)
+    if text.find("\\u", position, end) >= 0:  # an escape may be half a character, which can never be written again
+        json.dumps(value, ensure_ascii=False).encode()
+    return value, end
+
+
+def explain(error: Exception) -> str:
+    """Return what is wrong with a text that could not be read as JSON."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 text (byte {error.start}); save it as UTF-8 JSON or JSONL"
+    if isinstance(error, UnicodeEncodeError):
+        return f"not valid JSON: \\u{ord(error.object[error.start]):04x} is half a character"
+    if isinstance(error, RecursionError):
+        return "not valid JSON: it is nested too deeply"
+    if str(error).startswith("Exceeds the limit"):  # Python's own, on the digits of an integer
+        return f"not valid JSON: a number has more than {sys.get_int_max_str_digits():,} digits"
+    return f"not valid JSON: {getattr(error, 'msg', error)}"
+
+
+def open_file(path: str):
+    """Return a regular file opened for its bytes; one that is absent, packed or plainly not UTF-8 is a UserError."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for its writer
+            raise UserError(f"{path}: is not a regular file; expected JSON or JSONL")
+        with open(path, "rb") as file:
+            start = file.read(4)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8 JSON or JSONL") from None
+    for mark, kind in PACKED.items():
+        if start.startswith(mark):
+            raise UserError(f"{path}: is {kind}; unpack it first")
+    if wide := re.search(rb"[\0\xfe\xff]", start):  # UTF-16, or no text at all
+        raise UserError(f"{path}: not UTF-8 text (byte {wide.start()}); save it as UTF-8 JSON or JSONL")
+    return open(path, "rb")
+
+
+def read_text(path: str) -> str:
+    """Return a file's text; a file that is absent, empty or not UTF-8 is a UserError."""
+    with open_file(path) as file:
+        try:
+            text = file.read().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: {explain(error)}") from None
     if not text.strip():
         raise UserError(f"{path}: is empty; expected a JSON array of rows, or one JSON object a line")
     return text
 
 
 def read_array(path: str, text: str):
-    """Yield (file:line, element) of a JSON array, decoding one element after the other to know its line."""
-    decoder = json.JSONDecoder(parse_constant=refuse_constant)
+    """Yield (file:line, element) of a JSON array, or of objects one after the other, each decoded to know its line."""
     skip = re.compile(r"\s*,?\s*")
-    position, line, counted, index, last_line = text.index("[") + 1, 1, 0, 0, 0
+    position = len(text) - len(text.lstrip())
+    is_array = text.startswith("[", position)
+    position, line, counted, index, last_line = position + is_array, 1, 0, 0, 0
     while True:
         position = skip.match(text, position).end()
         line, counted = line + text.count("\n", counted, position), position
         where = f"{path}:{line}" if line > last_line else f"{path}[{index}]"  # several on one line: count them
         index, last_line = index + 1, line
+        if is_array and text.startswith("]", position):
+            if text[position + 1 :].strip():
+                raise UserError(f"{path}:{line}: more follows the ] of the array; expected the end of the file")
+            return
         if position >= len(text):
-            raise UserError(f"{where}: the JSON array does not end; expected ]")
-        if text[position] == "]":
+            if is_array:
+                raise UserError(f"{where}: the JSON array does not end; expected ]")
             return
         try:
-            element, position = decoder.raw_decode(text, position)
+            element, position = read_value(text, position)
         except (ValueError, RecursionError) as error:
             line += text.count("\n", counted, getattr(error, "pos", position))
-            raise UserError(f"{path}:{line}: not valid JSON: {getattr(error, 'msg', error)}") from None
+            raise UserError(f"{path}:{line}: {explain(error)}") from None
         yield where, element
 
 
-def read_lines(path: str, text: str):
-    """Yield (file:line, object) of a JSONL file; a broken line is yielded as the ValueError it raised."""
-    for line, content in enumerate(text.split("\n"), start=1):
-        if content.strip():
-            try:
-                yield f"{path}:{line}", json.loads(content, parse_constant=refuse_constant)
-            except (ValueError, RecursionError) as error:
-                yield f"{path}:{line}", ValueError(f"not valid JSON: {getattr(error, 'msg', error)}; "
-                                                   "expected one JSON object a line, or a JSON array")
+def read_lines(path: str, file):
+    """Yield (file:line, object) of an open JSONL file, line by line; a broken line is yielded as its ValueError."""
+    for line, content in enumerate(file, start=1):  # the lines of bytes end at \n alone: U+2028 in a text is data
+        try:
+            text = content.decode("utf-8-sig").strip()
+            if not text:
+                continue
+            row, end = read_value(text)
+            if end < len(text):
+                raise json.JSONDecodeError("Extra data", text, end)
+        except UnicodeDecodeError as error:
+            row = ValueError(explain(error))
+        except (ValueError, RecursionError) as error:
+            row = ValueError(f"{explain(error)}; expected one JSON object a line, or a JSON array")
+        yield f"{path}:{line}", row
+
+
+def begins_spread(path: str, head: bytes) -> bool:
+    """Tell whether a file begins with an object that goes on over several lines, as pretty-printed JSON does."""
+    first, newline, _ = head.decode("utf-8", "replace").partition("\n")
+    try:
+        read_value(first.rstrip())
+    except json.JSONDecodeError as error:
+        if not newline or error.pos < len(first.rstrip()):  # broken in its middle: no further line can mend it
+            return False
+        try:
+            return bool(read_value(read_text(path).lstrip()))
+        except (ValueError, RecursionError):  # a line that was cut is one bad row, and the others can be read
+            return False
+    except (ValueError, RecursionError):
+        return False
+    return False
+
+
+def show_reading(pairs, file, size: int):
+    """Yield the pairs; on a terminal a bar shows how far a large file has been read."""
+    if size < SHOWN_BYTES or not sys.stdout.isatty():
+        yield from pairs
+        return
+    from rich.progress import Progress
+
+    with Progress(transient=True) as bar:
+        task = bar.add_task("read", total=size)
+        for count, pair in enumerate(pairs):
+            if count % 1000 == 0:  # moving the bar costs more than reading a row
+                bar.update(task, completed=file.tell())
+            yield pair
+
+
+def read_file(path: str):
+    """Yield the (file:line, row) pairs of a JSON or JSONL file; the first character that is not blank decides which.
+
+    JSONL is read line by line, so that its size does not matter. An array, and objects that go on over several lines,
+    are read whole.
+    """
+    with open_file(path) as file:
+        before = os.fstat(file.fileno())
+        blocks = (block.removeprefix(b"\xef\xbb\xbf").lstrip() for block in iter(partial(file.read, 2**16), b""))
+        head = next(filter(None, blocks), b"")
+        file.seek(0)
+        if not head or head.startswith(b"[") or begins_spread(path, head):
+            pairs = read_array(path, read_text(path))
+            file.seek(0, os.SEEK_END)  # for the bar: all of it has been read
+        else:
+            pairs = read_lines(path, file)
+        yield from show_reading(pairs, file, before.st_size)
+        after = os.fstat(file.fileno())
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            raise UserError(f"{path}: changed while it was read; start again when nothing writes to it")
+
+
+def find_files(folder: str) -> list[str]:
+    """Return the JSON and JSONL files of a folder and the folders in it, sorted, without hidden ones and NOT_ROWS."""
+    found = [path for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in ROW_FILES
+             and path.name not in NOT_ROWS and not path.is_dir()
+             and not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    if not found:
+        raise UserError(f"{folder}: holds no .json or .jsonl file of rows; expected at least one")
+    return [str(path) for path in found]
+
+
+def match_hub(path: str) -> re.Match | None:
+    """Return the name and split of a Hub dataset; None for what exists as a path or is named like a file."""
+    match = HUB_NAME.fullmatch(path)
+    if not match or os.path.exists(path) or os.path.exists(match["name"]) or FILE_NAME.fullmatch(match["name"]):
+        return None
+    return match
+
+
+def drop_filled(value: object, feature: object) -> object:
+    """Return a value of a table without the keys whose value is null; one that JSON cannot hold is a ValueError.
+
+    A table has the same columns in every row: the arguments of one tool appear as nulls in the calls of all others, and
+    would be trained as arguments. Only columns are treated so. An object whose keys were all null stays as {}, because
+    empty arguments look the same; a null in a list, or in a column that keeps JSON text, was in the data and stays.
+    """
+    if isinstance(value, dict) and isinstance(feature, dict):
+        return {key: drop_filled(inner, feature[key]) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list) and hasattr(feature, "feature"):
+        return [drop_filled(inner, feature.feature) for inner in value]
+    if not isinstance(value, (str, int, float, list, dict, type(None))):
+        raise ValueError(f"holds the {type(value).__name__} {str(value)[:40]}; expected text or another JSON value "
+                         "(a table may have made dates of texts: name the dataset's own file instead)")
+    return value
+
+
+def load_hub(name: str, config: str | None):
+    """Return {split: table} of a dataset on the Hub or in the local cache; UserError says why it cannot be had."""
+    import datasets
+    import huggingface_hub
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said below, in one line
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        huggingface_hub.utils.disable_progress_bars()
+    if (Path(datasets.__file__).parent / "packaged_modules" / name).is_dir():  # "json" would read the working folder
+        raise UserError(f"{name}: cannot be read: No such file or directory")
+    try:
+        return datasets.load_dataset(name, config)
+    except ConnectionError:
+        advice = "unset HF_HUB_OFFLINE" if datasets.config.HF_HUB_OFFLINE else "check the connection"
+        reason = f"is no file or folder, not in the local cache, and the Hub cannot be reached; {advice}"
+    except datasets.exceptions.DatasetNotFoundError as error:
+        reason = "is no file or folder, and no public dataset on the Hub; check the name, or log in with: hf auth login"
+        if "gated" in str(error):
+            reason = f"is gated; accept its terms at https://huggingface.co/datasets/{name}, log in with: hf auth login"
+    except Exception as error:  # whatever else can be wrong with a dataset; its message is the best there is
+        reason = (f"cannot be read as a table: {' '.join(str(error.__cause__ or error).split())[:200]}; "
+                  f"expected {name}, {name}:SPLIT or {name}:CONFIG:SPLIT")
+    raise UserError(f"{name}: {reason}")
+
+
+def read_hub(name: str, config: str | None, split: str | None):
+    """Yield (name:split[index], row) of a dataset on the Hub or in the local cache, without null-filled keys."""
+    splits, whole, split = load_hub(name, config), f"{name}:{config}" if config else name, split or "train"
+    if split not in splits:
+        raise UserError(f'{whole}: has no split "{split}"; expected '
+                        + " or ".join(f"{whole}:{found}" for found in splits))
+    table = splits[split]
+    for index, row in enumerate(table):
+        # A whole column of images or dates is none that a format reads; such a value inside an object is a problem.
+        columns = {key: value for key, value in row.items() if isinstance(value, (str, int, float, list, dict))}
+        try:
+            yield f"{whole}:{split}[{index}]", drop_filled(columns, table.features)
+        except ValueError as error:
+            yield f"{whole}:{split}[{index}]", error
+
+
+def read_source(path: str):
+    """Yield the (where, row) pairs of a file, of the files in a folder, or of a Hub dataset `name[[:config]:split]`."""
+    if match := match_hub(path):
+        sources = {path: read_hub(**match.groupdict())}
+    else:
+        sources = {file: read_file(file) for file in (find_files(path) if os.path.isdir(path) else [path])}
+    for name, pairs in sources.items():
+        count = 0
+        for count, pair in enumerate(pairs, start=1):
+            yield pair
+        if not count:
+            raise UserError(f"{name}: holds no rows")
 
 
 def read_rows(paths: list[str], max_samples: int | None = None):
-    """Yield the (where, row) pairs of JSON arrays or JSONL files, at most `max_samples` in all."""
-    left = max_samples or sys.maxsize
-    for path in paths:
-        text, found = read_text(path), 0
-        for pair in read_array(path, text) if text.lstrip().startswith("[") else read_lines(path, text):
-            found += 1
-            yield pair
-            if found == left:
-                return
-        if not found:
-            raise UserError(f"{path}: holds no rows")
-        left -= found
+    """Yield the (where, row) pairs of files, folders and Hub datasets, at most `max_samples` in all.
+
+    What exists as a path is never looked up on the Hub. A broken line is yielded as a ValueError in place of its row.
+    """
+    yield from islice(chain.from_iterable(map(read_source, paths)), max_samples)
 
 
 # ---------------------------------------------------------------------------------------------------------------
