@@ -354,16 +354,15 @@ def begins_spread(path: str, head: bytes) -> bool:
     first, newline, _ = head.decode("utf-8", "replace").partition("\n")
     try:
         read_value(first.rstrip())
-    except json.JSONDecodeError as error:
-        if not newline or error.pos < len(first.rstrip()):  # broken in its middle: no further line can mend it
-            return False
-        try:
-            return bool(read_value(read_text(path).lstrip()))
-        except (ValueError, RecursionError):  # a line that was cut is one bad row, and the others can be read
-            return False
-    except (ValueError, RecursionError):
         return False
-    return False
+    except (ValueError, RecursionError) as error:
+        if not newline or getattr(error, "pos", -1) < len(first.rstrip()):  # broken before its end: no line can mend it
+            return False
+    try:
+        read_value(read_text(path).lstrip())
+        return True
+    except (ValueError, RecursionError):  # a line that was cut is one bad row, and the others can be read
+        return False
 
 
 def show_reading(pairs, file, size: int):

@@ -181,8 +181,8 @@ def test_a_bar_on_a_terminal_changes_no_row(tmp_path, monkeypatch, capsys):
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.one_of(st.binary(max_size=60), st.lists(st.sampled_from(
-    [b"{", b"}", b"[", b"]", b",", b":", b'"a"', b'"', b"\n", b"\r", b" ", b"1", b"-", b"NaN", b"1e999", b"\xff", b"\xef\xbb\xbf",
-     b"\\ud800", b"null", b"{}", b'{"a": 1}']), max_size=20).map(b"".join)))
+    [b"{", b"}", b"[", b"]", b",", b":", b'"a"', b'"', b"\n", b"\r", b" ", b"1", b"-", b"NaN", b"1e999", b"\xff",
+     b"\xef\xbb\xbf", b"\\ud800", b"null", b"{}", b'{"a": 1}']), max_size=20).map(b"".join)))
 def test_any_bytes_give_rows_problems_or_one_line(tmp_path, content):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
@@ -203,7 +203,8 @@ def test_a_folder_is_its_files_in_order(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps({"name": name}))
     (tmp_path / "folder.json").mkdir()
-    assert read(tmp_path) == [(f"{tmp_path}/{name}:1", {"name": name}) for name in ("a.json", "b/10.jsonl", "b/2.JSONL")]
+    expected = ("a.json", "b/10.jsonl", "b/2.JSONL")
+    assert read(tmp_path) == [(f"{tmp_path}/{name}:1", {"name": name}) for name in expected]
     assert read(tmp_path / "tools.json") == [(f"{tmp_path}/tools.json:1", {"name": "tools.json"})]  # by its own name
 
 
@@ -287,7 +288,8 @@ def cache(tmp_path_factory) -> Path:
             native("and in 2 days?", ("get_weather", {"days": 2})), native("again", ("get_weather", {})),
             native("may", ("get_weather", {"on": datetime(2024, 5, 1)}))]
     for split, part in (("train", rows), ("test", rows[:1])):
-        Dataset.from_list([{"asked": date(2024, 5, 1), **row} for row in part], features=features).to_parquet(folder / f"{split}.parquet")
+        table = Dataset.from_list([{"asked": date(2024, 5, 1), **row} for row in part], features=features)
+        table.to_parquet(folder / f"{split}.parquet")
     load_dataset("parquet", data_files={split: str(folder / f"{split}.parquet") for split in ("train", "test")},
                  cache_dir=str(folder / "made"))
     (info,) = folder.glob("made/parquet/*/*/*/dataset_info.json")
@@ -356,8 +358,10 @@ class RefusingHub(BaseHTTPRequestHandler):
 
 
 @pytest.mark.parametrize("name, message", [
-    ("org/none", "is no file or folder, and no public dataset on the Hub; check the name, or log in with: hf auth login"),
-    ("org/gated", "is gated; accept its terms at https://huggingface.co/datasets/org/gated, log in with: hf auth login"),
+    ("org/none", "is no file or folder, and no public dataset on the Hub; check the name, or log in with: "
+                 "hf auth login"),
+    ("org/gated", "is gated; accept its terms at https://huggingface.co/datasets/org/gated, log in with: "
+                  "hf auth login"),
 ])
 def test_what_the_hub_refuses_is_one_line(tmp_path, name, message):
     server = ThreadingHTTPServer(("127.0.0.1", 0), RefusingHub)
