@@ -11,6 +11,7 @@ before torch is imported, so a mistake costs a second and not an hour.
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
 import hashlib
 import json
@@ -23,7 +24,9 @@ import shutil
 import subprocess
 import sys
 import time
-from functools import partial
+import warnings
+from collections import Counter
+from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -63,7 +66,9 @@ RECORDED_BYTES = 2**30  # a stream whose layers' inputs take more than this is n
 READ_BACK_ROWS = 64  # held-out rows on which the losses of merged model and adapter are compared
 MERGE_SLACK = 0.02  # nats per token, and share of the rows, by which the merged model may be worse than the adapter
 SHOWN_PROBLEMS = 20
-FORMAT_NAMES = ("native", "openai")  # see FORMATS in section 3
+SHOWN_CHANGES = 8  # kinds of change to tools that the line after reading names
+FORMAT_NAMES = ("native", "swift", "mobile-actions", "openai", "hermes", "toolace", "sharegpt-tools", "sharegpt",
+                "xlam", "glaive", "alpaca")  # see FORMATS in section 3
 WRITTEN_BY = "# written by train_qwen3_tool_calling.py\n"  # first line of run.yaml: marks a folder as ours to replace
 
 
@@ -137,6 +142,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                       help="what to do with a row that has a problem")
     data.add_argument("--eval_dataset_path", nargs="+", metavar="PATH", default=argparse.SUPPRESS,
                       help="rows to hold out, instead of a share of --dataset_path; as there")
+    data.add_argument("--convert_to", metavar="PATH", default=argparse.SUPPRESS,
+                      help="train nothing: write the rows of --dataset_path in the OpenAI form to this new JSONL file")
 
     model = parser.add_argument_group("model")
     model.add_argument("--model_id", default=MODEL_ID, help="Hub id or folder of the base model")
@@ -202,8 +209,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     output.add_argument("--run_name", metavar="NAME", default=argparse.SUPPRESS, help="the run's name there")
 
     # SUPPRESS above keeps "(default: None)" out of --help; here those settings get their value.
-    unset = ("max_samples", "eval_dataset_path", "merge_model_id", "max_steps", "optim", "save_steps", "eval_steps",
-             "metric_for_best", "early_stopping_patience", "eval_only", "resume_from_checkpoint", "run_name")
+    unset = ("max_samples", "eval_dataset_path", "convert_to", "merge_model_id", "max_steps", "optim", "save_steps",
+             "eval_steps", "metric_for_best", "early_stopping_patience", "eval_only", "resume_from_checkpoint", "run_name")
     args = parser.parse_args(argv, namespace=argparse.Namespace(**dict.fromkeys(unset)))
     if isinstance(args.dataset_path, str):
         args.dataset_path = [args.dataset_path]  # a list as default would look like Python in --help
@@ -504,19 +511,36 @@ def read_rows(paths: list[str], max_samples: int | None = None):
 # ---------------------------------------------------------------------------------------------------------------
 # 3  Convert: row of any known format -> Example; FORMATS is the one place to add a format
 # ---------------------------------------------------------------------------------------------------------------
-def to_tool_call(call: object) -> dict:
-    """Return a call in the OpenAI shape with its arguments as a dict; ValueError says what is wrong with it."""
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str) or "arguments" not in call:
-        raise ValueError('a call must be {"name": "...", "arguments": {...}}, got ' + shorten(call))
-    arguments = call["arguments"]
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments, parse_constant=refuse_constant)
-        except ValueError:
-            raise ValueError(f'call "{call["name"]}": arguments are not valid JSON: {shorten(arguments)}') from None
-    if not isinstance(arguments, dict):
-        raise ValueError(f'call "{call["name"]}": arguments must be an object, got {shorten(arguments)}')
-    return {"type": "function", "function": {"name": call["name"], "arguments": arguments}}
+ROLES = {  # roles as other formats name them; "calls" is a turn that holds nothing but calls
+    "human": "user", "gpt": "assistant", "model": "assistant", "developer": "system",
+    "observation": "tool", "tool_response": "tool", "function": "tool", "function-response": "tool",
+    "function_call": "calls", "function-call": "calls", "tool_call": "calls",
+}
+TYPES = {  # types as Python, Java or Gemini write them, in lower case
+    "str": "string", "string": "string", "int": "integer", "integer": "integer", "long": "integer",
+    "float": "number", "double": "number", "number": "number", "bool": "boolean", "boolean": "boolean",
+    "dict": "object", "object": "object", "list": "array", "tuple": "array", "array": "array",
+    "none": "null", "nonetype": "null", "null": "null",
+}
+SCHEMA_PLACES = {  # keywords of JSON Schema: what stands there
+    "one": ("items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames"),
+    "list": ("anyOf", "oneOf", "allOf", "prefixItems", "items"),
+    "named": ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas"),
+}
+OPTIONAL = re.compile(r"\s*,?\s*\(?\boptional\)?\s*$", re.IGNORECASE)  # the end of "str, optional"
+QUOTED = r""" "(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*' """.strip()
+OUTSIDE = re.compile(QUOTED + "|.", re.DOTALL)  # a quoted text, or one character
+WORDS = re.compile(QUOTED + r"|\b(?:true|false|null)\b", re.DOTALL)  # JSON's words; and quotes, which may hold them
+PYTHON_WORDS = {"true": "True", "false": "False", "null": "None"}
+BRACKET_CALLS = re.compile(r"\s*\[[^\[\](){}]+\(.*\)\s*\]\s*", re.DOTALL)  # [Name(x=1), Other()]
+TOOL_LIST = re.compile(r'\[\s*\{.*"name"', re.DOTALL)
+GLAIVE_TURN = re.compile(r"(?:^|\n)\s*(USER|ASSISTANT|FUNCTION RESPONSE):")
+GLAIVE_ROLES = {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool"}
+GLAIVE_BOILERPLATE = re.compile(r"You are a helpful assistant with access to the following functions\. "
+                                r"Use them if required\s*-?")
+QUESTION_KEYS = ("instruction", "question", "prompt", "query", "input")
+ANSWER_KEYS = ("output", "answer", "response", "completion")
+KIND_NAMES = {list: "a list", dict: "an object", str: "text"}
 
 
 def shorten(value: object, limit: int = 80) -> str:
@@ -525,56 +549,569 @@ def shorten(value: object, limit: int = 80) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def convert_native(row: dict) -> list[dict]:
-    """{"input": "...", "output": {"function_call": {...} | "function_calls": [...], "content": "..."}} -> messages."""
-    output = row["output"]
-    if not isinstance(output, dict) or not output.keys() & {"function_call", "function_calls", "content"}:
+def as_list(value: object) -> list:
+    """Return a list as it is, and anything else as a list of one."""
+    return value if isinstance(value, list) else [value]
+
+
+def take(row: dict, key: str, kind: type):
+    """Return row[key]; ValueError if it is missing or of another kind."""
+    if key not in row:
+        raise ValueError(f'"{key}" is missing; expected {KIND_NAMES[kind]}')
+    if not isinstance(row[key], kind):
+        raise ValueError(f'"{key}" must be {KIND_NAMES[kind]}, got {shorten(row[key])}')
+    return row[key]
+
+
+def take_objects(row: dict, key: str) -> list[dict]:
+    """Return row[key], a list of objects; ValueError if it is anything else."""
+    if key not in row:
+        raise ValueError(f'"{key}" is missing; expected a list of objects')
+    if not isinstance(row[key], list) or not all(isinstance(item, dict) for item in row[key]):
+        raise ValueError(f'"{key}" must be a list of objects, got {shorten(row[key])}')
+    return row[key]
+
+
+def parse_json(text: str, what: str):
+    """Return the value of a JSON text; ValueError names `what` is broken."""
+    try:
+        return json.loads(text, parse_constant=refuse_constant)
+    except ValueError:
+        raise ValueError(f"{what} not valid JSON: {shorten(text)}") from None
+
+
+def parse_literal(text: str, what: str):
+    """Return the value of a JSON text, or of one in Python's quotes, as JSON would give it; never runs anything."""
+    try:
+        return json.loads(text, parse_constant=refuse_constant)
+    except ValueError:
+        pass
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python warns of "\d" in a text
+            value = ast.literal_eval(WORDS.sub(lambda word: PYTHON_WORDS.get(word[0], word[0]), text.strip()))
+            return json.loads(json.dumps(value, allow_nan=False))
+    except (ValueError, TypeError, SyntaxError, MemoryError):
+        raise ValueError(f"{what} neither JSON nor a Python literal: {shorten(text)}") from None
+
+
+def split_outside(text: str, mark: str) -> list[str]:
+    """Split a text wherever `mark` stands outside quotes and brackets; ValueError if one of them stays open."""
+    parts, depth, start = [], 0, 0
+    for token in OUTSIDE.finditer(text):
+        depth += (token[0] in "([{") - (token[0] in ")]}")
+        if depth < 0 or token[0] in "\"'":
+            break
+        if token[0] == mark and not depth:
+            parts.append(text[start : token.start()])
+            start = token.end()
+    else:
+        if not depth:
+            return [part.strip() for part in (*parts, text[start:])]
+    raise ValueError(f"a quote or bracket has no partner in {shorten(text)}")
+
+
+# Tools -----------------------------------------------------------------------------------------------------------
+def to_union(parts: list[dict]) -> dict:
+    """Return the schema of a value that fits one of these schemas."""
+    if all(part.keys() == {"type"} for part in parts):
+        return {"type": [part["type"] for part in parts]}
+    return {"anyOf": parts}
+
+
+def to_generic(name: str, parts: list[dict]) -> dict | None:
+    """Return the schema of List[...], Dict[...] and their like with these parts, None if its meaning is not clear."""
+    if name in ("list", "set", "array") and len(parts) == 1:
+        return {"type": "array", "items": parts[0], **({"uniqueItems": True} if name == "set" else {})}
+    if name == "dict" and len(parts) == 2 and parts[0] == {"type": "string"}:
+        return {"type": "object", "additionalProperties": parts[1]}
+    if name == "tuple" and parts:
+        return {"type": "array", "prefixItems": parts, "minItems": len(parts), "maxItems": len(parts)}
+    if name == "optional" and len(parts) == 1:
+        return to_union([*parts, {"type": "null"}])
+    return to_union(parts) if name == "union" and parts else None
+
+
+def parse_type(text: str) -> dict | None:
+    """Return the schema of a type as Python or upper case writes it, None if its meaning is not clear."""
+    text = OPTIONAL.sub("", text).strip()
+    try:
+        choices = split_outside(text, "|")
+        name, bracket, inner = text.partition("[")
+        parts = split_outside(inner.removesuffix("]"), ",") if bracket else []
+    except ValueError:
+        return None
+    name = name.strip().lower().removeprefix("typing.")
+    if len(choices) > 1:
+        name, parts = "union", choices
+    elif not bracket:
+        plain = {"any": {}, "set": {"type": "array", "uniqueItems": True}}
+        return plain.get(name, {"type": TYPES[name]} if name in TYPES else None)
+    elif not inner.endswith("]"):
+        return None
+    if name == "tuple" and parts[1:] == ["..."]:
+        name, parts = "list", parts[:1]
+    schemas = [parse_type(part) for part in parts]
+    return None if None in schemas else to_generic(name, schemas)
+
+
+def replace_type(schema: dict, changes: Counter) -> dict:
+    """Return the schema with its foreign type in JSON Schema; what the schema itself says beside it stays."""
+    old, new = schema.get("type"), None
+    if isinstance(old, str):
+        new = parse_type(old)
+    elif isinstance(old, list):  # ["STRING", "null"]
+        new = {"type": [TYPES.get(name.lower(), name) if isinstance(name, str) else name for name in old]}
+    if new is None or new == {"type": old}:
+        return schema
+    kind = new.get("type", "any of several" if new else "any")
+    before, after = (" or ".join(map(str, as_list(name))) for name in (old, kind))
+    changes[f"type {before[:40]} -> {after[:40]}"] += 1
+    replaced = {}
+    for key, value in schema.items():
+        replaced |= {name: part for name, part in new.items() if name == key or name not in schema} \
+            if key == "type" else {key: value}
+    return replaced
+
+
+def list_required(schema: dict, changes: Counter) -> dict:
+    """Return the schema with `"required": true` inside a property moved to the list of the schema."""
+    properties = schema.get("properties")
+    if not isinstance(properties, dict) or not isinstance(schema.get("required", []), list):
+        return schema
+    marked = {name: value["required"] for name, value in properties.items()
+              if isinstance(value, dict) and isinstance(value.get("required"), bool)}
+    if not marked:
+        return schema
+    changes["required true or false in a property -> list"] += len(marked)
+    properties = {name: {key: item for key, item in value.items() if key != "required"} if name in marked else value
+                  for name, value in properties.items()}
+    required = [*schema.get("required", [])]
+    required += [name for name, needed in marked.items() if needed and name not in required]
+    return {**schema, "properties": properties, "required": required}
+
+
+def to_schema(schema: object, changes: Counter) -> object:
+    """Return a JSON Schema in which foreign types are replaced at every place that holds a schema."""
+    if not isinstance(schema, dict):
+        return schema
+    # A null says nothing, except as a value of the argument itself.
+    empty = [key for key, value in schema.items() if value is None and key not in ("default", "const")]
+    changes.update(f"{key[:40]} null -> removed" for key in empty)
+    schema = {key: value for key, value in schema.items() if key not in empty}
+    schema = list_required(replace_type(schema, changes), changes)
+    for key, value in schema.items():
+        if key in SCHEMA_PLACES["named"] and isinstance(value, dict):
+            schema[key] = {name: to_schema(part, changes) for name, part in value.items()}
+        elif key in SCHEMA_PLACES["list"] and isinstance(value, list):
+            schema[key] = [to_schema(part, changes) for part in value]
+        elif key in SCHEMA_PLACES["one"]:
+            schema[key] = to_schema(value, changes)
+    return schema
+
+
+def is_optional(parameter: dict) -> bool:
+    """Return whether a parameter of a flat list may be left out, by its own word or by its type or default."""
+    if isinstance(parameter.get("required"), bool):
+        return not parameter["required"]
+    kind = parameter.get("type")
+    by_type = isinstance(kind, str) and bool(OPTIONAL.search(kind) or re.match(r"\s*(typing\.)?optional\[", kind, re.I))
+    return by_type or "default" in parameter
+
+
+def to_parameters(parameters: object, changes: Counter) -> object:
+    """Return a tool's parameters as JSON Schema; flat ones, {"city": {"type": "str"}}, become an object's properties.
+
+    A parameter may itself be called `type` or `properties`: flat are parameters that are objects one and all, unless
+    `properties` holds objects one and all again, as a schema's does.
+    """
+    if not isinstance(parameters, dict) or not parameters:
+        return parameters
+    inner = parameters.get("properties")
+    nested = isinstance(inner, dict) and all(isinstance(value, dict) for value in inner.values())
+    flat = all(isinstance(value, dict) and not key.startswith("$") for key, value in parameters.items())
+    if flat and not nested:
+        changes["flat parameters -> schema"] += 1
+        required = [name for name, value in parameters.items() if not is_optional(value)]
+        properties = {name: {key: item for key, item in value.items()
+                             if key != "required" or not isinstance(item, bool)} for name, value in parameters.items()}
+        parameters = {"type": "object", "properties": properties, "required": required}
+    return to_schema(parameters, changes)
+
+
+def to_tool(tool: object, changes: Counter) -> object:
+    """Return one tool as {"type": "function", "function": {...}}; anything else than a tool stays as it is."""
+    if not isinstance(tool, dict) or not isinstance(tool.get("function", tool), dict):
+        return tool
+    if "function" in tool:
+        if tool.get("type") is None:
+            changes["type function added"] += 1
+            tool = {"type": "function", **{key: value for key, value in tool.items() if key != "type"}}
+    elif "name" in tool:
+        changes["bare function -> tool"] += 1
+        tool = {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
+    else:
+        return tool
+    empty = [key for key, value in tool["function"].items() if value is None]
+    changes.update(f"{key[:40]} null -> removed" for key in empty)
+    function = {key: to_parameters(value, changes) if key == "parameters" else value
+                for key, value in tool["function"].items() if key not in empty}
+    return {**tool, "function": function}
+
+
+def to_tools(tools: object) -> tuple[object, Counter]:
+    """Return (tools in the OpenAI shape, Counter of what was changed); what is not clear stays for check_tools."""
+    changes: Counter = Counter()
+    if isinstance(tools, str):
+        tools = parse_json(tools, "tools are") if tools.strip() else []
+    return [to_tool(tool, changes) for tool in tools] if isinstance(tools, list) else tools, changes
+
+
+def find_tools(text: str) -> tuple[list[dict], str]:
+    """Return (tools that stand as JSON in a text, the text without them): its first list of tools, else all objects."""
+    decoder, found, rest, end = json.JSONDecoder(parse_constant=refuse_constant), [], "", 0
+    for mark in re.finditer(r"[\[{]", text):
+        if mark.start() < end:
+            continue
+        try:
+            value, stop = decoder.raw_decode(text, mark.start())
+        except ValueError:
+            continue
+        if value and all(isinstance(tool, dict) and tool.keys() & {"name", "function"} for tool in as_list(value)):
+            if isinstance(value, list):
+                return value, text[: mark.start()] + text[stop:]
+            found.append(value)
+            rest, end = rest + text[end : mark.start()], stop
+    return found, rest + text[end:]
+
+
+# Messages --------------------------------------------------------------------------------------------------------
+def to_tool_call(call: object) -> dict:
+    """Return a call in the OpenAI shape with its arguments as a dict; ValueError says what is wrong with it."""
+    inner = call.get("function", call) if isinstance(call, dict) else call
+    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or "arguments" not in inner:
+        raise ValueError('a call must be {"name": "...", "arguments": {...}}, got ' + shorten(inner))
+    name, arguments = inner["name"], inner["arguments"]
+    if isinstance(arguments, str):
+        arguments = parse_json(arguments, f"call {shorten(name)}: arguments are")
+    if not isinstance(arguments, dict):
+        raise ValueError(f"call {shorten(name)}: arguments must be an object, got {shorten(arguments)}")
+    converted = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    has_id = isinstance(call.get("id"), str) and call["id"]
+    return {"id": call["id"], **converted} if has_id else converted
+
+
+def join_text(content: object) -> object:
+    """Return content as text where it is text, nothing, or a list of text parts; other content stays as it is."""
+    if content is None:
+        return ""
+    if isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str)
+                                         and part.get("type", "text") == "text" for part in content):
+        return "".join(part["text"] for part in content)
+    return content
+
+
+def split_thought(message: dict, content: object) -> tuple[str, object]:
+    """Return (thought, content) of an assistant message: the thought from its own key or from a leading think block."""
+    thoughts = [message[key] for key in ("reasoning_content", "thinking")
+                if isinstance(message.get(key), str) and message[key].strip()]
+    block = re.match(r"\s*<think>(.*?)</think>\s*", content, re.DOTALL) if isinstance(content, str) else None
+    if not block:
+        return thoughts[0] if thoughts else "", content
+    inside = block[1].strip()
+    if thoughts and inside and inside != thoughts[0].strip():
+        raise ValueError("a message has two different thoughts, in its reasoning and in its <think> block; "
+                         "expected one")
+    return thoughts[0] if thoughts else inside, content[block.end() :]
+
+
+def to_message(message: dict) -> dict:
+    """Return a message with only what a chat template reads, its ids, and weight 0 if it is not to be trained."""
+    role = message.get("role")
+    role = ROLES.get(role, role) if isinstance(role, str) else role
+    content = join_text(message.get("content"))
+    if role == "tool":
+        call_id = message.get("tool_call_id")
+        return {"role": role, **({"tool_call_id": call_id} if isinstance(call_id, str) and call_id else {}),
+                "content": content}
+    if role not in ("assistant", "calls"):
+        return {"role": role, "content": content}
+    thought, content = split_thought(message, content)
+    calls = message.get("tool_calls") or ([message["function_call"]] if message.get("function_call") else [])
+    if not isinstance(calls, list):
+        raise ValueError("tool_calls must be a list, got " + shorten(calls))
+    if role == "calls":
+        calls = as_list(parse_literal(content, "a turn of calls is") if isinstance(content, str) else content)
+        content = ""
+    if message.get("weight") not in (None, 0, 1):
+        raise ValueError(f"weight must be 0 or 1, got {shorten(message['weight'])}")
+    converted = {"role": role, "content": content}
+    if thought:
+        converted["reasoning_content"] = thought
+    if calls:
+        converted["tool_calls"] = [to_tool_call(call) for call in calls]
+    return {**converted, "weight": 0} if message.get("weight") == 0 else converted
+
+
+def to_messages(turns: list[dict]) -> list[dict]:
+    """Return the messages of a conversation; turns of calls join those right before them, and the text there."""
+    messages: list[dict] = []
+    for message in map(to_message, turns):
+        if message["role"] == "calls":
+            message["role"] = "assistant"
+            if messages and messages[-1]["role"] == "assistant":
+                before = messages.pop()
+                calls = [*before.get("tool_calls", []), *message.get("tool_calls", [])]
+                message = {**message, **before, "tool_calls": calls}
+        messages.append(message)
+    return messages
+
+
+def read_turns(row: dict) -> list[dict]:
+    """Return the turns of a ShareGPT row, {"from", "value"} or {"role", "content"}, with its `system` in front."""
+    key = "messages" if "messages" in row and "conversations" not in row else "conversations"
+    turns = [{**turn, "role": turn.get("from", turn.get("role")), "content": turn.get("value", turn.get("content"))}
+             for turn in take_objects(row, key)]
+    return [{"role": "system", "content": row["system"]}, *turns] if row.get("system") else turns
+
+
+def convert_native(row: dict) -> tuple[list[dict], object]:
+    """{"input": "...", "output": {"function_call": {...} | "function_calls": [...], "content": "..."}}"""
+    output = take(row, "output", dict)
+    if not output.keys() & {"function_call", "function_calls", "content"}:
         raise ValueError('"output" must hold function_call, function_calls or content, got ' + shorten(output))
     calls = output.get("function_calls", [output["function_call"]] if output.get("function_call") else [])
     if not isinstance(calls, list):
         raise ValueError("function_calls must be a list, got " + shorten(calls))
-    answer = {"role": "assistant", "content": output.get("content") or ""}
-    if calls:
-        answer["tool_calls"] = [to_tool_call(call) for call in calls]
+    answer = {**output, "role": "assistant", "tool_calls": calls, "function_call": None}
     system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    return [*system, {"role": "user", "content": row["input"]}, answer]
+    return to_messages([*system, {"role": "user", "content": row.get("input")}, answer]), row.get("tools")
 
 
-def convert_openai(row: dict) -> list[dict]:
-    """{"messages": [...], "tools": [...]} -> messages that hold only what a chat template reads."""
-    if not isinstance(row["messages"], list) or not all(isinstance(message, dict) for message in row["messages"]):
-        raise ValueError('"messages" must be a list of objects, got ' + shorten(row["messages"]))
-    messages = []
-    for message in row["messages"]:
-        content = message.get("content")
-        converted = {"role": message.get("role"), "content": "" if content is None else content}
-        if isinstance(message.get("reasoning_content"), str) and message["reasoning_content"].strip():
-            converted["reasoning_content"] = message["reasoning_content"]
-        if message.get("tool_calls"):
-            if not isinstance(message["tool_calls"], list):
-                raise ValueError("tool_calls must be a list, got " + shorten(message["tool_calls"]))
-            calls = [call.get("function", call) if isinstance(call, dict) else call for call in message["tool_calls"]]
-            converted["tool_calls"] = [to_tool_call(call) for call in calls]
-        messages.append(converted)
-    return messages
+def convert_openai(row: dict) -> tuple[list[dict], object]:
+    """{"messages": [{"role": "...", "content": "...", "tool_calls": [...]}, ...], "tools": [...]}"""
+    tools = row.get("tools")
+    return to_messages(take_objects(row, "messages")), row.get("functions") if tools is None else tools
 
 
-FORMATS = {  # name: (keys that mark a row of this format, converter of the row to OpenAI messages)
-    "native": ({"input", "output"}, convert_native),
-    "openai": ({"messages"}, convert_openai),
+def convert_sharegpt(row: dict) -> tuple[list[dict], object]:
+    """{"conversations": [{"from": "human" | "gpt" | "function_call" | "observation", "value": "..."}], "tools": ...}"""
+    return to_messages(read_turns(row)), row.get("tools")
+
+
+def split_hermes_system(text: str) -> tuple[list | None, str]:
+    """Return (tools inside <tools> or None, the text without the sentences about the <tools> and <tool_call> tags)."""
+    tools = None
+    for block in re.findall(r"<tools>(.*?)</tools>", text, re.DOTALL):
+        if block.strip():
+            found = find_tools(block)[0] or parse_literal(block, "the text inside <tools> is")
+            tools = [*(tools or []), *as_list(found)]
+    tags = [*re.finditer(r"</?(?:tools|tool_call)>", text)]
+    if not tags:
+        return tools, text
+    sentence = max((end.end() for end in re.finditer(r"[.!?]\s+|\n", text[: tags[0].start()])), default=0)
+    return tools, (text[:sentence].rstrip() + "\n" + text[tags[-1].end() :].lstrip()).strip()
+
+
+def split_hermes_turn(turn: dict) -> list[dict]:
+    """Return a turn of a Hermes row as OpenAI messages: calls out of <tool_call>, replies out of <tool_response>."""
+    role, content = turn["role"], turn["content"]
+    role = ROLES.get(role, role) if isinstance(role, str) else role
+    if role == "assistant" and isinstance(content, str):
+        thought, content = split_thought(turn, content)
+        blocks = re.findall(r"<tool_call>(.*?)</tool_call>", content, re.DOTALL)
+        calls = [call for block in blocks for call in as_list(parse_literal(block, "the text inside <tool_call> is"))]
+        if blocks:
+            content = re.sub(r"\s*<tool_call>.*?</tool_call>\s*", "\n", content, flags=re.DOTALL).strip()
+        return [{**turn, "content": content, "reasoning_content": thought, "tool_calls": calls}]
+    if role == "tool" and isinstance(content, str):
+        replies = re.findall(r"<tool_response>(.*?)</tool_response>", content, re.DOTALL)
+        around = re.sub(r"<tool_response>.*?</tool_response>", "", content, flags=re.DOTALL)
+        if replies and not around.strip():
+            return [{**turn, "content": reply.strip()} for reply in replies]
+    return [turn]
+
+
+def convert_hermes(row: dict) -> tuple[list[dict], object]:
+    """{"conversations": [{"from": "system", "value": "... <tools>[...]</tools> ..."}, {"from": "gpt", "value":
+    "<tool_call>\\n{...}\\n</tool_call>"}, {"from": "tool", "value": "<tool_response>...</tool_response>"}]}"""
+    turns, tools, own = [], row.get("tools"), None
+    for turn in read_turns(row):
+        if turn["role"] in ("system", "developer") and isinstance(turn["content"], str):
+            found, text = split_hermes_system(turn["content"])
+            own = own if found is None else found
+            turns += [{**turn, "content": text}] if text else []
+        else:
+            turns += split_hermes_turn(turn)
+    return to_messages(turns), own if tools is None else tools
+
+
+def convert_xlam(row: dict) -> tuple[list[dict], object]:
+    """{"query": "...", "answers": "[{\\"name\\": ..., \\"arguments\\": {...}}]", "tools": "[...]"}"""
+    if "answers" not in row:
+        raise ValueError('"answers" is missing; expected a list of calls')
+    answers = parse_json(row["answers"], "answers are") if isinstance(row["answers"], str) else row["answers"]
+    if not isinstance(answers, list):
+        raise ValueError('"answers" must be a list of calls, got ' + shorten(answers))
+    turns = [{"role": "user", "content": take(row, "query", str)}, {"role": "assistant", "tool_calls": answers}]
+    return to_messages(turns), row.get("tools")
+
+
+def parse_glaive_call(text: str) -> object:
+    """Return the call of a Glaive turn, whose arguments are JSON between single quotes."""
+    quoted = re.fullmatch(r"""\s*\{\s*"name"\s*:\s*("[^"]*")\s*,\s*"arguments"\s*:\s*'(.*)'\s*\}\s*""", text, re.DOTALL)
+    if not quoted:
+        return parse_literal(text, "the text after <functioncall> is")
+    return {"name": parse_json(quoted[1], "the name of a call is"), "arguments": quoted[2].replace("\\'", "'")}
+
+
+def convert_glaive(row: dict) -> tuple[list[dict], object]:
+    """{"system": "SYSTEM: ... -\\n{...}\\n{...}", "chat": "USER: ... ASSISTANT: <functioncall> {...} <|endoftext|>"}"""
+    system = take(row, "system", str) if row.get("system") is not None else ""
+    tools, system = find_tools(system.strip().removeprefix("SYSTEM:"))
+    system = GLAIVE_BOILERPLATE.sub("", system).strip() if tools else system.strip()
+    start, *parts = GLAIVE_TURN.split(take(row, "chat", str))
+    if start.strip():
+        raise ValueError(f'"chat" must start with "USER:", got {shorten(start)}')
+    turns = [{"role": "system", "content": system}] if system else []
+    for speaker, text in zip(parts[::2], parts[1::2]):
+        turn = {"role": GLAIVE_ROLES[speaker], "content": text.replace("<|endoftext|>", "").strip()}
+        if speaker == "ASSISTANT":
+            content, *calls = turn["content"].split("<functioncall>")
+            turn.update(content=content.strip(), tool_calls=[parse_glaive_call(call) for call in calls])
+        turns.append(turn)
+    return to_messages(turns), tools if row.get("tools") is None else row["tools"]
+
+
+def parse_bracket_calls(text: str) -> list[dict]:
+    """Return the calls of `[Name of a/tool(a="X", n=3), other()]`; ValueError if a part of it is anything else."""
+    calls = []
+    for part in split_outside(text.strip()[1:-1], ","):
+        name, bracket, inner = part.partition("(")
+        if not name.strip() or not bracket or not inner.endswith(")"):
+            raise ValueError(f"expected calls like [name(key=value)], got {shorten(part)}")
+        arguments = {}
+        for pair in split_outside(inner[:-1], ",") if inner[:-1].strip() else []:
+            key, equals, value = pair.partition("=")
+            if not equals or not key.strip() or key.strip() in arguments:
+                raise ValueError(f"call {shorten(name.strip())}: expected arguments like key=value, each key once, "
+                                 f"got {shorten(pair)}")
+            arguments[key.strip()] = parse_literal(value, f"call {shorten(name.strip())}: {key.strip()} is")
+        calls.append({"name": name.strip(), "arguments": arguments})
+    return calls
+
+
+def convert_toolace(row: dict) -> tuple[list[dict], object]:
+    """{"system": "... [{...}] ...", "conversations": [{"from": "assistant", "value": "[Name(key=\\"value\\")]"}]}"""
+    turns, tools = [], row.get("tools")
+    for turn in read_turns(row):
+        role, content = turn["role"], turn["content"]
+        if role == "system" and isinstance(content, str) and (found := find_tools(content)[0]):
+            tools = found if tools is None else tools  # the text around them explains the bracket syntax: dropped
+            continue
+        if role in ("assistant", "gpt") and isinstance(content, str) and BRACKET_CALLS.fullmatch(content):
+            turn = {**turn, "content": "", "tool_calls": parse_bracket_calls(content)}
+        turns.append(turn)
+    return to_messages(turns), tools
+
+
+def convert_alpaca(row: dict) -> tuple[list[dict], object]:
+    """{"instruction": "...", "input": "", "output": "...", "system": "...", "history": [["u", "a"]]}, or a question and
+    an answer by other names."""
+    question = next((key for key in QUESTION_KEYS if key in row), None)
+    answer = next((key for key in ANSWER_KEYS if key in row), None)
+    if not question or not answer:
+        raise ValueError(f"expected one of {', '.join(QUESTION_KEYS)} and one of {', '.join(ANSWER_KEYS)}, got "
+                         + shorten(row))
+    request, history = take(row, question, str), row.get("history") or []
+    if question == "instruction" and row.get("input"):
+        request += "\n" + take(row, "input", str)
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise ValueError('"history" must be a list of [request, answer], got ' + shorten(history))
+    pairs = [*history, [request, take(row, answer, str)]]
+    turns = [{"role": role, "content": text} for pair in pairs for role, text in zip(("user", "assistant"), pair)]
+    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    return to_messages([*system, *turns]), row.get("tools")
+
+
+def peek(row: dict, key: str) -> list[tuple[str, str]]:
+    """Return the (role, text) pairs of a conversation as far as there are any, to recognise its format."""
+    turns = [turn for turn in row[key] if isinstance(turn, dict)] if isinstance(row.get(key), list) else []
+    pairs = [(turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in turns]
+    return [(role, text if isinstance(text, str) else "") for role, text in pairs if isinstance(role, str)]
+
+
+def is_swift(row: dict) -> bool:
+    """Return whether calls or replies have roles of their own among `messages`."""
+    return any(role in ("tool_call", "tool_response") for role, _ in peek(row, "messages"))
+
+
+def is_mobile(row: dict) -> bool:
+    """Return whether the row has `messages` and tools that do not say their type."""
+    tools = row.get("tools") if "messages" in row else None
+    return isinstance(tools, list) and bool(tools) and all(
+        isinstance(tool, dict) and "function" in tool and "type" not in tool for tool in tools)
+
+
+def is_hermes(row: dict) -> bool:
+    """Return whether the tags of Hermes stand in the text of the conversation."""
+    return any("<tool_call>" in text or "<tools>" in text for _, text in peek(row, "conversations"))
+
+
+def is_toolace(row: dict) -> bool:
+    """Return whether calls are written as [Name(key=value)], or the tools stand in the system text."""
+    turns = peek(row, "conversations")
+    system = row.get("system") if isinstance(row.get("system"), str) else ""
+    return bool(turns and TOOL_LIST.search(system)) or any(
+        role in ("assistant", "gpt") and BRACKET_CALLS.fullmatch(text) for role, text in turns)
+
+
+def is_sharegpt_tools(row: dict) -> bool:
+    """Return whether the conversation has tools beside it, or calls or replies as turns."""
+    return "conversations" in row and ("tools" in row or any(
+        ROLES.get(role, role) in ("calls", "tool") for role, _ in peek(row, "conversations")))
+
+
+FORMATS = {  # name: (whether a row is of this format, converter to (messages, tools or None)); the first that fits
+    "native": (lambda row: "input" in row and isinstance(row.get("output"), dict), convert_native),
+    "swift": (is_swift, convert_openai),
+    "mobile-actions": (is_mobile, convert_openai),
+    "openai": (lambda row: "messages" in row, convert_openai),
+    "hermes": (is_hermes, convert_hermes),
+    "toolace": (is_toolace, convert_toolace),
+    "sharegpt-tools": (is_sharegpt_tools, convert_sharegpt),
+    "sharegpt": (lambda row: "conversations" in row, convert_sharegpt),
+    "xlam": (lambda row: "query" in row and "answers" in row, convert_xlam),
+    "glaive": (lambda row: "chat" in row, convert_glaive),
+    "alpaca": (lambda row: any(key in row for key in QUESTION_KEYS) and any(key in row for key in ANSWER_KEYS),
+               convert_alpaca),
 }
+SHAPES = '"messages"; "conversations"; "input" and "output"; "query" and "answers"; "chat"; "question" and "answer"'
 
 
-def convert(row: object, name: str) -> tuple[str, list[dict], list | None]:
-    """Return (format, OpenAI messages, tools or None) of a row; ValueError says why it is of no known format."""
+def convert(row: object, name: str) -> tuple[str, list[dict], object]:
+    """Return (format, OpenAI messages, tools as they are or None) of a row; ValueError if it cannot be converted."""
     if isinstance(row, ValueError):  # a line that was not JSON
         raise row
-    if isinstance(row, dict):
-        for found, (keys, to_messages) in FORMATS.items():
-            if keys <= row.keys() and name in ("auto", found):
-                return found, to_messages(row), row.get("tools")
-    shapes = " or ".join("{" + ", ".join(f'"{key}"' for key in sorted(keys)) + "}" for keys, _ in FORMATS.values())
-    raise ValueError(f"expected an object with {shapes}, got {shorten(row)}")
+    if not isinstance(row, dict):
+        raise ValueError(f"a row must be an object, got {shorten(row)}")
+    if name == "auto":
+        name = next((found for found, (fits, _) in FORMATS.items() if fits(row)), "")
+    if not name:
+        raise ValueError(f"no known format; expected an object with {SHAPES}; got {shorten(row)}")
+    return name, *FORMATS[name][1](row)
+
+
+def to_row(example: Example) -> dict:
+    """Return the example as an OpenAI row with arguments as JSON text; reading it gives the same example again."""
+    messages = []
+    for message in example.messages:
+        if "tool_calls" in message:
+            calls = [{**call, "function": {**call["function"], "arguments": json.dumps(
+                call["function"]["arguments"], ensure_ascii=False)}} for call in message["tool_calls"]]
+            message = {**message, "tool_calls": calls}
+        messages.append(message)
+    return {"messages": messages, "tools": example.tools}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -582,6 +1119,7 @@ def convert(row: object, name: str) -> tuple[str, list[dict], list | None]:
 # ---------------------------------------------------------------------------------------------------------------
 # Inside content these tokens would forge turns, calls or thoughts: the tokenizer turns them into control tokens.
 CONTROL_TOKEN = re.compile(r"<\|[a-z_]+\|>|</?(?:tool_call|tool_response|think)>")
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can write one alone, UTF-8 cannot
 NEXT_ROLES = {  # who may speak after whom
     "start": ("system", "user"),
     "system": ("user",),
@@ -595,22 +1133,42 @@ TYPE_NAMES = {"integer": "an integer", "number": "a number", "string": "a string
 
 
 def check_roles(messages: list[dict]) -> list[str]:
-    """Check that the conversation alternates as a chat does and ends with the assistant."""
-    state, open_calls = "start", 0
+    """Check that the conversation alternates as a chat does, that its replies answer its calls, and that it trains.
+
+    Where calls and replies have ids, each reply answers an open call and none stays open. Where they have none, one
+    reply may stand for several parallel calls.
+    """
+    state, waiting, by_id = "start", [], True  # waiting: ids (or None) of the calls without a reply
     for index, message in enumerate(messages, start=1):
-        role = message["role"]
-        allowed = NEXT_ROLES[state] if state != "tool" else ("tool",) if open_calls else ("assistant",)
+        role, allowed = message["role"], NEXT_ROLES[state]
+        if state == "tool":
+            allowed = ("assistant",) if not waiting else ("tool",) if by_id else ("tool", "assistant")
         if role not in allowed:
-            reason = f"; {open_calls} of its calls still wait for their reply" if open_calls and state == "tool" else ""
+            reason = f"; {len(waiting)} of its calls still wait for their reply" if waiting and state == "tool" else ""
             return [f"message {index} has the role {shorten(role)}; expected {' or '.join(allowed)}{reason}"]
         if role == "assistant":
-            open_calls = len(message.get("tool_calls", []))
+            waiting = [call.get("id") for call in message.get("tool_calls", [])]
+            by_id = None not in waiting
         elif role == "tool":
-            open_calls -= 1
-        state = "calls" if role == "assistant" and open_calls else role
+            by_id = by_id and "tool_call_id" in message
+            if by_id and message["tool_call_id"] not in waiting:
+                return [f"message {index} answers call {shorten(message['tool_call_id'])}, which is not open"]
+            waiting.remove(message["tool_call_id"] if by_id else waiting[0])
+        state = "calls" if role == "assistant" and waiting else role
     if not messages or messages[-1]["role"] != "assistant":
         return ["the last message must be the assistant's: it is what is trained"]
+    if not any(message["role"] == "assistant" and "weight" not in message for message in messages):
+        return ["no turn is trained; every weight is 0"]
     return []
+
+
+def find_forbidden(text: str) -> str | None:
+    """Return what is wrong with a text that the tokenizer would take for something else, or cannot take; else None."""
+    if token := CONTROL_TOKEN.search(text):
+        return f"holds the control token {token[0]}, which would forge a turn; remove it"
+    if not text.isascii() and (half := HALF_CHARACTER.search(text)):
+        return f"holds \\u{ord(half[0]):04x}, one half of a character; remove it or write the other half too"
+    return None
 
 
 def check_text(messages: list[dict]) -> list[str]:
@@ -624,10 +1182,10 @@ def check_text(messages: list[dict]) -> list[str]:
             continue
         if not content.strip() and message["role"] != "tool" and not message.get("tool_calls"):
             problems.append(f"{name}: content is empty")
-        calls = json.dumps(message.get("tool_calls", ""), ensure_ascii=False)
+        calls = json.dumps(message.get("tool_calls", ""), ensure_ascii=False, allow_nan=False)
         for text in (content, message.get("reasoning_content", ""), calls):
-            if token := CONTROL_TOKEN.search(text):
-                problems.append(f"{name}: holds the control token {token[0]}, which would forge a turn; remove it")
+            if problem := find_forbidden(text):
+                problems.append(f"{name}: {problem}")
     return problems
 
 
@@ -660,14 +1218,34 @@ def describe(error) -> str:
     if error.validator == "additionalProperties" and error.validator_value is False:
         unknown = [name for name in error.instance if name not in error.schema.get("properties", {})]
         return f"{path}.{unknown[0]} is not an argument of this tool"
-    return f"{path}: {error.message if len(error.message) < 200 else error.validator + ' is not met'}"
+    return f"{path}: {error.message if len(error.message) < 200 else f'{error.validator} is not met'}"
+
+
+@lru_cache(maxsize=20_000)  # rows share tools: checking one takes longer than checking a row's calls
+def check_tool(text: str) -> tuple[object, str | None]:
+    """Return (validator of the tool's arguments, its problem or None) for the JSON text of a tool."""
+    import jsonschema
+    import referencing
+
+    tool, validator = json.loads(text), jsonschema.Draft202012Validator
+    if problem := find_forbidden(text):
+        return validator({}), problem
+    schema = tool["function"].get("parameters") or {"type": "object", "properties": {}}
+    if not isinstance(schema, dict):
+        return validator({}), f"parameters must be an object, got {shorten(schema)}"
+    try:
+        validator.check_schema(schema, format_checker=validator.FORMAT_CHECKER)
+        # An empty registry: a $ref to elsewhere is a problem, never a download.
+        return validator(to_strict(schema), registry=referencing.Registry()), None
+    except jsonschema.SchemaError as error:
+        path = ".".join(["parameters", *map(str, error.absolute_path)])
+        return validator({}), f"{path} is not valid JSON Schema: {error.message[:200]}"
+    except Exception as error:  # a schema is a small program out of the data: it can break the library in many ways
+        return validator({}), f"parameters cannot be used as JSON Schema: {error}"[:300]
 
 
 def check_tools(tools: object) -> tuple[dict, list[str]]:
     """Return ({tool name: validator of its arguments}, problems) for a list of tools in the OpenAI shape."""
-    import jsonschema
-    import referencing
-
     if not isinstance(tools, list):
         return {}, ["tools must be a list, got " + shorten(tools)]
     validators, problems = {}, []
@@ -677,18 +1255,11 @@ def check_tools(tools: object) -> tuple[dict, list[str]]:
             problems.append(f'tool {index}: expected {{"type": "function", "function": {{"name": ...}}}}, got '
                             + shorten(tool))
             continue
-        name, schema = function["name"], function.get("parameters") or {"type": "object", "properties": {}}
+        name = function["name"]
         if name in validators:
-            problems.append(f'tool {index} "{name}": the name is taken by an earlier tool')
-        if token := CONTROL_TOKEN.search(json.dumps(tool, ensure_ascii=False)):
-            problems.append(f'tool {index} "{name}": holds the control token {token[0]}; remove it')
-        try:
-            jsonschema.Draft202012Validator.check_schema(schema)
-        except jsonschema.SchemaError as error:
-            path = ".".join(["parameters", *map(str, error.absolute_path)])
-            problems.append(f'tool {index} "{name}": {path} is not valid JSON Schema: {error.message[:200]}')
-        # An empty registry: a $ref to elsewhere is a problem, never a download.
-        validators[name] = jsonschema.Draft202012Validator(to_strict(schema), registry=referencing.Registry())
+            problems.append(f"tool {index} {shorten(name)}: the name is taken by an earlier tool")
+        validators[name], problem = check_tool(json.dumps(tool, ensure_ascii=False))
+        problems += [f"tool {index} {shorten(name)}: {problem}"] if problem else []
     return validators, problems
 
 
@@ -699,7 +1270,7 @@ def check_calls(messages: list[dict], validators: dict) -> list[str]:
     problems = []
     calls = [call["function"] for message in messages for call in message.get("tool_calls", [])]
     for index, call in enumerate(calls, start=1):
-        name = f'call {index} "{call["name"]}"'
+        name = f"call {index} {shorten(call['name'])}"
         if call["name"] not in validators:
             close = difflib.get_close_matches(call["name"], validators, n=1)
             hint = f'did you mean "{close[0]}"?' if close else f"tools: {', '.join(validators) or 'none'}"
@@ -710,44 +1281,9 @@ def check_calls(messages: list[dict], validators: dict) -> list[str]:
             problems += [f"{name}: {describe(error)}" for error in errors]
         except referencing.exceptions.Unresolvable as error:
             problems.append(f"{name}: its tool's schema refers to {error.ref}, which is not inside that schema")
+        except Exception as error:  # as in check_tool
+            problems.append(f"{name}: its tool's schema cannot be applied: {type(error).__name__}: {error}"[:300])
     return problems
-
-
-def to_examples(rows, tools_path: str, name: str = "auto") -> tuple[list[Example], list[tuple[str, str]], int]:
-    """Convert and check every (where, row); return (valid examples, (where, problem) pairs, number of rows)."""
-    examples, problems, checked, total = [], [], {}, 0
-    default_tools = None
-    for total, (where, row) in enumerate(rows, start=1):
-        try:
-            found_format, messages, tools = convert(row, name)
-        except ValueError as error:
-            problems.append((where, str(error)))
-            continue
-        if tools is None:
-            default_tools = default_tools or read_tools(tools_path)
-            tools = default_tools
-        key = json.dumps(tools) if tools is not default_tools else ""
-        if key not in checked:  # most rows share their tools: check each list once
-            checked[key] = check_tools(tools)
-        validators, found = checked[key]
-        found = found + check_roles(messages) + check_text(messages) + check_calls(messages, validators)
-        problems += [(where, problem) for problem in found]
-        if not found:
-            examples.append(Example(where, messages, tools, found_format))
-    return examples, problems, total
-
-
-def read_tools(path: str) -> list[dict]:
-    """Return the tools of a JSON file; a file that holds no valid list of tools is a UserError."""
-    text = read_text(path)
-    if not text.lstrip().startswith("["):
-        raise UserError(f'{path}: expected a JSON array of tools, [{{"type": "function", "function": {{...}}}}, ...]')
-    pairs = list(read_array(path, text))
-    tools = [tool for _, tool in pairs]
-    problems = check_tools(tools)[1]
-    located = [(pairs[int(re.match(r"tool (\d+)", problem)[1]) - 1][0], problem) for problem in problems]
-    report_problems(located, "error", len(tools), "tools")
-    return tools
 
 
 def report_problems(problems: list[tuple[str, str]], on_invalid: str, total: int, noun: str = "rows") -> None:
@@ -764,6 +1300,43 @@ def report_problems(problems: list[tuple[str, str]], on_invalid: str, total: int
     more = f", the first {SHOWN_PROBLEMS} above" if len(problems) > SHOWN_PROBLEMS else ""
     advice = "; mend them, or leave them out with --on_invalid skip" if noun == "rows" else ""
     raise UserError("\n".join([*lines, f"{len(problems):,} problems in {rows:,} of {total:,} {noun}{more}{advice}"]))
+
+
+def read_tools(path: str) -> tuple[list[dict], Counter]:
+    """Return (tools of a JSON file, Counter of what to_tools changed); one that is not valid is a UserError."""
+    text = read_text(path)
+    if not text.lstrip().startswith("["):
+        raise UserError(f'{path}: expected a JSON array of tools, [{{"type": "function", "function": {{...}}}}, ...]')
+    pairs = list(read_array(path, text))
+    tools, changes = to_tools([tool for _, tool in pairs])
+    problems = check_tools(tools)[1]
+    located = [(pairs[int(re.match(r"tool (\d+)", problem)[1]) - 1][0], problem) for problem in problems]
+    report_problems(located, "error", len(tools), "tools")
+    return tools, changes
+
+
+def to_examples(rows, tools_path: str,
+                name: str = "auto") -> tuple[list[Example], list[tuple[str, str]], int, Counter]:
+    """Convert and check every (where, row); return (valid examples, (where, problem) pairs, rows, changes to tools)."""
+    examples, problems, changes, checked, total = [], [], Counter(), {}, 0
+    for total, (where, row) in enumerate(rows, start=1):
+        try:
+            found_format, messages, tools = convert(row, name)
+            key = json.dumps(tools)
+            if key not in checked:  # most rows share their tools: convert and check each list once
+                tools, changed = read_tools(tools_path) if tools is None else to_tools(tools)
+                checked[key] = tools, *check_tools(tools)
+                changes += changed
+            tools, validators, found = checked[key]
+            found = found + check_roles(messages) + check_text(messages) + check_calls(messages, validators)
+        except ValueError as error:
+            found = [str(error)]
+        except RecursionError:
+            found = ["is nested too deeply; expected at most some hundred levels"]
+        problems += [(where, " ".join(problem.splitlines())) for problem in found]
+        if not found:
+            examples.append(Example(where, messages, tools, found_format))
+    return examples, problems, total, changes
 
 
 def split_examples(examples: list[Example], share: float) -> tuple[list[Example], list[Example]]:
@@ -827,7 +1400,8 @@ def render_examples(tokenizer, examples: list[Example], max_seq_length: int):
 
     rendered, problems, bad = [], [], set()
     for index, example in enumerate(track(examples, "render", transient=True, disable=not sys.stdout.isatty())):
-        turns = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
+        turns = [i for i, message in enumerate(example.messages)
+                 if message["role"] == "assistant" and message.get("weight") != 0]
         try:
             rendered += [(index, *render_turn(tokenizer, example, turn)) for turn in turns]
         except ValueError as error:
@@ -2388,14 +2962,35 @@ def write_report(folder: str, report: dict) -> Path:
 def read_examples(args: argparse.Namespace, paths: list[str]) -> tuple[list[Example], int]:
     """Return (valid examples of the files, rows skipped); problems end the run or are skipped, as --on_invalid says."""
     start = time.perf_counter()
-    examples, problems, total = to_examples(read_rows(paths, args.max_samples), args.tools_path, args.format)
+    examples, problems, total, changes = to_examples(read_rows(paths, args.max_samples), args.tools_path, args.format)
     report_problems(problems, args.on_invalid, total)
     if not examples:
         raise UserError(f"{' '.join(paths)}: no valid row is left")
     calls = sum(bool(message.get("tool_calls")) for example in examples for message in example.messages)
     say("read", f"{len(examples):,} valid rows, {calls:,} turns that call, from {' '.join(paths)} "
                 f"({time.perf_counter() - start:.1f} s)")
+    if changes:
+        shown = ", ".join(f"{change} {count:,}" for change, count in changes.most_common(SHOWN_CHANGES))
+        more = f", and {len(changes) - SHOWN_CHANGES} more" if len(changes) > SHOWN_CHANGES else ""
+        say("read", f"tools normalised: {shown.replace('->', '→')}{more}")
     return examples, total - len(examples)
+
+
+def write_converted(args: argparse.Namespace) -> None:
+    """Write the valid rows of --dataset_path in the OpenAI form to the new file --convert_to; train nothing."""
+    path = Path(args.convert_to)
+    if path.exists():
+        raise UserError(f"--convert_to {path}: is there already; expected the name of a new file")
+    examples, _ = read_examples(args, args.dataset_path)
+    beside = path.with_name(path.name + ".part")  # renamed when whole, so that a broken run leaves no half file
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(beside, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(to_row(example), ensure_ascii=False) + "\n" for example in examples)
+        beside.rename(path)
+    except OSError as error:
+        raise UserError(f"--convert_to {path}: cannot be written: {error.strerror}") from None
+    say("write", f"{len(examples):,} rows: {path}")
 
 
 def render_all(args: argparse.Namespace, tokenizer, examples: list[Example],
@@ -2514,6 +3109,8 @@ def finish(args: argparse.Namespace, tokenizer, sequences: list[Sequence], resul
 def main(argv: list[str] | None = None) -> None:
     """Run the whole job: read, check, render, train, save, score, report."""
     args = parse_args(argv)
+    if args.convert_to:
+        return write_converted(args)
     check_folder(args.output_dir, "--output_dir")
     if args.eval_only:
         return evaluate_only(args)

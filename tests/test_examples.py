@@ -61,8 +61,9 @@ def test_openai_rows_keep_turns_replies_and_their_own_tools(tmp_path, tools_path
     assert example.messages == [
         {"role": "system", "content": "Be brief."}, {"role": "user", "content": "rain in Rome?"},
         {"role": "assistant", "content": "", "tool_calls": [
-            {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Rome", "days": 2}}}]},
-        {"role": "tool", "content": '{"rain": true}'},
+            {"id": "c1", "type": "function",
+             "function": {"name": "get_weather", "arguments": {"city": "Rome", "days": 2}}}]},
+        {"role": "tool", "tool_call_id": "c1", "content": '{"rain": true}'},
         {"role": "assistant", "content": "Yes.", "reasoning_content": "rain is true"}]
 
 
@@ -108,8 +109,9 @@ def test_array_and_jsonl_give_the_same_rows_and_lines(tmp_path):
      '"output" must hold function_call, function_calls or content, got {}'),
     ({"input": 5, "output": {"content": "y"}}, "message 1 (user): content must be text, got 5"),
     ({"input": " ", "output": {"content": "y"}}, "message 1 (user): content is empty"),
-    ({"prompt": "x"}, 'expected an object with {"input", "output"} or {"messages"}, got {"prompt": "x"}'),
-    ('"text"', 'expected an object with {"input", "output"} or {"messages"}, got "text"'),
+    ({"prompt": "x"}, 'no known format; expected an object with "messages"; "conversations"; "input" and "output"; '
+                      '"query" and "answers"; "chat"; "question" and "answer"; got {"prompt": "x"}'),
+    ('"text"', 'a row must be an object, got "text"'),
     ("{broken", "not valid JSON: Expecting property name enclosed in double quotes; "
                 "expected one JSON object a line, or a JSON array"),
     ('{"input": "x", "output": {"content": NaN}}',
@@ -127,21 +129,21 @@ def test_array_and_jsonl_give_the_same_rows_and_lines(tmp_path):
     ({"messages": [USER, calling("set_alarm", {"time": "6"}), USER]},
      'message 3 has the role "user"; expected tool'),
     ({"messages": [USER, {"role": "assistant", "tool_calls": [
-        {"function": {"name": "set_alarm", "arguments": {"time": "6"}}}] * 2},
-        {"role": "tool", "content": "ok"}, {"role": "assistant", "content": "done"}]},
+        {"id": name, "function": {"name": "set_alarm", "arguments": {"time": "6"}}} for name in ("c1", "c2")]},
+        {"role": "tool", "tool_call_id": "c2", "content": "ok"}, {"role": "assistant", "content": "done"}]},
      'message 4 has the role "assistant"; expected tool; 1 of its calls still wait for their reply'),
     ({"messages": [USER, calling("set_alarm", {"time": "6"}), {"role": "tool", "content": "ok"},
                    {"role": "tool", "content": "ok"}, {"role": "assistant", "content": "done"}]},
      'message 4 has the role "tool"; expected assistant'),
     ({"messages": [USER, {"role": "robot", "content": "x"}]}, 'message 2 has the role "robot"; expected assistant'),
     ({"messages": [USER, {"role": "assistant", "content": "y"}], "tools": {}}, "tools must be a list, got {}"),
-    ({"messages": [USER, {"role": "assistant", "content": "y"}], "tools": [{"name": "f"}]},
-     'tool 1: expected {"type": "function", "function": {"name": ...}}, got {"name": "f"}'),
+    ({"messages": [USER, {"role": "assistant", "content": "y"}], "tools": [{"title": "f"}]},
+     'tool 1: expected {"type": "function", "function": {"name": ...}}, got {"title": "f"}'),
     ({"messages": [USER, {"role": "assistant", "content": "y"}], "tools": [WEATHER, WEATHER]},
      'tool 2 "get_weather": the name is taken by an earlier tool'),
     ({"messages": [USER, {"role": "assistant", "content": "y"}],
-      "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "dict"}}}]},
-     "tool 1 \"f\": parameters.type is not valid JSON Schema: 'dict' is not valid under any of the given schemas"),
+      "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "map"}}}]},
+     "tool 1 \"f\": parameters.type is not valid JSON Schema: 'map' is not valid under any of the given schemas"),
     ({"messages": [USER, calling("f", {"a": 1})],
       "tools": [{"type": "function", "function": {"name": "f", "parameters": {"$ref": "http://localhost:9/x"}}}]},
      'call 1 "f": its tool\'s schema refers to http://localhost:9/x, which is not inside that schema'),
@@ -188,11 +190,11 @@ def test_a_missing_file_is_one_line():
 
 def test_a_bad_tools_file_names_the_line(tmp_path):
     path = tmp_path / "tools.json"
-    path.write_text('[\n{"type": "function",\n "function": {"name": "f"}},\n{"name": "g"}\n]')
+    path.write_text('[\n{"type": "function",\n "function": {"name": "f"}},\n{"title": "g"}\n]')
     with pytest.raises(script.UserError) as error:
         script.read_tools(str(path))
     assert str(error.value).splitlines() == [
-        f'{path}:4: tool 2: expected {{"type": "function", "function": {{"name": ...}}}}, got {{"name": "g"}}',
+        f'{path}:4: tool 2: expected {{"type": "function", "function": {{"name": ...}}}}, got {{"title": "g"}}',
         "1 problems in 1 of 2 tools"]
 
 
