@@ -1162,6 +1162,14 @@ def check_roles(messages: list[dict]) -> list[str]:
     return []
 
 
+def to_json(value: object) -> str:
+    """Return a value as JSON text; ValueError if it holds Infinity, which Python reads out of 1e999."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise ValueError(f"a number is too large; expected at most {sys.float_info.max:.2g}") from None
+
+
 def find_forbidden(text: str) -> str | None:
     """Return what is wrong with a text that the tokenizer would take for something else, or cannot take; else None."""
     if token := CONTROL_TOKEN.search(text):
@@ -1182,7 +1190,7 @@ def check_text(messages: list[dict]) -> list[str]:
             continue
         if not content.strip() and message["role"] != "tool" and not message.get("tool_calls"):
             problems.append(f"{name}: content is empty")
-        calls = json.dumps(message.get("tool_calls", ""), ensure_ascii=False, allow_nan=False)
+        calls = to_json(message["tool_calls"]) if "tool_calls" in message else ""
         for text in (content, message.get("reasoning_content", ""), calls):
             if problem := find_forbidden(text):
                 problems.append(f"{name}: {problem}")
@@ -1258,7 +1266,7 @@ def check_tools(tools: object) -> tuple[dict, list[str]]:
         name = function["name"]
         if name in validators:
             problems.append(f"tool {index} {shorten(name)}: the name is taken by an earlier tool")
-        validators[name], problem = check_tool(json.dumps(tool, ensure_ascii=False))
+        validators[name], problem = check_tool(to_json(tool))
         problems += [f"tool {index} {shorten(name)}: {problem}"] if problem else []
     return validators, problems
 
@@ -1309,7 +1317,10 @@ def read_tools(path: str) -> tuple[list[dict], Counter]:
         raise UserError(f'{path}: expected a JSON array of tools, [{{"type": "function", "function": {{...}}}}, ...]')
     pairs = list(read_array(path, text))
     tools, changes = to_tools([tool for _, tool in pairs])
-    problems = check_tools(tools)[1]
+    try:
+        problems = check_tools(tools)[1]
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
     located = [(pairs[int(re.match(r"tool (\d+)", problem)[1]) - 1][0], problem) for problem in problems]
     report_problems(located, "error", len(tools), "tools")
     return tools, changes

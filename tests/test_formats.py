@@ -1,0 +1,424 @@
+"""Every format: a row as people have it in, the exact example out; its malformed twins; arbitrary JSON."""
+
+import json
+
+import pytest
+from conftest import WEATHER, native, run_script, write_jsonl
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import train_qwen3_tool_calling as script
+
+PARAMETERS = WEATHER["function"]["parameters"]
+BARE = WEATHER["function"]
+TOOLS = json.dumps([WEATHER])
+USER = {"role": "user", "content": "rain in Rome?"}
+REPLY = {"role": "tool", "content": '{"rain": true}'}
+YES = {"role": "assistant", "content": "Yes."}
+CALL = '{"name": "get_weather", "arguments": {"city": "Rome"}}'
+
+
+def calls(*cities: str, **more) -> dict:
+    """The assistant's message of an Example that asks for the weather of these cities."""
+    return {"role": "assistant", "content": "", **more, "tool_calls": [
+        {"type": "function", "function": {"name": "get_weather", "arguments": {"city": city}}} for city in cities]}
+
+
+def read(row, name: str = "auto", tools_path: str = "no/such/tools.json"):
+    """Return (the example or None, problems, changes) of one row."""
+    examples, problems, total, changes = script.to_examples([("x:1", row)], tools_path, name)
+    assert total == 1 and bool(examples) != bool(problems) and all(where == "x:1" for where, _ in problems)
+    return (examples or [None])[0], [problem for _, problem in problems], dict(changes)
+
+
+def sharegpt(*turns: tuple[str, str], **more) -> dict:
+    return {"conversations": [{"from": role, "value": text} for role, text in turns], **more}
+
+
+def tool(properties: dict, required: list | None = None, name: str = "f") -> dict:
+    """A tool in the OpenAI shape with these parameters."""
+    parameters = {"type": "object", "properties": properties, **({} if required is None else {"required": required})}
+    return {"type": "function", "function": {"name": name, "description": "d", "parameters": parameters}}
+
+
+HERMES_SYSTEM = (
+    "You are a function calling AI model. You are provided with function signatures within <tools> </tools> XML tags. "
+    "You may call one or more functions. Don't make assumptions.\n<tools>\n%s\n</tools>\n"
+    "For each function call return a JSON object:\n{'title': 'FunctionCall', 'type': 'object'}\nEach call should be "
+    "enclosed within <tool_call> </tool_call> XML tags.\n<tool_call>\n{'name': <name>}\n</tool_call>")
+TOOLACE_SYSTEM = (
+    "You are an expert in composing functions. Here is a list of functions in JSON format that you can invoke:\n%s\n"
+    "Put it in the format of [func1(params_name=params_value, params_name2=params_value2...), func2(params)]")
+TRENDS = {"name": "Market Trends API/v2.1", "description": "d", "required": None, "parameters": {
+    "type": "dict", "required": ["trend_type"], "properties": {
+        "trend_type": {"type": "string"}, "n": {"type": "int"}, "share": {"type": "float"}, "all": {"type": "boolean"},
+        "tags": {"type": "list", "items": {"type": "str"}}, "more": {"type": "dict"}}}}
+TRENDS_TOOL = tool({"trend_type": {"type": "string"}, "n": {"type": "integer"}, "share": {"type": "number"},
+                    "all": {"type": "boolean"}, "tags": {"type": "array", "items": {"type": "string"}},
+                    "more": {"type": "object"}}, ["trend_type"], TRENDS["name"])
+TRENDS_TOOL["function"]["parameters"] = {key: TRENDS_TOOL["function"]["parameters"][key]
+                                         for key in ("type", "required", "properties")}
+GLAIVE_CHAT = ("USER: rain in Rome?\n\n\nASSISTANT: <functioncall> {\"name\": \"get_weather\", \"arguments\": "
+               "'{\"city\": \"L'Aquila\"}'} <|endoftext|>\n\n\nFUNCTION RESPONSE: {\"rain\": true}\n\n\n"
+               "ASSISTANT: Yes. <|endoftext|>\n\n\nUSER: thanks\n\n\nASSISTANT: You're welcome. <|endoftext|>")
+MOBILE_TOOL = {"function": {"name": "get_weather", "description": "Weather of a city.", "parameters": {
+    "type": "OBJECT", "required": ["city"], "properties": {
+        "city": {"type": "STRING"}, "days": {"type": "INTEGER", "minimum": 1, "maximum": 7},
+        "units": {"type": "STRING", "enum": ["celsius", "fahrenheit"]}}}}}
+
+CASES = {  # name: (row, format, messages, tools)
+    "native": ({**native("rain in Rome?", ("get_weather", {"city": "Rome"})), "system": "Be brief.", "tools": [WEATHER]},
+               "native", [{"role": "system", "content": "Be brief."}, USER, calls("Rome")], [WEATHER]),
+    "native with content and thought": (
+        {"input": "rain in Rome?", "tools": TOOLS, "output": {
+            "content": "<think>\nRome it is.\n</think>\n\nI look.", "function_calls": [json.loads(CALL)] * 2}},
+        "native", [USER, calls("Rome", "Rome", content="I look.", reasoning_content="Rome it is.")], [WEATHER]),
+    "openai": (
+        {"messages": [
+            {"role": "developer", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]}, USER,
+            {"role": "assistant", "content": None, "weight": 0, "thinking": "Rome?", "tool_calls": [
+                {"id": "c1", "type": "function", "function": {"name": "get_weather",
+                                                              "arguments": "{\"city\": \"Rome\"}"}}]},
+            {**REPLY, "tool_call_id": "c1", "name": "get_weather"},
+            {"role": "assistant", "content": "<think></think>Yes.", "weight": 1, "reasoning_content": ""}],
+         "tools": [WEATHER], "parallel_tool_calls": False},
+        "openai",
+        [{"role": "system", "content": "Be brief."}, USER,
+         {"role": "assistant", "content": "", "reasoning_content": "Rome?", "weight": 0, "tool_calls": [
+             {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": {"city": "Rome"}}}]},
+         {**REPLY, "tool_call_id": "c1"}, YES], [WEATHER]),
+    "openai of 2023": (
+        {"messages": [USER, {"role": "assistant", "content": None, "function_call": {
+            "name": "get_weather", "arguments": "{\"city\": \"Rome\"}"}},
+            {"role": "function", "name": "get_weather", "content": '{"rain": true}'}, YES], "functions": [BARE]},
+        "openai", [USER, calls("Rome"), REPLY, YES], [WEATHER]),
+    "sharegpt-tools": (
+        sharegpt(("human", "rain in Rome?"), ("function_call", f"[{CALL}, {CALL}]"), ("observation", '{"rain": true}'),
+                 ("gpt", "Yes."), system="", tools=TOOLS),
+        "sharegpt-tools", [USER, calls("Rome", "Rome"), REPLY, YES], [WEATHER]),
+    "sharegpt-tools without tools": (
+        sharegpt(("human", "rain in Rome?"), ("gpt", "Yes."), system="Be brief.", tools=""),
+        "sharegpt-tools", [{"role": "system", "content": "Be brief."}, USER, YES], []),
+    "hermes": (
+        sharegpt(("system", HERMES_SYSTEM % "[{'type': 'function'}]"), ("human", "rain in Rome?"),
+                 ("gpt", "I look.\n<tool_call>\n{'name': 'get_weather', 'arguments': {'city': \"L'Aquila\"}}\n</tool_call>\n"
+                         f"<tool_call>\n{CALL}\n</tool_call>"),
+                 ("tool", "<tool_response>\n{\"rain\": true}\n</tool_response>\n<tool_response>no</tool_response>"),
+                 ("gpt", "Yes."), tools=TOOLS, category="weather"),
+        "hermes", [{"role": "system", "content": "You are a function calling AI model."}, USER,
+                   calls("L'Aquila", "Rome", content="I look."), REPLY, {"role": "tool", "content": "no"}, YES],
+        [WEATHER]),
+    "hermes with its tools in the system text": (
+        sharegpt(("system", HERMES_SYSTEM % repr([WEATHER]) + "\nBe brief."), ("human", "rain in Rome?"),
+                 ("gpt", f"<tool_call>\n{CALL}\n</tool_call>")),
+        "hermes", [{"role": "system", "content": "You are a function calling AI model.\nBe brief."}, USER,
+                   calls("Rome")], [WEATHER]),
+    "xlam": (
+        {"id": 0, "query": "rain in Rome?", "answers": f"[{CALL}]", "tools": json.dumps([{
+            "name": "get_weather", "description": "d", "parameters": {
+                "city": {"description": "c", "type": "str"}, "type": {"type": "str, optional", "default": ""},
+                "properties": {"type": "List[int]", "default": [1]}, "at": {"type": "Tuple[float, float], optional"}}}])},
+        "xlam", [USER, calls("Rome")],
+        [tool({"city": {"description": "c", "type": "string"}, "type": {"type": "string", "default": ""},
+               "properties": {"type": "array", "items": {"type": "integer"}, "default": [1]},
+               "at": {"type": "array", "prefixItems": [{"type": "number"}, {"type": "number"}], "minItems": 2,
+                      "maxItems": 2}}, ["city"], "get_weather")]),
+    "glaive": (
+        {"system": "SYSTEM: You are a helpful assistant with access to the following functions. Use them if required -\n"
+                   + json.dumps(BARE, indent=4) + "\n" + json.dumps({"name": "g", "parameters": {}}), "chat": GLAIVE_CHAT},
+        "glaive", [USER, calls("L'Aquila"), REPLY, YES, {"role": "user", "content": "thanks"},
+                   {"role": "assistant", "content": "You're welcome."}],
+        [WEATHER, {"type": "function", "function": {"name": "g", "parameters": {}}}]),
+    "glaive without functions": (
+        {"system": "SYSTEM: You are a helpful assistant, with no access to external functions.",
+         "chat": "USER: rain in Rome?\n\n\nASSISTANT: Yes. <|endoftext|>"},
+        "glaive", [{"role": "system", "content": "You are a helpful assistant, with no access to external functions."},
+                   USER, YES], []),
+    "toolace": (
+        sharegpt(("user", "rain in Rome?"),
+                 ("assistant", "[Market Trends API/v2.1(trend_type=\"A, (B]\", n=3, share=0.5, all=true, tags=['x', \"y\"], "
+                               "more={\"k\": null, 'l': [true, \"true\"]}), Market Trends API/v2.1(trend_type='it\\'s')]"),
+                 ("tool", '{"rain": true}'), ("assistant", "Yes."), system=TOOLACE_SYSTEM % json.dumps([TRENDS])),
+        "toolace",
+        [USER, {"role": "assistant", "content": "", "tool_calls": [
+            {"type": "function", "function": {"name": "Market Trends API/v2.1", "arguments": arguments}} for arguments in (
+                {"trend_type": "A, (B]", "n": 3, "share": 0.5, "all": True, "tags": ["x", "y"],
+                 "more": {"k": None, "l": [True, "true"]}}, {"trend_type": "it's"})]}, REPLY, YES], [TRENDS_TOOL]),
+    "swift": (
+        {"tools": TOOLS, "messages": [
+            {"role": "system", "content": "Be brief."}, USER, {"role": "assistant", "content": "I look."},
+            {"role": "tool_call", "content": CALL}, {"role": "tool_call", "content": CALL},
+            {"role": "tool_response", "content": '{"rain": true}'}, {"role": "tool", "content": "no"}, YES]},
+        "swift", [{"role": "system", "content": "Be brief."}, USER, calls("Rome", "Rome", content="I look."), REPLY,
+                  {"role": "tool", "content": "no"}, YES], [WEATHER]),
+    "mobile-actions": (
+        {"metadata": "train", "tools": [MOBILE_TOOL], "messages": [
+            {"role": "developer", "content": "Today is Monday."}, USER,
+            {"role": "assistant", "tool_calls": [{"function": {"name": "get_weather", "arguments": {"city": "Rome"}}}]}]},
+        "mobile-actions", [{"role": "system", "content": "Today is Monday."}, USER, calls("Rome")], [
+            {"type": "function", "function": {**BARE, "parameters": {
+                key: PARAMETERS[key] for key in ("type", "required", "properties")}}}]),
+    "alpaca": (
+        {"instruction": "Is there rain", "input": "in Rome?", "output": "Yes.", "system": "Be brief.",
+         "history": [["rain in Rome?", "Yes."]], "tools": []},
+        "alpaca", [{"role": "system", "content": "Be brief."}, USER, YES,
+                   {"role": "user", "content": "Is there rain\nin Rome?"}, YES], []),
+    "input and output as text": ({"input": "rain in Rome?", "output": "Yes.", "tools": []}, "alpaca", [USER, YES], []),
+    "question and answer": ({"question": "rain in Rome?", "answer": "Yes.", "tools": []}, "alpaca", [USER, YES], []),
+    "prompt and completion": ({"prompt": "rain in Rome?", "completion": "<think>so</think>Yes.", "tools": []},
+                              "alpaca", [USER, {**YES, "reasoning_content": "so"}], []),
+    "sharegpt": (sharegpt(("human", "rain in Rome?"), ("gpt", "Yes.")), "sharegpt", [USER, YES], None),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_row_becomes_its_exact_example(name, tools_path):
+    row, found, messages, tools = CASES[name]
+    example, problems, _ = read(row, tools_path=tools_path)
+    assert problems == []
+    expected = json.loads(open(tools_path).read()) if tools is None else tools
+    assert example == script.Example("x:1", messages, expected, found)
+    assert json.dumps(example.tools) == json.dumps(expected)  # the order of keys too: the model sees it
+    by_name, problems, _ = read(row, found, tools_path)
+    assert (by_name, problems) == (example, [])
+
+
+def test_the_formats_of_the_flag_are_those_of_the_table():
+    assert list(script.FORMATS) == list(script.FORMAT_NAMES)
+    assert {found for _, found, _, _ in CASES.values()} == set(script.FORMAT_NAMES)
+
+
+def test_rows_of_every_format_may_be_mixed_and_converting_twice_changes_nothing(tools_path):
+    rows = [(f"x:{i}", row) for i, (row, *_) in enumerate(CASES.values(), start=1)]
+    examples, problems, total, _ = script.to_examples(rows, tools_path)
+    assert problems == [] and len(examples) == total == len(CASES)
+    lines = [(example.where, json.loads(json.dumps(script.to_row(example)))) for example in examples]
+    again, problems, _, changes = script.to_examples(lines, "no/such/tools.json")
+    assert problems == [] and not changes
+    assert again == [example._replace(format="openai") for example in examples]
+
+
+def test_a_converted_row_has_its_arguments_as_text():
+    example, _, _ = read(CASES["openai"][0])
+    assert script.to_row(example)["messages"][2]["tool_calls"] == [
+        {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Rome"}'}}]
+
+
+@pytest.mark.parametrize("name, row, expected", [
+    ("openai", {}, '"messages" is missing; expected a list of objects'),
+    ("sharegpt", {"messages": 1}, '"messages" must be a list of objects, got 1'),
+    ("glaive", {"system": "x"}, '"chat" is missing; expected text'),
+    ("xlam", {"query": "x"}, '"answers" is missing; expected a list of calls'),
+    ("native", {"input": "x", "output": "y"}, '"output" must be an object, got "y"'),
+    ("alpaca", {"question": "x"}, "expected one of instruction, question, prompt, query, input and one of output, answer, "
+                                  'response, completion, got {"question": "x"}'),
+    ("auto", [], "a row must be an object, got []"),
+    ("auto", {"messages": [USER, {"role": "assistant", "function_call": {"name": "f", "arguments": "a=1"}}]},
+     'call "f": arguments are not valid JSON: "a=1"'),
+    ("auto", {"messages": [USER, {**YES, "weight": 0}]}, "no turn is trained; every weight is 0"),
+    ("auto", {"messages": [USER, {**YES, "weight": 0.5}]}, "weight must be 0 or 1, got 0.5"),
+    ("auto", {"messages": [USER, {"role": "assistant", "content": "<think>a</think>b", "thinking": "c"}]},
+     "a message has two different thoughts, in its reasoning and in its <think> block; expected one"),
+    ("auto", {"messages": [USER, {**YES, "content": [{"type": "image_url", "image_url": "x"}]}]},
+     'message 2 (assistant): content must be text, got [{"type": "image_url", "image_url": "x"}]'),
+    ("auto", {"messages": [USER, {**YES, "content": "a\ud800"}]},
+     "message 2 (assistant): holds \\ud800, one half of a character; remove it or write the other half too"),
+    ("auto", {"messages": [USER, YES], "tools": "[{"}, 'tools are not valid JSON: "[{"'),
+    ("auto", sharegpt(("human", "hi"), ("function_call", "f(1)"), tools=TOOLS),
+     'a turn of calls is neither JSON nor a Python literal: "f(1)"'),
+    ("auto", sharegpt(("human", "hi"), ("function_call", "[1]"), tools=TOOLS),
+     'a call must be {"name": "...", "arguments": {...}}, got 1'),
+    ("auto", sharegpt(("human", "hi"), ("robot", "x"), tools=TOOLS),
+     'message 2 has the role "robot"; expected assistant'),
+    ("auto", sharegpt(("human", "hi"), ("gpt", "<tool_call>\n{'name': open('x')}\n</tool_call>"), tools=TOOLS),
+     "the text inside <tool_call> is neither JSON nor a Python literal: \"\\n{'name': open('x')}\\n\""),
+    ("auto", sharegpt(("human", "hi"), ("gpt", f"<tool_call>\n{CALL}"), tools=TOOLS),
+     "message 2 (assistant): holds the control token <tool_call>, which would forge a turn; remove it"),
+    ("auto", sharegpt(("system", "Use <tools>f, g</tools>"), ("human", "hi"), ("gpt", "x")),
+     'the text inside <tools> is neither JSON nor a Python literal: "f, g"'),
+    ("auto", {"query": "x", "answers": "none", "tools": TOOLS}, 'answers are not valid JSON: "none"'),
+    ("auto", {"query": "x", "answers": "{}", "tools": TOOLS}, '"answers" must be a list of calls, got {}'),
+    ("auto", {"query": "x", "answers": [], "tools": TOOLS}, "message 2 (assistant): content is empty"),
+    ("auto", {"chat": "hello"}, '"chat" must start with "USER:", got "hello"'),
+    ("auto", {"chat": "USER: a\n\n\nASSISTANT: <functioncall> get it"},
+     'the text after <functioncall> is neither JSON nor a Python literal: " get it"'),
+    ("auto", {"chat": "USER: a\n\nASSISTANT: <functioncall> {\"name\": \"f\", \"arguments\": '{a}'} <|endoftext|>"},
+     'call "f": arguments are not valid JSON: "{a}"'),
+    ("auto", sharegpt(("user", "a"), ("assistant", "[f(1)]"), tools=TOOLS),
+     'call "f": expected arguments like key=value, each key once, got "1"'),
+    ("auto", sharegpt(("user", "a"), ("assistant", "[f(a=1, a=2)]"), tools=""),
+     'call "f": expected arguments like key=value, each key once, got "a=2"'),
+    ("auto", sharegpt(("user", "a"), ("assistant", "[f(a=b)]")), 'call "f": a is neither JSON nor a Python literal: "b"'),
+    ("auto", sharegpt(("user", "a"), ("assistant", "[f(a='b)]")),
+     'a quote or bracket has no partner in "f(a=\'b)"'),
+    ("auto", sharegpt(("user", "a"), ("assistant", "[f(a=1), g(b=2]])]")),
+     'a quote or bracket has no partner in "f(a=1), g(b=2]])"'),
+    ("auto", {"instruction": "a", "input": 5, "output": "b"}, '"input" must be text, got 5'),
+    ("auto", {"instruction": "a", "output": "b", "history": [["u"]]},
+     '"history" must be a list of [request, answer], got [["u"]]'),
+    ("auto", {"messages": [USER, YES], "tools": [tool({"a": {"type": "file"}})]},
+     "tool 1 \"f\": parameters.properties.a.type is not valid JSON Schema: 'file' is not valid under any of the given "
+     "schemas"),
+    ("auto", {"messages": [USER, YES], "tools": [tool({"a": {"pattern": "("}})]},
+     "tool 1 \"f\": parameters.properties.a.pattern is not valid JSON Schema: '(' is not a 'regex'"),
+    ("auto", {"messages": [USER, YES], "tools": [{"name": "f", "parameters": [1]}]},
+     'tool 1 "f": parameters must be an object, got [1]'),
+    ("auto", {"input": "x", "tools": TOOLS, "output": {"function_call": {
+        "name": "get_weather", "arguments": {"city": "Rome", "days": 1e999}}}},
+     "a number is too large; expected at most 1.8e+308"),
+])
+def test_a_malformed_twin_is_one_exact_line(tools_path, name, row, expected):
+    assert read(row, name, tools_path)[:2] == (None, [expected])
+
+
+def replied(call_ids: list, reply_ids: list) -> dict:
+    """A row with these ids at its calls and replies (None: no id)."""
+    made = [{**({"id": name} if name else {}), "function": json.loads(CALL)} for name in call_ids]
+    replies = [{**REPLY, **({"tool_call_id": name} if name else {})} for name in reply_ids]
+    return {"tools": TOOLS, "messages": [USER, {"role": "assistant", "tool_calls": made}, *replies, YES]}
+
+
+@pytest.mark.parametrize("call_ids, reply_ids, expected", [
+    (["a", "b"], ["b", "a"], []),
+    (["a", "b"], ["a", "c"], ['message 4 answers call "c", which is not open']),
+    (["a", "b"], ["a", "a"], ['message 4 answers call "a", which is not open']),
+    (["a", "b"], ["a"], ['message 4 has the role "assistant"; expected tool; 1 of its calls still wait for their reply']),
+    ([None, None], [None], []),
+    ([None, None], [None, None], []),
+    (["a", "b"], [None], []),
+    ([None, None], [], ['message 3 has the role "assistant"; expected tool']),
+    ([None], [None, None], ['message 4 has the role "tool"; expected assistant']),
+])
+def test_replies_answer_the_open_calls(call_ids, reply_ids, expected):
+    assert read(replied(call_ids, reply_ids))[1] == expected
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("str", {"type": "string"}), ("STRING", {"type": "string"}), ("Int", {"type": "integer"}),
+    ("dict", {"type": "object"}), ("tuple", {"type": "array"}), ("any", {}), ("None", {"type": "null"}),
+    ("set", {"type": "array", "uniqueItems": True}), ("Set[str]", {"type": "array", "items": {"type": "string"},
+                                                                   "uniqueItems": True}),
+    ("List[List[int]]", {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}}),
+    ("Dict[str, int]", {"type": "object", "additionalProperties": {"type": "integer"}}),
+    ("typing.Optional[str]", {"type": ["string", "null"]}), ("int | None", {"type": ["integer", "null"]}),
+    ("Union[int, List[str]]", {"anyOf": [{"type": "integer"}, {"type": "array", "items": {"type": "string"}}]}),
+    ("Tuple[float, ...]", {"type": "array", "items": {"type": "number"}}),
+    ("str, optional", {"type": "string"}), ("List[int], optional", {"type": "array", "items": {"type": "integer"}}),
+    ("Callable[[float], float]", None), ("List[", None), ("", None), ("Dict[int, str]", None), ("file", None),
+])
+def test_a_type_is_read_only_where_it_is_clear(text, expected):
+    assert script.parse_type(text) == expected
+
+
+def test_types_are_replaced_only_where_a_schema_stands_and_every_change_is_counted():
+    """A parameter may be called type, items or properties, and values may look like types."""
+    given = {"name": "f", "description": "d", "parameters": {"type": "dict", "properties": {
+        "type": {"type": "str", "enum": ["dict", "str"], "required": True},
+        "properties": {"type": "DICT", "properties": {"type": {"type": "float", "default": None}}},
+        "items": {"type": "list", "items": {"type": ["STRING", "null"]}, "enum": None, "required": False}}}}
+    tools, changes = script.to_tools([given])
+    assert tools == [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {
+        "type": "object", "properties": {
+            "type": {"type": "string", "enum": ["dict", "str"]},
+            "properties": {"type": "object", "properties": {"type": {"type": "number", "default": None}}},
+            "items": {"type": "array", "items": {"type": ["string", "null"]}}}, "required": ["type"]}}}]
+    assert changes == {"bare function -> tool": 1, "type dict -> object": 1, "type str -> string": 1,
+                       "type DICT -> object": 1, "type float -> number": 1, "type list -> array": 1,
+                       "type STRING or null -> string or null": 1, "enum null -> removed": 1,
+                       "required true or false in a property -> list": 2}
+    assert script.to_tools(tools) == (tools, {})  # and once is enough
+    assert script.to_tools([WEATHER]) == ([WEATHER], {})
+
+
+def test_changes_are_counted_once_per_list_of_tools_and_shown(tmp_path, capsys):
+    rows = [CASES["mobile-actions"][0]] * 3
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    args = script.parse_args(["--dataset_path", path])
+    assert len(script.read_examples(args, args.dataset_path)[0]) == 3
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "read     tools normalised: type STRING → string 2, type function added 1, type OBJECT → object 1, "
+        "type INTEGER → integer 1")
+
+
+def test_a_tools_file_is_normalised_too(tmp_path):
+    path = tmp_path / "tools.json"
+    path.write_text(json.dumps([MOBILE_TOOL]))
+    example, problems, changes = read(native("rain in Rome?", ("get_weather", {"city": "Rome"})), tools_path=str(path))
+    assert problems == [] and example.tools == [WEATHER] and changes["type STRING -> string"] == 2
+
+
+def test_turns_of_weight_0_are_not_trained(tokenizer):
+    messages = [USER, {**YES, "weight": 0}, {"role": "user", "content": "sure?"}, {**YES, "content": "I am."}]
+    example, problems, _ = read({"messages": messages, "tools": []})
+    assert problems == []
+    ((sequence,),), problems = script.render_examples(tokenizer, [example], 4096)
+    assert problems == [] and sequence.answer == "I am."
+    assert "Yes." in tokenizer.decode(sequence.input_ids[: sequence.prompt_length])
+
+
+def test_convert_to_writes_a_new_file_and_trains_nothing(tmp_path, tools_path):
+    rows = [row for row, *_ in CASES.values()]
+    path, target = write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "new" / "openai.jsonl"
+    flags = ["--dataset_path", path, "--tools_path", tools_path, "--convert_to", target]
+    result = run_script(*flags)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == f"write    {len(rows):,} rows: {target}"
+    before = script.to_examples(script.read_rows([path]), tools_path)[0]
+    after = script.to_examples(script.read_rows([str(target)]), "no/such/tools.json")[0]
+    assert [example[1:3] for example in after] == [example[1:3] for example in before]
+    assert [file.name for file in target.parent.iterdir()] == ["openai.jsonl"]
+    result = run_script(*flags)
+    assert result.returncode == 1
+    assert result.stderr == f"error: --convert_to {target}: is there already; expected the name of a new file\n"
+
+
+# Arbitrary JSON ---------------------------------------------------------------------------------------------------
+WORDS = ["user", "assistant", "system", "tool", "tool_call", "human", "gpt", "function_call", "observation", "f", "object",
+         "string", "str", "List[int]", "Optional[", "array", "function", "(", "#", "#/x", "http://[", "a{9999999999}", CALL,
+         TOOLS, f"<tool_call>{CALL}</tool_call>", f"<tools>{TOOLS}</tools>", "<think>a</think>b", "[f(a=1)]", "[f(a={1: 2})]",
+         "[f(a={(1,2): {3}})]", "USER: a\nASSISTANT: b", "USER: a\nASSISTANT: <functioncall> " + CALL, "\ud800", "a\nb"]
+KEYS = ["messages", "conversations", "role", "content", "from", "value", "tools", "functions", "tool_calls", "function_call",
+        "function_calls", "id", "tool_call_id", "name", "arguments", "function", "parameters", "properties", "type",
+        "required", "items", "enum", "pattern", "$ref", "$id", "$schema", "$defs", "multipleOf", "minimum", "default",
+        "anyOf", "prefixItems", "weight", "thinking", "reasoning_content", "input", "output", "query", "answers", "system",
+        "chat", "instruction", "history", "question", "answer", "text", "additionalProperties", "patternProperties"]
+TEXTS = st.sampled_from(WORDS) | st.text(max_size=8)
+SCALARS = st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | TEXTS
+JSON = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=4)
+                    | st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=4), inner, max_size=5), max_leaves=25)
+SCHEMA = st.fixed_dictionaries({}, optional={key: JSON for key in (
+    "type", "properties", "required", "items", "enum", "pattern", "$ref", "$id", "$schema", "multipleOf", "anyOf")})
+TOOL = st.fixed_dictionaries({"name": TEXTS, "parameters": SCHEMA | JSON})
+TURN = st.fixed_dictionaries({}, optional={
+    "role": TEXTS, "from": TEXTS, "content": JSON | TEXTS, "value": TEXTS | JSON, "weight": SCALARS,
+    "tool_calls": JSON | st.lists(st.fixed_dictionaries({"name": TEXTS, "arguments": JSON}), max_size=2),
+    "function_call": JSON, "tool_call_id": SCALARS, "thinking": JSON})
+TALK = st.lists(TURN, max_size=4) | JSON
+CALLING = st.fixed_dictionaries({"input": TEXTS, "tools": st.lists(TOOL, max_size=2), "output": st.fixed_dictionaries(
+    {"function_call": st.fixed_dictionaries({"name": TEXTS, "arguments": JSON})})})
+ROW = CALLING | st.fixed_dictionaries({}, optional={
+    "messages": TALK, "conversations": TALK, "tools": st.lists(TOOL, max_size=2) | JSON, "functions": JSON, "system": TEXTS | JSON,
+    "input": JSON, "output": JSON, "query": TEXTS | JSON, "answers": JSON, "chat": TEXTS | JSON, "instruction": TEXTS | JSON,
+    "history": JSON, "answer": TEXTS | JSON})
+
+
+@settings(max_examples=600, deadline=None, derandomize=True,
+          suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@given(rows=st.lists(JSON | ROW, min_size=1, max_size=4), name=st.sampled_from(["auto", "auto", *script.FORMAT_NAMES]))
+def test_arbitrary_json_is_an_example_or_a_located_problem(tools_path, rows, name):
+    rows = [(f"x:{line}", row) for line, row in enumerate(rows, start=1)]
+    examples, problems, total, _ = script.to_examples(rows, tools_path, name)
+    valid, broken = {example.where for example in examples}, {where for where, _ in problems}
+    assert total == len(rows) and not valid & broken and valid | broken == {where for where, _ in rows}
+    assert all(problem and "\n" not in problem and len(problem) < 800 for _, problem in problems)
+    again = script.to_examples([(example.where, script.to_row(example)) for example in examples], tools_path)
+    assert again[1] == [] and json.dumps(again[0]) == json.dumps([e._replace(format="openai") for e in examples])
+
+
+@pytest.mark.parametrize("text", ["[" * 900 + "]" * 900, '{"items": ' * 300 + "{}" + "}" * 300])
+def test_deep_nesting_is_a_problem_and_not_a_crash(tools_path, text):
+    deep = json.loads(text)
+    for row in ({"messages": [USER, YES], "tools": [tool({"a": {"default": 1, "items": deep, "anyOf": [deep]}})]},
+                {"messages": deep}, {"input": "x", "output": {"function_call": {"name": "f", "arguments": text}}}):
+        _, problems, _ = read(row, tools_path=tools_path)
+        assert len(problems) == 1 and "\n" not in problems[0]
