@@ -825,32 +825,33 @@ def split_thought(message: dict, content: object) -> tuple[str, object]:
     return thoughts[0] if thoughts else inside, content[block.end() :]
 
 
+def take_calls(message: dict, role: str, content: object) -> list[dict]:
+    """Return the calls of a message, in the OpenAI shape, from `tool_calls`, `function_call` or a turn of calls."""
+    calls = message.get("tool_calls") or ([message["function_call"]] if message.get("function_call") else [])
+    if role == "calls":
+        calls = as_list(parse_literal(content, "a turn of calls is") if isinstance(content, str) else content)
+    if not isinstance(calls, list):
+        raise ValueError("tool_calls must be a list, got " + shorten(calls))
+    return [to_tool_call(call) for call in calls]
+
+
 def to_message(message: dict) -> dict:
     """Return a message with only what a chat template reads, its ids, and weight 0 if it is not to be trained."""
-    role = message.get("role")
+    role, content = message.get("role"), join_text(message.get("content"))
     role = ROLES.get(role, role) if isinstance(role, str) else role
-    content = join_text(message.get("content"))
     if role == "tool":
         call_id = message.get("tool_call_id")
         return {"role": role, **({"tool_call_id": call_id} if isinstance(call_id, str) and call_id else {}),
                 "content": content}
     if role not in ("assistant", "calls"):
         return {"role": role, "content": content}
-    thought, content = split_thought(message, content)
-    calls = message.get("tool_calls") or ([message["function_call"]] if message.get("function_call") else [])
-    if not isinstance(calls, list):
-        raise ValueError("tool_calls must be a list, got " + shorten(calls))
-    if role == "calls":
-        calls = as_list(parse_literal(content, "a turn of calls is") if isinstance(content, str) else content)
-        content = ""
     if message.get("weight") not in (None, 0, 1):
         raise ValueError(f"weight must be 0 or 1, got {shorten(message['weight'])}")
-    converted = {"role": role, "content": content}
-    if thought:
-        converted["reasoning_content"] = thought
-    if calls:
-        converted["tool_calls"] = [to_tool_call(call) for call in calls]
-    return {**converted, "weight": 0} if message.get("weight") == 0 else converted
+    thought, content = split_thought(message, content)
+    calls = take_calls(message, role, content)
+    return {"role": role, "content": "" if role == "calls" else content,
+            **({"reasoning_content": thought} if thought else {}), **({"tool_calls": calls} if calls else {}),
+            **({"weight": 0} if message.get("weight") == 0 else {})}
 
 
 def to_messages(turns: list[dict]) -> list[dict]:

