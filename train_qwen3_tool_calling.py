@@ -575,7 +575,7 @@ def take_objects(row: dict, key: str) -> list[dict]:
 def parse_json(text: str, what: str):
     """Return the value of a JSON text; ValueError names `what` is broken."""
     try:
-        return json.loads(text, parse_constant=refuse_constant)
+        return DECODER.decode(text)
     except ValueError:
         raise ValueError(f"{what} not valid JSON: {shorten(text)}") from None
 
@@ -583,7 +583,7 @@ def parse_json(text: str, what: str):
 def parse_literal(text: str, what: str):
     """Return the value of a JSON text, or of one in Python's quotes, as JSON would give it; never runs anything."""
     try:
-        return json.loads(text, parse_constant=refuse_constant)
+        return DECODER.decode(text)
     except ValueError:
         pass
     try:
@@ -769,12 +769,12 @@ def to_tools(tools: object) -> tuple[object, Counter]:
 
 def find_tools(text: str) -> tuple[list[dict], str]:
     """Return (tools that stand as JSON in a text, the text without them): its first list of tools, else all objects."""
-    decoder, found, rest, end = json.JSONDecoder(parse_constant=refuse_constant), [], "", 0
+    found, rest, end = [], "", 0
     for mark in re.finditer(r"[\[{]", text):
         if mark.start() < end:
             continue
         try:
-            value, stop = decoder.raw_decode(text, mark.start())
+            value, stop = read_value(text, mark.start())
         except ValueError:
             continue
         if value and all(isinstance(tool, dict) and tool.keys() & {"name", "function"} for tool in as_list(value)):
@@ -900,6 +900,11 @@ def convert_sharegpt(row: dict) -> tuple[list[dict], object]:
     return to_messages(read_turns(row)), row.get("tools")
 
 
+def convert_plain_sharegpt(row: dict) -> tuple[list[dict], object]:
+    """{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}: chat, so no tools."""
+    return to_messages(read_turns(row)), row.get("tools") or []
+
+
 def split_hermes_system(text: str) -> tuple[list | None, str]:
     """Return (tools inside <tools> or None, the text without the sentences about the <tools> and <tool_call> tags)."""
     tools = None
@@ -1018,7 +1023,7 @@ def convert_toolace(row: dict) -> tuple[list[dict], object]:
 
 def convert_alpaca(row: dict) -> tuple[list[dict], object]:
     """{"instruction": "...", "input": "", "output": "...", "system": "...", "history": [["u", "a"]]}, or a question and
-    an answer by other names."""
+    an answer by other names: plain requests, so without tools unless the row has its own."""
     question = next((key for key in QUESTION_KEYS if key in row), None)
     answer = next((key for key in ANSWER_KEYS if key in row), None)
     if not question or not answer:
@@ -1032,7 +1037,7 @@ def convert_alpaca(row: dict) -> tuple[list[dict], object]:
     pairs = [*history, [request, take(row, answer, str)]]
     turns = [{"role": role, "content": text} for pair in pairs for role, text in zip(("user", "assistant"), pair)]
     system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    return to_messages([*system, *turns]), row.get("tools")
+    return to_messages([*system, *turns]), row.get("tools") or []
 
 
 def peek(row: dict, key: str) -> list[tuple[str, str]]:
@@ -1081,7 +1086,7 @@ FORMATS = {  # name: (whether a row is of this format, converter to (messages, t
     "hermes": (is_hermes, convert_hermes),
     "toolace": (is_toolace, convert_toolace),
     "sharegpt-tools": (is_sharegpt_tools, convert_sharegpt),
-    "sharegpt": (lambda row: "conversations" in row, convert_sharegpt),
+    "sharegpt": (lambda row: "conversations" in row, convert_plain_sharegpt),
     "xlam": (lambda row: "query" in row and "answers" in row, convert_xlam),
     "glaive": (lambda row: "chat" in row, convert_glaive),
     "alpaca": (lambda row: any(key in row for key in QUESTION_KEYS) and any(key in row for key in ANSWER_KEYS),

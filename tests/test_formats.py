@@ -165,14 +165,14 @@ CASES = {  # name: (row, format, messages, tools)
                 key: PARAMETERS[key] for key in ("type", "required", "properties")}}}]),
     "alpaca": (
         {"instruction": "Is there rain", "input": "in Rome?", "output": "Yes.", "system": "Be brief.",
-         "history": [["rain in Rome?", "Yes."]], "tools": []},
+         "history": [["rain in Rome?", "Yes."]]},
         "alpaca", [{"role": "system", "content": "Be brief."}, USER, YES,
                    {"role": "user", "content": "Is there rain\nin Rome?"}, YES], []),
-    "input and output as text": ({"input": "rain in Rome?", "output": "Yes.", "tools": []}, "alpaca", [USER, YES], []),
-    "question and answer": ({"question": "rain in Rome?", "answer": "Yes.", "tools": []}, "alpaca", [USER, YES], []),
-    "prompt and completion": ({"prompt": "rain in Rome?", "completion": "<think>so</think>Yes.", "tools": []},
+    "input and output as text": ({"input": "rain in Rome?", "output": "Yes."}, "alpaca", [USER, YES], []),
+    "question and answer": ({"question": "rain in Rome?", "answer": "Yes."}, "alpaca", [USER, YES], []),
+    "prompt and completion": ({"prompt": "rain in Rome?", "completion": "<think>so</think>Yes."},
                               "alpaca", [USER, {**YES, "reasoning_content": "so"}], []),
-    "sharegpt": (sharegpt(("human", "rain in Rome?"), ("gpt", "Yes.")), "sharegpt", [USER, YES], None),
+    "sharegpt": (sharegpt(("human", "rain in Rome?"), ("gpt", "Yes.")), "sharegpt", [USER, YES], []),
 }
 
 
