@@ -144,6 +144,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                       help="rows to hold out, instead of a share of --dataset_path; as there")
     data.add_argument("--convert_to", metavar="PATH", default=argparse.SUPPRESS,
                       help="train nothing: write the rows of --dataset_path in the OpenAI form to this new JSONL file")
+    data.add_argument("--dry_run", action="store_true", default=argparse.SUPPRESS,
+                      help="train nothing: print what a run would do, and write it to OUTPUT_DIR/audit.json")
+    data.add_argument("--show_row", type=count, metavar="N", default=argparse.SUPPRESS,
+                      help="print the N-th valid row whole, as the model sees it")
 
     model = parser.add_argument_group("model")
     model.add_argument("--model_id", default=MODEL_ID, help="Hub id or folder of the base model")
@@ -209,11 +213,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     output.add_argument("--run_name", metavar="NAME", default=argparse.SUPPRESS, help="the run's name there")
 
     # SUPPRESS above keeps "(default: None)" out of --help; here those settings get their value.
-    unset = ("max_samples", "eval_dataset_path", "convert_to", "merge_model_id", "max_steps", "optim", "save_steps",
-             "eval_steps", "metric_for_best", "early_stopping_patience", "eval_only", "resume_from_checkpoint", "run_name")
+    unset = ("max_samples", "eval_dataset_path", "convert_to", "dry_run", "show_row", "merge_model_id", "max_steps",
+             "optim", "save_steps", "eval_steps", "metric_for_best", "early_stopping_patience", "eval_only",
+             "resume_from_checkpoint", "run_name")
     args = parser.parse_args(argv, namespace=argparse.Namespace(**dict.fromkeys(unset)))
     if isinstance(args.dataset_path, str):
         args.dataset_path = [args.dataset_path]  # a list as default would look like Python in --help
+    args.dry_run = bool(args.dry_run)
+    if args.eval_only and (args.dry_run or args.show_row):
+        parser.error("--eval_only trains nothing: leave out --dry_run and --show_row")
     if args.early_stopping_patience and not args.metric_for_best:
         args.metric_for_best = "exact_match"
     if args.metric_for_best:  # a checkpoint to keep must have been scored
@@ -1356,6 +1364,16 @@ def to_examples(rows, tools_path: str,
     return examples, problems, total, changes
 
 
+def find_first_answer(example: Example) -> int:
+    """Return the index of the first assistant message."""
+    return next(i for i, message in enumerate(example.messages) if message["role"] == "assistant")
+
+
+def find_prompt(example: Example) -> str:
+    """Return the messages before the first answer, as JSON in which the order of keys does not matter."""
+    return json.dumps(example.messages[: find_first_answer(example)], sort_keys=True)
+
+
 def split_examples(examples: list[Example], share: float) -> tuple[list[Example], list[Example]]:
     """Return (training examples, held-out examples), chosen by the hash of the prompt.
 
@@ -1364,9 +1382,7 @@ def split_examples(examples: list[Example], share: float) -> tuple[list[Example]
     """
     groups: dict[str, list[Example]] = {}
     for example in examples:
-        first_answer = next(i for i, message in enumerate(example.messages) if message["role"] == "assistant")
-        prompt = json.dumps(example.messages[:first_answer], sort_keys=True)
-        groups.setdefault(hashlib.sha256(prompt.encode()).hexdigest(), []).append(example)
+        groups.setdefault(hashlib.sha256(find_prompt(example).encode()).hexdigest(), []).append(example)
     wanted, held_out = round(len(examples) * share), set()
     for key in sorted(groups):
         if len(groups[key]) <= wanted:
@@ -1411,6 +1427,11 @@ def render_turn(tokenizer, example: Example, turn: int) -> tuple[str, str]:
     return prompt, answer
 
 
+def describe_length(tokens: int, max_seq_length: int) -> str:
+    """Return the problem of a sequence that is too long."""
+    return f"{tokens:,} tokens; --max_seq_length is {max_seq_length:,} and no answer is ever cut"
+
+
 def render_examples(tokenizer, examples: list[Example], max_seq_length: int):
     """Return ([sequences of example 0, ...], problems); the sequences of an example with a problem are left out."""
     from rich.progress import track
@@ -1432,26 +1453,41 @@ def render_examples(tokenizer, examples: list[Example], max_seq_length: int):
     for (index, _, text), prompt, answer in zip(rendered, prompts, answers):
         if len(prompt) + len(answer) > max_seq_length:
             bad.add(index)
-            problems.append((examples[index].where, f"{len(prompt) + len(answer):,} tokens; "
-                             f"--max_seq_length is {max_seq_length:,} and no answer is ever cut"))
+            problems.append((examples[index].where, describe_length(len(prompt) + len(answer), max_seq_length)))
         groups[index].append(Sequence(examples[index].where, prompt + answer, len(prompt),
                                       text.removesuffix(tokenizer.eos_token), examples[index].tools))
     return [[] if index in bad else group for index, group in enumerate(groups)], problems
 
 
-def show_row(tokenizer, sequence: Sequence) -> None:
-    """Print a training row as the model sees it; ▶ ... ◀ (green on a terminal) marks what is supervised."""
+def show_row(tokenizer, sequence: Sequence, whole: bool = False) -> None:
+    """Print a row as the model sees it, cut unless `whole`; ▶ ... ◀ (green on a terminal) marks what is supervised."""
     from rich.console import Console
     from rich.text import Text
 
     prompt = tokenizer.decode(sequence.input_ids[: sequence.prompt_length])
     answer = tokenizer.decode(sequence.input_ids[sequence.prompt_length :])
-    if len(prompt) > 500:
+    if len(prompt) > 500 and not whole:
         prompt = f"{prompt[:160]} … {len(prompt) - 460:,} characters … {prompt[-300:]}"
     text = Text(f"\n{sequence.where}  ({sequence.prompt_length:,} prompt tokens, "
                 f"{len(sequence.input_ids) - sequence.prompt_length} supervised)\n", style="bold")
     text += Text(prompt, style="dim") + Text(f"▶{answer}◀", style="green")
     Console(highlight=False, soft_wrap=True).print(text)
+
+
+def find_shown(args: argparse.Namespace, examples: list[Example]) -> str | None:
+    """Return where the row of --show_row is, or None; a number beyond the last row is a UserError."""
+    if args.show_row and args.show_row > len(examples):
+        raise UserError(f"--show_row {args.show_row}: no such row; expected 1 to {len(examples):,}, the valid rows")
+    return examples[args.show_row - 1].where if args.show_row else None
+
+
+def show_rows(tokenizer, sequences: list[Sequence], shown: str | None) -> None:
+    """Print every trained turn of the row `shown` whole; without it, the first two sequences, shortened."""
+    chosen = [sequence for sequence in sequences if sequence.where == shown] if shown else sequences[:2]
+    if not chosen:
+        print(f"warning: --show_row: {shown} is left out; expected a row without a problem", file=sys.stderr)
+    for sequence in chosen:
+        show_row(tokenizer, sequence, whole=shown is not None)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -2465,17 +2501,25 @@ def check_folder(path: str, flag: str) -> None:
         raise UserError(f"{flag} {path}: holds files that this script did not write; choose another folder or empty it")
 
 
-def check_disk(args: argparse.Namespace, config) -> None:
-    """Refuse to start when the merged model would not fit beside what is on the disk."""
+def build_skeleton(config):
+    """Return the model that a config describes, with the shapes of its weights and no memory for them."""
     import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
-    needed = 2 * parameters
-    folder = Path(args.final_model_dir).resolve()
-    parent = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free = shutil.disk_usage(parent).free
+        return AutoModelForCausalLM.from_config(config)
+
+
+def find_free_bytes(path: str) -> int:
+    """Return how much is free on the disk of a folder that may not be there yet."""
+    folder = Path(path).resolve()
+    return shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
+
+
+def check_disk(args: argparse.Namespace, config) -> None:
+    """Refuse to start when the merged model would not fit beside what is on the disk."""
+    needed = 2 * sum(parameter.numel() for parameter in build_skeleton(config).parameters())
+    free = find_free_bytes(args.final_model_dir)
     if free < needed:
         raise UserError(f"--final_model_dir {args.final_model_dir}: the merged model needs {needed / 1e9:.1f} GB and "
                         f"the disk has {free / 1e9:.1f} GB free; free some space or choose another disk")
@@ -2974,22 +3018,410 @@ def write_report(folder: str, report: dict) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# 12  Audit: what a run would do, before it is paid for
+# ---------------------------------------------------------------------------------------------------------------
+LISTED = 1000  # rows that audit.json names for each finding; all are counted
+SHOWN_PAIRS = 5  # rows that the screen names for each finding
+SHOWN_TOOLS = 8
+# Held while training, measured with Unsloth on Qwen3-0.6B: GiB that no stream needs but every run has, and the work of
+# one layer as a multiple of what its backward pass keeps. A recorded graph frees nothing between its kernels.
+EAGER_MEMORY, RECORDED_MEMORY = (0.11, 0.7), (0.27, 1.25)
+
+
+class Characters:
+    """Stands in for a tokenizer that cannot be had: each character is a token, in a plain form of Qwen3's template."""
+
+    eos_token = "<|im_end|>"
+
+    def __call__(self, texts: list[str], **options) -> dict:
+        return {"input_ids": [[ord(character) for character in text] for text in texts]}
+
+    def apply_chat_template(self, messages: list[dict], tools=None, add_generation_prompt=False, **options) -> str:
+        text = "".join(["<tools>\n", *(json.dumps(tool) + "\n" for tool in tools), "</tools>\n"]) if tools else ""
+        for message in messages:
+            thought = message.get("reasoning_content")
+            calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", [])]
+            text += f"<|im_start|>{message['role']}\n" + (f"<think>\n{thought}\n</think>\n\n" if thought else "")
+            text += message["content"] + "".join(f"\n<tool_call>\n{call}\n</tool_call>" for call in calls)
+            text += self.eos_token + "\n"
+        return text + "<|im_start|>assistant\n" * add_generation_prompt
+
+
+def find_tokenizer(model_id: str) -> tuple[object, str]:
+    """Return (tokenizer, ""), or what counts characters instead and why."""
+    try:
+        return load_tokenizer(model_id), ""
+    except UserError as error:
+        return Characters(), str(error)
+
+
+def find_config(model_id: str):
+    """Return the config of a model, or None where there is none."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model_id)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def number_tool_lists(examples: list[Example]) -> dict[int, int]:
+    """Return {id of a row's list of tools: number of the distinct list that it is}; most rows share one object."""
+    lists, numbers = {}, {}
+    for example in examples:
+        if id(example.tools) not in numbers:
+            numbers[id(example.tools)] = lists.setdefault(json.dumps(example.tools, sort_keys=True), len(lists))
+    return numbers
+
+
+def list_calls(example: Example) -> list[list[str]]:
+    """Return the names of the tools that each turn of a row calls; turns without a call are left out."""
+    turns = [[call["function"]["name"] for call in message.get("tool_calls", [])] for message in example.messages]
+    return [names for names in turns if names]
+
+
+def find_leaks(examples: list[Example], held_out: list[Example]) -> list[tuple[str, str]]:
+    """Return (where, where in training) of each held-out row whose prompt also occurs in training."""
+    training = {find_prompt(example): example.where for example in reversed(examples)}
+    found = [(example.where, training.get(find_prompt(example))) for example in held_out]
+    return [(where, other) for where, other in found if other]
+
+
+def find_warnings(examples: list[Example], held_out: list[Example]) -> list[str]:
+    """Return what would spoil the model or its score although every row is valid."""
+    found = []
+    if any(example.tools for example in examples) and all(map(list_calls, examples)):
+        found.append("no row without a call: a model so trained forgets to refuse")
+    if leaks := find_leaks(examples, held_out):
+        found.append(f"{len(leaks):,} of {len(held_out):,} held-out rows also occur in training ({leaks[0][0]} is "
+                     f"{leaks[0][1]}): their score says nothing about new requests")
+    return found
+
+
+def show_warnings(warnings: list[str]) -> None:
+    """Print warnings on stderr."""
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def audit_calls(examples: list[Example]) -> dict:
+    """Return how many tools and calls the rows have, and the shares of rows without a call and with parallel calls."""
+    calls = [list_calls(example) for example in examples]
+    counts = Counter(name for turns in calls for names in turns for name in names)
+    numbers = number_tool_lists(examples)
+    tools = [tool for listed in {id(example.tools): example.tools for example in examples}.values() for tool in listed]
+    return {"formats": dict(Counter(example.format for example in examples)),
+            "tools": {"distinct": len({json.dumps(tool, sort_keys=True) for tool in tools}),
+                      "lists": len(set(numbers.values()))},
+            "calls_per_tool": dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))),
+            "never_called": sorted({tool["function"]["name"] for tool in tools} - counts.keys()),
+            "no_call_share": sum(not turns for turns in calls) / len(examples),
+            "parallel_share": sum(any(len(names) > 1 for names in turns) for turns in calls) / len(examples)}
+
+
+def count_tool_tokens(tokenizer, examples: list[Example]) -> list[int]:
+    """Return for each example how much longer its tools make the prompt; computed once for each list of tools."""
+    numbers, sizes, counts = number_tool_lists(examples), {}, []
+    for example in examples:
+        key = numbers[id(example.tools)], example.messages[0]["role"]
+        if key not in sizes:
+            messages = example.messages[: find_first_answer(example)]
+            prompts = [tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+                       for tools in (example.tools or None, None)]
+            long, short = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+            sizes[key] = len(long) - len(short)
+        counts.append(sizes[key])
+    return counts
+
+
+def summarise(values: list[int]) -> dict:
+    """Return mean, percentiles (between two values: in proportion) and maximum."""
+    import numpy as np
+
+    percentiles = {f"p{share}": round(float(np.percentile(values, share)), 1) for share in (50, 90, 95, 99)}
+    return {"mean": round(float(np.mean(values)), 1), **percentiles, "max": max(values)}
+
+
+def audit_sizes(tokenizer, examples: list[Example], groups: list[list[Sequence]]) -> dict:
+    """Return how many tokens each part of a trained turn has: tools, prompt without them, answer, and all."""
+    turns = [(count, turn) for count, group in zip(count_tool_tokens(tokenizer, examples), groups) for turn in group]
+    parts = {"tools": [count for count, _ in turns], "prompt": [turn.prompt_length - count for count, turn in turns],
+             "answer": [len(turn.input_ids) - turn.prompt_length for _, turn in turns],
+             "all": [len(turn.input_ids) for _, turn in turns]}
+    return {name: summarise(values) for name, values in parts.items()} if turns else {}
+
+
+def audit_lengths(examples: list[Example], groups: list[list[Sequence]], limit: int) -> tuple[list, dict]:
+    """Return (groups without those that are too long, which these are and the smallest limit that loses none)."""
+    longest = [max((len(turn.input_ids) for turn in group), default=0) for group in groups]
+    too_long = [(example.where, size) for example, size in zip(examples, longest) if size > limit]
+    kept = [group if size <= limit else [] for group, size in zip(groups, longest)]
+    return kept, {"max_seq_length": limit, "smallest": max(longest), "too_long": too_long}
+
+
+def audit_repeats(examples: list[Example], held_out: list[Example]) -> dict:
+    """Return pairs of places: equal rows, equal requests with different first answers, requests on both sides."""
+    numbers, rows, requests = number_tool_lists([*examples, *held_out]), {}, {}
+    duplicates, conflicts = [], []
+    for example in [*examples, *held_out]:
+        tools, prompt = numbers[id(example.tools)], find_prompt(example)
+        whole = json.dumps(example.messages, sort_keys=True)
+        answer = example.messages[find_first_answer(example)]
+        earlier = rows.setdefault((tools, whole), example)
+        if earlier is not example:
+            duplicates.append((earlier.where, example.where))
+        where, expected = requests.setdefault((tools, prompt), (example.where, answer))
+        if answer != expected:
+            conflicts.append((where, example.where))
+    return {"duplicates": list_some(duplicates), "conflicts": list_some(conflicts),
+            "held_out_in_training": list_some(find_leaks(examples, held_out))}
+
+
+def list_some(found: list) -> dict:
+    """Return how many were found, and as many of them as audit.json lists."""
+    return {"count": len(found), "rows": found[:LISTED]}
+
+
+def measure_batches(train: list[Sequence], plan: Plan, order: list[int]) -> list[int]:
+    """Return how many tokens each micro-batch computes when the rows come in this order."""
+    batches = [[train[row] for row in order[i : i + plan.rows]] for i in range(0, len(order), plan.rows)]
+    if not plan.share_prefix:
+        return [len(batch) * max(len(row.input_ids) for row in batch) for batch in batches]
+    sizes = [count_tokens(batch) for batch in batches]
+    return [next((length for length in plan.lengths if length >= size), size) for size in sizes]
+
+
+def audit_epoch(train: list[Sequence], args: argparse.Namespace, plan: Plan) -> dict:
+    """Return how many tokens the first epoch computes as padded batches, as rows without padding, and as streams."""
+    order = order_rows(plan, args.seed, epoch=0)
+    padded = plan._replace(rows=args.batch_size, share_prefix=False)
+    return {"padded": sum(measure_batches(train, padded, order)),
+            "packed": sum(len(row.input_ids) for row in train),
+            "shared_prefix": sum(measure_batches(train, plan._replace(lengths=(), share_prefix=True), order))}
+
+
+def audit_plan(train: list[Sequence], args: argparse.Namespace, plan: Plan) -> dict:
+    """Return steps, streams and checkpoints of the run; the sizes are those of all its streams, filled up."""
+    sizes = [size for epoch in range(args.num_epochs)
+             for size in measure_batches(train, plan, order_rows(plan, args.seed, epoch))]
+    per_epoch = math.ceil(math.ceil(len(train) / plan.rows) / plan.accumulation)
+    steps = args.max_steps or args.num_epochs * per_epoch
+    return {"rows_per_step": plan.rows * plan.accumulation, "streams_per_step": plan.accumulation,
+            "steps_per_epoch": per_epoch, "steps": steps, "share_prefix": plan.share_prefix,
+            "stream_sizes": {"min": min(sizes), "mean": round(sum(sizes) / len(sizes), 1), "max": max(sizes)},
+            "checkpoints": [*range(args.save_steps or per_epoch, steps, args.save_steps or per_epoch), steps]}
+
+
+def count_parameters(config, rank: int) -> dict[str, int]:
+    """Return how many weights are in linear layers (those that 4 bits hold), elsewhere, and in an adapter."""
+    import torch
+
+    skeleton = build_skeleton(config)
+    layers = {name: module for name, module in skeleton.named_modules()
+              if isinstance(module, torch.nn.Linear) and not name.startswith("lm_head")}
+    linear = sum(layer.weight.numel() for layer in layers.values())
+    adapter = sum(rank * (layer.in_features + layer.out_features) for name, layer in layers.items()
+                  if name.rsplit(".", 1)[-1] in TARGET_MODULES)
+    return {"linear": linear, "other": sum(weight.numel() for weight in skeleton.parameters()) - linear,
+            "adapter": adapter}
+
+
+def count_moment_bytes(args: argparse.Namespace) -> int:
+    """Return the bytes of the optimizer's two moments of one weight, on CUDA."""
+    return 2 if "8bit" in (args.optim or "adamw_8bit") else 8
+
+
+def estimate_memory(args: argparse.Namespace, config, parameters: dict[str, int], tokens: int, plan: Plan) -> dict:
+    """Return the GiB of GPU memory that training holds at its peak when the longest micro-batch has so many tokens.
+
+    A layer's backward pass keeps the inputs of its norms and projections, 2 bytes each. With checkpointing that is so
+    for one layer at a time, and of the others only the input is kept. CUDA's own memory is not in it.
+    """
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    widths = 4 * config.hidden_size + 3 * head_dim * (heads + config.num_key_value_heads) + 2 * config.intermediate_size
+    inputs = 2 * tokens * config.hidden_size * config.num_hidden_layers
+    recorded = (args.engine != "transformers" and args.cuda_graphs and plan.share_prefix and plan.accumulation == 1
+                and not args.lora_dropout and inputs <= RECORDED_BYTES)
+    fixed, working = RECORDED_MEMORY if recorded else EAGER_MEMORY
+    kept = 2 * tokens * widths
+    if args.gradient_checkpointing == "off":
+        activations = kept * config.num_hidden_layers
+    else:
+        activations = inputs + working * kept
+    base = parameters["linear"] * (0.53 if args.load_in_4bit else 2) + 2 * parameters["other"]
+    parts = {"base": base / 2**30, "adapter": parameters["adapter"] * (8 + count_moment_bytes(args)) / 2**30,
+             "longest_stream": activations / 2**30 + fixed}
+    return {"total": round(sum(parts.values()), 2)} | {name: round(part, 2) for name, part in parts.items()}
+
+
+def audit_disk(args: argparse.Namespace, parameters: dict[str, int], checkpoints: int) -> dict:
+    """Return the GB that merged model and checkpoints take, and that are free now."""
+    checkpoint = parameters["adapter"] * (4 + count_moment_bytes(args))
+    return {"merged_model": round(2 * (parameters["linear"] + parameters["other"]) / 1e9, 2),
+            "checkpoints": round(checkpoints * checkpoint / 1e9, 2),
+            "free": round(find_free_bytes(args.final_model_dir) / 1e9, 1)}
+
+
+def list_writes(args: argparse.Namespace, checkpoints: list[int]) -> dict:
+    """Return the paths that a run would write, and what is there now that it would remove or replace."""
+    output = Path(args.output_dir)
+    written = [output / "run.yaml", *(output / f"checkpoint-{step}" for step in checkpoints), output / "adapter",
+               output / "report.json", output / "report.html", Path(args.final_model_dir)]
+    earlier = [] if args.resume_from_checkpoint else sorted(output.glob("checkpoint-*"))
+    replaced = [path for path in written if path.exists() and path not in earlier and path.name != "run.yaml"]
+    return {"written": [str(path) for path in written], "replaced": [str(path) for path in (*earlier, *replaced)]}
+
+
+def audit_data(examples: list[Example], problems: list[tuple[str, str]], total: int, sides: list) -> dict:
+    """Return what the rows are: how many, in which formats, with which calls."""
+    bad = len({where for where, _ in problems})
+    train, held_out = (len({turn.where for turn in side}) for side in sides)
+    return {"rows": {"total": total, "valid": total - bad, "with_problems": bad, "training": train,
+                     "held_out": held_out}, **audit_calls(examples), "problems": list_some(problems)}
+
+
+def audit_run(args: argparse.Namespace, train: list[Sequence], config) -> dict:
+    """Return plan, tokens of an epoch and files of a run on CUDA; with a config also its memory and disk."""
+    plan = plan_streams(train, args, "transformers" if args.engine == "transformers" else "unsloth")
+    facts = audit_plan(train, args, plan)
+    audit = {"epoch": audit_epoch(train, args, plan), "plan": facts, "files": list_writes(args, facts["checkpoints"])}
+    if config is None:
+        return audit
+    parameters = count_parameters(config, args.lora_rank)
+    return audit | {"memory_gib": estimate_memory(args, config, parameters, facts["stream_sizes"]["max"], plan),
+                    "disk_gb": audit_disk(args, parameters, len(facts["checkpoints"]))}
+
+
+def show_table(columns: list[str], rows: list[list]) -> None:
+    """Print a table under the lines of `say`; all columns but the first are numbers."""
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.table import Table
+
+    table = Table(box=None, header_style="dim", padding=(0, 0, 0, 2), pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="left" if column == columns[0] else "right")
+    for name, *values in rows:
+        table.add_row(name, *(f"{value:,.0f}" for value in values))
+    # Piped, the width would be taken for 80 whatever the reader has.
+    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(Padding(table, (0, 0, 0, 9), expand=False))
+
+
+def show_data(audit: dict) -> None:
+    """Print what the rows are and what they call."""
+    rows, counts = audit["rows"], list(audit["calls_per_tool"].items())
+    formats = ", ".join(f"{count:,} {name}" for name, count in audit["formats"].items())
+    say("rows", f"{rows['valid']:,} valid ({formats}), {rows['with_problems']:,} with problems; "
+                f"{rows['training']:,} for training, {rows['held_out']:,} held out")
+    say("calls", f"{sum(audit['calls_per_tool'].values()):,} in {audit['turns']:,} trained turns; "
+                 f"{audit['no_call_share']:.1%} of the rows without a call, {audit['parallel_share']:.1%} with "
+                 f"parallel calls; {audit['tools']['distinct']:,} tools in {audit['tools']['lists']:,} "
+                 f"list{'s' * (audit['tools']['lists'] != 1)}")
+    more = f", and {len(counts) - SHOWN_TOOLS} more tools" if len(counts) > SHOWN_TOOLS else ""
+    if counts:
+        say("", ", ".join(f"{name} {count:,}" for name, count in counts[:SHOWN_TOOLS]) + more)
+    if never := audit["never_called"]:
+        more = f", and {len(never) - SHOWN_TOOLS} more" if len(never) > SHOWN_TOOLS else ""
+        say("", f"never called: {', '.join(never[:SHOWN_TOOLS])}{more}")
+
+
+def show_sizes(audit: dict) -> None:
+    """Print how long the rows are, and which are too long."""
+    if audit["unit"] != "tokens":
+        say("sizes", f"characters instead of tokens: {audit['tokenizer_missing']}")
+    if audit["sizes"]:
+        say("sizes", f"{audit['unit']} of a trained turn")
+        show_table(["", *audit["sizes"]["all"]], [[name, *sizes.values()] for name, sizes in audit["sizes"].items()])
+    if length := audit["length"]:
+        long = length["too_long"]
+        named = ", ".join(f"{where} ({size:,})" for where, size in long[:SHOWN_PAIRS])
+        more = ", ..." if len(long) > SHOWN_PAIRS else ""
+        say("length", f"{len(long):,} rows over --max_seq_length {length['max_seq_length']:,}"
+                      f"{': ' * bool(named)}{named}{more}; the smallest that loses nothing is {length['smallest']:,}")
+
+
+def show_repeats(audit: dict) -> None:
+    """Print how many rows repeat or contradict others, and the first of them."""
+    names = {"duplicates": "exact duplicates", "conflicts": "equal requests with different answers",
+             "held_out_in_training": "held-out rows that also occur in training"}
+    repeats = audit["repeats"]
+    say("repeats", ", ".join(f"{repeats[key]['count']:,} {name}" for key, name in names.items()))
+    for key, name in names.items():
+        for where, other in repeats[key]["rows"][:SHOWN_PAIRS]:
+            say("", f"{name}: {where} and {other}")
+
+
+def show_run(audit: dict) -> None:
+    """Print what a run would compute, hold and write."""
+    epoch, plan, unit = audit["epoch"], audit["plan"], audit["unit"]
+    say("epoch", f"{epoch['padded']:,} {unit} in padded batches, {epoch['packed']:,} packed, "
+                 f"{epoch['shared_prefix']:,} with shared prefix ({epoch['padded'] / epoch['shared_prefix']:.1f} times "
+                 "fewer than padded)")
+    name, sizes = "stream" if plan["share_prefix"] else "padded batch", plan["stream_sizes"]
+    span = f"{sizes['max']:,}" if sizes["min"] == sizes["max"] else f"{sizes['min']:,} to {sizes['max']:,}"
+    plural = "" if plan["streams_per_step"] == 1 else "s" if plan["share_prefix"] else "es"
+    say("plan", f"{plan['steps']:,} steps, {plan['steps_per_epoch']:,} an epoch, of {plan['rows_per_step']:,} rows in "
+                f"{plan['streams_per_step']:,} {name}{plural} of {span} {unit}")
+    saved = f"{len(plan['checkpoints']):,} checkpoint{'s' * (len(plan['checkpoints']) > 1)}"
+    if "memory_gib" in audit:
+        memory, disk = audit["memory_gib"], audit["disk_gb"]
+        say("memory", f"about {memory['total']:.2f} GiB of GPU memory (an estimate): base {memory['base']:.2f}, "
+                      f"adapter and optimizer {memory['adapter']:.2f}, longest {name} {memory['longest_stream']:.2f}")
+        say("disk", f"{disk['merged_model']:.2f} GB for the merged model, {disk['checkpoints']:.2f} GB for "
+                    f"{saved}; {disk['free']:,.1f} GB free")
+    else:
+        say("memory", "not estimated, nor disk: that takes tokenizer and config.json of the model")
+    written, replaced = audit["files"]["written"], audit["files"]["replaced"]
+    paths = [path for path in written if "checkpoint-" not in Path(path).name]
+    say("writes", f"{', '.join(paths)}, {saved}")
+    if replaced:
+        say("", f"instead of: {', '.join(replaced[:SHOWN_PAIRS])}{', ...' if len(replaced) > SHOWN_PAIRS else ''}")
+
+
+def show_audit(audit: dict) -> None:
+    """Print the audit; its warnings go to stderr."""
+    show_data(audit)
+    show_sizes(audit)
+    show_repeats(audit)
+    if "plan" in audit:
+        show_run(audit)
+    show_warnings(audit["warnings"])
+
+
+def write_audit(args: argparse.Namespace, audit: dict) -> Path:
+    """Write audit.json into the output folder and return its path; the run.yaml of an earlier run stays."""
+    if not (Path(args.output_dir) / "run.yaml").exists():
+        write_run(args, args.output_dir)
+    path = Path(args.output_dir) / "audit.json"
+    path.write_text(json.dumps(audit, indent=1, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # The run, one stage after the other
 # ---------------------------------------------------------------------------------------------------------------
-def read_examples(args: argparse.Namespace, paths: list[str]) -> tuple[list[Example], int]:
-    """Return (valid examples of the files, rows skipped); problems end the run or are skipped, as --on_invalid says."""
-    start = time.perf_counter()
+def check_rows(args: argparse.Namespace, paths: list[str]) -> tuple[list[Example], list[tuple[str, str]], int]:
+    """Return (valid examples of the files, (where, problem) pairs, number of rows); no valid row is a UserError."""
     examples, problems, total, changes = to_examples(read_rows(paths, args.max_samples), args.tools_path, args.format)
-    report_problems(problems, args.on_invalid, total)
     if not examples:
+        report_problems(problems, args.on_invalid, total)
         raise UserError(f"{' '.join(paths)}: no valid row is left")
-    calls = sum(bool(message.get("tool_calls")) for example in examples for message in example.messages)
-    say("read", f"{len(examples):,} valid rows, {calls:,} turns that call, from {' '.join(paths)} "
-                f"({time.perf_counter() - start:.1f} s)")
     if changes:
         shown = ", ".join(f"{change} {count:,}" for change, count in changes.most_common(SHOWN_CHANGES))
         more = f", and {len(changes) - SHOWN_CHANGES} more" if len(changes) > SHOWN_CHANGES else ""
         say("read", f"tools normalised: {shown.replace('->', '→')}{more}")
+    return examples, problems, total
+
+
+def read_examples(args: argparse.Namespace, paths: list[str]) -> tuple[list[Example], int]:
+    """Return (valid examples of the files, rows skipped); problems end the run or are skipped, as --on_invalid says."""
+    start = time.perf_counter()
+    examples, problems, total = check_rows(args, paths)
+    report_problems(problems, args.on_invalid, total)
+    calls = sum(bool(message.get("tool_calls")) for example in examples for message in example.messages)
+    say("read", f"{len(examples):,} valid rows, {calls:,} turns that call, from {' '.join(paths)} "
+                f"({time.perf_counter() - start:.1f} s)")
     return examples, total - len(examples)
 
 
@@ -3010,6 +3442,23 @@ def write_converted(args: argparse.Namespace) -> None:
     say("write", f"{len(examples):,} rows: {path}")
 
 
+def to_sides(args: argparse.Namespace, examples: list[Example], held_out: list[Example],
+             groups: list[list[Sequence]]) -> list[list[Sequence]]:
+    """Return the training and held-out sequences of rendered examples, split here if none are held out yet."""
+    sequences = {id(example): group for example, group in zip([*examples, *held_out], groups) if group}
+    sides = [[example for example in side if id(example) in sequences] for side in (examples, held_out)]
+    if not held_out:
+        sides = split_examples(sides[0], args.train_test_split)
+    return [[sequence for example in side for sequence in sequences[id(example)]] for side in sides]
+
+
+def refuse_nothing(args: argparse.Namespace, train: list[Sequence]) -> None:
+    """Refuse a run without a training row."""
+    if not train:
+        paths = " ".join(args.dataset_path)
+        raise UserError(f"{paths}: no row is left to train on; lower --train_test_split or add rows")
+
+
 def render_all(args: argparse.Namespace, tokenizer, examples: list[Example],
                held_out: list[Example] = []) -> tuple[list[Sequence], list[Sequence]]:
     """Return the training and held-out sequences of the valid examples, split here if none are held out yet."""
@@ -3017,13 +3466,8 @@ def render_all(args: argparse.Namespace, tokenizer, examples: list[Example],
     both = [*examples, *held_out]
     groups, problems = render_examples(tokenizer, both, args.max_seq_length)
     report_problems(problems, args.on_invalid, len(both))
-    sequences = {id(example): group for example, group in zip(both, groups) if group}
-    sides = [[example for example in side if id(example) in sequences] for side in (examples, held_out)]
-    if not held_out:
-        sides = split_examples(sides[0], args.train_test_split)
-    train, test = ([sequence for example in side for sequence in sequences[id(example)]] for side in sides)
-    if not train:
-        raise UserError(f"{' '.join(args.dataset_path)}: no row is left to train on; lower --train_test_split or add rows")
+    train, test = to_sides(args, examples, held_out, groups)
+    refuse_nothing(args, train)
     tokens = [len(sequence.input_ids) for sequence in train]
     say("render", f"{len(train):,} training and {len(test):,} held-out sequences of {sum(tokens) // len(tokens):,} "
                   f"tokens on average, {max(tokens):,} at most ({time.perf_counter() - start:.1f} s)")
@@ -3086,6 +3530,39 @@ def count_padded(args: argparse.Namespace, train: list[Sequence], plan: Plan, fa
     return total
 
 
+def dry_run(args: argparse.Namespace) -> None:
+    """Print and write what a run would do, without a GPU and without weights; problems of rows are reported last."""
+    start = time.perf_counter()
+    examples, problems, total = check_rows(args, args.dataset_path)
+    held_out, more, more_total = check_rows(args, args.eval_dataset_path) if args.eval_dataset_path else ([], [], 0)
+    both, total = [*examples, *held_out], total + more_total
+    shown = find_shown(args, both)
+    quiet_libraries()
+    tokenizer, missing = find_tokenizer(args.model_id)
+    limit = sys.maxsize if missing else args.max_seq_length  # a limit in tokens says nothing about characters
+    groups, unrendered = render_examples(tokenizer, both, sys.maxsize)
+    kept, lengths = audit_lengths(both, groups, limit)
+    too_long = [(where, describe_length(size, limit)) for where, size in lengths["too_long"]]
+    problems = [*problems, *more, *unrendered, *too_long]
+    sides = to_sides(args, examples, held_out, kept)
+
+    audit = audit_data(both, problems, total, sides) | {
+        "unit": "characters" if missing else "tokens", "tokenizer_missing": missing, "turns": sum(map(len, groups)),
+        "sizes": audit_sizes(tokenizer, both, groups), "length": {} if missing else lengths,
+        "repeats": audit_repeats(examples, held_out), "warnings": find_warnings(examples, held_out)}
+    if sides[0]:
+        limited = argparse.Namespace(**{**vars(args), "max_seq_length": limit})
+        audit |= audit_run(limited, sides[0], None if missing else find_config(args.model_id))
+    show_audit(audit)
+    if shown and missing:
+        show_warnings(["--show_row: without the tokenizer a row cannot be shown as the model sees it"])
+    elif shown:
+        show_rows(tokenizer, [turn for group in groups for turn in group], shown)
+    say("audit", f"{write_audit(args, audit)} ({time.perf_counter() - start:.1f} s)")
+    report_problems(problems, args.on_invalid, total)
+    refuse_nothing(args, sides[0])
+
+
 def evaluate_only(args: argparse.Namespace) -> None:
     """Score a model or an adapter on --eval_dataset_path, or on the held-out rows of --dataset_path; train nothing."""
     examples, skipped = read_examples(args, args.eval_dataset_path or args.dataset_path)
@@ -3133,9 +3610,13 @@ def main(argv: list[str] | None = None) -> None:
         return evaluate_only(args)
     check_folder(args.final_model_dir, "--final_model_dir")
     checkpoint = find_checkpoint(args)
+    if args.dry_run:
+        return dry_run(args)
     examples, skipped = read_examples(args, args.dataset_path)
     held_out, more_skipped = read_examples(args, args.eval_dataset_path) if args.eval_dataset_path else ([], 0)
     rows = len(examples) + len(held_out) + skipped + more_skipped
+    shown = find_shown(args, [*examples, *held_out])
+    show_warnings(find_warnings(examples, held_out))
 
     engine = start_engine(args)
     check_report_to(args.report_to)
@@ -3145,8 +3626,7 @@ def main(argv: list[str] | None = None) -> None:
     check_disk(args, config)
     tokenizer = load_tokenizer(args.model_id)
     train, held_out = render_all(args, tokenizer, examples, held_out)
-    for sequence in train[:2]:
-        show_row(tokenizer, sequence)
+    show_rows(tokenizer, [*train, *held_out] if shown else train, shown)
     plan = plan_streams(train, args, engine)
     show_plan(train, args, plan)
 

@@ -1,0 +1,340 @@
+"""--dry_run and --show_row: the audit of hand-made files, through the real command line."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+from conftest import ALARM, ROOT, TINY, WEATHER, native, run_script, write_jsonl
+
+import train_qwen3_tool_calling as script
+
+TIMER = {"type": "function", "function": {"name": "set_timer", "parameters": {"type": "object", "properties": {}}}}
+ROME = ("get_weather", {"city": "Rome"})
+ROWS = [native("rain in Rome?", ROME),
+        native("wake me at 7", ("set_alarm", {"time": "07:00"})),
+        native("rain in Rome?", ROME),  # the first again
+        native("rain in Rome?", ("get_weather", {"city": "Rome", "days": 2})),  # and with another answer
+        native("Rome and Oslo?", ROME, ("get_weather", {"city": "Oslo"})),
+        native("hello", content="Hello!")]
+NO_REFUSAL = "warning: no row without a call: a model so trained forgets to refuse\n"
+
+
+def audit(folder, *flags, rows=ROWS, tools=(WEATHER, ALARM, TIMER), **environment):
+    """Return (audit or None, result) of a dry run on these rows, all of them for training."""
+    (folder / "tools.json").write_text(json.dumps(tools))
+    path = write_jsonl(folder / "rows.jsonl", rows)
+    result = run_script("--dry_run", "--dataset_path", path, "--tools_path", folder / "tools.json", "--model_id", TINY,
+                        "--output_dir", folder / "out", "--final_model_dir", folder / "final", "--train_test_split", 0,
+                        *flags, **environment)
+    assert "Traceback" not in result.stderr
+    written = folder / "out" / "audit.json"
+    return json.loads(written.read_text()) if written.exists() else None, result
+
+
+@pytest.fixture(scope="module")
+def dry(tmp_path_factory):
+    """The audit of ROWS: (folder, audit, result)."""
+    folder = tmp_path_factory.mktemp("dry")
+    return folder, *audit(folder)
+
+
+def spread(values):
+    return {"mean": round(float(np.mean(values)), 1),
+            **{f"p{share}": round(float(np.percentile(values, share)), 1) for share in (50, 90, 95, 99)},
+            "max": max(values)}
+
+
+def line(result, stage):
+    return next(line for line in result.stdout.splitlines() if line.startswith(f"{stage:<9}"))
+
+
+def test_rows_tools_and_calls_are_counted(dry):
+    folder, found, result = dry
+    assert result.returncode == 0, result.stderr
+    assert found["rows"] == {"total": 6, "valid": 6, "with_problems": 0, "training": 6, "held_out": 0}
+    assert found["formats"] == {"native": 6} and found["tools"] == {"distinct": 3, "lists": 1}
+    assert found["calls_per_tool"] == {"get_weather": 5, "set_alarm": 1} and found["never_called"] == ["set_timer"]
+    assert (found["no_call_share"], found["parallel_share"], found["turns"]) == (1 / 6, 1 / 6, 6)
+    assert found["problems"] == {"count": 0, "rows": []} and found["warnings"] == [] and result.stderr == ""
+    assert result.stdout.startswith(
+        "rows     6 valid (6 native), 0 with problems; 6 for training, 0 held out\n"
+        "calls    6 in 6 trained turns; 16.7% of the rows without a call, 16.7% with parallel calls; 3 tools in 1 list\n"
+        "         get_weather 5, set_alarm 1\n"
+        "         never called: set_timer\n")
+
+
+def test_equal_and_contradicting_rows_are_named(dry):
+    folder, found, result = dry
+    one, three, four = (f"{folder}/rows.jsonl:{number}" for number in (1, 3, 4))
+    assert found["repeats"] == {"duplicates": {"count": 1, "rows": [[one, three]]},
+                                "conflicts": {"count": 1, "rows": [[one, four]]},
+                                "held_out_in_training": {"count": 0, "rows": []}}
+    assert ("repeats  1 exact duplicates, 1 equal requests with different answers, 0 held-out rows that also occur in "
+            f"training\n         exact duplicates: {one} and {three}\n"
+            f"         equal requests with different answers: {one} and {four}\n") in result.stdout
+
+
+def render(tokenizer, row, tools):
+    """Return (prompt tokens, answer tokens) of a native row, without the script's own functions."""
+    output = row["output"]
+    calls = output.get("function_calls") or ([output["function_call"]] if "function_call" in output else [])
+    messages = [{"role": "user", "content": row["input"]}, {
+        "role": "assistant", "content": output.get("content", ""),
+        "tool_calls": [{"type": "function", "function": call} for call in calls]}]
+    prompt = tokenizer.apply_chat_template(messages[:1], tools=tools, tokenize=False, add_generation_prompt=True,
+                                           enable_thinking=False)
+    whole = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
+    return len(tokenizer.tokenize(prompt)), len(tokenizer.tokenize(whole.removeprefix(prompt).rstrip("\n")))
+
+
+def test_tokens_are_counted_part_by_part(dry, tokenizer):
+    _, found, result = dry
+    tools = [WEATHER, ALARM, TIMER]
+    sizes = [render(tokenizer, row, tools) for row in ROWS]
+    bare = [render(tokenizer, row, None)[0] for row in ROWS]
+    assert found["unit"] == "tokens" and found["sizes"] == {
+        "tools": spread([prompt - short for (prompt, _), short in zip(sizes, bare)]), "prompt": spread(bare),
+        "answer": spread([answer for _, answer in sizes]), "all": spread([sum(size) for size in sizes])}
+    longest = max(map(sum, sizes))
+    assert found["length"] == {"max_seq_length": 2048, "smallest": longest, "too_long": []}
+    assert line(result, "length") == (f"length   0 rows over --max_seq_length 2,048; the smallest that loses nothing is "
+                                      f"{longest}")
+    assert [text.split()[0] for text in result.stdout.splitlines()[5:10]] == ["mean", "tools", "prompt", "answer", "all"]
+    assert found["epoch"]["packed"] == sum(map(sum, sizes))
+
+
+def test_the_plan_is_the_runs(dry):
+    folder, found, result = dry
+    plan = found["plan"]
+    assert (plan["rows_per_step"], plan["streams_per_step"], plan["steps_per_epoch"], plan["steps"]) == (8, 1, 1, 3)
+    assert plan["checkpoints"] == [1, 2, 3] and plan["share_prefix"] is True
+    shared = found["epoch"]["shared_prefix"]
+    assert shared < found["epoch"]["packed"] < found["epoch"]["padded"]
+    filled = -(-shared // 128) * 128  # one stream of all rows, filled up to the kernel's 128
+    assert plan["stream_sizes"] == {"min": filled, "mean": filled, "max": filled}
+    assert line(result, "plan") == f"plan     3 steps, 1 an epoch, of 8 rows in 1 stream of {filled:,} tokens"
+    out, final = folder / "out", folder / "final"
+    assert found["files"] == {"replaced": [], "written": [str(path) for path in (
+        out / "run.yaml", out / "checkpoint-1", out / "checkpoint-2", out / "checkpoint-3", out / "adapter",
+        out / "report.json", out / "report.html", final)]}
+
+
+def test_batches_are_counted_as_the_run_orders_them():
+    """Rows of 5, 6, 7 tokens that share 3 of them, two in a stream; the prompt's last token is never shared."""
+    rows = [script.Sequence(f"x:{n}", [1, 2, 3, 10 + n, *range(20, 20 + n), 9], 4 + n - 1) for n in range(3)]
+    rows = [row._replace(prompt_length=4) for row in rows]
+    args = script.parse_args(["--batch_size", "2", "--gradient_accumulation_steps", "1", "--num_epochs", "2"])
+    plan = script.Plan(2, 1, [[[0], [1], [2]]], lengths=(8, 16))
+    assert script.measure_batches(rows, plan, [0, 1, 2]) == [8, 8]  # 5 + 6 - 3 = 8; 7 is filled up to 8
+    assert script.measure_batches(rows, plan._replace(share_prefix=False), [0, 1, 2]) == [12, 7]
+    first, second, third = (rows[i] for i in script.order_rows(plan, args.seed, 0))
+    padded = 2 * max(len(first.input_ids), len(second.input_ids)) + len(third.input_ids)
+    assert script.audit_epoch(rows, args, plan) == {"padded": padded, "packed": 18, "shared_prefix": 15}
+    facts = script.audit_plan(rows, args, plan)
+    assert facts["steps_per_epoch"] == 2 and facts["steps"] == 4 and facts["checkpoints"] == [2, 4]
+    args.max_steps, args.save_steps = 3, 2
+    assert script.audit_plan(rows, args, plan)["checkpoints"] == [2, 3]
+
+
+def test_only_the_audit_and_the_marker_are_written(dry):
+    folder, _, result = dry
+    assert sorted(path.name for path in folder.rglob("*")) == ["audit.json", "out", "rows.jsonl", "run.yaml", "tools.json"]
+    assert yaml.safe_load((folder / "out" / "run.yaml").read_text())["max_seq_length"] == 2048
+    assert line(result, "audit").startswith(f"audit    {folder}/out/audit.json (")
+    assert result.stdout.splitlines()[-1] == line(result, "audit")
+
+
+def test_an_earlier_run_is_left_as_it_is(tmp_path):
+    checkpoint = tmp_path / "out" / "checkpoint-5"
+    checkpoint.mkdir(parents=True)
+    kept = {"run.yaml": script.WRITTEN_BY + "seed: 1\n", "report.json": "{}", "checkpoint-5/trainer_state.json": "{}"}
+    for name, text in kept.items():
+        (tmp_path / "out" / name).write_text(text)
+    found, result = audit(tmp_path)
+    assert result.returncode == 0 and {name: (tmp_path / "out" / name).read_text() for name in kept} == kept
+    assert found["files"]["replaced"] == [str(checkpoint), str(tmp_path / "out" / "report.json")]
+    assert f"         instead of: {checkpoint}, {tmp_path / 'out' / 'report.json'}\n" in result.stdout
+
+
+def test_a_foreign_folder_is_refused(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("mine")
+    found, result = audit(tmp_path)
+    assert result.returncode == 1 and found is None and result.stdout == ""
+    assert result.stderr == (f"error: --output_dir {tmp_path}/out: holds files that this script did not write; choose "
+                             "another folder or empty it\n")
+
+
+def test_problems_are_listed_and_the_other_rows_audited(tmp_path):
+    bad = [native(f"alarm {n}", ("set_alarm", {})) for n in range(25)]
+    found, result = audit(tmp_path, rows=ROWS + bad)
+    assert result.returncode == 1
+    missing = 'call 1 "set_alarm": arguments.time is missing'
+    assert result.stderr.splitlines() == [
+        *(f"error: {tmp_path}/rows.jsonl:{n}: {missing}" for n in range(7, 27)),
+        "error: 25 problems in 25 of 31 rows, the first 20 above; mend them, or leave them out with --on_invalid skip"]
+    assert found["rows"] == {"total": 31, "valid": 6, "with_problems": 25, "training": 6, "held_out": 0}
+    assert found["problems"]["count"] == 25 and found["problems"]["rows"][24] == [f"{tmp_path}/rows.jsonl:31", missing]
+    assert found["calls_per_tool"] == {"get_weather": 5, "set_alarm": 1}
+
+    _, result = audit(tmp_path, "--on_invalid", "skip", rows=ROWS + bad)
+    assert result.returncode == 0
+    assert result.stderr.splitlines() == [f"skipped: {tmp_path}/rows.jsonl:{n}: {missing}" for n in range(7, 32)]
+
+
+def test_without_a_valid_row_there_is_no_audit(tmp_path):
+    found, result = audit(tmp_path, rows=[native("alarm", ("set_alarm", {}))])
+    assert result.returncode == 1 and found is None and not (tmp_path / "out").exists()
+    assert result.stderr.splitlines()[-1].startswith("error: 1 problems in 1 of 1 rows;")
+
+
+def test_rows_that_are_too_long_are_named(tmp_path, dry):
+    smallest = dry[1]["length"]["smallest"]
+    found, result = audit(tmp_path, "--max_seq_length", smallest - 1)
+    where = f"{tmp_path}/rows.jsonl:5"  # the parallel calls
+    assert found["length"] == {"max_seq_length": smallest - 1, "smallest": smallest, "too_long": [[where, smallest]]}
+    assert found["rows"]["training"] == 5 and found["rows"]["with_problems"] == 1
+    assert line(result, "length") == (f"length   1 rows over --max_seq_length {smallest - 1}: {where} ({smallest}); "
+                                      f"the smallest that loses nothing is {smallest}")
+    assert result.returncode == 1 and result.stderr.splitlines()[0] == (
+        f"error: {where}: {smallest} tokens; --max_seq_length is {smallest - 1} and no answer is ever cut")
+
+    found, result = audit(tmp_path, "--max_seq_length", 9, "--on_invalid", "skip")  # none is left
+    assert result.returncode == 1 and "plan" not in found and len(found["length"]["too_long"]) == 6
+    assert result.stderr.splitlines()[-1] == (f"error: {tmp_path}/rows.jsonl: no row is left to train on; lower "
+                                              "--train_test_split or add rows")
+
+
+def test_a_model_never_shown_a_refusal_is_warned_of(tmp_path):
+    found, result = audit(tmp_path, rows=ROWS[:5])
+    assert result.returncode == 0 and result.stderr == NO_REFUSAL and found["no_call_share"] == 0
+    assert script.find_warnings([script.Example("x:1", [{"role": "assistant", "content": "a"}], [])], []) == []
+
+
+def test_held_out_rows_that_are_trained_on_are_named(tmp_path):
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", [native("wake me at 8", ("set_alarm", {"time": "08:00"})),
+                                                         native("wake me at 7", ("set_alarm", {"time": "19:00"}))])
+    found, result = audit(tmp_path, "--eval_dataset_path", held_out)
+    pair = [f"{held_out}:2", f"{tmp_path}/rows.jsonl:2"]
+    assert found["repeats"]["held_out_in_training"] == {"count": 1, "rows": [pair]}
+    assert found["rows"] == {"total": 8, "valid": 8, "with_problems": 0, "training": 6, "held_out": 2}
+    assert result.returncode == 0 and result.stderr == (
+        f"warning: 1 of 2 held-out rows also occur in training ({pair[0]} is {pair[1]}): their score says nothing about "
+        "new requests\n")
+
+
+def test_without_a_tokenizer_characters_are_counted(tmp_path):
+    rows = [native("rain in Rome?", ROME), native("hello", content="Hello!")]
+    found, result = audit(tmp_path, "--model_id", "nobody/nothing", "--max_seq_length", 9, "--show_row", 1, rows=rows)
+    assert result.returncode == 0 and found["unit"] == "characters" and found["length"] == {}
+    assert "\nsizes    characters instead of tokens: --model_id nobody/nothing: its tokenizer cannot be loaded: " in result.stdout
+    tools = sum(len(json.dumps(tool)) + 1 for tool in (WEATHER, ALARM, TIMER)) + len("<tools>\n</tools>\n")
+    prompts = [len(f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n") for text in ("rain in Rome?", "hello")]
+    call = '\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n</tool_call><|im_end|>'
+    answers = [len(call), len("Hello!<|im_end|>")]
+    assert found["sizes"] == {"tools": spread([tools, tools]), "prompt": spread(prompts), "answer": spread(answers),
+                              "all": spread([tools + prompt + answer for prompt, answer in zip(prompts, answers)])}
+    assert found["epoch"]["packed"] == 2 * tools + sum(prompts) + sum(answers) and found["plan"]["steps"] == 3
+    assert "memory_gib" not in found and "disk_gb" not in found
+    assert line(result, "memory") == "memory   not estimated, nor disk: that takes tokenizer and config.json of the model"
+    assert result.stderr == "warning: --show_row: without the tokenizer a row cannot be shown as the model sees it\n"
+    assert yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())["max_seq_length"] == 9
+
+
+def test_no_weights_are_needed_and_a_config_only_for_memory(tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json"):
+        shutil.copy(TINY / name, bare)
+    found, result = audit(tmp_path, "--model_id", bare)
+    assert result.returncode == 0 and found["unit"] == "tokens" and result.stderr == ""
+    assert found["disk_gb"]["merged_model"] == 0.02  # 11.5 million weights of 2 bytes
+    (bare / "config.json").unlink()
+    found, result = audit(tmp_path, "--model_id", bare)
+    assert result.returncode == 0 and found["unit"] == "tokens" and "memory_gib" not in found
+
+
+def test_torch_waits_for_the_rows(tmp_path, tools_path):
+    """A broken file must be reported in a moment, by a dry run too."""
+    path = write_jsonl(tmp_path / "rows.jsonl", [native("alarm", ("set_alarm", {}))])
+    code = ("import sys, train_qwen3_tool_calling as script\n"
+            f"try: script.main(['--dry_run', '--dataset_path', {path!r}, '--tools_path', {tools_path!r}])\n"
+            "except script.UserError: print({'torch', 'transformers'} & set(sys.modules))")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path,
+                            env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60)
+    assert result.stdout == "set()\n", result.stderr
+
+
+CHAT = {"messages": [{"role": "user", "content": "rain in Rome?"},
+                     {"role": "assistant", "tool_calls": [{"type": "function", "function": {
+                         "name": "get_weather", "arguments": {"city": "Rome"}}}]},
+                     {"role": "tool", "content": "sun"}, {"role": "assistant", "content": "No, sun."}], "tools": []}
+
+
+def test_show_row_prints_every_trained_turn_whole(tmp_path, tokenizer):
+    row = {**CHAT, "tools": [WEATHER]}
+    _, result = audit(tmp_path, "--show_row", 2, rows=[ROWS[5], row])
+    assert result.returncode == 0, result.stderr
+    call = row["messages"][1]["tool_calls"][0]["function"]
+    answers = [f"<tool_call>\n{json.dumps(call)}\n</tool_call><|im_end|>", "No, sun.<|im_end|>"]
+    expected = ""
+    for turn, answer in zip((1, 3), answers):
+        messages = [{"content": "", **message} for message in row["messages"][:turn]]
+        prompt = tokenizer.apply_chat_template(messages, tools=[WEATHER], tokenize=False, add_generation_prompt=True,
+                                               enable_thinking=False)
+        expected += (f"\n{tmp_path}/rows.jsonl:2  ({len(tokenizer.tokenize(prompt))} prompt tokens, "
+                     f"{len(tokenizer.tokenize(answer))} supervised)\n{prompt}▶{answer}◀\n")
+    assert expected in result.stdout and result.stdout.count("▶") == 2
+    assert result.stdout.split(expected)[1].startswith("audit    ")
+
+
+def test_show_row_beyond_the_end_is_one_line(tmp_path):
+    found, result = audit(tmp_path, "--show_row", 7)
+    assert result.returncode == 1 and found is None and result.stdout == ""
+    assert result.stderr == "error: --show_row 7: no such row; expected 1 to 6, the valid rows\n"
+
+
+def test_a_run_shows_the_chosen_row_and_not_the_first_two(tokenizer, capsys):
+    rows = [script.Sequence(f"x:{n}", tokenizer(f"question {n} answer {n}")["input_ids"], 2) for n in (1, 2, 3)]
+    script.show_rows(tokenizer, rows, None)
+    assert [text for text in capsys.readouterr().out.splitlines() if text.startswith("x:")] == [
+        f"x:{n}  (2 prompt tokens, {len(rows[n - 1].input_ids) - 2} supervised)" for n in (1, 2)]
+    script.show_rows(tokenizer, rows, "x:3")
+    shown = capsys.readouterr().out
+    assert shown.count("supervised") == 1 and shown.startswith("\nx:3  (")
+    script.show_rows(tokenizer, rows, "x:4")
+    assert capsys.readouterr() == ("", "warning: --show_row: x:4 is left out; expected a row without a problem\n")
+
+
+@pytest.mark.parametrize("flags", [["--dry_run"], ["--show_row", "1"]])
+def test_eval_only_has_nothing_to_audit(flags):
+    result = run_script("--eval_only", "x", *flags)
+    assert result.returncode == 2 and "--eval_only trains nothing: leave out --dry_run and --show_row" in result.stderr
+
+
+PADDED = ["--no-share_prefix"]
+MEASURED = [  # flags, tokens of the longest micro-batch, GiB reserved at peak while training Qwen3-0.6B with Unsloth
+    ([], 1790, 1.05), ([], 8950, 1.76), (["--no-load_in_4bit", "--gradient_checkpointing", "off"], 8950, 10.65),
+    (PADDED, 2 * 1120, 0.89), (PADDED, 16 * 1151, 2.18), (PADDED, 32 * 1175, 3.70), (PADDED, 64 * 1196, 6.73)]
+
+
+@pytest.mark.parametrize("flags, tokens, measured", MEASURED)
+def test_memory_is_estimated_as_it_was_measured(flags, tokens, measured):
+    from transformers import Qwen3Config
+
+    config = Qwen3Config(hidden_size=1024, num_hidden_layers=28, intermediate_size=3072, num_attention_heads=16,
+                         num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=True)
+    parameters = script.count_parameters(config, rank=16)
+    assert parameters == {"linear": 440_401_920, "other": 155_648_000, "adapter": 10_092_544}
+    args = script.parse_args(flags)
+    found = script.estimate_memory(args, config, parameters, tokens, script.Plan(8, 1, [], (), args.share_prefix))
+    assert found["total"] == pytest.approx(measured, rel=0.05)
+    assert found["base"] == (1.11 if "--no-load_in_4bit" in flags else 0.51) and found["adapter"] == 0.09
+    args.optim = "adamw_torch"  # 8 bytes of moments instead of 2
+    assert script.estimate_memory(args, config, parameters, tokens, script.Plan(8, 1, [], (), args.share_prefix))[
+        "adapter"] == 0.15
