@@ -342,7 +342,7 @@ def test_changes_are_counted_once_per_list_of_tools_and_shown(tmp_path, capsys):
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     args = script.parse_args(["--dataset_path", path])
     assert len(script.read_examples(args, args.dataset_path)[0]) == 3
-    assert capsys.readouterr().out.splitlines()[-1] == (
+    assert capsys.readouterr().out.splitlines()[0] == (
         "read     tools normalised: type STRING → string 2, type function added 1, type OBJECT → object 1, "
         "type INTEGER → integer 1")
 
