@@ -66,6 +66,9 @@ RECORDED_BYTES = 2**30  # a stream whose layers' inputs take more than this is n
 READ_BACK_ROWS = 64  # held-out rows on which the losses of merged model and adapter are compared
 MERGE_SLACK = 0.02  # nats per token, and share of the rows, by which the merged model may be worse than the adapter
 SHOWN_PROBLEMS = 20
+NAMED_ROWS = 8  # so many rows of a step that failed are named
+CLEAR_RISE = 0.02  # nats by which, beside a tenth, the held-out loss must rise to be pointed out
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")  # their values are written nowhere
 SHOWN_CHANGES = 8  # kinds of change to tools that the line after reading names
 FORMAT_NAMES = ("native", "swift", "mobile-actions", "openai", "hermes", "toolace", "sharegpt-tools", "sharegpt",
                 "xlam", "glaive", "alpaca")  # see FORMATS in section 3
@@ -95,9 +98,22 @@ class Sequence(NamedTuple):
     tools: list[dict] = []
 
 
+def hide_secrets(text: str) -> str:
+    """Return a text without the secrets of the environment and without the passwords in addresses."""
+    for name in SECRETS:
+        if len(os.environ.get(name, "")) >= 8:  # shorter ones may be parts of words
+            text = text.replace(os.environ[name], f"${name}")
+    return re.sub(r"(?<=://)[^/\s@\"'\\]+@", "", text)
+
+
 def say(stage: str, text: str) -> None:
     """Print one line for one stage of the run."""
-    print(f"{stage:<9}{text}", flush=True)
+    print(f"{stage:<9}{hide_secrets(text)}", flush=True)
+
+
+def warn(text: str) -> None:
+    """Print one warning."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -157,6 +173,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                        help="auto: Unsloth on CUDA, Transformers + PEFT elsewhere")
     model.add_argument("--load_in_4bit", action=argparse.BooleanOptionalAction, default=True,
                        help="train on a 4-bit base (QLoRA)")
+    model.add_argument("--trust_remote_code", action="store_true",
+                       help="run the Python code that a model brings along: only if you know who wrote it")
     model.add_argument("--lora_rank", type=count, default=LORA_RANK, metavar="R", help="rank of the adapter")
     model.add_argument("--lora_alpha", type=count, default=LORA_ALPHA, metavar="A", help="scale: alpha / rank")
     model.add_argument("--lora_dropout", type=number(float, 0, 1), default=LORA_DROPOUT, metavar="P",
@@ -1485,7 +1503,7 @@ def show_rows(tokenizer, sequences: list[Sequence], shown: str | None) -> None:
     """Print every trained turn of the row `shown` whole; without it, the first two sequences, shortened."""
     chosen = [sequence for sequence in sequences if sequence.where == shown] if shown else sequences[:2]
     if not chosen:
-        print(f"warning: --show_row: {shown} is left out; expected a row without a problem", file=sys.stderr)
+        warn(f"--show_row: {shown} is left out; expected a row without a problem")
     for sequence in chosen:
         show_row(tokenizer, sequence, whole=shown is not None)
 
@@ -1621,6 +1639,12 @@ def first_rows(train: list[Sequence], args: argparse.Namespace, plan: Plan, coun
     return [train[i] for i in order_rows(plan, args.seed, epoch=0)[:count]]
 
 
+def cut_streams(plan: Plan, args: argparse.Namespace, epoch: int) -> list[list[int]]:
+    """Return the rows of each stream of one epoch."""
+    order = order_rows(plan, args.seed, epoch)
+    return [order[i : i + plan.rows] for i in range(0, len(order), plan.rows)]
+
+
 def plan_streams(sequences: list[Sequence], args: argparse.Namespace, engine: str) -> Plan:
     """Fuse accumulation steps into one stream as far as the flags' memory allows, for every stream of the run.
 
@@ -1633,8 +1657,7 @@ def plan_streams(sequences: list[Sequence], args: argparse.Namespace, engine: st
         if steps % fused == 0:
             plan, sizes = Plan(batch_size * fused, steps // fused, groups), []
             for epoch in range(args.num_epochs):
-                order = order_rows(plan, args.seed, epoch)
-                streams = [order[i : i + plan.rows] for i in range(0, len(order), plan.rows)]
+                streams = cut_streams(plan, args, epoch)
                 sizes += [count_tokens([sequences[i] for i in stream]) for stream in streams]
             if fused == 1 or max(sizes) <= batch_size * args.max_seq_length:
                 return plan._replace(lengths=choose_lengths(sizes)) if engine == "unsloth" else plan
@@ -1654,15 +1677,43 @@ def choose_lengths(sizes: list[int]) -> tuple[int, ...]:
     return tuple(reversed(lengths))
 
 
+def split_rows(rows: list[Sequence], size: int) -> list[list[Sequence]]:
+    """Return rows in parts of at most `size`, sorted so that neighbours share the most."""
+    ordered = [row for row, _ in to_tree(rows)]
+    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+
+
+def divide_plan(plan: Plan, size: int, sequences: list[Sequence], args: argparse.Namespace) -> Plan:
+    """Return the plan by which each of its streams is computed in parts of at most `size` rows.
+
+    The parts have lengths of their own: filled up to those of whole streams they would need as much memory.
+    """
+    if not plan.lengths:
+        return plan._replace(rows=size)
+    sizes = [count_tokens(part) for epoch in range(args.num_epochs) for stream in cut_streams(plan, args, epoch)
+             for part in split_rows([sequences[i] for i in stream], size)]
+    return plan._replace(rows=size, lengths=choose_lengths(sizes))
+
+
 def to_batches(sequences: list[Sequence], plan: Plan) -> list[dict]:
-    """Return sequences for scoring, where order does not matter: sorted, so that neighbours share the most."""
-    ordered = [sequence for sequence, _ in to_tree(sequences)]
-    return [build_batch(ordered[i : i + plan.rows], plan) for i in range(0, len(ordered), plan.rows)]
+    """Return the batches of sequences for scoring, where order does not matter."""
+    return [build_batch(part, plan) for part in split_rows(sequences, plan.rows)]
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # 7  Model: model id -> model with LoRA, by Unsloth or by Transformers + PEFT; only this section knows the engine
 # ---------------------------------------------------------------------------------------------------------------
+def refuse_telemetry() -> None:
+    """Keep the libraries from reporting home: Hugging Face's count their use, Unsloth sends what machine this is.
+
+    They look at these variables when they are imported, so this comes before everything else. A user who wants to be
+    counted sets one to 0; it is removed then, because Unsloth asks only whether its variable is there.
+    """
+    for name in ("UNSLOTH_DISABLE_STATISTICS", "HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY"):
+        if os.environ.setdefault(name, "1") == "0":
+            del os.environ[name]
+
+
 def start_engine(args: argparse.Namespace) -> str:
     """Import the engine and return its name; Unsloth patches trl, transformers and peft, so it must come first."""
     import torch
@@ -1712,15 +1763,18 @@ def check_report_to(name: str) -> None:
         raise UserError(f"--report_to {name}: not installed, or unknown to Transformers; here: {', '.join(known)}")
 
 
-def check_model(model_id: str, flag: str = "--model_id"):
-    """Return the config of a causal language model; whatever is wrong with the id becomes one line that says so."""
+def check_model(model_id: str, flag: str = "--model_id", trust: bool = False):
+    """Return the config of a causal language model; whatever is wrong with the id becomes one line that says so.
+
+    Here as in every load, Python code that comes with a model is run only with `trust`.
+    """
     from transformers import AutoConfig
 
     folder = Path(model_id).expanduser()
     if folder.is_dir() and not list(folder.glob("*.safetensors")):
         raise UserError(f"{flag} {model_id}: the folder holds no *.safetensors; give a folder saved by save_pretrained")
     try:
-        config = AutoConfig.from_pretrained(model_id)
+        config = AutoConfig.from_pretrained(model_id, trust_remote_code=trust)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{flag} {model_id}: {explain_hub_error(str(error), folder)}") from None
     names = config.architectures or []
@@ -1732,6 +1786,8 @@ def check_model(model_id: str, flag: str = "--model_id"):
 def explain_hub_error(message: str, folder: Path) -> str:
     """Return what a user can do about a model that could not be loaded."""
     text = message.lower()
+    if "trust_remote_code" in text:
+        return "brings Python code of its own, which is not run; if you know who wrote it, add --trust_remote_code"
     if folder.is_dir():
         return f"not a model folder: {message.splitlines()[0]}"
     if "gated" in text or "401" in text or "403" in text:
@@ -1741,12 +1797,12 @@ def explain_hub_error(message: str, folder: Path) -> str:
     return "no such folder and no such model on the Hub; check the spelling"
 
 
-def load_tokenizer(model_id: str):
+def load_tokenizer(model_id: str, trust: bool = False):
     """Return the base model's own tokenizer; a base without a chat template is a UserError."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_id)
+        tokenizer = AutoTokenizer.from_pretrained(model_id, trust_remote_code=trust)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--model_id {model_id}: its tokenizer cannot be loaded: {reason}") from None
@@ -1840,8 +1896,11 @@ def attend_in_blocks(module, query, key, value, attention_mask, scaling=None, ke
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
-def load_base(model_id: str, load_in_4bit: bool):
-    """Return a model with plain Transformers, in 4 bits if asked, on the GPU if there is one."""
+def load_base(model_id: str, load_in_4bit: bool, trust: bool = False):
+    """Return a model with plain Transformers, in 4 bits if asked, on the GPU if there is one.
+
+    Here as in every load, weights are read from safetensors alone, because a pickle can run code.
+    """
     import torch
     from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.masking_utils import sdpa_mask
@@ -1853,8 +1912,8 @@ def load_base(model_id: str, load_in_4bit: bool):
     AttentionInterface.register("blocks", attend_in_blocks)
     AttentionMaskInterface.register("blocks", sdpa_mask)
     model = AutoModelForCausalLM.from_pretrained(
-        model_id, dtype=dtype, attn_implementation="blocks", device_map=device,
-        quantization_config=four_bit if load_in_4bit else None)
+        model_id, dtype=dtype, attn_implementation="blocks", device_map=device, use_safetensors=True,
+        trust_remote_code=trust, quantization_config=four_bit if load_in_4bit else None)
     for module in model.modules():
         # On CPU, the first inference makes bitsandbytes repack 4-bit weights for bf16, in training from then on too.
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -1875,7 +1934,8 @@ def load_model(args: argparse.Namespace, engine: str, plan: Plan):
         from unsloth.utils import prefix_grouper_kernel
 
         model, _ = FastLanguageModel.from_pretrained(
-            args.model_id, max_seq_length=args.max_seq_length, load_in_4bit=args.load_in_4bit, dtype=None)
+            args.model_id, max_seq_length=args.max_seq_length, load_in_4bit=args.load_in_4bit, dtype=None,
+            use_safetensors=True, trust_remote_code=args.trust_remote_code)
         model = FastLanguageModel.get_peft_model(
             model, **lora, random_state=args.seed,
             use_gradient_checkpointing="unsloth" if use_checkpointing(args) else False)
@@ -1888,7 +1948,7 @@ def load_model(args: argparse.Namespace, engine: str, plan: Plan):
 
     from peft import LoraConfig, get_peft_model
 
-    model = load_base(args.model_id, args.load_in_4bit)
+    model = load_base(args.model_id, args.load_in_4bit, args.trust_remote_code)
     model.config.use_cache = False
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
 
@@ -1926,14 +1986,18 @@ def read_streams(model, record: bool) -> None:
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
     decoder = model.get_base_model().model
-    eager, graphs, pool = decoder.forward, {}, torch.cuda.graph_pool_handle()
+    eager, pool = decoder.forward, torch.cuda.graph_pool_handle()
+    decoder.graphs = {} if record else None  # see drop_graphs
 
     class Stream(torch.nn.Module):
+        captured = False
+
         def __init__(self, length: int):
             super().__init__()
             self.decoder, self.packed_seq_lengths = decoder, torch.tensor([length])
 
         def forward(self, input_ids, position_ids, subtree_end):
+            self.captured = torch.cuda.is_current_stream_capturing()
             # Given packed_seq_lengths, Unsloth need not wait for the GPU to find them, which a graph cannot.
             return eager(input_ids=input_ids, position_ids=position_ids, packed_seq_lengths=self.packed_seq_lengths,
                          prefix_seg_info=to_prefix_seg_info(subtree_end)).last_hidden_state
@@ -1942,14 +2006,18 @@ def read_streams(model, record: bool) -> None:
         checkpoint = getattr(torch.utils.checkpoint, "_old_checkpoint", torch.utils.checkpoint.checkpoint)
         unsloth_checkpoint = getattr(decoder.layers[0], "_gradient_checkpointing_func", None)
         torch.cuda.empty_cache()
+        stream = Stream(len(tensors[-1]))
         try:
             for layer in decoder.layers:
                 layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
             with torch.autocast("cuda", torch.get_autocast_dtype("cuda"), cache_enabled=False):
                 return torch.cuda.make_graphed_callables(
-                    Stream(len(tensors[-1])), tuple(t.clone() for t in tensors), num_warmup_iters=1, pool=pool)
+                    stream, tuple(t.clone() for t in tensors), num_warmup_iters=1, pool=pool)
         except torch.OutOfMemoryError:
-            raise
+            if not stream.captured:  # in the trial before the recording, after which a smaller stream can be tried
+                raise
+            raise UserError("out of GPU memory while the step was recorded as a CUDA graph; run again with "
+                            "--no-cuda_graphs, slower, or lower --batch_size") from None
         except RuntimeError as error:  # which leaves CUDA's allocator in a state not to be trusted
             raise UserError(f"the step cannot be recorded as a CUDA graph ({str(error).splitlines()[0]}); "
                             "run again with --no-cuda_graphs, slower") from None
@@ -1963,13 +2031,23 @@ def read_streams(model, record: bool) -> None:
         length, tensors = len(subtree_end), (kwargs["input_ids"], kwargs["position_ids"], subtree_end)
         held = 2 * length * decoder.config.hidden_size * len(decoder.layers)
         stream = None
-        if record and held <= RECORDED_BYTES:
-            if length not in graphs and decoder.training and torch.is_grad_enabled():
-                graphs[length] = to_graph(*tensors)
-            stream = graphs.get(length)
+        if decoder.graphs is not None and held <= RECORDED_BYTES:
+            if length not in decoder.graphs and decoder.training and torch.is_grad_enabled():
+                decoder.graphs[length] = to_graph(*tensors)
+            stream = decoder.graphs.get(length)
         return BaseModelOutputWithPast(last_hidden_state=(stream or Stream(length))(*tensors))
 
     decoder.forward = forward
+
+
+def drop_graphs(model) -> None:
+    """Free the recorded CUDA graphs of a model; from then on its streams are launched kernel by kernel.
+
+    Where memory ran out, that of the graphs is needed; and a step of several streams cannot use them (see load_model).
+    """
+    decoder = getattr(model.get_base_model(), "model", None)
+    if getattr(decoder, "graphs", None) is not None:
+        decoder.graphs = None
 
 
 def compute_token_losses(model, batch: dict, engine: str):
@@ -2103,6 +2181,13 @@ def free_gpu() -> None:
         torch.cuda.empty_cache()
 
 
+def make_room(model) -> None:
+    """Free all that a computation that ran out of memory left behind; gradients are dropped too."""
+    model.zero_grad()
+    drop_graphs(model)
+    free_gpu()
+
+
 def compute_gradient(model, batches: list[dict], engine: str):
     """Return (loss summed over the supervised tokens, its gradient as one fp32 vector on the CPU) of the batches."""
     import torch
@@ -2150,17 +2235,90 @@ def compare_sharing(model, rows: list[Sequence], lengths: tuple[int, ...], engin
 
 def check_sharing(args: argparse.Namespace, model, train: list[Sequence], plan: Plan, engine: str) -> bool:
     """Compute the first rows of the run shared and by themselves; print how they differ, return whether by rounding."""
+    import torch
+
     start = time.perf_counter()
-    rows = first_rows(train, args, plan, CHECKED_ROWS)
-    loss, gradient, limit = compare_sharing(model, rows, plan.lengths, engine)
+    rows, lengths = first_rows(train, args, plan, CHECKED_ROWS), plan.lengths
+    while True:
+        try:
+            loss, gradient, limit = compare_sharing(model, rows, lengths, engine)
+            break
+        except torch.OutOfMemoryError:
+            if len(rows) == 1:
+                raise
+        make_room(model)  # not above, where the failed computation is still held
+        rows = rows[: len(rows) // 2]
+        lengths = choose_lengths([count_tokens(rows)]) if lengths else ()
     free_gpu()
     if gradient <= limit:
         say("check", f"sharing changes the loss of {len(rows)} rows by {loss:.1e} and their gradient by {gradient:.1e} "
                      f"of its norm: rounding ({time.perf_counter() - start:.1f} s)")
         return True
-    print(f"warning: sharing the prefix changes the loss by {loss:.1e} and the gradient by {gradient:.1e} of its norm, "
-          f"more than rounding ({limit:.0e}): sharing is switched off", file=sys.stderr)
+    warn(f"sharing the prefix changes the loss by {loss:.1e} and the gradient by {gradient:.1e} of its norm, "
+         f"more than rounding ({limit:.0e}): sharing is switched off")
     return False
+
+
+def explain_memory(row: Sequence, step: int) -> str:
+    """Return why training cannot go on when even one row does not fit into memory, and what to change."""
+    import torch
+
+    memory = ""
+    if torch.cuda.is_available():
+        free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
+        memory = f", with {free:.1f} of {total:.1f} GiB free for it"
+    tokens = f"{len(row.input_ids):,} tokens"
+    return (f"{row.where}: out of GPU memory at step {step:,} on this row alone, {tokens}{memory}; lower "
+            "--max_seq_length, use --load_in_4bit, --gradient_checkpointing on and --no-cuda_graphs, or choose a "
+            "smaller --model_id")
+
+
+def explain_numbers(step: int, loss: float, norm: float, rows: list[Sequence]) -> str:
+    """Return what is not finite in a step, its rows, and what to do."""
+    wrong = f"the norm of the gradient is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
+    names = list(dict.fromkeys(row.where for row in rows))
+    more = f" and {len(names) - NAMED_ROWS} more" if len(names) > NAMED_ROWS else ""
+    return (f"step {step:,}: {wrong}; expected a finite number. The weights were not changed by it, and a checkpoint "
+            f"written before is good. Lower --learning_rate, or look at the rows of this step: "
+            f"{', '.join(names[:NAMED_ROWS])}{more}")
+
+
+def find_overfitting(history: list[dict]) -> str | None:
+    """Return a line of advice if the held-out loss rose clearly above its best while the training loss went on falling.
+
+    Args:
+        history: what the trainer logged: training losses ("loss") and held-out ones ("eval_loss") with step and epoch.
+    """
+    held = [log for log in history if "eval_loss" in log]
+    if not held:
+        return None
+    best, last = min(held, key=lambda log: log["eval_loss"]), held[-1]
+    steps = [0, *(log["step"] for log in held)]
+
+    def train_loss(evaluation: int) -> float:
+        """Return the mean training loss between an evaluation and the one before it; NaN if none was logged."""
+        losses = [log["loss"] for log in history
+                  if "loss" in log and steps[evaluation] < log["step"] <= steps[evaluation + 1]]
+        return sum(losses) / len(losses) if losses else math.nan
+
+    rise = last["eval_loss"] - best["eval_loss"]
+    if rise <= max(CLEAR_RISE, 0.1 * best["eval_loss"]) or not train_loss(len(held) - 1) < train_loss(held.index(best)):
+        return None
+    return (f"held-out loss rose from {best['eval_loss']:.3f} (epoch {best['epoch']:.3g}) to {last['eval_loss']:.3f} "
+            f"(epoch {last['epoch']:.3g}) while the training loss fell: fewer epochs, or --metric_for_best loss keeps "
+            "the best checkpoint")
+
+
+def copy_gradients(model) -> list:
+    """Return each trained weight and a copy of its gradient, None where it has none yet."""
+    return [(parameter, None if parameter.grad is None else parameter.grad.clone())
+            for parameter in model.parameters() if parameter.requires_grad]
+
+
+def put_gradients(gradients: list) -> None:
+    """Give each weight the gradient of copy_gradients again."""
+    for parameter, gradient in gradients:
+        parameter.grad = None if gradient is None else gradient.clone()  # the copy may be needed once more
 
 
 def build_progress():
@@ -2210,6 +2368,7 @@ def to_sft_config(args: argparse.Namespace, plan: Plan, evaluate: bool):
         eval_strategy="no" if not evaluate else "steps" if args.eval_steps else "epoch", eval_steps=args.eval_steps,
         load_best_model_at_end=bool(args.metric_for_best), metric_for_best_model=args.metric_for_best,
         greater_is_better=args.metric_for_best == "exact_match", dataloader_pin_memory=cuda, use_cpu=not cuda,
+        logging_nan_inf_filter=False,  # it hides what StreamTrainer looks for
         max_length=None, remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True})
 
 
@@ -2225,8 +2384,6 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
     from transformers import EarlyStoppingCallback, PrinterCallback
     from trl import SFTTrainer
 
-    held_out_batches = to_batches(held_out, plan) if held_out else []
-
     class RowOrder(torch.utils.data.Sampler):
         epoch = 0
 
@@ -2241,6 +2398,9 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
 
     class StreamTrainer(SFTTrainer):
         tokens_computed = 0
+        streams = plan  # what is computed at once: as planned, or smaller streams once that did not fit into memory
+        held_out_batches = to_batches(held_out, plan) if held_out else []
+        step_rows, step_loss = [], 0.0  # of the optimizer step in hand
 
         def _get_train_sampler(self, train_dataset=None):
             return RowOrder()
@@ -2250,11 +2410,55 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
             self.tokens_computed += inputs["input_ids"].numel()
             return compute_token_losses(model, inputs, engine)[0].sum() / num_items_in_batch
 
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            """Return the loss of a micro-batch, its gradient added to what was there.
+
+            If memory runs out, the rows are computed anew in smaller streams, each divided by the same number of items:
+            loss and gradient are sums over the streams, so they stay what they are.
+            """
+            rows = [arrays[index] for index in inputs.pop("rows")]
+            before, loss = copy_gradients(model), None
+            while loss is None:
+                whole, losses = self.streams is plan, []
+                try:
+                    for part in [rows] if whole else split_rows(rows, self.streams.rows):
+                        batch = inputs if whole else build_batch(part, self.streams)
+                        losses.append(super().training_step(model, batch, num_items_in_batch))
+                    loss = sum(losses)
+                except torch.OutOfMemoryError:
+                    pass  # here the failed computation is still held; below it is let go
+                if loss is None:
+                    self.divide_streams(part, batch["input_ids"].numel())
+                    put_gradients(before)
+            self.step_rows, self.step_loss = [*self.step_rows, *rows], self.step_loss + loss
+            return loss
+
+        def divide_streams(self, rows, tokens):
+            """Halve the streams after one of these rows did not fit into memory; a row alone is a UserError."""
+            make_room(self.model)
+            if len(rows) == 1:
+                raise UserError(explain_memory(rows[0], self.state.global_step + 1))
+            size = -(-len(rows) // 2)
+            self.streams = divide_plan(plan, size, train, args)
+            self.held_out_batches = to_batches(held_out, self.streams) if held_out else []
+            warn(f"out of GPU memory at step {self.state.global_step + 1:,} with a stream of {tokens:,} tokens: from "
+                 f"here on each step is computed in {plan.accumulation * -(-plan.rows // size)} streams of at most "
+                 f"{size} row{'s' * (size > 1)}; the result is the same")
+
+        def _get_grad_norm(self, model, grad_norm=None):
+            """Return the norm of the step's gradient; it comes before the update, so the last moment to look at it."""
+            norm, loss, rows = super()._get_grad_norm(model, grad_norm=grad_norm), self.step_loss, self.step_rows
+            self.step_rows, self.step_loss = [], 0.0
+            # With fp16, gradients that overflow are nothing special: the scaler leaves such a step out.
+            if not math.isfinite(loss + (norm if self.accelerator.scaler is None else 0)):
+                raise UserError(explain_numbers(self.state.global_step + 1, float(loss), float(norm), rows))
+            return norm
+
         def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
             """Return the held-out loss as a mean over tokens (the library's is one over batches), and exact match."""
             from transformers.trainer_utils import EvalLoopOutput
 
-            scores = score_batches(self.model, held_out_batches, engine)
+            scores = score_batches(self.model, self.held_out_batches, engine)
             metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
             return EvalLoopOutput(None, None, metrics, num_samples=len(held_out))
 
@@ -2262,7 +2466,8 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
         return Dataset.from_dict({"index": range(len(sequences))}) if sequences else None
 
     def collate(rows):
-        return build_batch([arrays[row["index"]] for row in rows], plan)
+        indices = [row["index"] for row in rows]
+        return {**build_batch([arrays[index] for index in indices], plan), "rows": indices}
 
     # As arrays: lists would be turned into arrays anew in every step.
     arrays = [sequence._replace(input_ids=np.asarray(sequence.input_ids)) for sequence in train]
@@ -2501,13 +2706,13 @@ def check_folder(path: str, flag: str) -> None:
         raise UserError(f"{flag} {path}: holds files that this script did not write; choose another folder or empty it")
 
 
-def build_skeleton(config):
+def build_skeleton(config, trust: bool = False):
     """Return the model that a config describes, with the shapes of its weights and no memory for them."""
     import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
 
 
 def find_free_bytes(path: str) -> int:
@@ -2518,7 +2723,7 @@ def find_free_bytes(path: str) -> int:
 
 def check_disk(args: argparse.Namespace, config) -> None:
     """Refuse to start when the merged model would not fit beside what is on the disk."""
-    needed = 2 * sum(parameter.numel() for parameter in build_skeleton(config).parameters())
+    needed = 2 * sum(parameter.numel() for parameter in build_skeleton(config, args.trust_remote_code).parameters())
     free = find_free_bytes(args.final_model_dir)
     if free < needed:
         raise UserError(f"--final_model_dir {args.final_model_dir}: the merged model needs {needed / 1e9:.1f} GB and "
@@ -2535,9 +2740,9 @@ def check_merge_base(args: argparse.Namespace, config) -> str:
     return args.merge_model_id
 
 
-def check_same_shape(config, merge_model_id: str) -> None:
+def check_same_shape(config, merge_model_id: str, trust: bool = False) -> None:
     """Refuse a merge base whose layers are not those of the model that is trained."""
-    other = check_model(merge_model_id, "--merge_model_id")
+    other = check_model(merge_model_id, "--merge_model_id", trust)
     if getattr(other, "quantization_config", None) is not None:
         raise UserError(f"--merge_model_id {merge_model_id}: is quantised too; expected the 16-bit original")
     for name in ("model_type", "hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size"):
@@ -2551,7 +2756,8 @@ def write_run(args: argparse.Namespace, folder: str | Path) -> None:
     import yaml
 
     Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder) / "run.yaml").write_text(WRITTEN_BY + yaml.safe_dump(vars(args), sort_keys=False), encoding="utf-8")
+    settings = hide_secrets(yaml.safe_dump(vars(args), sort_keys=False))
+    (Path(folder) / "run.yaml").write_text(WRITTEN_BY + settings, encoding="utf-8")
 
 
 def partial_folder(final: str) -> Path:
@@ -2586,12 +2792,13 @@ def merge_adapter(args: argparse.Namespace, base_id: str, adapter: str) -> Path:
     """Merge the adapter into the 16-bit base, save the model whole, and return its folder, not yet the final one."""
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     folder = partial_folder(args.final_model_dir)
     shutil.rmtree(folder, ignore_errors=True)
     base = AutoModelForCausalLM.from_pretrained(
-        base_id, dtype="auto", device_map="cuda" if torch.cuda.is_available() else "cpu")
+        base_id, dtype="auto", device_map="cuda" if torch.cuda.is_available() else "cpu", use_safetensors=True,
+        trust_remote_code=args.trust_remote_code)
     sums = {name: parameter.double().sum().item() for name, parameter in base.named_parameters()}
     merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
     if all(sums[name] == parameter.double().sum().item() for name, parameter in merged.named_parameters()):
@@ -2599,23 +2806,24 @@ def merge_adapter(args: argparse.Namespace, base_id: str, adapter: str) -> Path:
                         "train longer or raise --learning_rate")
     merged.config.use_cache = True  # off during training only
     merged.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(args.model_id).save_pretrained(folder)
+    load_tokenizer(args.model_id, args.trust_remote_code).save_pretrained(folder)
     write_run(args, folder)
     return folder
 
 
-def read_back(folder: Path):
+def read_back(folder: Path, trust: bool = False):
     """Return the saved model, loaded with plain Transformers and checked: no stray weights, all finite."""
     from transformers import AutoModelForCausalLM
 
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, use_safetensors=True, trust_remote_code=trust)
     strays = [*info["missing_keys"], *info["unexpected_keys"], *(n for n, _ in model.named_parameters() if "lora" in n)]
     if strays:
         raise UserError(f"{folder}: missing or unknown weights: {', '.join(sorted(strays)[:5])}")
     if bad := [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]:
         raise UserError(f"{folder}: weights that are not finite: {', '.join(bad[:5])}")
     del model
-    return load_base(str(folder), load_in_4bit=False)
+    return load_base(str(folder), False, trust)
 
 
 def merge_and_score(args: argparse.Namespace, base_id: str, adapter: str, sequences: list[Sequence],
@@ -2628,23 +2836,22 @@ def merge_and_score(args: argparse.Namespace, base_id: str, adapter: str, sequen
     quiet_libraries()
     from peft import PeftModel
 
-    tokenizer, results = load_tokenizer(args.model_id), {}
-
+    tokenizer, results = load_tokenizer(args.model_id, args.trust_remote_code), {}
     batches = to_batches(sequences[:READ_BACK_ROWS], plan)
 
     def score(name, model):
         results[name] = {"answers": generate_answers(model, tokenizer, sequences, args, name),
                          "loss": score_batches(model, batches, "transformers")["loss"]}
 
-    base = load_base(base_id, load_in_4bit=False)
+    base = load_base(base_id, False, args.trust_remote_code)
     results["base"] = {"answers": generate_answers(base, tokenizer, sequences, args, "base")}
     if args.load_in_4bit:
         del base
-        base = load_base(args.model_id, load_in_4bit=True)
+        base = load_base(args.model_id, True, args.trust_remote_code)
     score("adapter", PeftModel.from_pretrained(base, adapter))
     del base
     free_gpu()
-    score("merged", read_back(merge_adapter(args, base_id, adapter)))
+    score("merged", read_back(merge_adapter(args, base_id, adapter), args.trust_remote_code))
     return results
 
 
@@ -3012,7 +3219,8 @@ def render_report(report: dict) -> str:
 def write_report(folder: str, report: dict) -> Path:
     """Write report.json and report.html into `folder` and return it."""
     path = Path(folder)
-    (path / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False, default=str), encoding="utf-8")
+    report = json.loads(hide_secrets(json.dumps(report, ensure_ascii=False, default=str)))
+    (path / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
     (path / "report.html").write_text(render_report(report), encoding="utf-8")
     return path
 
@@ -3047,20 +3255,20 @@ class Characters:
         return text + "<|im_start|>assistant\n" * add_generation_prompt
 
 
-def find_tokenizer(model_id: str) -> tuple[object, str]:
+def find_tokenizer(args: argparse.Namespace) -> tuple[object, str]:
     """Return (tokenizer, ""), or what counts characters instead and why."""
     try:
-        return load_tokenizer(model_id), ""
+        return load_tokenizer(args.model_id, args.trust_remote_code), ""
     except UserError as error:
         return Characters(), str(error)
 
 
-def find_config(model_id: str):
+def find_config(args: argparse.Namespace):
     """Return the config of a model, or None where there is none."""
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(model_id)
+        return AutoConfig.from_pretrained(args.model_id, trust_remote_code=args.trust_remote_code)
     except (OSError, ValueError, KeyError):
         return None
 
@@ -3096,12 +3304,6 @@ def find_warnings(examples: list[Example], held_out: list[Example]) -> list[str]
         found.append(f"{len(leaks):,} of {len(held_out):,} held-out rows also occur in training ({leaks[0][0]} is "
                      f"{leaks[0][1]}): their score says nothing about new requests")
     return found
-
-
-def show_warnings(warnings: list[str]) -> None:
-    """Print warnings on stderr."""
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
 
 
 def audit_calls(examples: list[Example]) -> dict:
@@ -3212,11 +3414,11 @@ def audit_plan(train: list[Sequence], args: argparse.Namespace, plan: Plan) -> d
             "checkpoints": [*range(args.save_steps or per_epoch, steps, args.save_steps or per_epoch), steps]}
 
 
-def count_parameters(config, rank: int) -> dict[str, int]:
+def count_parameters(config, rank: int, trust: bool = False) -> dict[str, int]:
     """Return how many weights are in linear layers (those that 4 bits hold), elsewhere, and in an adapter."""
     import torch
 
-    skeleton = build_skeleton(config)
+    skeleton = build_skeleton(config, trust)
     layers = {name: module for name, module in skeleton.named_modules()
               if isinstance(module, torch.nn.Linear) and not name.startswith("lm_head")}
     linear = sum(layer.weight.numel() for layer in layers.values())
@@ -3288,7 +3490,7 @@ def audit_run(args: argparse.Namespace, train: list[Sequence], config) -> dict:
     audit = {"epoch": audit_epoch(train, args, plan), "plan": facts, "files": list_writes(args, facts["checkpoints"])}
     if config is None:
         return audit
-    parameters = count_parameters(config, args.lora_rank)
+    parameters = count_parameters(config, args.lora_rank, args.trust_remote_code)
     return audit | {"memory_gib": estimate_memory(args, config, parameters, facts["stream_sizes"]["max"], plan),
                     "disk_gb": audit_disk(args, parameters, len(facts["checkpoints"]))}
 
@@ -3386,7 +3588,8 @@ def show_audit(audit: dict) -> None:
     show_repeats(audit)
     if "plan" in audit:
         show_run(audit)
-    show_warnings(audit["warnings"])
+    for warning in audit["warnings"]:
+        warn(warning)
 
 
 def write_audit(args: argparse.Namespace, audit: dict) -> Path:
@@ -3517,6 +3720,9 @@ def train_model(trainer, checkpoint: str | None, train: list[Sequence], rows_per
              "tokens_computed": trainer.tokens_computed, "history": trainer.state.log_history}
     say("train", f"{steps:,} steps in {seconds:.0f} s: {facts['samples_per_second']:.1f} samples/s, "
                  f"{facts['tokens_per_second']:,.0f} tokens/s of the rows; loss {facts['loss']:.4f}")
+    facts["advice"] = None if trainer.args.load_best_model_at_end else find_overfitting(trainer.state.log_history)
+    if facts["advice"]:
+        say("advice", facts["advice"])
     return facts
 
 
@@ -3538,7 +3744,7 @@ def dry_run(args: argparse.Namespace) -> None:
     both, total = [*examples, *held_out], total + more_total
     shown = find_shown(args, both)
     quiet_libraries()
-    tokenizer, missing = find_tokenizer(args.model_id)
+    tokenizer, missing = find_tokenizer(args)
     limit = sys.maxsize if missing else args.max_seq_length  # a limit in tokens says nothing about characters
     groups, unrendered = render_examples(tokenizer, both, sys.maxsize)
     kept, lengths = audit_lengths(both, groups, limit)
@@ -3552,10 +3758,10 @@ def dry_run(args: argparse.Namespace) -> None:
         "repeats": audit_repeats(examples, held_out), "warnings": find_warnings(examples, held_out)}
     if sides[0]:
         limited = argparse.Namespace(**{**vars(args), "max_seq_length": limit})
-        audit |= audit_run(limited, sides[0], None if missing else find_config(args.model_id))
+        audit |= audit_run(limited, sides[0], None if missing else find_config(args))
     show_audit(audit)
     if shown and missing:
-        show_warnings(["--show_row: without the tokenizer a row cannot be shown as the model sees it"])
+        warn("--show_row: without the tokenizer a row cannot be shown as the model sees it")
     elif shown:
         show_rows(tokenizer, [turn for group in groups for turn in group], shown)
     say("audit", f"{write_audit(args, audit)} ({time.perf_counter() - start:.1f} s)")
@@ -3570,13 +3776,15 @@ def evaluate_only(args: argparse.Namespace) -> None:
     start_engine(args)
     settings = Path(args.eval_only) / "adapter_config.json"
     base_id = json.loads(settings.read_text())["base_model_name_or_path"] if settings.is_file() else args.eval_only
-    check_model(base_id, "--eval_only")
-    tokenizer = load_tokenizer(base_id)
+    if settings.is_file() and not list(settings.parent.glob("*.safetensors")):
+        raise UserError(f"--eval_only {args.eval_only}: the adapter holds no *.safetensors; expected one saved by PEFT")
+    check_model(base_id, "--eval_only", args.trust_remote_code)
+    tokenizer = load_tokenizer(base_id, args.trust_remote_code)
     sides = ([], examples) if args.eval_dataset_path else split_examples(examples, args.train_test_split)
     groups, problems = render_examples(tokenizer, sides[1] or sides[0], args.max_seq_length)
     report_problems(problems, args.on_invalid, len(groups))
     sequences = [sequence for group in groups for sequence in group][: args.eval_samples]
-    model = load_base(base_id, load_in_4bit=settings.is_file() and args.load_in_4bit)
+    model = load_base(base_id, settings.is_file() and args.load_in_4bit, args.trust_remote_code)
     if settings.is_file():
         from peft import PeftModel
 
@@ -3603,6 +3811,7 @@ def finish(args: argparse.Namespace, tokenizer, sequences: list[Sequence], resul
 def main(argv: list[str] | None = None) -> None:
     """Run the whole job: read, check, render, train, save, score, report."""
     args = parse_args(argv)
+    refuse_telemetry()
     if args.convert_to:
         return write_converted(args)
     check_folder(args.output_dir, "--output_dir")
@@ -3616,15 +3825,16 @@ def main(argv: list[str] | None = None) -> None:
     held_out, more_skipped = read_examples(args, args.eval_dataset_path) if args.eval_dataset_path else ([], 0)
     rows = len(examples) + len(held_out) + skipped + more_skipped
     shown = find_shown(args, [*examples, *held_out])
-    show_warnings(find_warnings(examples, held_out))
+    for warning in find_warnings(examples, held_out):
+        warn(warning)
 
     engine = start_engine(args)
     check_report_to(args.report_to)
-    config = check_model(args.model_id)
+    config = check_model(args.model_id, trust=args.trust_remote_code)
     merge_base = check_merge_base(args, config)
-    check_same_shape(config, merge_base) if merge_base != args.model_id else None
+    check_same_shape(config, merge_base, args.trust_remote_code) if merge_base != args.model_id else None
     check_disk(args, config)
-    tokenizer = load_tokenizer(args.model_id)
+    tokenizer = load_tokenizer(args.model_id, args.trust_remote_code)
     train, held_out = render_all(args, tokenizer, examples, held_out)
     show_rows(tokenizer, [*train, *held_out] if shown else train, shown)
     plan = plan_streams(train, args, engine)
@@ -3643,6 +3853,7 @@ def main(argv: list[str] | None = None) -> None:
     report_gpu("gpu")
     adapter = save_adapter(trainer.model, args.output_dir)
     say("save", f"adapter: {adapter}")
+    plan = trainer.streams
     del trainer, model
     free_gpu()
 

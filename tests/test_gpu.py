@@ -2,13 +2,14 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
 import sys
 
 import pytest
-from conftest import ALARM, ROOT, TINY, WEATHER, run_script, write_jsonl
+from conftest import ALARM, ROOT, TINY, WEATHER, native, run_script, write_jsonl
 from test_command_line import FINAL_FILES, ROWS, names
 
 try:
@@ -99,3 +100,61 @@ def test_unsloth_shared_gradients_are_those_of_single_rows_also_from_a_cuda_grap
     for loss, norm, rounding, graph in [map(float, line) for line in found]:
         assert loss < 0.02 and norm < max(0.02, 2 * rounding) < 0.2  # bf16: coarse on losses near zero
         assert graph < 1e-3
+
+
+SHORT_OF_MEMORY = """
+import sys, torch
+import train_qwen3_tool_calling as s
+
+def peak(batches):
+    s.free_gpu()
+    torch.cuda.reset_peak_memory_stats()
+    s.compute_gradient(model, batches, engine)
+    s.free_gpu()
+    return torch.cuda.max_memory_allocated()
+
+if __name__ == "__main__":
+    args = s.parse_args(sys.argv[2:])
+    s.refuse_telemetry()
+    engine = s.start_engine(args)
+    tokenizer = s.load_tokenizer(args.model_id)
+    train, held_out = s.render_all(args, tokenizer, s.read_examples(args, args.dataset_path)[0])
+    plan = s.plan_streams(train, args, engine)
+    model = s.load_model(args, engine, plan)
+    trainer = s.build_trainer(args, engine, model, tokenizer, train, [], plan)
+    model = trainer.model.train()
+    rows = s.first_rows(train, args, plan, plan.rows)
+    halves = s.divide_plan(plan, plan.rows // 2, train, args)
+    parts = s.to_batches(rows, halves)
+    peak(parts)  # what is allocated once and for all
+    small, whole = peak(parts), peak([s.build_batch(rows, plan)])
+    print("peaks", small, whole)
+    if sys.argv[1] == "short":
+        limit = (small + whole) / 2
+        torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
+    trainer.train()
+    print("losses", *[log["loss"] for log in trainer.state.log_history if "loss" in log])
+"""
+WORDS = ["amber", "basil", "cedar", "delta", "ember", "fjord", "grove", "heron", "inlet", "jetty", "knoll", "larch"]
+
+
+@pytest.mark.parametrize("flags", [["--engine", "transformers"], ["--no-cuda_graphs"], []])
+def test_a_step_that_does_not_fit_goes_on_in_smaller_streams(folder, flags):
+    generator = random.Random(0)  # long requests that share nothing: memory grows with the rows
+    write_jsonl(folder / "long.jsonl", [native(" ".join(generator.choices(WORDS, k=600)), ("set_alarm", {"time": word}))
+                                        for word in WORDS * 4])
+    (folder / "short.py").write_text(SHORT_OF_MEMORY)
+    results = {}
+    for kind in ("plenty", "short"):
+        results[kind] = subprocess.run(
+            [sys.executable, folder / "short.py", kind, "--model_id", MODEL, "--dataset_path", folder / "long.jsonl",
+             "--tools_path", folder / "tools.json", "--output_dir", folder / kind, "--max_steps", "3", "--batch_size",
+             "16", "--gradient_accumulation_steps", "1", "--gradient_checkpointing", "off", *flags],
+            capture_output=True, text=True, cwd=ROOT, timeout=500,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)})
+        assert results[kind].returncode == 0, results[kind].stderr[-3000:]
+    warnings = re.findall("warning: out of GPU memory at step ([0-9]+) with a stream of", results["short"].stderr)
+    assert warnings and set(warnings) == {"1"} and "out of GPU memory" not in results["plenty"].stderr
+    short, plenty = ([float(loss) for loss in re.search("losses (.*)", results[kind].stdout)[1].split()]
+                     for kind in ("short", "plenty"))
+    assert len(short) == 3 and short == pytest.approx(plenty, rel=0.02)
