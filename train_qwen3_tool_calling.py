@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import difflib
+import errno
 import hashlib
 import json
 import math
@@ -21,6 +23,7 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -73,10 +76,20 @@ SHOWN_CHANGES = 8  # kinds of change to tools that the line after reading names
 FORMAT_NAMES = ("native", "swift", "mobile-actions", "openai", "hermes", "toolace", "sharegpt-tools", "sharegpt",
                 "xlam", "glaive", "alpaca")  # see FORMATS in section 3
 WRITTEN_BY = "# written by train_qwen3_tool_calling.py\n"  # first line of run.yaml: marks a folder as ours to replace
+MANIFEST = "manifest.json"  # in each checkpoint: size and SHA-256 of its files
+LOCK = ".lock"  # in --output_dir: held while a run lasts
+SMALL_FILES = 2**24  # bytes of tokenizer, settings and state that are saved beside weights
+AGREED = ("model_id", "load_in_4bit", "lora_rank", "lora_alpha", "lora_dropout", "batch_size", "share_prefix",
+          "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim",
+          "seed", "metric_for_best", "early_stopping_patience")  # what a resumed run must share with the run before
 
 
 class UserError(Exception):
     """A mistake in data or environment that the user can mend: shown as `error: ...` lines, never as a traceback."""
+
+
+class Interrupted(BaseException):
+    """The user wants the run to end: no library that catches every Exception may swallow it. args[0] is the signal."""
 
 
 class Example(NamedTuple):
@@ -114,6 +127,74 @@ def say(stage: str, text: str) -> None:
 def warn(text: str) -> None:
     """Print one warning."""
     print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def raise_interrupted(number: int, frame) -> None:
+    """End whatever is going on, as the handler of a signal."""
+    raise Interrupted(number)
+
+
+@contextlib.contextmanager
+def handle_signals(handler):
+    """Let `handler(number, frame)` answer Ctrl-C and SIGTERM for a while; then the former handlers do so again."""
+    former = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old in former.items():
+            signal.signal(number, old)
+
+
+def partial_folder(final: str | Path) -> Path:
+    """Return where a folder is written before it is renamed to its final name."""
+    return Path(final).with_name(f".{Path(final).name}.partial")
+
+
+def put_in_place(final: str | Path, written: Path | None = None) -> None:
+    """Give a finished folder (its partial one) its final name; what was there is removed only after that."""
+    final_folder, old = Path(final), Path(final).with_name(f".{Path(final).name}.old")
+    written = written or partial_folder(final)
+    shutil.rmtree(old, ignore_errors=True)
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in written.glob("*.safetensors"):  # written for the owner alone
+        file.chmod(0o666 & ~umask)
+    if final_folder.exists():
+        final_folder.rename(old)
+    written.rename(final_folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Say whether an error is that of a full disk, or of a used-up quota, also as torch and safetensors word it."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    # torch names no reason: its archive writer only says that a write failed, or that it is not where it should be.
+    return any(text in str(error) for text in ("No space left", "PytorchStreamWriter failed", "unexpected pos"))
+
+
+@contextlib.contextmanager
+def discard_partial(final: str | Path):
+    """Yield the partial folder of `final`; whatever happens, nothing of it stays, and a full disk is a UserError."""
+    partial = partial_folder(final)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield partial
+    except Exception as error:
+        if is_disk_full(error):
+            raise UserError(f"{final}: the disk is full; free some space, then go on from the last checkpoint with "
+                            "--resume_from_checkpoint") from None
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder; killed in between, this leaves nothing half-removed under its name."""
+    hidden = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(hidden, ignore_errors=True)
+    folder.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -206,6 +287,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     train.add_argument("--logging_steps", type=count, default=1, metavar="N", help="steps from one loss to the next")
     train.add_argument("--save_steps", type=count, metavar="N", default=argparse.SUPPRESS,
                        help="steps from one checkpoint to the next (default: an epoch)")
+    train.add_argument("--save_total_limit", type=count, metavar="N", default=argparse.SUPPRESS,
+                       help="keep the N newest checkpoints, and the best one (default: all)")
 
     score = parser.add_argument_group("evaluation")
     score.add_argument("--eval_steps", type=count, metavar="N", default=argparse.SUPPRESS,
@@ -232,8 +315,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     # SUPPRESS above keeps "(default: None)" out of --help; here those settings get their value.
     unset = ("max_samples", "eval_dataset_path", "convert_to", "dry_run", "show_row", "merge_model_id", "max_steps",
-             "optim", "save_steps", "eval_steps", "metric_for_best", "early_stopping_patience", "eval_only",
-             "resume_from_checkpoint", "run_name")
+             "optim", "save_steps", "save_total_limit", "eval_steps", "metric_for_best", "early_stopping_patience",
+             "eval_only", "resume_from_checkpoint", "run_name")
     args = parser.parse_args(argv, namespace=argparse.Namespace(**dict.fromkeys(unset)))
     if isinstance(args.dataset_path, str):
         args.dataset_path = [args.dataset_path]  # a list as default would look like Python in --help
@@ -1478,7 +1561,7 @@ def render_examples(tokenizer, examples: list[Example], max_seq_length: int):
 
 
 def show_row(tokenizer, sequence: Sequence, whole: bool = False) -> None:
-    """Print a row as the model sees it, cut unless `whole`; ▶ ... ◀ (green on a terminal) marks what is supervised."""
+    """Print a row as the model sees it, cut unless `whole`; ▶ ... ◀ (green on a terminal) is what is supervised."""
     from rich.console import Console
     from rich.text import Text
 
@@ -1645,21 +1728,22 @@ def cut_streams(plan: Plan, args: argparse.Namespace, epoch: int) -> list[list[i
     return [order[i : i + plan.rows] for i in range(0, len(order), plan.rows)]
 
 
-def plan_streams(sequences: list[Sequence], args: argparse.Namespace, engine: str) -> Plan:
+def plan_streams(sequences: list[Sequence], args: argparse.Namespace, engine: str, rows: int | None = None) -> Plan:
     """Fuse accumulation steps into one stream as far as the flags' memory allows, for every stream of the run.
 
-    A stream may hold batch_size x max_seq_length tokens: what the flags allow a padded batch to hold.
+    A stream may hold batch_size x max_seq_length tokens: what the flags allow a padded batch to hold. A resumed run
+    keeps the rows per stream that it had (`rows`), because the order of all rows depends on it.
     """
     batch_size, steps, groups = args.batch_size, args.gradient_accumulation_steps, group_rows(sequences)
     if not args.share_prefix:
         return Plan(batch_size, steps, groups, share_prefix=False)
     for fused in range(steps, 0, -1):
-        if steps % fused == 0:
+        if steps % fused == 0 and rows in (None, batch_size * fused):
             plan, sizes = Plan(batch_size * fused, steps // fused, groups), []
             for epoch in range(args.num_epochs):
                 streams = cut_streams(plan, args, epoch)
                 sizes += [count_tokens([sequences[i] for i in stream]) for stream in streams]
-            if fused == 1 or max(sizes) <= batch_size * args.max_seq_length:
+            if rows or fused == 1 or max(sizes) <= batch_size * args.max_seq_length:
                 return plan._replace(lengths=choose_lengths(sizes)) if engine == "unsloth" else plan
 
 
@@ -1818,6 +1902,13 @@ def to_dtype(device: str):
     if device != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def default_optim() -> str:
+    """Return the optimizer of a run that names none."""
+    import torch
+
+    return "adamw_8bit" if torch.cuda.is_available() else "adamw_torch"
 
 
 def use_checkpointing(args: argparse.Namespace) -> bool:
@@ -2350,6 +2441,94 @@ def build_progress():
     return ProgressBar()
 
 
+def build_stopper():
+    """Return a TrainerCallback whose `note` handles signals: the first ends training after its step and a checkpoint.
+
+    A step that ends an epoch leaves the checkpoint to the end of the epoch, after the held-out rows are scored, as in
+    a run that goes on. The second signal ends everything at once.
+    """
+    from transformers import TrainerCallback
+
+    class Stopper(TrainerCallback):
+        number = None
+
+        def note(self, number, frame):
+            if self.number:
+                raise Interrupted(number)
+            self.number = number
+            # Not print: the signal may come while a print is going on.
+            os.write(2, b"\nstopping after this step, with a checkpoint; once more stops at once\n")
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            state.compute_steps(args, state.max_steps)  # a resumed run has the intervals of its own flags
+
+        def is_within_epoch(self, state):
+            return state.epoch % 1 != 0 and state.global_step < state.max_steps
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if self.number:
+                control.should_training_stop = True
+                control.should_save = control.should_save or self.is_within_epoch(state)
+
+        def on_evaluate(self, args, state, control, **kwargs):
+            if self.number:
+                control.should_training_stop = control.should_save = True
+
+        def on_epoch_end(self, args, state, control, **kwargs):
+            if self.number and self.is_within_epoch(state):  # the library takes every stop for the end of an epoch
+                control.should_evaluate = control.should_save = False
+            elif self.number:
+                control.should_training_stop = control.should_save = True
+
+    return Stopper()
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_manifest(folder: Path) -> None:
+    """Write the size and the SHA-256 of every file of a checkpoint into it."""
+    files = {str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": hash_file(path)}
+             for path in sorted(folder.rglob("*")) if path.is_file()}
+    (folder / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """Return what is wrong with a checkpoint, by its manifest; None if it is whole."""
+    try:
+        files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        for name, expected in files.items():
+            path = checkpoint / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["size"]:
+                return f"{name} has {path.stat().st_size:,} bytes instead of {expected['size']:,}"
+            if hash_file(path) != expected["sha256"]:
+                return f"{name} is not as it was written"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+        return f"{MANIFEST} cannot be read"
+    return None
+
+
+def to_step(checkpoint: str | Path) -> int:
+    """Return the optimizer step that a checkpoint was written after."""
+    return json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+
+
+def list_checkpoints(folder: str | Path) -> list[Path]:
+    """Return the checkpoint folders in `folder`, the oldest first."""
+    found = [path for path in Path(folder).glob("checkpoint-*") if path.name[11:].isdecimal() and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name[11:]))
+
+
 def to_sft_config(args: argparse.Namespace, plan: Plan, evaluate: bool):
     """Return the settings of a run as TRL names them."""
     import torch
@@ -2361,7 +2540,7 @@ def to_sft_config(args: argparse.Namespace, plan: Plan, evaluate: bool):
         output_dir=args.output_dir, per_device_train_batch_size=plan.rows, per_device_eval_batch_size=plan.rows,
         gradient_accumulation_steps=plan.accumulation, num_train_epochs=args.num_epochs, max_steps=args.max_steps or -1,
         learning_rate=args.learning_rate, lr_scheduler_type=args.lr_scheduler_type, warmup_steps=args.warmup_steps,
-        weight_decay=args.weight_decay, optim=args.optim or ("adamw_8bit" if cuda else "adamw_torch"), seed=args.seed,
+        weight_decay=args.weight_decay, optim=args.optim or default_optim(), seed=args.seed,
         bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, gradient_checkpointing=use_checkpointing(args),
         logging_steps=args.logging_steps, report_to=args.report_to, run_name=args.run_name, disable_tqdm=True,
         save_strategy="steps" if args.save_steps else "epoch", save_steps=args.save_steps or 500,
@@ -2369,7 +2548,8 @@ def to_sft_config(args: argparse.Namespace, plan: Plan, evaluate: bool):
         load_best_model_at_end=bool(args.metric_for_best), metric_for_best_model=args.metric_for_best,
         greater_is_better=args.metric_for_best == "exact_match", dataloader_pin_memory=cuda, use_cpu=not cuda,
         logging_nan_inf_filter=False,  # it hides what StreamTrainer looks for
-        max_length=None, remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True})
+        restore_callback_states_from_checkpoint=True, max_length=None, remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True})
 
 
 def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train, held_out, plan: Plan):
@@ -2382,6 +2562,7 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
     import torch
     from datasets import Dataset
     from transformers import EarlyStoppingCallback, PrinterCallback
+    from transformers.trainer_utils import rotate_checkpoints
     from trl import SFTTrainer
 
     class RowOrder(torch.utils.data.Sampler):
@@ -2401,6 +2582,7 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
         streams = plan  # what is computed at once: as planned, or smaller streams once that did not fit into memory
         held_out_batches = to_batches(held_out, plan) if held_out else []
         step_rows, step_loss = [], 0.0  # of the optimizer step in hand
+        staging = None
 
         def _get_train_sampler(self, train_dataset=None):
             return RowOrder()
@@ -2462,6 +2644,23 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
             metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
             return EvalLoopOutput(None, None, metrics, num_samples=len(held_out))
 
+        def _get_output_dir(self, trial):
+            return str(self.staging or args.output_dir)
+
+        def _save_checkpoint(self, model, trial):
+            """Write a checkpoint out of sight, and give it its name when it is whole; then remove what is too many."""
+            output, state = Path(args.output_dir), self.state
+            final, best = (output / f"checkpoint-{step}" for step in (state.global_step, state.best_global_step))
+            with discard_partial(final) as self.staging:
+                super()._save_checkpoint(model, trial)
+                if best == final or best.is_dir():  # where it will be, not where it is being written
+                    state.best_model_checkpoint = str(best)
+                state.save_to_json(str(self.staging / final.name / "trainer_state.json"))
+                write_manifest(self.staging / final.name)
+                put_in_place(final, self.staging / final.name)
+            self.staging = None
+            rotate_checkpoints(args.output_dir, args.save_total_limit, state.best_model_checkpoint)
+
     def to_dataset(sequences):
         return Dataset.from_dict({"index": range(len(sequences))}) if sequences else None
 
@@ -2488,19 +2687,94 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
 
 
 def find_checkpoint(args: argparse.Namespace) -> str | None:
-    """Return the checkpoint folder to resume from, or None; one that is not there is a UserError."""
+    """Return the checkpoint to resume from, the newest that is whole, or None; if there is none, a UserError."""
     if args.resume_from_checkpoint is None:
         return None
     if args.resume_from_checkpoint != "newest":
         path = Path(args.resume_from_checkpoint)
         if not (path / "trainer_state.json").is_file():
             raise UserError(f"--resume_from_checkpoint {path}: not a checkpoint; expected a folder checkpoint-N")
+        if damage := find_damage(path):
+            raise UserError(f"--resume_from_checkpoint {path}: is damaged: {damage}; expected a whole checkpoint")
         return str(path)
-    found = sorted(Path(args.output_dir).glob("checkpoint-*/trainer_state.json"),
-                   key=lambda file: int(file.parent.name.split("-")[1]))
-    if not found:
-        raise UserError(f"--resume_from_checkpoint: {args.output_dir} holds no checkpoint; leave the flag out to start")
-    return str(found[-1].parent)
+    found = list_checkpoints(args.output_dir)
+    for path in reversed(found):
+        damage = find_damage(path)
+        if not damage:
+            return str(path)
+        print(f"warning: {path} is damaged: {damage}; the one before is used", file=sys.stderr)
+    raise UserError(f"--resume_from_checkpoint: {args.output_dir} holds no {'whole ' if found else ''}checkpoint; "
+                    "leave the flag out to start")
+
+
+def hash_rows(sequences: list[Sequence]) -> str:
+    """Return a SHA-256 over tokens and prompt lengths of the sequences, in order."""
+    import numpy as np
+
+    digest = hashlib.sha256()
+    for row in sequences:
+        digest.update(np.array([row.prompt_length, len(row.input_ids), *row.input_ids], dtype="<i8").tobytes())
+    return digest.hexdigest()
+
+
+def read_run(checkpoint: str | None) -> dict:
+    """Return the run.yaml of the run that a checkpoint is from; one that cannot be read is a UserError."""
+    import yaml
+
+    if checkpoint is None:
+        return {}
+    path = Path(checkpoint).absolute().parent / "run.yaml"
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: cannot be read; expected the settings of the run that {checkpoint} is from")
+    return settings
+
+
+def count_steps(args: argparse.Namespace, train: list[Sequence]) -> tuple[int, int]:
+    """Return (optimizer steps of the whole run, of one epoch)."""
+    per_epoch = math.ceil(len(train) / (args.batch_size * args.gradient_accumulation_steps))
+    return args.max_steps or args.num_epochs * per_epoch, per_epoch
+
+
+def check_resume(args: argparse.Namespace, checkpoint: str | None, former: dict, train: list[Sequence]) -> None:
+    """Refuse to go on from a checkpoint of a run with other rows or settings: the result would be of neither run."""
+    if checkpoint is None:
+        return
+    problems = [f"--{name} is {getattr(args, name)}, and {former.get(name)} in the run that {checkpoint} is from; "
+                "expected the same" for name in AGREED if getattr(args, name) != former.get(name)]
+    if former.get("training_rows") != hash_rows(train):
+        problems.append(f"the training rows are not those of the run that {checkpoint} is from; "
+                        "expected the same rows in the same order")
+    steps = count_steps(args, train)[0]
+    if to_step(checkpoint) > steps:
+        problems.append(f"{checkpoint} is from step {to_step(checkpoint):,}, and --max_steps or --num_epochs ends at "
+                        f"{steps:,}; expected no fewer steps")
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def is_complete(args: argparse.Namespace, checkpoint: str, train: list[Sequence]) -> bool:
+    """Say whether training had ended with this checkpoint: at its last step, or early for want of improvement."""
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+    stopping = state["stateful_callbacks"].get("EarlyStoppingCallback", {})
+    waited = stopping.get("attributes", {}).get("early_stopping_patience_counter", 0)
+    return state["global_step"] >= count_steps(args, train)[0] or waited >= (args.early_stopping_patience or math.inf)
+
+
+def load_trained(trainer, checkpoint: str) -> None:
+    """Put the weights that training ended with into the trainer's model: of the best checkpoint, or of this one.
+
+    The library would first make one more step: it looks only after a step whether that was the last.
+    """
+    from transformers import TrainerState
+
+    trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+    best = Path(checkpoint).with_name(f"checkpoint-{trainer.state.best_global_step}")
+    folder = best if trainer.args.load_best_model_at_end and best.is_dir() else checkpoint
+    trainer.model.load_adapter(str(folder), trainer.model.active_adapter, is_trainable=True)
 
 
 def report_gpu(stage: str) -> None:
@@ -2702,8 +2976,45 @@ def check_folder(path: str, flag: str) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{flag} {path}: is a file; expected a folder")
     ours = marker.is_file() and marker.read_text(encoding="utf-8", errors="replace").startswith(WRITTEN_BY)
-    if folder.is_dir() and any(folder.iterdir()) and not ours:
+    if folder.is_dir() and any(file.name != LOCK for file in folder.iterdir()) and not ours:
         raise UserError(f"{flag} {path}: holds files that this script did not write; choose another folder or empty it")
+
+
+def lock_output(folder: str):
+    """Return the locked file in the output folder, to be kept until the run ends; a folder in use is a UserError.
+
+    The lock dies with the process that holds it. Where there are no such locks, as on Windows, the run does without.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        file = open(Path(folder) / LOCK, "a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output_dir {folder}: cannot be written: {error.strerror}; choose another folder") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise UserError(f"--output_dir {folder}: in use by another run (process {file.read().strip() or 'unknown'}); "
+                        "wait for its end or choose another folder") from None
+    except OSError:  # a file system without locks
+        pass
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
+
+
+def count_checkpoints(args: argparse.Namespace, train: list[Sequence], checkpoint: str | None) -> int:
+    """Return how many checkpoints this run will have on the disk at once, at most, beside those that are there."""
+    steps, per_epoch = count_steps(args, train)
+    written = math.ceil((steps - (to_step(checkpoint) if checkpoint else 0)) / (args.save_steps or per_epoch))
+    # A new one is written before the oldest is removed, and the best is kept beside the newest.
+    kept = args.save_total_limit + 1 + bool(args.metric_for_best) if args.save_total_limit else written
+    return min(written, kept)
 
 
 def build_skeleton(config, trust: bool = False):
@@ -2715,19 +3026,44 @@ def build_skeleton(config, trust: bool = False):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
 
 
-def find_free_bytes(path: str) -> int:
-    """Return how much is free on the disk of a folder that may not be there yet."""
+def count_parameters(config, rank: int, trust: bool = False) -> dict[str, int]:
+    """Return how many weights are in linear layers (those that 4 bits hold), elsewhere, and in an adapter."""
+    import torch
+
+    skeleton = build_skeleton(config, trust)
+    layers = {name: module for name, module in skeleton.named_modules()
+              if isinstance(module, torch.nn.Linear) and not name.startswith("lm_head")}
+    linear = sum(layer.weight.numel() for layer in layers.values())
+    adapter = sum(rank * (layer.in_features + layer.out_features) for name, layer in layers.items()
+                  if name.rsplit(".", 1)[-1] in TARGET_MODULES)
+    return {"linear": linear, "other": sum(weight.numel() for weight in skeleton.parameters()) - linear,
+            "adapter": adapter}
+
+
+def find_existing(path: str) -> Path:
+    """Return a folder, or if it is not there yet, the nearest above it: where its disk can be asked."""
     folder = Path(path).resolve()
-    return shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
+    return next(parent for parent in (folder, *folder.parents) if parent.exists())
 
 
-def check_disk(args: argparse.Namespace, config) -> None:
-    """Refuse to start when the merged model would not fit beside what is on the disk."""
-    needed = 2 * sum(parameter.numel() for parameter in build_skeleton(config, args.trust_remote_code).parameters())
-    free = find_free_bytes(args.final_model_dir)
-    if free < needed:
-        raise UserError(f"--final_model_dir {args.final_model_dir}: the merged model needs {needed / 1e9:.1f} GB and "
-                        f"the disk has {free / 1e9:.1f} GB free; free some space or choose another disk")
+def check_disk(args: argparse.Namespace, config, checkpoints: int) -> None:
+    """Refuse to start when adapter, checkpoints and merged model would not fit beside what is on their disks."""
+    parameters = count_parameters(config, args.lora_rank, args.trust_remote_code)
+    lora, whole = parameters["adapter"], parameters["linear"] + parameters["other"]
+    optimizer = 2 if "8bit" in (args.optim or default_optim()) else 8  # bytes of Adam's two moments per parameter
+    needs = [("--output_dir", args.output_dir, f"the adapter and {checkpoints} checkpoints",
+              4 * lora + SMALL_FILES + checkpoints * ((4 + optimizer) * lora + SMALL_FILES)),
+             ("--final_model_dir", args.final_model_dir, "the merged model", 2 * whole + SMALL_FILES)]
+    disks: dict[int, list] = {}
+    for need in needs:
+        folder = find_existing(need[1])
+        disks.setdefault(folder.stat().st_dev, []).append((*need, shutil.disk_usage(folder).free))
+    for wanted in disks.values():
+        flags, folders, names, sizes, free = zip(*wanted)
+        if free[0] < sum(sizes):
+            raise UserError(f"{' and '.join(map(' '.join, zip(flags, folders)))}: {' and '.join(names)} need "
+                            f"{sum(sizes) / 1e9:.2f} GB and the disk has {free[0] / 1e9:.2f} GB free; free some space, "
+                            "choose another disk, or keep fewer checkpoints with --save_total_limit")
 
 
 def check_merge_base(args: argparse.Namespace, config) -> str:
@@ -2751,40 +3087,23 @@ def check_same_shape(config, merge_model_id: str, trust: bool = False) -> None:
                             f"and {getattr(config, name, None)} in --model_id; expected the same model in 16 bits")
 
 
-def write_run(args: argparse.Namespace, folder: str | Path) -> None:
-    """Write the resolved settings to `folder`/run.yaml, whose first line marks the folder as this script's."""
+def write_run(args: argparse.Namespace, folder: str | Path, **facts) -> None:
+    """Write the resolved settings, and facts of the run, to `folder`/run.yaml, whose first line marks it as ours."""
     import yaml
 
     Path(folder).mkdir(parents=True, exist_ok=True)
-    settings = hide_secrets(yaml.safe_dump(vars(args), sort_keys=False))
-    (Path(folder) / "run.yaml").write_text(WRITTEN_BY + settings, encoding="utf-8")
-
-
-def partial_folder(final: str) -> Path:
-    """Return where a folder is written before it is renamed to its final name."""
-    return Path(final).with_name(f".{Path(final).name}.partial")
-
-
-def put_in_place(final: str) -> None:
-    """Give a finished partial folder its final name; what was there is removed only after that."""
-    final_folder, old = Path(final), Path(final).with_name(f".{Path(final).name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final_folder.exists():
-        final_folder.rename(old)
-    umask = os.umask(0)
-    os.umask(umask)
-    for file in partial_folder(final).glob("*.safetensors"):  # written for the owner alone
-        file.chmod(0o666 & ~umask)
-    partial_folder(final).rename(final_folder)
-    shutil.rmtree(old, ignore_errors=True)
+    settings = hide_secrets(yaml.safe_dump(vars(args) | facts, sort_keys=False))
+    partial = Path(folder) / ".run.yaml.partial"
+    partial.write_text(WRITTEN_BY + settings, encoding="utf-8")
+    partial.replace(Path(folder) / "run.yaml")
 
 
 def save_adapter(model, output_dir: str) -> str:
     """Save the LoRA weights to `output_dir`/adapter and return that path."""
     adapter = str(Path(output_dir) / "adapter")
-    shutil.rmtree(partial_folder(adapter), ignore_errors=True)
-    model.save_pretrained(partial_folder(adapter))
-    put_in_place(adapter)
+    with discard_partial(adapter) as folder:
+        model.save_pretrained(folder)
+        put_in_place(adapter)
     return adapter
 
 
@@ -2855,17 +3174,48 @@ def merge_and_score(args: argparse.Namespace, base_id: str, adapter: str, sequen
     return results
 
 
-def run_fresh(function, *arguments):
-    """Return function(*arguments), computed in a new Python process."""
+def send_result(sender, function, arguments: tuple) -> None:
+    """Send function(*arguments), or the error that it ends with, to the process that waits for it."""
     import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-    from concurrent.futures.process import BrokenProcessPool
+    import threading
 
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(function, *arguments).result()
-        except BrokenProcessPool:
-            raise UserError("the process that merges was killed; it needs memory for the whole 16-bit model") from None
+    def follow_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow_parent, daemon=True).start()
+    if hasattr(os, "fork"):  # locks that libraries make here then have no name that a killed process leaves behind
+        multiprocessing.set_start_method("fork", force=True)
+    try:
+        result = function(*arguments)
+    except Exception as error:
+        # Errors of libraries often cannot be sent as they are.
+        plain = isinstance(error, UserError) or type(error).__module__ in ("builtins", "torch")
+        result = error if plain else RuntimeError(f"{type(error).__name__}: {error}")
+    sender.send(result)
+
+
+def run_fresh(function, *arguments):
+    """Return function(*arguments), computed in a new Python process that ends when this one is stopped or dies."""
+    import multiprocessing
+
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=send_result, args=(sender, function, arguments))
+    with handle_signals(signal.SIG_IGN):  # which the new process inherits: a Ctrl-C is for this one alone
+        process.start()
+    sender.close()
+    try:
+        result = receiver.recv()
+        process.join()
+    except EOFError:
+        raise UserError("the process that merges was killed; it needs memory for the whole 16-bit model") from None
+    finally:
+        process.kill()
+        process.join()
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 def check_merged(args: argparse.Namespace, adapter: str, results: dict, scores: dict) -> None:
@@ -3414,20 +3764,6 @@ def audit_plan(train: list[Sequence], args: argparse.Namespace, plan: Plan) -> d
             "checkpoints": [*range(args.save_steps or per_epoch, steps, args.save_steps or per_epoch), steps]}
 
 
-def count_parameters(config, rank: int, trust: bool = False) -> dict[str, int]:
-    """Return how many weights are in linear layers (those that 4 bits hold), elsewhere, and in an adapter."""
-    import torch
-
-    skeleton = build_skeleton(config, trust)
-    layers = {name: module for name, module in skeleton.named_modules()
-              if isinstance(module, torch.nn.Linear) and not name.startswith("lm_head")}
-    linear = sum(layer.weight.numel() for layer in layers.values())
-    adapter = sum(rank * (layer.in_features + layer.out_features) for name, layer in layers.items()
-                  if name.rsplit(".", 1)[-1] in TARGET_MODULES)
-    return {"linear": linear, "other": sum(weight.numel() for weight in skeleton.parameters()) - linear,
-            "adapter": adapter}
-
-
 def count_moment_bytes(args: argparse.Namespace) -> int:
     """Return the bytes of the optimizer's two moments of one weight, on CUDA."""
     return 2 if "8bit" in (args.optim or "adamw_8bit") else 8
@@ -3462,7 +3798,7 @@ def audit_disk(args: argparse.Namespace, parameters: dict[str, int], checkpoints
     checkpoint = parameters["adapter"] * (4 + count_moment_bytes(args))
     return {"merged_model": round(2 * (parameters["linear"] + parameters["other"]) / 1e9, 2),
             "checkpoints": round(checkpoints * checkpoint / 1e9, 2),
-            "free": round(find_free_bytes(args.final_model_dir) / 1e9, 1)}
+            "free": round(shutil.disk_usage(find_existing(args.final_model_dir)).free / 1e9, 1)}
 
 
 def list_writes(args: argparse.Namespace, checkpoints: list[int]) -> dict:
@@ -3693,34 +4029,54 @@ def show_plan(train: list[Sequence], args: argparse.Namespace, plan: Plan) -> No
                 f"({padded / computed:.1f} times fewer)")
 
 
-def start_output(args: argparse.Namespace, checkpoint: str | None) -> None:
-    """Mark the output folder as this run's; without a checkpoint to go on from, an earlier run's are removed."""
-    if checkpoint is None:
-        for old in Path(args.output_dir).glob("checkpoint-*"):
-            shutil.rmtree(old)
-    write_run(args, args.output_dir)
+def start_output(args: argparse.Namespace, checkpoint: str | None, train: list[Sequence], plan: Plan) -> None:
+    """Mark the output folder as this run's, and remove what is not of it: checkpoints and unfinished folders.
+
+    Of the checkpoints there, only the one to go on from stays, and those before it.
+    """
+    output = Path(args.output_dir)
+    resumed = checkpoint is not None and Path(checkpoint).resolve().parent == output.resolve()
+    for old in list_checkpoints(output):
+        if not resumed or int(old.name[11:]) > to_step(checkpoint):
+            remove_folder(old)
+    for leftover in (*output.glob(".*.partial"), *output.glob(".*.old")):
+        shutil.rmtree(leftover, ignore_errors=True)
+    write_run(args, output, training_rows=hash_rows(train), rows_per_stream=plan.rows)
 
 
-def train_model(trainer, checkpoint: str | None, train: list[Sequence], rows_per_step: int) -> dict:
-    """Train, from a checkpoint if there is one; print and return the facts of the steps made now."""
+def train_model(trainer, checkpoint: str | None, train: list[Sequence], rows_per_step: int, complete: bool) -> dict:
+    """Train, from a checkpoint if there is one; print and return the facts of the steps made now.
+
+    After a signal this ends with Interrupted, when the step is done and its checkpoint written.
+    """
     import torch
 
-    first = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
+    first = to_step(checkpoint) if checkpoint else 0
     if checkpoint:
-        say("resume", f"from {checkpoint}")
-    start = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    seconds, steps = time.perf_counter() - start, result.global_step - first
+        say("resume", f"from {checkpoint}" + ", where training had ended" * complete)
+    start, loss = time.perf_counter(), None
+    if complete:
+        load_trained(trainer, checkpoint)
+    else:
+        stopper = build_stopper()
+        trainer.add_callback(stopper)
+        with handle_signals(stopper.note):
+            loss = trainer.train(resume_from_checkpoint=checkpoint).training_loss
+        if stopper.number:
+            raise Interrupted(stopper.number)
+    seconds, steps = time.perf_counter() - start, trainer.state.global_step - first
     tokens = steps * rows_per_step * sum(len(sequence.input_ids) for sequence in train) / len(train)
-    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log and log["step"] > first]
-    facts = {"loss": sum(losses) / len(losses) if losses else result.training_loss, "seconds": seconds,
+    history = trainer.state.log_history
+    losses = [log["loss"] for log in history if "loss" in log and (complete or log["step"] > first)]
+    facts = {"loss": sum(losses) / len(losses) if losses else loss, "seconds": seconds,
              "steps": steps, "resumed_from": checkpoint, "samples_per_second": steps * rows_per_step / seconds,
              "tokens_per_second": tokens / seconds,
              "peak_memory_gib": torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None,
-             "tokens_computed": trainer.tokens_computed, "history": trainer.state.log_history}
-    say("train", f"{steps:,} steps in {seconds:.0f} s: {facts['samples_per_second']:.1f} samples/s, "
-                 f"{facts['tokens_per_second']:,.0f} tokens/s of the rows; loss {facts['loss']:.4f}")
-    facts["advice"] = None if trainer.args.load_best_model_at_end else find_overfitting(trainer.state.log_history)
+             "tokens_computed": trainer.tokens_computed, "history": history}
+    if steps:
+        say("train", f"{steps:,} steps in {seconds:.0f} s: {facts['samples_per_second']:.1f} samples/s, "
+                     f"{facts['tokens_per_second']:,.0f} tokens/s of the rows; loss {facts['loss']:.4f}")
+    facts["advice"] = None if trainer.args.load_best_model_at_end else find_overfitting(history)
     if facts["advice"]:
         say("advice", facts["advice"])
     return facts
@@ -3818,9 +4174,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.eval_only:
         return evaluate_only(args)
     check_folder(args.final_model_dir, "--final_model_dir")
+    lock = lock_output(args.output_dir) if Path(args.output_dir).is_dir() else None  # held until the run ends
     checkpoint = find_checkpoint(args)
     if args.dry_run:
         return dry_run(args)
+    former = read_run(checkpoint)
     examples, skipped = read_examples(args, args.dataset_path)
     held_out, more_skipped = read_examples(args, args.eval_dataset_path) if args.eval_dataset_path else ([], 0)
     rows = len(examples) + len(held_out) + skipped + more_skipped
@@ -3833,13 +4191,16 @@ def main(argv: list[str] | None = None) -> None:
     config = check_model(args.model_id, trust=args.trust_remote_code)
     merge_base = check_merge_base(args, config)
     check_same_shape(config, merge_base, args.trust_remote_code) if merge_base != args.model_id else None
-    check_disk(args, config)
     tokenizer = load_tokenizer(args.model_id, args.trust_remote_code)
     train, held_out = render_all(args, tokenizer, examples, held_out)
     show_rows(tokenizer, [*train, *held_out] if shown else train, shown)
-    plan = plan_streams(train, args, engine)
+    args.share_prefix = args.share_prefix and former.get("share_prefix", True)  # a run that did without goes on without
+    check_resume(args, checkpoint, former, train)
+    check_disk(args, config, count_checkpoints(args, train, checkpoint))
+    plan = plan_streams(train, args, engine, former.get("rows_per_stream"))
     show_plan(train, args, plan)
 
+    lock = lock or lock_output(args.output_dir)
     model = load_model(args, engine, plan)
     report_gpu("gpu")
     trainer = build_trainer(args, engine, model, tokenizer, train, held_out, plan)
@@ -3847,8 +4208,9 @@ def main(argv: list[str] | None = None) -> None:
         args.share_prefix = False
         plan = plan_streams(train, args, engine)
         trainer = build_trainer(args, engine, model, tokenizer, train, held_out, plan)
-    start_output(args, checkpoint)
-    facts = train_model(trainer, checkpoint, train, plan.rows * plan.accumulation)
+    start_output(args, checkpoint, train, plan)
+    complete = checkpoint is not None and is_complete(args, checkpoint, train)
+    facts = train_model(trainer, checkpoint, train, plan.rows * plan.accumulation, complete)
     facts["tokens_padded"] = count_padded(args, train, plan, facts)
     report_gpu("gpu")
     adapter = save_adapter(trainer.model, args.output_dir)
@@ -3859,10 +4221,11 @@ def main(argv: list[str] | None = None) -> None:
 
     tested = (held_out or train)[: args.eval_samples]
     start = time.perf_counter()
-    results = run_fresh(merge_and_score, args, merge_base, adapter, tested, plan)
-    scores, verdicts = score_results(tested, results)
-    check_merged(args, adapter, results, scores)
-    put_in_place(args.final_model_dir)
+    with discard_partial(args.final_model_dir):
+        results = run_fresh(merge_and_score, args, merge_base, adapter, tested, plan)
+        scores, verdicts = score_results(tested, results)
+        check_merged(args, adapter, results, scores)
+        put_in_place(args.final_model_dir)
     say("merge", f"16-bit, read back by a fresh process: held-out loss {results['merged']['loss']:.4f}, adapter "
                  f"{results['adapter']['loss']:.4f} ({time.perf_counter() - start:.0f} s with {3 * len(tested):,} "
                  "answers)")
@@ -3872,18 +4235,46 @@ def main(argv: list[str] | None = None) -> None:
     say("done", f"merged model: {args.final_model_dir}")
 
 
+def to_command(argv: list[str]) -> str:
+    """Return the command that goes on from the newest checkpoint of the run that `argv` started."""
+    flag = "--resume_from_checkpoint"
+    kept = [word for before, word in zip(["", *argv], argv)
+            if word.split("=")[0] != flag and (before != flag or word.startswith("--"))]
+    return shlex.join(["python", *kept, flag])
+
+
+def explain_interrupt(args: argparse.Namespace, number: int, began: float) -> str:
+    """Return one line: what ended the run that began then (seconds since 1970), and how to go on."""
+    name, marker = signal.Signals(number).name, Path(args.output_dir) / "run.yaml"
+    if args.eval_only:
+        return f"interrupted by {name}"
+    # run.yaml is written when training starts; before that, checkpoints in the folder are of an earlier run.
+    started = marker.is_file() and marker.stat().st_mtime >= began
+    if started and list_checkpoints(args.output_dir):
+        return f"interrupted by {name}; go on with: {to_command(sys.argv)}"
+    return f"interrupted by {name} before a checkpoint was written; start again with the same command"
+
+
 def run_command_line() -> int:
-    """Run main; return 0, or 1 with the error in one line per problem, or 130 after Ctrl-C."""
+    """Run main; return 0, or 1 with the error in one line per problem, or 128 + the signal that ended the run."""
+    began = time.time()
     try:
-        main()
+        with handle_signals(raise_interrupted):
+            main()
         return 0
     except UserError as error:
         lines = str(error).splitlines()
-    except KeyboardInterrupt:
-        print("interrupted; go on with --resume_from_checkpoint", file=sys.stderr)
-        return 130
+    except Interrupted as stop:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more finds the process ending anyway
+        print("\033[?25h" * sys.stdout.isatty(), end="")  # a progress bar that is cut off leaves the cursor hidden
+        print(explain_interrupt(parse_args(), stop.args[0], began), file=sys.stderr)
+        return 128 + stop.args[0]
     except MemoryError:
         lines = ["out of memory; lower --batch_size or --max_seq_length"]
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        lines = [f"{error.filename or 'output'}: the disk is full; free some space and run again"]
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, named so that torch need not be imported here
             raise
