@@ -126,9 +126,11 @@ if __name__ == "__main__":
     rows = s.first_rows(train, args, plan, plan.rows)
     halves = s.divide_plan(plan, plan.rows // 2, train, args)
     parts = s.to_batches(rows, halves)
+    decoder = model.get_base_model().model
+    graphs, decoder.graphs = getattr(decoder, "graphs", None), None  # measured without them
     peak(parts)  # what is allocated once and for all
     small, whole = peak(parts), peak([s.build_batch(rows, plan)])
-    print("peaks", small, whole)
+    decoder.graphs = graphs
     if sys.argv[1] == "short":
         limit = (small + whole) / 2
         torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
@@ -141,7 +143,7 @@ WORDS = ["amber", "basil", "cedar", "delta", "ember", "fjord", "grove", "heron",
 @pytest.mark.parametrize("flags", [["--engine", "transformers"], ["--no-cuda_graphs"], []])
 def test_a_step_that_does_not_fit_goes_on_in_smaller_streams(folder, flags):
     generator = random.Random(0)  # long requests that share nothing: memory grows with the rows
-    write_jsonl(folder / "long.jsonl", [native(" ".join(generator.choices(WORDS, k=600)), ("set_alarm", {"time": word}))
+    write_jsonl(folder / "long.jsonl", [native(" ".join(generator.choices(WORDS, k=300)), ("set_alarm", {"time": word}))
                                         for word in WORDS * 4])
     (folder / "short.py").write_text(SHORT_OF_MEMORY)
     results = {}
