@@ -153,7 +153,7 @@ def test_a_step_that_does_not_fit_goes_on_in_smaller_streams(folder, flags):
              "--tools_path", folder / "tools.json", "--output_dir", folder / kind, "--max_steps", "3", "--batch_size",
              "16", "--gradient_accumulation_steps", "1", "--gradient_checkpointing", "off", *flags],
             capture_output=True, text=True, cwd=ROOT, timeout=500,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)})
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])})
         assert results[kind].returncode == 0, results[kind].stderr[-3000:]
     warnings = re.findall("warning: out of GPU memory at step ([0-9]+) with a stream of", results["short"].stderr)
     assert warnings and set(warnings) == {"1"} and "out of GPU memory" not in results["plenty"].stderr
