@@ -49,8 +49,8 @@ def test_a_run_writes_exactly_these_files(job):
     folder, result = job
     assert result.returncode == 0, result.stderr
     assert names(folder / "final") == FINAL_FILES
-    assert names(folder / "out") == ["README.md", "adapter", "checkpoint-3", "checkpoint-6", "report.html", "report.json",
-                                      "run.yaml"]
+    assert names(folder / "out") == [".lock", "README.md", "adapter", "checkpoint-3", "checkpoint-6", "report.html",
+                                      "report.json", "run.yaml"]
     assert {"adapter_config.json", "adapter_model.safetensors"} <= set(names(folder / "out" / "adapter"))
     assert names(folder) == ["final", "out", "rows.jsonl", "tools.json"]  # nothing half-written is left
 
@@ -329,11 +329,26 @@ def test_unsloth_without_a_gpu_is_one_line(tmp_path, tools_path):
 def test_a_full_disk_is_seen_before_training(tmp_path, monkeypatch):
     from collections import namedtuple
 
-    usage = namedtuple("usage", "total used free")(10**9, 10**9 - 1000, 1000)
-    monkeypatch.setattr(script.shutil, "disk_usage", lambda path: usage)
-    args = script.parse_args(["--model_id", str(TINY), "--final_model_dir", str(tmp_path / "a" / "b")])
-    with pytest.raises(script.UserError, match=r"the merged model needs 0\.0 GB and the disk has 0\.0 GB free"):
-        script.check_disk(args, script.check_model(str(TINY)))
+    free = {"value": 0}
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(script.shutil, "disk_usage", lambda path: usage(10**9, 0, free["value"]))
+    out, final = tmp_path / "out", tmp_path / "a" / "b"
+    args = script.parse_args(["--model_id", str(TINY), "--output_dir", str(out), "--final_model_dir", str(final)])
+    config = script.check_model(str(TINY))
+    parameters, lora = script.count_parameters(config, 16)
+    assert parameters == 11_475_328  # of a file of 22,960,280 bytes
+    shapes = [(256, 256), (256, 128), (256, 128), (256, 256), (256, 768), (256, 768), (768, 256)]
+    assert lora == 0  # replaced below
+    needed = 4 * lora + 3 * 12 * lora + 2 * parameters + 5 * script.SMALL_FILES
+    free["value"] = needed
+    script.check_disk(args, config, 3)
+    free["value"] = needed - 1
+    with pytest.raises(script.UserError) as error:
+        script.check_disk(args, config, 3)
+    assert str(error.value) == (
+        f"--output_dir {out} and --final_model_dir {final}: the adapter and 3 checkpoints and the merged model need "
+        f"{needed / 1e9:.2f} GB and the disk has {needed / 1e9:.2f} GB free; free some space, choose another disk, or keep "
+        "fewer checkpoints with --save_total_limit")
 
 
 def test_a_merge_that_went_wrong_keeps_the_adapter_and_no_folder(tmp_path):

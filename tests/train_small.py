@@ -1,0 +1,84 @@
+"""Train a very small random Qwen3 in FOLDER, in one or many lives: python train_small.py FOLDER KILLS SECONDS FLAGS...
+
+A life is what the command line does from the checkpoint to the adapter. The first KILLS lives are ended by SIGKILL,
+each at a random moment within SECONDS; the last one goes on to the end. Each life is a fork, so that the libraries
+are loaded once.
+"""
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train_qwen3_tool_calling as script  # noqa: E402
+
+
+def make_base(folder: Path) -> None:
+    """Save a random Qwen3 of two small layers with the embedded base's tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "models" / "tiny-qwen3")
+    torch.manual_seed(1)
+    config = Qwen3Config(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                         num_attention_heads=2, num_key_value_heads=1, head_dim=16, tie_word_embeddings=True,
+                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def make_rows(count: int, seed: int) -> list[script.Sequence]:
+    """Return random sequences whose prompts have a common beginning."""
+    numbers = random.Random(seed)
+    return [script.Sequence(f"row:{i}", [*range(20, 40), *numbers.choices(range(300), k=10)], 25) for i in range(count)]
+
+
+def live(folder: Path, flags: list[str]) -> None:
+    """Go from the newest whole checkpoint in `folder`/out, or from the start, to the adapter."""
+    args = script.parse_args(["--output_dir", str(folder / "out"), "--model_id", str(folder / "base"),
+                              "--no-load_in_4bit", "--engine", "transformers", *flags])
+    lock = script.lock_output(args.output_dir)  # noqa: F841
+    if script.list_checkpoints(args.output_dir):
+        args.resume_from_checkpoint = "newest"
+    checkpoint, train, held_out = script.find_checkpoint(args), make_rows(23, seed=2), make_rows(4, seed=3)
+    former = script.read_run(checkpoint)
+    script.check_resume(args, checkpoint, former, train)
+    script.start_engine(args)
+    plan = script.plan_streams(train, args, "transformers", former.get("rows_per_stream"))
+    trainer = script.build_trainer(args, "transformers", script.load_model(args, "transformers", plan),
+                                   script.load_tokenizer(args.model_id), train, held_out, plan)
+    script.start_output(args, checkpoint, train, plan)
+    complete = checkpoint is not None and script.is_complete(args, checkpoint, train)
+    script.train_model(trainer, checkpoint, train, plan.rows * plan.accumulation, complete)
+    script.save_adapter(trainer.model, args.output_dir)
+
+
+def main() -> int:
+    import datasets  # noqa: F401
+    import peft  # noqa: F401
+    import trl  # noqa: F401
+
+    folder, kills, seconds, flags = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4:]
+    if not (folder / "base").is_dir():
+        make_base(folder / "base")
+    script.main = lambda: live(folder, flags)
+    while kills:
+        child = os.fork()
+        if child == 0:
+            os._exit(script.run_command_line())
+        time.sleep(random.uniform(0, seconds))
+        os.kill(child, signal.SIGKILL)
+        killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        kills -= killed  # a life that came to its end by itself does not count
+        print("killed" if killed else "ended", *sorted(path.name for path in (folder / "out").glob("checkpoint-*")))
+        sys.stdout.flush()
+    return script.run_command_line()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
