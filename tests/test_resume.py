@@ -44,6 +44,15 @@ def wait_for(condition, seconds: float = 90) -> None:
         time.sleep(0.005)
 
 
+def is_gone(group: int) -> bool:
+    """Say whether no process of a group is left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
 def read_adapter(folder: Path) -> bytes:
     return (folder / "out" / "adapter" / "adapter_model.safetensors").read_bytes()
 
@@ -90,3 +99,363 @@ def test_early_stopping_and_the_best_checkpoint_survive_kills(tmp_path):
     assert kept == [f"checkpoint-{best}", f"checkpoint-{last}"]
     assert state["best_model_checkpoint"] == str(tmp_path / "whole" / "out" / f"checkpoint-{best}")
     assert kept == [path.name for path in script.list_checkpoints(tmp_path / "killed" / "out")]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The real command line, on a small random base
+# ---------------------------------------------------------------------------------------------------------------
+ROWS = [native(f"is it raining in {city}", ("get_weather", {"city": city})) for city in CITIES]
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory) -> Path:
+    """A folder with base, rows and tools, and out and final of one run of 60 steps that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("job")
+    make_base(folder / "base")
+    write_jsonl(folder / "rows.jsonl", ROWS)
+    (folder / "tools.json").write_text(json.dumps([WEATHER]))
+    result = wait(start(*command(folder, folder)))
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def command(job: Path, folder: Path, *more: object) -> list:
+    """Return the command line of a run that writes to `folder`/out and `folder`/final."""
+    return [ROOT / "train_qwen3_tool_calling.py", "--model_id", job / "base", "--dataset_path", job / "rows.jsonl",
+            "--tools_path", job / "tools.json", "--output_dir", folder / "out", "--final_model_dir", folder / "final",
+            "--no-load_in_4bit", "--max_steps", 60, "--num_epochs", 30, "--save_steps", 20, "--eval_steps", 30,
+            "--train_test_split", 0.2, "--batch_size", 2, "--learning_rate", 0.01, "--max_new_tokens", 4, *more]
+
+
+def read_tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_all_whole(out: Path) -> None:
+    assert [script.find_damage(path) for path in script.list_checkpoints(out)] == [None] * len(script.list_checkpoints(out))
+    assert not list(out.glob(".*.partial")) and not list(out.glob(".*.old"))
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_in_training_leaves_a_checkpoint_and_the_command_that_goes_on(job, tmp_path, number, code):
+    process = start(*command(job, tmp_path))
+    wait_for(lambda: "step     3 of 60" in process.stdout.readline())
+    second = wait(start(*command(job, tmp_path)))  # two runs at once
+    assert errors(second) == [f"error: --output_dir {tmp_path / 'out'}: in use by another run (process {process.pid}); "
+                              "wait for its end or choose another folder"] and second.returncode == 1
+    process.send_signal(number)
+    result = wait(process)
+    found = script.list_checkpoints(tmp_path / "out")
+    go_on = shlex.join(["python", *map(str, command(job, tmp_path)), "--resume_from_checkpoint"])
+    assert result.returncode == code
+    assert result.stderr.split("\n") == ["", STOPPING, f"interrupted by {number.name}; go on with: {go_on}", ""]
+    assert 3 <= script.to_step(found[-1]) < 60
+    assert_all_whole(tmp_path / "out")
+    assert names(tmp_path) == ["out"] and not (tmp_path / "out" / "adapter").exists()
+    if number == signal.SIGINT:  # the printed command is to be the one that goes on
+        line = result.stderr.splitlines()[-1].split("go on with: python ")[1]
+        resumed = wait(start(*shlex.split(line)))
+        assert resumed.returncode == 0, resumed.stderr
+        assert f"resume   from {found[-1]}" in resumed.stdout.splitlines()
+        assert read_adapter(tmp_path) == read_adapter(job)
+        assert (tmp_path / "final" / "model.safetensors").read_bytes() == (job / "final" / "model.safetensors").read_bytes()
+
+
+def test_sigkill_of_the_real_command_changes_no_bit(job, tmp_path):
+    more = []
+    for _ in range(2):
+        process = start(*command(job, tmp_path, *more))
+        wait_for(lambda: " of 60  loss" in process.stdout.readline())
+        time.sleep(0.4)
+        process.kill()
+        assert wait(process).returncode == -signal.SIGKILL
+        more = ["--resume_from_checkpoint"] if script.list_checkpoints(tmp_path / "out") else []
+    result = wait(start(*command(job, tmp_path, *more)))
+    assert result.returncode == 0 and result.stderr == ""
+    assert read_adapter(tmp_path) == read_adapter(job)
+
+
+def test_a_second_signal_stops_at_once(tmp_path):
+    """One step takes a minute here; the first signal waits for its end, the second does not."""
+    flags = [*SMALL_FLAGS, "--slow_from", "4"]
+    process = start(ROOT / "tests" / "train_small.py", tmp_path, 0, 0, *flags)
+    wait_for(lambda: (tmp_path / "out" / "checkpoint-3").is_dir())
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    wait_for(lambda: STOPPING in process.stderr.readline())
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    result = wait(process, 10)
+    assert result.returncode == 130 and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("interrupted by SIGINT; go on with: python ")
+    assert [path.name for path in script.list_checkpoints(tmp_path / "out")] == [f"checkpoint-{i}" for i in (1, 2, 3)]
+    assert_all_whole(tmp_path / "out")
+
+
+def test_a_signal_before_training_is_one_line_and_changes_nothing(job, tmp_path):
+    process = start(*command(job, tmp_path))
+    wait_for(lambda: process.stdout.readline().startswith("read "))
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    result = wait(process)
+    assert (result.returncode, names(tmp_path)) == (143, [])
+    assert result.stderr == "interrupted by SIGTERM before a checkpoint was written; start again with the same command\n"
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_a_signal_while_merging_leaves_the_adapter_and_no_final_folder(job, tmp_path, number, code):
+    shutil.copytree(job / "out", tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "adapter")
+    resume = command(job, tmp_path, "--resume_from_checkpoint")
+    process = start(*resume)
+    wait_for((tmp_path / ".final.partial").is_dir)
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)  # as a terminal does
+    result = wait(process)
+    assert result.returncode == code and not (tmp_path / "final").exists()
+    assert read_adapter(tmp_path) == read_adapter(job)
+    assert f"resume   from {tmp_path / 'out' / 'checkpoint-60'}, where training had ended" in result.stdout.splitlines()
+    if number != signal.SIGKILL:
+        assert result.stderr == (f"interrupted by {number.name}; go on with: "
+                                 f"{shlex.join(['python', *map(str, resume)])}\n")
+        assert names(tmp_path) == ["out"]
+    else:
+        wait_for(lambda: is_gone(process.pid), 10)  # the process that merges follows its parent
+        again = wait(start(*resume))
+        assert again.returncode == 0 and names(tmp_path) == ["final", "out"]
+        assert json.loads((tmp_path / "out" / "report.json").read_text())["train"]["steps"] == 0
+
+
+def test_another_run_is_not_gone_on_with(job, tmp_path):
+    shutil.copytree(job / "out", tmp_path / "out")
+    before = read_tree(tmp_path)
+    write_jsonl(tmp_path / "rows.jsonl", ROWS[:-1])
+    result = wait(start(*command(job, tmp_path, "--resume_from_checkpoint", "--lora_rank", 8, "--max_steps", 59,
+                                 "--dataset_path", tmp_path / "rows.jsonl")))
+    newest = tmp_path / "out" / "checkpoint-60"
+    assert result.returncode == 1
+    assert errors(result) == [
+        f"error: --lora_rank is 8, and 16 in the run that {newest} is from; expected the same",
+        f"error: the training rows are not those of the run that {newest} is from; "
+        "expected the same rows in the same order",
+        f"error: {newest} is from step 60, and --max_steps or --num_epochs ends at 59; expected no fewer steps"]
+    after = read_tree(tmp_path)
+    assert {name: after[name] for name in after if name not in ("out/.lock", "rows.jsonl")} == {
+        name: before[name] for name in before if name != "out/.lock"}
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(job, tmp_path):
+    shutil.copytree(job / "out", tmp_path / "out")
+    newest = tmp_path / "out" / "checkpoint-60"
+    os.truncate(newest / "optimizer.pt", 1000)
+    size = (job / "out" / "checkpoint-60" / "optimizer.pt").stat().st_size
+    damage = f"optimizer.pt has 1,000 bytes instead of {size:,}"
+    result = wait(start(*command(job, tmp_path, "--resume_from_checkpoint", newest)))
+    assert errors(result) == [f"error: --resume_from_checkpoint {newest}: is damaged: {damage}; expected a whole checkpoint"]
+    result = wait(start(*command(job, tmp_path, "--resume_from_checkpoint")))
+    assert result.returncode == 0
+    assert result.stderr == f"warning: {newest} is damaged: {damage}; the one before is used\n"
+    assert f"resume   from {tmp_path / 'out' / 'checkpoint-40'}" in result.stdout.splitlines()
+    assert read_adapter(tmp_path) == read_adapter(job)
+    assert_all_whole(tmp_path / "out")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Return a function that mounts a disk at a folder which has space but takes only so many files."""
+    mounted = []
+
+    def mount(folder: Path, files: int) -> None:
+        folder.mkdir()
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size=1g,nr_inodes={files}", "tmpfs", folder],
+                              capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
+        mounted.append(folder)
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_disk_that_fills_in_training_keeps_the_earlier_checkpoints(job, tmp_path, small_disk):
+    small_disk(tmp_path / "out", 40)  # two checkpoints and a part of the third
+    result = wait(start(*command(job, tmp_path)))
+    assert result.returncode == 1
+    assert errors(result) == [f"error: {tmp_path / 'out' / 'checkpoint-60'}: the disk is full; free some space, then go "
+                              "on from the last checkpoint with --resume_from_checkpoint"]
+    assert names(tmp_path) == ["out"]
+    assert [path.name for path in script.list_checkpoints(tmp_path / "out")] == ["checkpoint-20", "checkpoint-40"]
+    assert_all_whole(tmp_path / "out")
+
+
+def test_a_disk_that_fills_in_merging_keeps_the_adapter(job, tmp_path, small_disk):
+    shutil.copytree(job / "out", tmp_path / "out")
+    small_disk(tmp_path / "models", 4)
+    result = wait(start(*command(job, tmp_path, "--resume_from_checkpoint", "--final_model_dir", tmp_path / "models" / "final")))
+    assert result.returncode == 1
+    assert errors(result) == [f"error: {tmp_path / 'models' / 'final'}: the disk is full; free some space, then go on from "
+                              "the last checkpoint with --resume_from_checkpoint"]
+    assert names(tmp_path / "models") == [] and read_adapter(tmp_path) == read_adapter(job)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Functions by themselves
+# ---------------------------------------------------------------------------------------------------------------
+def make_checkpoint(out: Path, step: int) -> Path:
+    folder = out / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "stateful_callbacks": {}}))
+    (folder / "weights").write_bytes(b"0123456789")
+    script.write_manifest(folder)
+    return folder
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda folder: os.truncate(folder / "weights", 4), "weights has 4 bytes instead of 10"),
+    (lambda folder: (folder / "weights").write_bytes(b"0123456788"), "weights is not as it was written"),
+    (lambda folder: (folder / "weights").unlink(), "weights is missing"),
+    (lambda folder: (folder / script.MANIFEST).unlink(), "manifest.json is missing"),
+    (lambda folder: (folder / script.MANIFEST).write_text("{"), "manifest.json cannot be read"),
+    (lambda folder: (folder / script.MANIFEST).write_text('{"weights": 1}'), "manifest.json cannot be read"),
+])
+def test_each_damage_is_found_and_named(tmp_path, capsys, damage, message):
+    old, new = make_checkpoint(tmp_path, 9), make_checkpoint(tmp_path, 10)  # the newest by number, not by name
+    args = script.parse_args(["--output_dir", str(tmp_path), "--resume_from_checkpoint"])
+    assert script.find_checkpoint(args) == str(new) and script.find_damage(new) is None
+    damage(new)
+    assert script.find_checkpoint(args) == str(old)
+    assert capsys.readouterr().err == f"warning: {new} is damaged: {message}; the one before is used\n"
+    args.resume_from_checkpoint = str(new)
+    with pytest.raises(script.UserError, match=re.escape(f"{new}: is damaged: {message}; expected a whole checkpoint")):
+        script.find_checkpoint(args)
+    damage(old)
+    args.resume_from_checkpoint = "newest"
+    with pytest.raises(script.UserError, match="holds no whole checkpoint; leave the flag out to start"):
+        script.find_checkpoint(args)
+
+
+SEQUENCES = [script.Sequence("row:1", [1, 2, 3], 2), script.Sequence("row:2", [4, 5, 6], 1)]
+
+
+def agreed_run() -> tuple:
+    """Return (settings, what run.yaml holds of them)."""
+    args = script.parse_args(["--num_epochs", "4"])
+    return args, vars(args) | {"training_rows": script.hash_rows(SEQUENCES)}
+
+
+@pytest.mark.parametrize("name, value", [
+    ("model_id", "other/model"), ("load_in_4bit", False), ("lora_rank", 8), ("lora_alpha", 8), ("lora_dropout", 0.5),
+    ("batch_size", 1), ("share_prefix", False), ("gradient_accumulation_steps", 8), ("learning_rate", 0.5),
+    ("lr_scheduler_type", "cosine"), ("warmup_steps", 0), ("weight_decay", 0.0), ("optim", "sgd"), ("seed", 1),
+    ("metric_for_best", "loss"), ("early_stopping_patience", 3)])
+def test_each_difference_is_refused_by_name(tmp_path, name, value):
+    checkpoint = str(make_checkpoint(tmp_path, 3))
+    args, former = agreed_run()
+    script.check_resume(args, checkpoint, former, SEQUENCES)
+    setattr(args, name, value)
+    with pytest.raises(script.UserError) as error:
+        script.check_resume(args, checkpoint, former, SEQUENCES)
+    assert str(error.value) == f"--{name} is {value}, and {former[name]} in the run that {checkpoint} is from; expected the same"
+
+
+def test_a_run_may_grow_and_not_shrink(tmp_path):
+    checkpoint = str(make_checkpoint(tmp_path, 3))
+    args, former = agreed_run()
+    for epochs, steps in ((9, None), (4, 3), (1, 7)):
+        args.num_epochs, args.max_steps = epochs, steps
+        script.check_resume(args, checkpoint, former, SEQUENCES)
+    args.max_steps = 2
+    with pytest.raises(script.UserError, match="checkpoint-3 is from step 3, and --max_steps or --num_epochs ends at 2; "):
+        script.check_resume(args, checkpoint, former, SEQUENCES)
+
+
+def test_rows_are_the_same_only_in_the_same_order_with_the_same_prompts():
+    first, second = SEQUENCES
+    hashes = {script.hash_rows(rows) for rows in (
+        [first, second], [second, first], [first], [first, second._replace(prompt_length=2)],
+        [first, second._replace(input_ids=[4, 5, 7])], [script.Sequence("", [1, 2, 3, 4, 5, 6], 2)])}
+    assert len(hashes) == 6
+    assert script.hash_rows([first._replace(where="elsewhere"), second]) == script.hash_rows(SEQUENCES)
+
+
+def test_a_resumed_run_keeps_its_rows_per_stream():
+    rows = [script.Sequence(f"row:{i}", [*range(30), 100 + i, 101 + i], 31) for i in range(12)]
+    args = script.parse_args(["--max_seq_length", "1000"])
+    assert script.plan_streams(rows, args, "transformers").rows == 8
+    plan = script.plan_streams(rows, args, "transformers", rows=4)
+    assert (plan.rows, plan.accumulation) == (4, 2)
+
+
+def test_what_is_not_of_the_run_is_removed_at_its_start(tmp_path):
+    args = script.parse_args(["--output_dir", str(tmp_path)])
+    plan = script.Plan(8, 1, [])
+    for step in (3, 6, 12):
+        make_checkpoint(tmp_path, step)
+    (tmp_path / ".checkpoint-15.partial").mkdir()
+    (tmp_path / "notes").mkdir()
+    script.start_output(args, str(tmp_path / "checkpoint-6"), SEQUENCES, plan)
+    assert names(tmp_path) == ["checkpoint-3", "checkpoint-6", "notes", "run.yaml"]
+    former = script.read_run(str(tmp_path / "checkpoint-6"))
+    assert former["rows_per_stream"] == 8 and former["training_rows"] == script.hash_rows(SEQUENCES)
+    script.start_output(args, None, SEQUENCES, plan)
+    assert names(tmp_path) == ["notes", "run.yaml"]
+
+
+@pytest.mark.parametrize("words", [[], ["--resume_from_checkpoint"], ["--resume_from_checkpoint", "out/checkpoint-3"],
+                                   ["--resume_from_checkpoint=out/checkpoint-3"]])
+def test_the_command_that_goes_on_names_resume_once(words):
+    argv = ["train it.py", "--seed", "1", *words, "--run_name", "it's"]
+    assert script.to_command(argv) == """python 'train it.py' --seed 1 --run_name 'it'"'"'s' --resume_from_checkpoint"""
+
+
+def test_checkpoints_on_the_disk_at_once_are_counted(tmp_path):
+    def count(*flags, checkpoint=None):
+        return script.count_checkpoints(script.parse_args([*flags]), SEQUENCES * 20, checkpoint)  # 5 steps an epoch
+
+    assert count("--num_epochs", "4") == 4
+    assert count("--num_epochs", "4", "--save_steps", "3") == 7  # the last step is saved too
+    assert count("--num_epochs", "4", "--save_total_limit", "2") == 3
+    assert count("--num_epochs", "4", "--save_total_limit", "2", "--metric_for_best", "loss") == 4
+    assert count("--num_epochs", "4", checkpoint=str(make_checkpoint(tmp_path, 10))) == 2
+
+
+def test_a_full_disk_is_known_by_all_its_names(tmp_path):
+    import numpy
+    import torch
+    from safetensors.numpy import save_file
+
+    def fill_plain():
+        with open("/dev/full", "wb") as file:
+            file.write(b"0" * 100_000)
+
+    for fill in (fill_plain, lambda: torch.save(torch.zeros(100_000), "/dev/full")):
+        with pytest.raises((OSError, RuntimeError)) as error:
+            fill()
+        assert script.is_disk_full(error.value), error.value
+    assert not script.is_disk_full(OSError(errno.EACCES, "Permission denied"))
+    with pytest.raises(Exception) as error:
+        save_file({"x": numpy.zeros(4)}, tmp_path / "no" / "such" / "folder")
+    assert not script.is_disk_full(error.value)
+
+
+def test_a_full_disk_leaves_nothing_partial(tmp_path):
+    with pytest.raises(script.UserError, match="^" + re.escape(f"{tmp_path / 'final'}: the disk is full; free some space")):
+        with script.discard_partial(tmp_path / "final") as folder:
+            folder.mkdir()
+            raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert names(tmp_path) == []
+
+
+def test_a_lock_dies_with_its_holder(tmp_path):
+    holder = start("-c", f"import time, train_qwen3_tool_calling as s; lock = s.lock_output({str(tmp_path)!r}); "
+                         "print('locked', flush=True); time.sleep(60)")
+    assert holder.stdout.readline() == "locked\n"
+    with pytest.raises(script.UserError, match=rf"in use by another run \(process {holder.pid}\); wait for its end"):
+        script.lock_output(tmp_path)
+    holder.kill()
+    holder.communicate()
+    file = script.lock_output(tmp_path)
+    assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
+    file.close()
+    script.check_folder(tmp_path, "--output_dir")  # a lock alone makes no folder foreign

@@ -2,7 +2,7 @@
 
 A life is what the command line does from the checkpoint to the adapter. The first KILLS lives are ended by SIGKILL,
 each at a random moment within SECONDS; the last one goes on to the end. Each life is a fork, so that the libraries
-are loaded once.
+are loaded once. With the flag --slow_from N, which must be the last, that step takes a minute.
 """
 
 import os
@@ -58,6 +58,18 @@ def live(folder: Path, flags: list[str]) -> None:
     script.save_adapter(trainer.model, args.output_dir)
 
 
+def slow_down(step: int) -> None:
+    """Make the optimizer step take a minute."""
+    compute, calls = script.compute_token_losses, iter(range(10**6))
+
+    def compute_slowly(model, batch, engine):
+        if model.training and next(calls) == 2 * (step - 1):  # two streams a step
+            time.sleep(60)
+        return compute(model, batch, engine)
+
+    script.compute_token_losses = compute_slowly
+
+
 def main() -> int:
     import datasets  # noqa: F401
     import peft  # noqa: F401
@@ -66,6 +78,10 @@ def main() -> int:
     folder, kills, seconds, flags = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4:]
     if not (folder / "base").is_dir():
         make_base(folder / "base")
+    if "--slow_from" in flags:
+        slow_down(int(flags.pop()))
+        flags.pop()
+    sys.argv[1:] = ["--output_dir", str(folder / "out"), *flags]  # what the interrupted command line looks at
     script.main = lambda: live(folder, flags)
     while kills:
         child = os.fork()
