@@ -79,6 +79,7 @@ WRITTEN_BY = "# written by train_qwen3_tool_calling.py\n"  # first line of run.y
 MANIFEST = "manifest.json"  # in each checkpoint: size and SHA-256 of its files
 LOCK = ".lock"  # in --output_dir: held while a run lasts
 SMALL_FILES = 2**24  # bytes of tokenizer, settings and state that are saved beside weights
+# Settings that a resumed run must share with the one it goes on from.
 AGREED = ("model_id", "load_in_4bit", "lora_rank", "lora_alpha", "lora_dropout", "batch_size", "share_prefix",
           "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim",
           "seed", "metric_for_best", "early_stopping_patience")  # what a resumed run must share with the run before
