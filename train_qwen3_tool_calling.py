@@ -4281,7 +4281,7 @@ def run_command_line() -> int:
             raise
         lines = ["out of GPU memory; lower --batch_size or --max_seq_length, or choose a smaller --model_id"]
     for line in lines:
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {hide_secrets(line)}", file=sys.stderr)
     return 1
 
 
