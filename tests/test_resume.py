@@ -104,7 +104,8 @@ def test_early_stopping_and_the_best_checkpoint_survive_kills(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------
 # The real command line, on a small random base
 # ---------------------------------------------------------------------------------------------------------------
-ROWS = [native(f"is it raining in {city}", ("get_weather", {"city": city})) for city in CITIES]
+ROWS = [native("good evening", content="Good evening."),  # without it the run would warn
+        *(native(f"is it raining in {city}", ("get_weather", {"city": city})) for city in CITIES[1:])]
 
 
 @pytest.fixture(scope="module")
