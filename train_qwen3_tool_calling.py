@@ -26,6 +26,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections import Counter
@@ -69,6 +70,7 @@ RECORDED_BYTES = 2**30  # a stream whose layers' inputs take more than this is n
 READ_BACK_ROWS = 64  # held-out rows on which the losses of merged model and adapter are compared
 MERGE_SLACK = 0.02  # nats per token, and share of the rows, by which the merged model may be worse than the adapter
 SHOWN_PROBLEMS = 20
+CHECK_SECONDS = 2  # the longest that a call may take to check
 NAMED_ROWS = 8  # so many rows of a step that failed are named
 CLEAR_RISE = 0.02  # nats by which, beside a tenth, the held-out loss must rise to be pointed out
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")  # their values are written nowhere
@@ -1387,8 +1389,30 @@ def check_tools(tools: object) -> tuple[dict, list[str]]:
     return validators, problems
 
 
+@contextlib.contextmanager
+def limit_time(seconds: float):
+    """End what takes longer with a TimeoutError: a `pattern` out of the data can keep Python busy for years."""
+
+    def stop(number, frame):
+        raise TimeoutError
+
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield  # as on Windows: there is no such timer
+        return
+    former = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
+
+
 def check_calls(messages: list[dict], validators: dict) -> list[str]:
-    """Check every call of the conversation against the JSON Schema of its own tool."""
+    """Check every call of the conversation against the JSON Schema of its own tool.
+
+    A tool whose schema took too long once is not tried again: its place in `validators` then holds what to say.
+    """
     import referencing.exceptions
 
     problems = []
@@ -1397,12 +1421,20 @@ def check_calls(messages: list[dict], validators: dict) -> list[str]:
         name = f"call {index} {shorten(call['name'])}"
         if call["name"] not in validators:
             close = difflib.get_close_matches(call["name"], validators, n=1)
-            hint = f'did you mean "{close[0]}"?' if close else f"tools: {', '.join(validators) or 'none'}"
+            known = ", ".join([*islice(validators, SHOWN_PROBLEMS)] + ["..."] * (len(validators) > SHOWN_PROBLEMS))
+            hint = f'did you mean "{close[0]}"?' if close else f"tools: {known or 'none'}"
             problems.append(f"{name}: the row has no such tool; {hint}")
             continue
+        if isinstance(validators[call["name"]], str):
+            problems.append(f"{name}: {validators[call['name']]}")
+            continue
         try:
-            errors = sorted(validators[call["name"]].iter_errors(call["arguments"]), key=lambda error: error.json_path)
-            problems += [f"{name}: {describe(error)}" for error in errors]
+            with limit_time(CHECK_SECONDS):
+                errors = [*validators[call["name"]].iter_errors(call["arguments"])]
+            problems += [f"{name}: {describe(error)}" for error in sorted(errors, key=lambda error: error.json_path)]
+        except TimeoutError:
+            validators[call["name"]] = f"its tool's schema takes over {CHECK_SECONDS} s to apply; simplify its patterns"
+            problems.append(f"{name}: {validators[call['name']]}")
         except referencing.exceptions.Unresolvable as error:
             problems.append(f"{name}: its tool's schema refers to {error.ref}, which is not inside that schema")
         except Exception as error:  # as in check_tool
@@ -3178,7 +3210,6 @@ def merge_and_score(args: argparse.Namespace, base_id: str, adapter: str, sequen
 def send_result(sender, function, arguments: tuple) -> None:
     """Send function(*arguments), or the error that it ends with, to the process that waits for it."""
     import multiprocessing
-    import threading
 
     def follow_parent():
         multiprocessing.parent_process().join()
@@ -3844,7 +3875,8 @@ def show_table(columns: list[str], rows: list[list]) -> None:
     for name, *values in rows:
         table.add_row(name, *(f"{value:,.0f}" for value in values))
     # Piped, the width would be taken for 80 whatever the reader has.
-    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(Padding(table, (0, 0, 0, 9), expand=False))
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console.print(Padding(table, (0, 0, 0, 9), expand=False))
 
 
 def show_data(audit: dict) -> None:
