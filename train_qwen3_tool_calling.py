@@ -2402,8 +2402,8 @@ def explain_numbers(step: int, loss: float, norm: float, rows: list[Sequence]) -
     wrong = f"the norm of the gradient is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
     names = list(dict.fromkeys(row.where for row in rows))
     more = f" and {len(names) - NAMED_ROWS} more" if len(names) > NAMED_ROWS else ""
-    return (f"step {step:,}: {wrong}; expected a finite number. The weights were not changed by it, and a checkpoint "
-            f"written before is good. Lower --learning_rate, or look at the rows of this step: "
+    return (f"step {step:,}: {wrong}; expected a finite number. Nothing of it is saved, and a checkpoint written "
+            f"before is good. Lower --learning_rate, or look at the rows of this step: "
             f"{', '.join(names[:NAMED_ROWS])}{more}")
 
 
@@ -2614,7 +2614,7 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
         tokens_computed = 0
         streams = plan  # what is computed at once: as planned, or smaller streams once that did not fit into memory
         held_out_batches = to_batches(held_out, plan) if held_out else []
-        step_rows, step_loss = [], 0.0  # of the optimizer step in hand
+        step_rows, step_loss, step_norm = [], 0.0, 0.0  # of the optimizer step in hand
         staging = None
 
         def _get_train_sampler(self, train_dataset=None):
@@ -2632,7 +2632,7 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
             loss and gradient are sums over the streams, so they stay what they are.
             """
             rows = [arrays[index] for index in inputs.pop("rows")]
-            before, loss = copy_gradients(model), None
+            before, loss = copy_gradients(model) if self.step_rows else [], None
             while loss is None:
                 whole, losses = self.streams is plan, []
                 try:
@@ -2644,6 +2644,7 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
                     pass  # here the failed computation is still held; below it is let go
                 if loss is None:
                     self.divide_streams(part, batch["input_ids"].numel())
+                    model.zero_grad()
                     put_gradients(before)
             self.step_rows, self.step_loss = [*self.step_rows, *rows], self.step_loss + loss
             return loss
@@ -2661,13 +2662,18 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
                  f"{size} row{'s' * (size > 1)}; the result is the same")
 
         def _get_grad_norm(self, model, grad_norm=None):
-            """Return the norm of the step's gradient; it comes before the update, so the last moment to look at it."""
-            norm, loss, rows = super()._get_grad_norm(model, grad_norm=grad_norm), self.step_loss, self.step_rows
-            self.step_rows, self.step_loss = [], 0.0
+            norm = super()._get_grad_norm(model, grad_norm=grad_norm)
             # With fp16, gradients that overflow are nothing special: the scaler leaves such a step out.
-            if not math.isfinite(loss + (norm if self.accelerator.scaler is None else 0)):
-                raise UserError(explain_numbers(self.state.global_step + 1, float(loss), float(norm), rows))
+            self.step_norm = norm if self.accelerator.scaler is None else 0.0
             return norm
+
+        def _maybe_log_save_evaluate(self, *arguments, **more):
+            """Look at the step's numbers before anything of it is saved; to look earlier, the GPU would stand still."""
+            loss, norm, rows = self.step_loss, self.step_norm, self.step_rows
+            self.step_rows, self.step_loss = [], 0.0
+            if not math.isfinite(loss + norm):
+                raise UserError(explain_numbers(self.state.global_step, float(loss), float(norm), rows))
+            super()._maybe_log_save_evaluate(*arguments, **more)
 
         def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
             """Return the held-out loss as a mean over tokens (the library's is one over batches), and exact match."""

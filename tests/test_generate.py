@@ -16,11 +16,11 @@ def model():
 
 @pytest.fixture(scope="module")
 def sequences(tokenizer):
-    """Fifty held-out rows of the bundled data, of which the embedded base gets some right."""
+    """Thirty held-out rows of the bundled data, of which the embedded base gets some right."""
     args = script.parse_args(["--dataset_path", str(ROOT / script.DATASET_PATH), "--tools_path",
                               str(ROOT / script.TOOLS_PATH)])
     _, held_out = script.split_examples(script.read_examples(args, args.dataset_path)[0], 0.1)
-    groups, problems = script.render_examples(tokenizer, held_out[:50], 2048)
+    groups, problems = script.render_examples(tokenizer, held_out[:30], 2048)
     assert not problems
     return [sequence for group in groups for sequence in group]
 
@@ -37,11 +37,11 @@ def test_free_exact_match_is_that_of_generation_row_by_row(model, tokenizer, seq
     args = script.parse_args(["--eval_batch_size", "16", "--max_new_tokens", "120"])
     answers = script.generate_answers(model, tokenizer, sequences, args, "base")
     written = [answer == sequence.answer for answer, sequence in zip(answers, sequences)]
-    assert 5 <= sum(written) <= 45  # both verdicts occur
+    assert 3 <= sum(written) <= 27  # both verdicts occur
     counted = [script.score_batches(model, [script.build_stream([row])], "transformers")["exact_match"] for row in sequences]
     assert counted == written
     for batches in ([script.build_stream(sequences[:8]), script.build_stream(sequences[8:])],
-                    [script.build_padded(sequences[:20]), script.build_padded(sequences[20:])]):
+                    [script.build_padded(sequences[:15]), script.build_padded(sequences[15:])]):
         assert script.score_batches(model, batches, "transformers")["exact_match"] == sum(written) / len(written)
 
 
