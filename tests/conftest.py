@@ -42,6 +42,8 @@ def write_jsonl(path: Path, rows: list) -> str:
 def run_script(*arguments: object, timeout: int = 240, **environment: str) -> subprocess.CompletedProcess:
     """Run the real command line in a new process, without a GPU and without the network."""
     command = [sys.executable, str(ROOT / "train_qwen3_tool_calling.py"), *map(str, arguments)]
+    if "PYTEST_XDIST_WORKER" in os.environ:  # several tests at once: threads would only fight for the cores
+        environment = {"OMP_NUM_THREADS": "1", **environment}
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", **environment}
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=ROOT)
 
