@@ -47,12 +47,14 @@ def losses(trainer) -> list[float]:
     return [log["loss"] for log in trainer.state.log_history if "loss" in log]
 
 
-class FailsBackward(torch.autograd.Function):
-    """The identity, whose gradient does not fit into memory."""
-
+class Identity(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor):
         return tensor.clone()
+
+
+class FailsBackward(Identity):
+    """The identity, whose gradient does not fit into memory."""
 
     @staticmethod
     def backward(ctx, gradient):
@@ -163,12 +165,8 @@ def test_recorded_graphs_are_dropped_when_memory_runs_out():
     assert decoder.graphs is None
 
 
-class InfiniteBackward(torch.autograd.Function):
+class InfiniteBackward(Identity):
     """The identity with an infinite gradient."""
-
-    @staticmethod
-    def forward(ctx, tensor):
-        return tensor.clone()
 
     @staticmethod
     def backward(ctx, gradient):
