@@ -82,9 +82,9 @@ MANIFEST = "manifest.json"  # in each checkpoint: size and SHA-256 of its files
 LOCK = ".lock"  # in --output_dir: held while a run lasts
 SMALL_FILES = 2**24  # bytes of tokenizer, settings and state that are saved beside weights
 # Settings that a resumed run must share with the one it goes on from.
-AGREED = ("model_id", "load_in_4bit", "lora_rank", "lora_alpha", "lora_dropout", "batch_size", "share_prefix",
-          "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim",
-          "seed", "metric_for_best", "early_stopping_patience")  # what a resumed run must share with the run before
+AGREED = ("model_id", "load_in_4bit", "lora_rank", "lora_alpha", "lora_dropout", "share_prefix", "learning_rate",
+          "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "seed", "metric_for_best",
+          "early_stopping_patience")
 
 
 class UserError(Exception):
@@ -122,6 +122,16 @@ def hide_secrets(text: str) -> str:
     return re.sub(r"(?<=://)[^/\s@\"'\\]+@", "", text)
 
 
+def is_main() -> bool:
+    """Say whether this process speaks and writes: of those that torchrun starts, one for each GPU, only the first."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def count_devices() -> int:
+    """Return how many processes share the rows of a step: as many as torchrun or accelerate started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def say(stage: str, text: str) -> None:
     """Print one line for one stage of the run."""
     print(f"{stage:<9}{hide_secrets(text)}", flush=True)
@@ -129,7 +139,8 @@ def say(stage: str, text: str) -> None:
 
 def warn(text: str) -> None:
     """Print one warning."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    if is_main():
+        print(f"warning: {hide_secrets(text)}", file=sys.stderr, flush=True)
 
 
 def raise_interrupted(number: int, frame) -> None:
@@ -1628,9 +1639,9 @@ def show_rows(tokenizer, sequences: list[Sequence], shown: str | None) -> None:
 # 6  Batch: sequences -> one flat stream per micro-batch that holds every common prefix once
 # ---------------------------------------------------------------------------------------------------------------
 class Plan(NamedTuple):
-    """How an optimizer step is computed: `accumulation` streams of `rows` rows, filled up to one of `lengths`.
+    """How an optimizer step is computed: on each of `devices` in `accumulation` streams of `rows` rows.
 
-    `groups` are the training rows that can share (see group_rows).
+    Streams are filled up to one of `lengths`; `groups` are the training rows that can share (see group_rows).
     """
 
     rows: int
@@ -1638,6 +1649,12 @@ class Plan(NamedTuple):
     groups: list[list[list[int]]]
     lengths: tuple[int, ...] = ()
     share_prefix: bool = True
+    devices: int = 1
+
+    @property
+    def rows_per_step(self) -> int:
+        """The effective batch: rows per optimizer step on all devices."""
+        return self.rows * self.accumulation * self.devices
 
 
 def to_tree(rows: list) -> list[tuple]:
@@ -1736,11 +1753,11 @@ def group_rows(sequences: list[Sequence]) -> list[list[list[int]]]:
 def order_rows(plan: Plan, seed: int, epoch: int) -> list[int]:
     """Return the order of the training rows in one epoch: random, yet with rows of the same tools in small runs.
 
-    With one list of tools this is a plain shuffle. With many, rows that can share their prefix meet in a stream: half a
-    stream is of one list, so that it mixes several. The same seed and epoch give the same order, so a resumed run goes
-    on as planned.
+    With one list of tools this is a plain shuffle. With many, rows that can share their prefix meet in a step: half of
+    it is of one list, so that it mixes several. The same seed and epoch give the same order for the same rows per step,
+    however these are cut into streams, so a resumed run goes on as planned, also on another number of devices.
     """
-    generator, piece = random.Random(f"{seed} {epoch}"), max(1, plan.rows // 2)
+    generator, piece = random.Random(f"{seed} {epoch}"), max(1, plan.rows_per_step // 2)
     pieces = []
     for group in plan.groups:
         conversations = generator.sample(group, len(group))
@@ -1756,27 +1773,49 @@ def first_rows(train: list[Sequence], args: argparse.Namespace, plan: Plan, coun
 
 
 def cut_streams(plan: Plan, args: argparse.Namespace, epoch: int) -> list[list[int]]:
-    """Return the rows of each stream of one epoch."""
-    order = order_rows(plan, args.seed, epoch)
-    return [order[i : i + plan.rows] for i in range(0, len(order), plan.rows)]
+    """Return the rows of each stream of one epoch, step by step; within a step the devices take turns.
+
+    What is left for the last step is spread evenly. With fewer rows than devices, some of its streams have no row.
+    """
+    order, streams, size = order_rows(plan, args.seed, epoch), [], plan.rows_per_step
+    for rows in (order[i : i + size] for i in range(0, len(order), size)):
+        count = plan.devices * math.ceil(len(rows) / (plan.rows * plan.devices))
+        streams += [rows[len(rows) * i // count : len(rows) * (i + 1) // count] for i in range(count)]
+    return streams
 
 
-def plan_streams(sequences: list[Sequence], args: argparse.Namespace, engine: str, rows: int | None = None) -> Plan:
+class StreamSampler:
+    """The rows of one stream after the other, as a batch sampler of PyTorch's DataLoader.
+
+    A stream without a row is given as the index after the last row, which stands for one that trains nothing.
+    """
+
+    def __init__(self, plan: Plan, args: argparse.Namespace, rows: int, find_epoch):
+        self.plan, self.args, self.rows, self.find_epoch = plan, args, rows, find_epoch
+
+    def __len__(self):
+        return len(cut_streams(self.plan, self.args, epoch=0))
+
+    def __iter__(self):
+        return iter([stream or [self.rows] for stream in cut_streams(self.plan, self.args, self.find_epoch())])
+
+
+def plan_streams(sequences: list[Sequence], args: argparse.Namespace, engine: str) -> Plan:
     """Fuse accumulation steps into one stream as far as the flags' memory allows, for every stream of the run.
 
-    A stream may hold batch_size x max_seq_length tokens: what the flags allow a padded batch to hold. A resumed run
-    keeps the rows per stream that it had (`rows`), because the order of all rows depends on it.
+    A stream may hold batch_size x max_seq_length tokens: what the flags allow a padded batch to hold.
     """
-    batch_size, steps, groups = args.batch_size, args.gradient_accumulation_steps, group_rows(sequences)
+    batch_size, steps = args.batch_size, args.gradient_accumulation_steps
+    plan = Plan(batch_size, steps, group_rows(sequences), share_prefix=args.share_prefix, devices=count_devices())
     if not args.share_prefix:
-        return Plan(batch_size, steps, groups, share_prefix=False)
+        return plan
     for fused in range(steps, 0, -1):
-        if steps % fused == 0 and rows in (None, batch_size * fused):
-            plan, sizes = Plan(batch_size * fused, steps // fused, groups), []
+        if steps % fused == 0:
+            plan, sizes = plan._replace(rows=batch_size * fused, accumulation=steps // fused), []
             for epoch in range(args.num_epochs):
                 streams = cut_streams(plan, args, epoch)
-                sizes += [count_tokens([sequences[i] for i in stream]) for stream in streams]
-            if rows or fused == 1 or max(sizes) <= batch_size * args.max_seq_length:
+                sizes += [count_tokens([sequences[i] for i in stream]) for stream in streams if stream]
+            if fused == 1 or max(sizes) <= batch_size * args.max_seq_length:
                 return plan._replace(lengths=choose_lengths(sizes)) if engine == "unsloth" else plan
 
 
@@ -1808,7 +1847,7 @@ def divide_plan(plan: Plan, size: int, sequences: list[Sequence], args: argparse
     if not plan.lengths:
         return plan._replace(rows=size)
     sizes = [count_tokens(part) for epoch in range(args.num_epochs) for stream in cut_streams(plan, args, epoch)
-             for part in split_rows([sequences[i] for i in stream], size)]
+             if stream for part in split_rows([sequences[i] for i in stream], size)]
     return plan._replace(rows=size, lengths=choose_lengths(sizes))
 
 
@@ -1835,6 +1874,8 @@ def start_engine(args: argparse.Namespace) -> str:
     """Import the engine and return its name; Unsloth patches trl, transformers and peft, so it must come first."""
     import torch
 
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     engine = args.engine if args.engine != "auto" else "unsloth" if torch.cuda.is_available() else "transformers"
     if engine == "unsloth":
         if not torch.cuda.is_available():
@@ -2268,15 +2309,15 @@ def generate_answers(model, tokenizer, sequences: list[Sequence], args: argparse
 # ---------------------------------------------------------------------------------------------------------------
 # 8  Train: SFTTrainer over the streams
 # ---------------------------------------------------------------------------------------------------------------
-def score_batches(model, batches, engine: str) -> dict:
-    """Return the mean loss in nats per supervised token, and the share of sequences that greedy decoding reproduces.
+def score_batches(model, batches, engine: str):
+    """Return sums over batches, float64 [4]: loss in nats, supervised tokens, sequences reproduced, sequences.
 
     Greedy decoding writes an answer exactly if and only if each of its tokens is the most likely one after those before
     it. So this forward pass, which knows the answer, counts exact matches without generating.
     """
     import torch
 
-    losses, misses, tokens = [], [], 0
+    losses, exact, tokens, sequences = [], [], 0, 0
     was_training = model.training
     model.eval()
     for batch in batches:
@@ -2285,13 +2326,20 @@ def score_batches(model, batches, engine: str) -> dict:
         answer = starts.flatten().cumsum(dim=0)[supervised.flatten()] - 1  # which answer a supervised token is of
         with torch.no_grad(), autocast(model):
             loss, hits = compute_token_losses(model, {n: t.to(model.device) for n, t in batch.items()}, engine)
+        misses = torch.zeros(int(starts.sum()), device=hits.device).index_add_(
+            0, answer.to(hits.device), (~hits).float())
         losses.append(loss.sum(dtype=torch.float64))
-        misses.append(torch.zeros(int(starts.sum()), device=hits.device).index_add_(
-            0, answer.to(hits.device), (~hits).float()))
-        tokens += len(loss)
+        exact.append((misses == 0).sum(dtype=torch.float64))
+        tokens, sequences = tokens + len(loss), sequences + len(misses)
     model.train(was_training)
-    return {"loss": torch.stack(losses).sum().item() / tokens,
-            "exact_match": (torch.cat(misses) == 0).double().mean().item()}
+    zero = torch.zeros((), dtype=torch.float64, device=model.device)
+    return torch.stack([sum(losses, zero), zero + tokens, sum(exact, zero), zero + sequences])
+
+
+def to_metrics(sums) -> dict:
+    """Return the mean loss in nats per supervised token, and the share of sequences that greedy decoding reproduces."""
+    loss, tokens, exact, sequences = sums.tolist()
+    return {"loss": loss / tokens, "exact_match": exact / sequences}
 
 
 def free_gpu() -> None:
@@ -2360,6 +2408,7 @@ def compare_sharing(model, rows: list[Sequence], lengths: tuple[int, ...], engin
 def check_sharing(args: argparse.Namespace, model, train: list[Sequence], plan: Plan, engine: str) -> bool:
     """Compute the first rows of the run shared and by themselves; print how they differ, return whether by rounding."""
     import torch
+    from accelerate.utils import broadcast_object_list
 
     start = time.perf_counter()
     rows, lengths = first_rows(train, args, plan, CHECKED_ROWS), plan.lengths
@@ -2374,7 +2423,7 @@ def check_sharing(args: argparse.Namespace, model, train: list[Sequence], plan: 
         rows = rows[: len(rows) // 2]
         lengths = choose_lengths([count_tokens(rows)]) if lengths else ()
     free_gpu()
-    if gradient <= limit:
+    if broadcast_object_list([gradient <= limit])[0]:  # all devices do as the first one finds
         say("check", f"sharing changes the loss of {len(rows)} rows by {loss:.1e} and their gradient by {gradient:.1e} "
                      f"of its norm: rounding ({time.perf_counter() - start:.1f} s)")
         return True
@@ -2478,27 +2527,41 @@ def build_stopper():
     """Return a TrainerCallback whose `note` handles signals: the first ends training after its step and a checkpoint.
 
     A step that ends an epoch leaves the checkpoint to the end of the epoch, after the held-out rows are scored, as in
-    a run that goes on. The second signal ends everything at once.
+    a run that goes on. The second signal ends everything at once. Of several processes, all stop after the same step.
     """
+    import torch
+    import torch.distributed as distributed
     from transformers import TrainerCallback
 
     class Stopper(TrainerCallback):
-        number = None
+        number, noted, group = None, 0.0, None
 
         def note(self, number, frame):
-            if self.number:
+            # torchrun hands on the Ctrl-C that its processes have got themselves: that is one signal, not two.
+            if self.number and (count_devices() == 1 or time.monotonic() > self.noted + 2):
                 raise Interrupted(number)
-            self.number = number
-            # Not print: the signal may come while a print is going on.
-            os.write(2, b"\nstopping after this step, with a checkpoint; once more stops at once\n")
+            if not self.number and is_main():
+                # Not print: the signal may come while a print is going on.
+                os.write(2, b"\nstopping after this step, with a checkpoint; once more stops at once\n")
+            self.number, self.noted = self.number or number, self.noted or time.monotonic()
+
+        def agree(self):
+            """Let every process know of a signal that one of them got."""
+            number = torch.tensor(self.number or 0)
+            distributed.all_reduce(number, distributed.ReduceOp.MAX, self.group)
+            self.number = number.item() or None
 
         def on_train_begin(self, args, state, control, **kwargs):
             state.compute_steps(args, state.max_steps)  # a resumed run has the intervals of its own flags
+            if count_devices() > 1:
+                self.group = distributed.new_group(backend="gloo")  # so that no GPU has to wait
 
         def is_within_epoch(self, state):
             return state.epoch % 1 != 0 and state.global_step < state.max_steps
 
         def on_step_end(self, args, state, control, **kwargs):
+            if self.group:
+                self.agree()
             if self.number:
                 control.should_training_stop = True
                 control.should_save = control.should_save or self.is_within_epoch(state)
@@ -2569,7 +2632,7 @@ def to_sft_config(args: argparse.Namespace, plan: Plan, evaluate: bool):
 
     cuda = torch.cuda.is_available()
     dtype = to_dtype("cuda" if cuda else "cpu")
-    return SFTConfig(
+    config = SFTConfig(
         output_dir=args.output_dir, per_device_train_batch_size=plan.rows, per_device_eval_batch_size=plan.rows,
         gradient_accumulation_steps=plan.accumulation, num_train_epochs=args.num_epochs, max_steps=args.max_steps or -1,
         learning_rate=args.learning_rate, lr_scheduler_type=args.lr_scheduler_type, warmup_steps=args.warmup_steps,
@@ -2582,7 +2645,11 @@ def to_sft_config(args: argparse.Namespace, plan: Plan, evaluate: bool):
         greater_is_better=args.metric_for_best == "exact_match", dataloader_pin_memory=cuda, use_cpu=not cuda,
         logging_nan_inf_filter=False,  # it hides what StreamTrainer looks for
         restore_callback_states_from_checkpoint=True, max_length=None, remove_unused_columns=False,
+        ddp_find_unused_parameters=False, ddp_broadcast_buffers=False, accelerator_config={"even_batches": False},
         dataset_kwargs={"skip_prepare_dataset": True})
+    if not cuda:
+        config.__dict__["_setup_devices"] = torch.device("cpu")  # with two processes "cpu:0", to which torch loads nothing
+    return config
 
 
 def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train, held_out, plan: Plan):
@@ -2593,22 +2660,11 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
     """
     import numpy as np
     import torch
+    from accelerate.utils import gather_object
     from datasets import Dataset
     from transformers import EarlyStoppingCallback, PrinterCallback
     from transformers.trainer_utils import rotate_checkpoints
     from trl import SFTTrainer
-
-    class RowOrder(torch.utils.data.Sampler):
-        epoch = 0
-
-        def set_epoch(self, epoch):
-            self.epoch = epoch
-
-        def __len__(self):
-            return len(train)
-
-        def __iter__(self):
-            return iter(order_rows(plan, args.seed, self.epoch))
 
     class StreamTrainer(SFTTrainer):
         tokens_computed = 0
@@ -2617,13 +2673,25 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
         step_rows, step_loss, step_norm = [], 0.0, 0.0  # of the optimizer step in hand
         staging = None
 
-        def _get_train_sampler(self, train_dataset=None):
-            return RowOrder()
+        def get_train_dataloader(self):
+            sampler = StreamSampler(plan, args, len(train), lambda: int(self.state.epoch or 0))
+            return self.accelerator.prepare(torch.utils.data.DataLoader(
+                range(len(arrays)), batch_sampler=sampler, collate_fn=collate, pin_memory=self.args.dataloader_pin_memory))
+
+        def get_batch_samples(self, epoch_iterator, num_batches, device):
+            """Return the micro-batches of a step, and how many tokens all devices supervise in it."""
+            batches = list(islice(epoch_iterator, num_batches))
+            tokens = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
+            return batches, self.accelerator.reduce(tokens, "sum")
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            """Return the micro-batch's share of the mean over all supervised tokens of the optimizer step."""
+            """Return the micro-batch's share of the mean over all supervised tokens of the optimizer step.
+
+            Gradients become the mean over the devices, hence the factor: they are to be the sum.
+            """
             self.tokens_computed += inputs["input_ids"].numel()
-            return compute_token_losses(model, inputs, engine)[0].sum() / num_items_in_batch
+            loss = compute_token_losses(model, inputs, engine)[0].sum() / num_items_in_batch
+            return loss * self.accelerator.num_processes
 
         def training_step(self, model, inputs, num_items_in_batch=None):
             """Return the loss of a micro-batch, its gradient added to what was there.
@@ -2654,6 +2722,9 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
             make_room(self.model)
             if len(rows) == 1:
                 raise UserError(explain_memory(rows[0], self.state.global_step + 1))
+            if self.accelerator.num_processes > 1:  # the others wait for one gradient, not for two halves
+                raise UserError(f"out of GPU memory at step {self.state.global_step + 1:,} with a stream of {tokens:,} "
+                                "tokens; lower --batch_size and raise --gradient_accumulation_steps as much")
             size = -(-len(rows) // 2)
             self.streams = divide_plan(plan, size, train, args)
             self.held_out_batches = to_batches(held_out, self.streams) if held_out else []
@@ -2672,6 +2743,8 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
             loss, norm, rows = self.step_loss, self.step_norm, self.step_rows
             self.step_rows, self.step_loss = [], 0.0
             if not math.isfinite(loss + norm):
+                if self.accelerator.scaler is None:  # or else only the loss of one device may be wrong
+                    rows = gather_object(rows)
                 raise UserError(explain_numbers(self.state.global_step, float(loss), float(norm), rows))
             super()._maybe_log_save_evaluate(*arguments, **more)
 
@@ -2679,8 +2752,9 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
             """Return the held-out loss as a mean over tokens (the library's is one over batches), and exact match."""
             from transformers.trainer_utils import EvalLoopOutput
 
-            scores = score_batches(self.model, self.held_out_batches, engine)
-            metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+            share = self.held_out_batches[self.accelerator.process_index :: self.accelerator.num_processes]
+            scores = self.accelerator.reduce(score_batches(self.model, share, engine), "sum")
+            metrics = {f"{metric_key_prefix}_{name}": value for name, value in to_metrics(scores).items()}
             return EvalLoopOutput(None, None, metrics, num_samples=len(held_out))
 
         def _get_output_dir(self, trial):
@@ -2688,27 +2762,33 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
 
         def _save_checkpoint(self, model, trial):
             """Write a checkpoint out of sight, and give it its name when it is whole; then remove what is too many."""
-            output, state = Path(args.output_dir), self.state
+            output, state, wait = Path(args.output_dir), self.state, self.accelerator.wait_for_everyone
             final, best = (output / f"checkpoint-{step}" for step in (state.global_step, state.best_global_step))
-            with discard_partial(final) as self.staging:
+            self.staging = partial_folder(final)
+            with discard_partial(final) if is_main() else contextlib.nullcontext():
+                wait()
                 super()._save_checkpoint(model, trial)
+                wait()
                 if best == final or best.is_dir():  # where it will be, not where it is being written
                     state.best_model_checkpoint = str(best)
-                state.save_to_json(str(self.staging / final.name / "trainer_state.json"))
-                write_manifest(self.staging / final.name)
-                put_in_place(final, self.staging / final.name)
+                if is_main():
+                    state.save_to_json(str(self.staging / final.name / "trainer_state.json"))
+                    write_manifest(self.staging / final.name)
+                    put_in_place(final, self.staging / final.name)
             self.staging = None
-            rotate_checkpoints(args.output_dir, args.save_total_limit, state.best_model_checkpoint)
+            if is_main():
+                rotate_checkpoints(args.output_dir, args.save_total_limit, state.best_model_checkpoint)
+            wait()
 
     def to_dataset(sequences):
         return Dataset.from_dict({"index": range(len(sequences))}) if sequences else None
 
-    def collate(rows):
-        indices = [row["index"] for row in rows]
+    def collate(indices):
         return {**build_batch([arrays[index] for index in indices], plan), "rows": indices}
 
     # As arrays: lists would be turned into arrays anew in every step.
     arrays = [sequence._replace(input_ids=np.asarray(sequence.input_ids)) for sequence in train]
+    arrays.append(arrays[0]._replace(prompt_length=len(arrays[0].input_ids)))  # trains nothing: see StreamSampler
     trainer = StreamTrainer(
         model=model, args=to_sft_config(args, plan, bool(held_out)), processing_class=tokenizer, data_collator=collate,
         train_dataset=to_dataset(train), eval_dataset=to_dataset(held_out))
@@ -2741,7 +2821,7 @@ def find_checkpoint(args: argparse.Namespace) -> str | None:
         damage = find_damage(path)
         if not damage:
             return str(path)
-        print(f"warning: {path} is damaged: {damage}; the one before is used", file=sys.stderr)
+        warn(f"{path} is damaged: {damage}; the one before is used")
     raise UserError(f"--resume_from_checkpoint: {args.output_dir} holds no {'whole ' if found else ''}checkpoint; "
                     "leave the flag out to start")
 
@@ -2772,9 +2852,14 @@ def read_run(checkpoint: str | None) -> dict:
     return settings
 
 
+def count_rows(args: argparse.Namespace) -> int:
+    """Return how many rows an optimizer step has: the effective batch."""
+    return args.batch_size * args.gradient_accumulation_steps * count_devices()
+
+
 def count_steps(args: argparse.Namespace, train: list[Sequence]) -> tuple[int, int]:
     """Return (optimizer steps of the whole run, of one epoch)."""
-    per_epoch = math.ceil(len(train) / (args.batch_size * args.gradient_accumulation_steps))
+    per_epoch = math.ceil(len(train) / count_rows(args))
     return args.max_steps or args.num_epochs * per_epoch, per_epoch
 
 
@@ -2784,6 +2869,9 @@ def check_resume(args: argparse.Namespace, checkpoint: str | None, former: dict,
         return
     problems = [f"--{name} is {getattr(args, name)}, and {former.get(name)} in the run that {checkpoint} is from; "
                 "expected the same" for name in AGREED if getattr(args, name) != former.get(name)]
+    if former.get("rows_per_step") != count_rows(args):
+        problems.append(f"--batch_size x --gradient_accumulation_steps x devices is {count_rows(args)}, and "
+                        f"{former.get('rows_per_step')} in the run that {checkpoint} is from; expected the same")
     if former.get("training_rows") != hash_rows(train):
         problems.append(f"the training rows are not those of the run that {checkpoint} is from; "
                         "expected the same rows in the same order")
@@ -3199,7 +3287,7 @@ def merge_and_score(args: argparse.Namespace, base_id: str, adapter: str, sequen
 
     def score(name, model):
         results[name] = {"answers": generate_answers(model, tokenizer, sequences, args, name),
-                         "loss": score_batches(model, batches, "transformers")["loss"]}
+                         "loss": to_metrics(score_batches(model, batches, "transformers"))["loss"]}
 
     base = load_base(base_id, False, args.trust_remote_code)
     results["base"] = {"answers": generate_answers(base, tokenizer, sequences, args, "base")}
@@ -4054,16 +4142,17 @@ def render_all(args: argparse.Namespace, tokenizer, examples: list[Example],
 
 def show_plan(train: list[Sequence], args: argparse.Namespace, plan: Plan) -> None:
     """Print how many tokens the first step computes, beside what padded batches would."""
-    step = first_rows(train, args, plan, plan.rows * plan.accumulation)
+    step = first_rows(train, args, plan, plan.rows_per_step)
     streams = [build_batch(step[i : i + plan.rows], plan) for i in range(0, len(step), plan.rows)]
     computed = sum(stream["input_ids"].numel() for stream in streams)
     batches = [build_padded(step[i : i + args.batch_size]) for i in range(0, len(step), args.batch_size)]
     padded = sum(batch["input_ids"].numel() for batch in batches)
+    devices = f" on {plan.devices} devices" * (plan.devices > 1)
     if not plan.share_prefix:
-        say("plan", f"{len(step)} rows per step in {len(batches)} padded batches of about "
+        say("plan", f"{len(step)} rows per step{devices} in {len(batches)} padded batches of about "
                     f"{padded // len(batches):,} tokens")
         return
-    say("plan", f"{len(step)} rows per step in {len(streams)} stream{'s' * (len(streams) > 1)} of about "
+    say("plan", f"{len(step)} rows per step{devices} in {len(streams)} stream{'s' * (len(streams) > 1)} of about "
                 f"{computed // len(streams):,} tokens instead of {len(batches)} batches of {padded // len(batches):,} "
                 f"({padded / computed:.1f} times fewer)")
 
@@ -4073,6 +4162,8 @@ def start_output(args: argparse.Namespace, checkpoint: str | None, train: list[S
 
     Of the checkpoints there, only the one to go on from stays, and those before it.
     """
+    if not is_main():
+        return
     output = Path(args.output_dir)
     resumed = checkpoint is not None and Path(checkpoint).resolve().parent == output.resolve()
     for old in list_checkpoints(output):
@@ -4080,7 +4171,19 @@ def start_output(args: argparse.Namespace, checkpoint: str | None, train: list[S
             remove_folder(old)
     for leftover in (*output.glob(".*.partial"), *output.glob(".*.old")):
         shutil.rmtree(leftover, ignore_errors=True)
-    write_run(args, output, training_rows=hash_rows(train), rows_per_stream=plan.rows)
+    write_run(args, output, training_rows=hash_rows(train), rows_per_step=plan.rows_per_step)
+
+
+def leave_group() -> bool:
+    """End the work that several processes share; return whether this is the one that goes on, alone."""
+    import torch.distributed as distributed
+
+    main = is_main()
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)  # or else the libraries of the process that merges would wait for the others
+    return main
 
 
 def train_model(trainer, checkpoint: str | None, train: list[Sequence], rows_per_step: int, complete: bool) -> dict:
@@ -4089,6 +4192,7 @@ def train_model(trainer, checkpoint: str | None, train: list[Sequence], rows_per
     After a signal this ends with Interrupted, when the step is done and its checkpoint written.
     """
     import torch
+    from accelerate.utils import gather_object
 
     first = to_step(checkpoint) if checkpoint else 0
     if checkpoint:
@@ -4111,7 +4215,7 @@ def train_model(trainer, checkpoint: str | None, train: list[Sequence], rows_per
              "steps": steps, "resumed_from": checkpoint, "samples_per_second": steps * rows_per_step / seconds,
              "tokens_per_second": tokens / seconds,
              "peak_memory_gib": torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None,
-             "tokens_computed": trainer.tokens_computed, "history": history}
+             "tokens_computed": sum(gather_object([trainer.tokens_computed])), "history": history}
     if steps:
         say("train", f"{steps:,} steps in {seconds:.0f} s: {facts['samples_per_second']:.1f} samples/s, "
                      f"{facts['tokens_per_second']:,.0f} tokens/s of the rows; loss {facts['loss']:.4f}")
@@ -4123,7 +4227,7 @@ def train_model(trainer, checkpoint: str | None, train: list[Sequence], rows_per
 
 def count_padded(args: argparse.Namespace, train: list[Sequence], plan: Plan, facts: dict) -> int:
     """Return how many tokens padded batches of --batch_size would have computed in the steps that were made."""
-    rows, total = facts["steps"] * plan.rows * plan.accumulation, 0
+    rows, total = facts["steps"] * plan.rows_per_step, 0
     for epoch in range(args.num_epochs):
         order = order_rows(plan, args.seed, epoch)[: max(0, rows - epoch * len(train))]
         batches = [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)]
@@ -4209,11 +4313,13 @@ def main(argv: list[str] | None = None) -> None:
     refuse_telemetry()
     if args.convert_to:
         return write_converted(args)
+    if not is_main():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
     check_folder(args.output_dir, "--output_dir")
     if args.eval_only:
         return evaluate_only(args)
     check_folder(args.final_model_dir, "--final_model_dir")
-    lock = lock_output(args.output_dir) if Path(args.output_dir).is_dir() else None  # held until the run ends
+    lock = lock_output(args.output_dir) if is_main() and Path(args.output_dir).is_dir() else None  # until the run ends
     checkpoint = find_checkpoint(args)
     if args.dry_run:
         return dry_run(args)
@@ -4236,10 +4342,10 @@ def main(argv: list[str] | None = None) -> None:
     args.share_prefix = args.share_prefix and former.get("share_prefix", True)  # a run that did without goes on without
     check_resume(args, checkpoint, former, train)
     check_disk(args, config, count_checkpoints(args, train, checkpoint))
-    plan = plan_streams(train, args, engine, former.get("rows_per_stream"))
+    plan = plan_streams(train, args, engine)
     show_plan(train, args, plan)
 
-    lock = lock or lock_output(args.output_dir)
+    lock = lock or (lock_output(args.output_dir) if is_main() else None)
     model = load_model(args, engine, plan)
     report_gpu("gpu")
     trainer = build_trainer(args, engine, model, tokenizer, train, held_out, plan)
@@ -4249,9 +4355,11 @@ def main(argv: list[str] | None = None) -> None:
         trainer = build_trainer(args, engine, model, tokenizer, train, held_out, plan)
     start_output(args, checkpoint, train, plan)
     complete = checkpoint is not None and is_complete(args, checkpoint, train)
-    facts = train_model(trainer, checkpoint, train, plan.rows * plan.accumulation, complete)
+    facts = train_model(trainer, checkpoint, train, plan.rows_per_step, complete)
     facts["tokens_padded"] = count_padded(args, train, plan, facts)
     report_gpu("gpu")
+    if not leave_group():
+        return
     adapter = save_adapter(trainer.model, args.output_dir)
     say("save", f"adapter: {adapter}")
     plan = trainer.streams
@@ -4302,11 +4410,14 @@ def run_command_line() -> int:
             main()
         return 0
     except UserError as error:
+        if not is_main():  # the first process has as a rule found the same, says so, and ends all
+            time.sleep(5)
         lines = str(error).splitlines()
     except Interrupted as stop:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more finds the process ending anyway
         print("\033[?25h" * sys.stdout.isatty(), end="")  # a progress bar that is cut off leaves the cursor hidden
-        print(explain_interrupt(parse_args(), stop.args[0], began), file=sys.stderr)
+        if is_main():
+            print(explain_interrupt(parse_args(), stop.args[0], began), file=sys.stderr)
         return 128 + stop.args[0]
     except MemoryError:
         lines = ["out of memory; lower --batch_size or --max_seq_length"]

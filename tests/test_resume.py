@@ -404,7 +404,7 @@ def test_what_is_not_of_the_run_is_removed_at_its_start(tmp_path):
     script.start_output(args, str(tmp_path / "checkpoint-6"), SEQUENCES, plan)
     assert names(tmp_path) == ["checkpoint-3", "checkpoint-6", "notes", "run.yaml"]
     former = script.read_run(str(tmp_path / "checkpoint-6"))
-    assert former["rows_per_stream"] == 8 and former["training_rows"] == script.hash_rows(SEQUENCES)
+    assert former["rows_per_step"] == 8 and former["training_rows"] == script.hash_rows(SEQUENCES)
     script.start_output(args, None, SEQUENCES, plan)
     assert names(tmp_path) == ["notes", "run.yaml"]
 
