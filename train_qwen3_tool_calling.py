@@ -279,7 +279,7 @@ def read_config(parser: Parser, path: str) -> list[str]:
     import yaml
 
     if not Path(path).is_file():
-        raise FlagError(f"--config {path}: no such file")
+        raise FlagError(f"--config {path}: not a file; expected YAML, `flag: value` a line")
     try:
         root = yaml.compose(Path(path).read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:

@@ -130,7 +130,7 @@ def test_wrong_flags_are_one_line(tmp_path):
                 "argument --warmup_ratio: not allowed with argument --warmup_steps",
             ("--lora_rnak", "3"): "unrecognized arguments: --lora_rnak 3; did you mean --lora_rank?",
             ("--warmup_ratio", "1"): "argument --warmup_ratio: must be at least 0 and below 1, got 1",
-            ("--config", f"{tmp_path}/no.yaml"): f"--config {tmp_path}/no.yaml: no such file"}.items():
+            ("--config", f"{tmp_path}/no.yaml"): f"--config {tmp_path}/no.yaml: not a file; expected YAML, `flag: value` a line"}.items():
         with pytest.raises(script.FlagError) as error:
             script.parse_args([*flags])
         assert str(error.value) == message
