@@ -239,7 +239,8 @@ def suggest(name: str, known) -> str:
 def scheduler(text: str) -> str:
     """Return a name of SCHEDULERS, as an argparse type."""
     if text not in SCHEDULERS:
-        raise argparse.ArgumentTypeError(f"must be one of {', '.join(SCHEDULERS)}, got {text}{suggest(text, SCHEDULERS)}")
+        hint = suggest(text, SCHEDULERS)
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(SCHEDULERS)}, got {text}{hint}")
     return text
 
 
@@ -262,12 +263,13 @@ def to_words(actions: dict, name: str, node) -> list[str]:
     if nargs == "+" and kind == "seq" and all(item.id == "scalar" and item.value[:1] != "-" for item in node.value):
         return [flag, *(item.value for item in node.value)]
     if node.id != "scalar":
-        raise FlagError(f"argument {flag}: must be one value" + ", or a list of values without - in front" * (nargs == "+"))
+        raise FlagError(f"argument {flag}: must be one value" + ", or a list, without - in front" * (nargs == "+"))
     if nargs != 0:
         return [f"{flag}={node.value}"]
     if kind != "bool":
         raise FlagError(f"argument {flag}: must be true or false, got {node.value}")
-    return [flag] if node.value.lower() in ("true", "yes", "on") else actions[name].option_strings[1:]  # --no-x or none
+    no = actions[name].option_strings[1:]  # --no-x, if there is such a flag
+    return [flag] if node.value.lower() in ("true", "yes", "on") else no
 
 
 def read_config(parser: Parser, path: str) -> list[str]:

@@ -102,7 +102,7 @@ help: true
         "constant_with_warmup, inverse_sqrt, got cosin; did you mean cosine?",
         "6: argument --engine: must be one value",
         "7: config: a file of settings cannot name another",
-        "8: argument --dataset_path: must be one value, or a list of values without - in front",
+        "8: argument --dataset_path: must be one value, or a list, without - in front",
         "9: argument --seed: must be one value",
         "10: argument --max_steps: invalid: 'true'",
         "11: batch_size: stands twice",
@@ -291,13 +291,13 @@ def test_main_returns_its_report_and_a_run_yaml_repeats_its_run(tmp_path):
     (tmp_path / "tools.json").write_text(json.dumps([WEATHER]))
     flags = ["--model_id", tmp_path / "base", "--dataset_path", tmp_path / "rows.jsonl", "--tools_path",
              tmp_path / "tools.json", "--output_dir", tmp_path / "out", "--final_model_dir", tmp_path / "final",
-             "--no-load_in_4bit", "--train_test_split", 0.25, "--num_epochs", 2, "--batch_size", 1, "--learning_rate", 0.1,
-             "--lora_rank", 4, "--lora_alpha", 6, "--use_rslora", "--target_modules", "v_proj", "q_proj", "--warmup_ratio",
-             0.5, "--lr_scheduler_type", "cosine", "--thinking", "off", "--max_new_tokens", 4, "--eval_samples", 4]
+             "--no-load_in_4bit", "--train_test_split", 0.25, "--num_epochs", 2, "--batch_size", 1, "--lora_rank", 4,
+             "--lora_alpha", 6, "--use_rslora", "--target_modules", "v_proj", "q_proj", "--learning_rate", 0.1,
+             "--warmup_ratio", 0.5, "--lr_scheduler_type", "cosine", "--thinking", "off", "--max_new_tokens", 4, "--eval_samples", 4]
     (tmp_path / "program.py").write_text(PROGRAM)
     result = subprocess.run(
-        [sys.executable, "program.py", json.dumps(list(map(str, flags))), str(tmp_path)], capture_output=True, text=True,
-        cwd=tmp_path, timeout=240, env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "",
+        [sys.executable, "program.py", json.dumps(list(map(str, flags))), str(tmp_path)], capture_output=True,
+        text=True, cwd=tmp_path, timeout=240, env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "",
                                         "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     said = [line for line in result.stdout.splitlines() if line.startswith(("COMMAND", "ERROR"))]
