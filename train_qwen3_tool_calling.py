@@ -52,6 +52,8 @@ LEARNING_RATE = 2e-4  # the usual rate for LoRA; full fine-tuning wants a tenth 
 WARMUP_STEPS = 10  # Adam's moments are noise in the first steps
 WEIGHT_DECAY = 0.01
 LR_SCHEDULER_TYPE = "linear"
+SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+              "inverse_sqrt")  # those of Transformers that need nothing but the number of steps
 MAX_SEQ_LENGTH = 2048  # longer sequences are reported, never cut
 SEED = 3407
 
@@ -82,13 +84,19 @@ MANIFEST = "manifest.json"  # in each checkpoint: size and SHA-256 of its files
 LOCK = ".lock"  # in --output_dir: held while a run lasts
 SMALL_FILES = 2**24  # bytes of tokenizer, settings and state that are saved beside weights
 # Settings that a resumed run must share with the one it goes on from.
-AGREED = ("model_id", "load_in_4bit", "lora_rank", "lora_alpha", "lora_dropout", "share_prefix", "learning_rate",
-          "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "seed", "metric_for_best",
-          "early_stopping_patience")
+AGREED = ("model_id", "load_in_4bit", "lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "target_modules",
+          "thinking", "share_prefix", "learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio",
+          "weight_decay", "optim", "seed", "metric_for_best", "early_stopping_patience")
+ONCE = ("resume_from_checkpoint", "dry_run", "show_row")  # not in run.yaml: who repeats a run wants none of these
+PROGRAM = sys.argv[0] if __name__ == "__main__" else __file__  # as the command line is shown
 
 
 class UserError(Exception):
     """A mistake in data or environment that the user can mend: shown as `error: ...` lines, never as a traceback."""
+
+
+class FlagError(UserError):
+    """A wrong flag, on the command line or in the file of --config: exit code 2 instead of 1."""
 
 
 class Interrupted(BaseException):
@@ -150,8 +158,12 @@ def raise_interrupted(number: int, frame) -> None:
 
 @contextlib.contextmanager
 def handle_signals(handler):
-    """Let `handler(number, frame)` answer Ctrl-C and SIGTERM for a while; then the former handlers do so again."""
-    former = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Let `handler(number, frame)` answer Ctrl-C and SIGTERM for a while; then the former handlers do so again.
+
+    Signals reach the main thread alone, so for a caller in another one nothing changes.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    former = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
@@ -212,7 +224,7 @@ def remove_folder(folder: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 1  Arguments: argv -> Namespace; argparse is the only declaration of a setting
+# 1  Arguments: argv, and the file of --config -> Namespace; argparse is the only declaration of a setting
 # ---------------------------------------------------------------------------------------------------------------
 def number(kind, low, high=math.inf, low_open=False):
     """Return an argparse type for an int or float in [low, high), or (low, high) with `low_open`."""
@@ -228,14 +240,101 @@ def number(kind, low, high=math.inf, low_open=False):
     return parse
 
 
+def suggest(name: str, known) -> str:
+    """Return the end of a message that names the nearest of the known names, if one is near."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def scheduler(text: str) -> str:
+    """Return a name of SCHEDULERS, as an argparse type."""
+    if text not in SCHEDULERS:
+        hint = suggest(text, SCHEDULERS)
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(SCHEDULERS)}, got {text}{hint}")
+    return text
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises a FlagError instead of ending the program."""
+
+    def error(self, message: str):
+        unknown = re.match("unrecognized arguments: (--[^ =]+)", message)
+        raise FlagError(message + (suggest(unknown[1], self._option_string_actions) if unknown else ""))
+
+
+def to_words(actions: dict, name: str, node) -> list[str]:
+    """Return the words of a command line that give the flag `name` the value of a YAML node, as it is written there."""
+    if name not in actions:
+        raise FlagError(f"{name}: " + ("a file of settings cannot name another" if name == "config" else
+                                       f"no flag is named so{suggest(name, actions)}"))
+    flag, nargs, kind = actions[name].option_strings[0], actions[name].nargs, node.tag.rsplit(":", 1)[-1]
+    if kind == "null":
+        return []
+    if nargs == "+" and kind == "seq" and all(item.id == "scalar" and item.value[:1] != "-" for item in node.value):
+        return [flag, *(item.value for item in node.value)]
+    if node.id != "scalar":
+        raise FlagError(f"argument {flag}: must be one value" + ", or a list, without - in front" * (nargs == "+"))
+    if nargs != 0:
+        return [f"{flag}={node.value}"]
+    if kind != "bool":
+        raise FlagError(f"argument {flag}: must be true or false, got {node.value}")
+    no = actions[name].option_strings[1:]  # --no-x, if there is such a flag
+    return [flag] if node.value.lower() in ("true", "yes", "on") else no
+
+
+def read_config(parser: Parser, path: str) -> list[str]:
+    """Return the settings of a YAML file as the words of a command line; its mistakes are one FlagError.
+
+    Each line is `name of a flag: value`, and the value is taken as the text that it is, so that argparse checks and
+    converts it as on the command line. null is nothing given, and `facts` what run.yaml tells of a run.
+    """
+    import yaml
+
+    if not Path(path).is_file():
+        raise FlagError(f"--config {path}: not a file; expected YAML, `flag: value` a line")
+    try:
+        root = yaml.compose(Path(path).read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        raise FlagError(f"{path}{f':{mark.line + 1}' if mark else ''}: not valid YAML: "
+                        f"{getattr(error, 'problem', None) or str(error).splitlines()[0]}") from None
+    if not isinstance(root, yaml.MappingNode):
+        raise FlagError(f"{path}: expected lines `flag: value`, such as batch_size: 4")
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    words, problems = {}, []
+    for key, node in root.value:
+        name = key.value if key.id == "scalar" else key.id
+        try:
+            if name in words:
+                raise FlagError(f"{name}: stands twice")
+            words[name] = to_words(actions, name, node) if name != "facts" else []
+            parser.parse_args(words[name])
+        except FlagError as error:
+            problems.append(f"{path}:{key.start_mark.line + 1}: {error}")
+    together = [*chain(*words.values())]
+    if not problems:
+        try:
+            parser.parse_args(together)
+        except FlagError as error:  # settings that exclude each other
+            problems = [f"{path}: {error}"]
+    if problems:
+        raise FlagError("\n".join(problems))
+    return together
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Return the settings of a run; a wrong flag ends the program with exit code 2."""
-    parser = argparse.ArgumentParser(
+    """Return the settings of a run: of the command line, else of the file of --config, else the defaults.
+
+    A wrong flag is a FlagError; --help ends the program.
+    """
+    parser = Parser(
         description="Fine-tune a Qwen3 model to call your tools, and save it merged in safetensors.",
         formatter_class=partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=34, width=120),
         allow_abbrev=False,
     )
     count, positive = number(int, 1), number(float, 0, low_open=True)
+    parser.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS,
+                        help="YAML file of settings, `flag: value`, as the run.yaml of each run; flags go before it")
 
     data = parser.add_argument_group("data")
     data.add_argument("--dataset_path", nargs="+", default=DATASET_PATH, metavar="PATH",
@@ -251,6 +350,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                       help="longest sequence; a longer one is a problem, it is never cut")
     data.add_argument("--on_invalid", choices=["error", "skip"], default="error",
                       help="what to do with a row that has a problem")
+    data.add_argument("--thinking", choices=["auto", "on", "off"], default="auto",
+                      help="train answers with reasoning: auto: those that have some, on: all must, off: drop it")
     data.add_argument("--eval_dataset_path", nargs="+", metavar="PATH", default=argparse.SUPPRESS,
                       help="rows to hold out, instead of a share of --dataset_path; as there")
     data.add_argument("--convert_to", metavar="PATH", default=argparse.SUPPRESS,
@@ -274,6 +375,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--lora_alpha", type=count, default=LORA_ALPHA, metavar="A", help="scale: alpha / rank")
     model.add_argument("--lora_dropout", type=number(float, 0, 1), default=LORA_DROPOUT, metavar="P",
                        help="dropout in front of the adapter")
+    model.add_argument("--use_rslora", action=argparse.BooleanOptionalAction, default=False,
+                       help="scale by alpha / sqrt(rank) (rsLoRA): for high ranks")
+    model.add_argument("--target_modules", nargs="+", default=" ".join(TARGET_MODULES), metavar="NAME",
+                       help="linear layers that get an adapter")
 
     train = parser.add_argument_group("training")
     train.add_argument("--num_epochs", type=count, default=NUM_EPOCHS, metavar="N", help="passes over the data")
@@ -284,10 +389,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     train.add_argument("--gradient_accumulation_steps", type=count, default=GRADIENT_ACCUMULATION_STEPS, metavar="N",
                        help="micro-batches per optimizer step")
     train.add_argument("--learning_rate", type=positive, default=LEARNING_RATE, metavar="LR", help="peak rate")
-    train.add_argument("--lr_scheduler_type", default=LR_SCHEDULER_TYPE, metavar="NAME",
+    train.add_argument("--lr_scheduler_type", type=scheduler, default=LR_SCHEDULER_TYPE, metavar="NAME",
                        help="linear, cosine, constant, ... as Transformers names them")
-    train.add_argument("--warmup_steps", type=number(int, 0), default=WARMUP_STEPS, metavar="N",
-                       help="steps until the peak rate")
+    warmup = train.add_mutually_exclusive_group()  # argparse tells a given number from the default, which is a text
+    warmup.add_argument("--warmup_steps", type=number(int, 0), default=str(WARMUP_STEPS), metavar="N",
+                        help="steps until the peak rate")
+    warmup.add_argument("--warmup_ratio", type=number(float, 0, 1), metavar="SHARE", default=argparse.SUPPRESS,
+                        help="the same as a share of all steps, instead of --warmup_steps")
     train.add_argument("--weight_decay", type=number(float, 0), default=WEIGHT_DECAY, metavar="W", help="AdamW's decay")
     train.add_argument("--optim", metavar="NAME", default=argparse.SUPPRESS,
                        help="optimizer (default: adamw_8bit on CUDA, adamw_torch elsewhere)")
@@ -329,11 +437,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     # SUPPRESS above keeps "(default: None)" out of --help; here those settings get their value.
     unset = ("max_samples", "eval_dataset_path", "convert_to", "dry_run", "show_row", "merge_model_id", "max_steps",
-             "optim", "save_steps", "save_total_limit", "eval_steps", "metric_for_best", "early_stopping_patience",
-             "eval_only", "resume_from_checkpoint", "run_name")
-    args = parser.parse_args(argv, namespace=argparse.Namespace(**dict.fromkeys(unset)))
+             "warmup_ratio", "optim", "save_steps", "save_total_limit", "eval_steps", "metric_for_best",
+             "early_stopping_patience", "eval_only", "resume_from_checkpoint", "run_name")
+    args = argparse.Namespace(**dict.fromkeys(unset))
+    config = getattr(parser.parse_args(argv), "config", None)
+    for words in (read_config(parser, config) if config else [], argv):
+        share = args.warmup_ratio
+        parser.parse_args(words, namespace=args)
+        if None not in (args.warmup_ratio, args.warmup_steps):  # the later of the two counts
+            setattr(args, "warmup_steps" if share is None else "warmup_ratio", None)
+    vars(args).pop("config", None)
     if isinstance(args.dataset_path, str):
         args.dataset_path = [args.dataset_path]  # a list as default would look like Python in --help
+    if isinstance(args.target_modules, str):
+        args.target_modules = args.target_modules.split()
+    args.target_modules = sorted({*args.target_modules})  # their order means nothing
     args.dry_run = bool(args.dry_run)
     if args.eval_only and (args.dry_run or args.show_row):
         parser.error("--eval_only trains nothing: leave out --dry_run and --show_row")
@@ -1509,6 +1627,24 @@ def to_examples(rows, tools_path: str,
     return examples, problems, total, changes
 
 
+def apply_thinking(examples: list[Example], thinking: str) -> tuple[list[Example], list[tuple[str, str]]]:
+    """Return (examples, (where, problem) pairs) as --thinking wants them.
+
+    A turn with reasoning is trained, and was prompted, with thinking on. So "off" drops the reasoning of every turn,
+    as no turn that is served without thinking has any; and with "on" a trained turn without it is a problem.
+    """
+    if thinking == "auto":
+        return examples, []
+    if thinking == "off":
+        return [example._replace(messages=[{key: value for key, value in message.items() if key != "reasoning_content"}
+                                           for message in example.messages]) for example in examples], []
+    problems = [(example.where, f"message {index}: has no reasoning; with --thinking on every trained answer needs it")
+                for example in examples for index, message in enumerate(example.messages, start=1)
+                if message["role"] == "assistant" and message.get("weight") != 0 and "reasoning_content" not in message]
+    bad = {where for where, _ in problems}
+    return [example for example in examples if example.where not in bad], problems
+
+
 def find_first_answer(example: Example) -> int:
     """Return the index of the first assistant message."""
     return next(i for i, message in enumerate(example.messages) if message["role"] == "assistant")
@@ -2087,9 +2223,9 @@ def load_base(model_id: str, load_in_4bit: bool, trust: bool = False):
 
 
 def load_model(args: argparse.Namespace, engine: str, plan: Plan):
-    """Return the base model, in 4 bits if asked, with fresh LoRA adapters on all seven projections."""
+    """Return the base model, in 4 bits if asked, with fresh LoRA adapters on the layers of --target_modules."""
     lora = dict(r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, bias="none",
-                target_modules=TARGET_MODULES)
+                use_rslora=args.use_rslora, target_modules=args.target_modules)
     import torch
 
     if engine == "unsloth":
@@ -2635,7 +2771,8 @@ def to_sft_config(args: argparse.Namespace, plan: Plan, evaluate: bool):
     config = SFTConfig(
         output_dir=args.output_dir, per_device_train_batch_size=plan.rows, per_device_eval_batch_size=plan.rows,
         gradient_accumulation_steps=plan.accumulation, num_train_epochs=args.num_epochs, max_steps=args.max_steps or -1,
-        learning_rate=args.learning_rate, lr_scheduler_type=args.lr_scheduler_type, warmup_steps=args.warmup_steps,
+        learning_rate=args.learning_rate, lr_scheduler_type=args.lr_scheduler_type,
+        warmup_steps=args.warmup_steps if args.warmup_ratio is None else args.warmup_ratio,  # below 1: a share
         weight_decay=args.weight_decay, optim=args.optim or default_optim(), seed=args.seed,
         bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, gradient_checkpointing=use_checkpointing(args),
         logging_steps=args.logging_steps, report_to=args.report_to, run_name=args.run_name, disable_tqdm=True,
@@ -2837,7 +2974,7 @@ def hash_rows(sequences: list[Sequence]) -> str:
 
 
 def read_run(checkpoint: str | None) -> dict:
-    """Return the run.yaml of the run that a checkpoint is from; one that cannot be read is a UserError."""
+    """Return settings and facts of the run that a checkpoint is from; a run.yaml that cannot be read is a UserError."""
     import yaml
 
     if checkpoint is None:
@@ -2849,7 +2986,8 @@ def read_run(checkpoint: str | None) -> dict:
         settings = None
     if not isinstance(settings, dict):
         raise UserError(f"{path}: cannot be read; expected the settings of the run that {checkpoint} is from")
-    return settings
+    # A flag that came with a later version of this script had its default.
+    return vars(parse_args([])) | settings | settings.get("facts", {})
 
 
 def count_rows(args: argparse.Namespace) -> int:
@@ -3153,16 +3291,23 @@ def build_skeleton(config, trust: bool = False):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
 
 
-def count_parameters(config, rank: int, trust: bool = False) -> dict[str, int]:
-    """Return how many weights are in linear layers (those that 4 bits hold), elsewhere, and in an adapter."""
+def count_parameters(config, rank: int, trust: bool = False, targets=TARGET_MODULES) -> dict[str, int]:
+    """Return how many weights are in linear layers (those that 4 bits hold), elsewhere, and in an adapter.
+
+    A name of --target_modules that no linear layer has is a UserError.
+    """
     import torch
 
     skeleton = build_skeleton(config, trust)
     layers = {name: module for name, module in skeleton.named_modules()
               if isinstance(module, torch.nn.Linear) and not name.startswith("lm_head")}
+    names = {name.rsplit(".", 1)[-1] for name in layers}
+    if missing := sorted({*targets} - names):
+        raise UserError(f"--target_modules {' '.join(missing)}: no linear layer of the model is named so; "
+                        f"expected some of {', '.join(sorted(names))}")
     linear = sum(layer.weight.numel() for layer in layers.values())
     adapter = sum(rank * (layer.in_features + layer.out_features) for name, layer in layers.items()
-                  if name.rsplit(".", 1)[-1] in TARGET_MODULES)
+                  if name.rsplit(".", 1)[-1] in targets)
     return {"linear": linear, "other": sum(weight.numel() for weight in skeleton.parameters()) - linear,
             "adapter": adapter}
 
@@ -3175,7 +3320,7 @@ def find_existing(path: str) -> Path:
 
 def check_disk(args: argparse.Namespace, config, checkpoints: int) -> None:
     """Refuse to start when adapter, checkpoints and merged model would not fit beside what is on their disks."""
-    parameters = count_parameters(config, args.lora_rank, args.trust_remote_code)
+    parameters = count_parameters(config, args.lora_rank, args.trust_remote_code, args.target_modules)
     lora, whole = parameters["adapter"], parameters["linear"] + parameters["other"]
     optimizer = 2 if "8bit" in (args.optim or default_optim()) else 8  # bytes of Adam's two moments per parameter
     needs = [("--output_dir", args.output_dir, f"the adapter and {checkpoints} checkpoints",
@@ -3215,11 +3360,15 @@ def check_same_shape(config, merge_model_id: str, trust: bool = False) -> None:
 
 
 def write_run(args: argparse.Namespace, folder: str | Path, **facts) -> None:
-    """Write the resolved settings, and facts of the run, to `folder`/run.yaml, whose first line marks it as ours."""
+    """Write the resolved settings, and facts of the run, to `folder`/run.yaml, whose first line marks it as ours.
+
+    --config reads it: the settings are those of the same run once more, and the facts are left out.
+    """
     import yaml
 
     Path(folder).mkdir(parents=True, exist_ok=True)
-    settings = hide_secrets(yaml.safe_dump(vars(args) | facts, sort_keys=False))
+    settings = {name: value for name, value in vars(args).items() if name not in ONCE}
+    settings = hide_secrets(yaml.safe_dump(settings | ({"facts": facts} if facts else {}), sort_keys=False))
     partial = Path(folder) / ".run.yaml.partial"
     partial.write_text(WRITTEN_BY + settings, encoding="utf-8")
     partial.replace(Path(folder) / "run.yaml")
@@ -3328,8 +3477,13 @@ def run_fresh(function, *arguments):
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=send_result, args=(sender, function, arguments))
-    with handle_signals(signal.SIG_IGN):  # which the new process inherits: a Ctrl-C is for this one alone
-        process.start()
+    # A new process begins by importing the main module: a program that calls main() would call it there again.
+    caller, sys.modules["__main__"] = sys.modules["__main__"], sys.modules[__name__]
+    try:
+        with handle_signals(signal.SIG_IGN):  # which the new process inherits: a Ctrl-C is for this one alone
+            process.start()
+    finally:
+        sys.modules["__main__"] = caller
     sender.close()
     try:
         result = receiver.recv()
@@ -3401,7 +3555,7 @@ def show_scores(scores: dict) -> None:
                 f"{score['call_precision']:>18.1%}{score['call_recall']:>8.1%}{score['broken_json']:>8}{score['n']:>7}")
 
 
-def to_report(args, tokenizer, sequences, results, scores, verdicts, data, lengths, train) -> dict:
+def to_report(args, command, tokenizer, sequences, results, scores, verdicts, data, lengths, train) -> dict:
     """Return all that is known of the run as one dict, with what report.json promises."""
     import numpy as np
     import torch
@@ -3425,7 +3579,7 @@ def to_report(args, tokenizer, sequences, results, scores, verdicts, data, lengt
         scores[last]["macro_f1"] = classes
     report = {"scores": scores, "per_tool": per_tool, "confusion": {"labels": labels, "counts": counts}, "data": data,
               "failures": failures, "versions": find_versions(), "args": vars(args), "git": find_commit(),
-              "command": " ".join(["python", *map(shlex.quote, sys.argv)]),
+              "command": command,
               "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu",
               "finished": time.strftime("%Y-%m-%d %H:%M")}
     return report | ({"train": train} if train else {})
@@ -3692,13 +3846,13 @@ def render_report(report: dict) -> str:
         matrix=shade_confusion(report["confusion"]) if report.get("confusion") else {})
 
 
-def write_report(folder: str, report: dict) -> Path:
-    """Write report.json and report.html into `folder` and return it."""
+def write_report(folder: str, report: dict) -> dict:
+    """Write report.json and report.html into `folder` and return what report.json holds."""
     path = Path(folder)
     report = json.loads(hide_secrets(json.dumps(report, ensure_ascii=False, default=str)))
     (path / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
     (path / "report.html").write_text(render_report(report), encoding="utf-8")
-    return path
+    return report
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -3952,7 +4106,7 @@ def audit_run(args: argparse.Namespace, train: list[Sequence], config) -> dict:
     audit = {"epoch": audit_epoch(train, args, plan), "plan": facts, "files": list_writes(args, facts["checkpoints"])}
     if config is None:
         return audit
-    parameters = count_parameters(config, args.lora_rank, args.trust_remote_code)
+    parameters = count_parameters(config, args.lora_rank, args.trust_remote_code, args.target_modules)
     return audit | {"memory_gib": estimate_memory(args, config, parameters, facts["stream_sizes"]["max"], plan),
                     "disk_gb": audit_disk(args, parameters, len(facts["checkpoints"]))}
 
@@ -4070,6 +4224,8 @@ def write_audit(args: argparse.Namespace, audit: dict) -> Path:
 def check_rows(args: argparse.Namespace, paths: list[str]) -> tuple[list[Example], list[tuple[str, str]], int]:
     """Return (valid examples of the files, (where, problem) pairs, number of rows); no valid row is a UserError."""
     examples, problems, total, changes = to_examples(read_rows(paths, args.max_samples), args.tools_path, args.format)
+    examples, more = apply_thinking(examples, args.thinking)
+    problems += more
     if not examples:
         report_problems(problems, args.on_invalid, total)
         raise UserError(f"{' '.join(paths)}: no valid row is left")
@@ -4235,8 +4391,8 @@ def count_padded(args: argparse.Namespace, train: list[Sequence], plan: Plan, fa
     return total
 
 
-def dry_run(args: argparse.Namespace) -> None:
-    """Print and write what a run would do, without a GPU and without weights; problems of rows are reported last."""
+def dry_run(args: argparse.Namespace) -> dict:
+    """Print, write and return what a run would do, without a GPU and without weights; problems of rows come last."""
     start = time.perf_counter()
     examples, problems, total = check_rows(args, args.dataset_path)
     held_out, more, more_total = check_rows(args, args.eval_dataset_path) if args.eval_dataset_path else ([], [], 0)
@@ -4263,12 +4419,14 @@ def dry_run(args: argparse.Namespace) -> None:
         warn("--show_row: without the tokenizer a row cannot be shown as the model sees it")
     elif shown:
         show_rows(tokenizer, [turn for group in groups for turn in group], shown)
-    say("audit", f"{write_audit(args, audit)} ({time.perf_counter() - start:.1f} s)")
+    path = write_audit(args, audit)
+    say("audit", f"{path} ({time.perf_counter() - start:.1f} s)")
     report_problems(problems, args.on_invalid, total)
     refuse_nothing(args, sides[0])
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
-def evaluate_only(args: argparse.Namespace) -> None:
+def evaluate_only(args: argparse.Namespace, command: str) -> dict:
     """Score a model or an adapter on --eval_dataset_path, or on the held-out rows of --dataset_path; train nothing."""
     examples, skipped = read_examples(args, args.eval_dataset_path or args.dataset_path)
     args.engine = "transformers"
@@ -4292,24 +4450,33 @@ def evaluate_only(args: argparse.Namespace) -> None:
     data = {"train": 0, "held_out": len(sequences), "skipped": skipped + groups.count([])}
     if not (Path(args.output_dir) / "run.yaml").exists():
         write_run(args, args.output_dir)
-    args.output_dir = str(Path(args.output_dir) / "eval_only")  # beside a training run's report, not in its place
-    write_run(args, args.output_dir)
-    finish(args, tokenizer, sequences, results, *score_results(sequences, results), data, [])
+    folder = str(Path(args.output_dir) / "eval_only")  # beside a training run's report, not in its place
+    write_run(args, folder)
+    args.output_dir = folder
+    return finish(args, command, tokenizer, sequences, results, *score_results(sequences, results), data, [])
 
 
-def finish(args: argparse.Namespace, tokenizer, sequences: list[Sequence], results: dict, scores: dict, verdicts: dict,
-           data: dict, lengths: list[int], train: dict | None = None) -> None:
-    """Show the scores and three answers, and write the report."""
-    report = to_report(args, tokenizer, sequences, results, scores, verdicts, data, lengths, train)
+def finish(args: argparse.Namespace, command: str, tokenizer, sequences: list[Sequence], results: dict, scores: dict,
+           verdicts: dict, data: dict, lengths: list[int], train: dict | None = None) -> dict:
+    """Show the scores and three answers; write and return the report."""
+    report = to_report(args, command, tokenizer, sequences, results, scores, verdicts, data, lengths, train)
     show_answers(tokenizer, sequences[:SHOWN_ROWS], {name: result["answers"] for name, result in results.items()})
     show_scores(scores)
-    folder = write_report(args.output_dir, report)
-    say("report", f"{folder / 'report.html'}")
+    report = write_report(args.output_dir, report)
+    say("report", f"{Path(args.output_dir) / 'report.html'}")
+    return report
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the whole job: read, check, render, train, save, score, report."""
-    args = parse_args(argv)
+def main(argv: list[str] | None = None) -> dict | None:
+    """Run the whole job: read, check, render, train, save, score, report.
+
+    Args:
+        argv: the words of a command line without the program's name; None: those that this process was started with.
+    Returns: what report.json holds; with --dry_run, audit.json; with --convert_to, None.
+    Raises: UserError (FlagError if in a flag), Interrupted after a signal in training.
+    """
+    argv = [*map(str, sys.argv[1:] if argv is None else argv)]
+    args, command = parse_args(argv), shlex.join(["python", PROGRAM, *argv])
     refuse_telemetry()
     if args.convert_to:
         return write_converted(args)
@@ -4317,7 +4484,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     check_folder(args.output_dir, "--output_dir")
     if args.eval_only:
-        return evaluate_only(args)
+        return evaluate_only(args, command)
     check_folder(args.final_model_dir, "--final_model_dir")
     lock = lock_output(args.output_dir) if is_main() and Path(args.output_dir).is_dir() else None  # until the run ends
     checkpoint = find_checkpoint(args)
@@ -4378,19 +4545,26 @@ def main(argv: list[str] | None = None) -> None:
                  "answers)")
     used = len({sequence.where for sequence in (*train, *held_out)})
     data = {"train": len(train), "held_out": len(held_out), "skipped": rows - used}
-    finish(args, tokenizer, tested, results, scores, verdicts, data, [len(row.input_ids) for row in train], facts)
+    lengths = [len(row.input_ids) for row in train]
+    report = finish(args, command, tokenizer, tested, results, scores, verdicts, data, lengths, facts)
     say("done", f"merged model: {args.final_model_dir}")
+    return report
 
 
-def to_command(argv: list[str]) -> str:
-    """Return the command that goes on from the newest checkpoint of the run that `argv` started."""
+def to_command(argv: list[str], output_dir: str) -> str:
+    """Return the command that goes on from the newest checkpoint of the run that `argv` started.
+
+    With --config it is the run's own run.yaml that is named: the file given may have been changed since.
+    """
     flag = "--resume_from_checkpoint"
     kept = [word for before, word in zip(["", *argv], argv)
             if word.split("=")[0] != flag and (before != flag or word.startswith("--"))]
+    if any(word.split("=")[0] == "--config" for word in argv):
+        kept = [argv[0], "--config", str(Path(output_dir) / "run.yaml")]
     return shlex.join(["python", *kept, flag])
 
 
-def explain_interrupt(args: argparse.Namespace, number: int, began: float) -> str:
+def explain_interrupt(args: argparse.Namespace, argv: list[str], number: int, began: float) -> str:
     """Return one line: what ended the run that began then (seconds since 1970), and how to go on."""
     name, marker = signal.Signals(number).name, Path(args.output_dir) / "run.yaml"
     if args.eval_only:
@@ -4398,26 +4572,27 @@ def explain_interrupt(args: argparse.Namespace, number: int, began: float) -> st
     # run.yaml is written when training starts; before that, checkpoints in the folder are of an earlier run.
     started = marker.is_file() and marker.stat().st_mtime >= began
     if started and list_checkpoints(args.output_dir):
-        return f"interrupted by {name}; go on with: {to_command(sys.argv)}"
+        return f"interrupted by {name}; go on with: {to_command([PROGRAM, *argv], args.output_dir)}"
     return f"interrupted by {name} before a checkpoint was written; start again with the same command"
 
 
 def run_command_line() -> int:
-    """Run main; return 0, or 1 with the error in one line per problem, or 128 + the signal that ended the run."""
-    began = time.time()
+    """Run main; return 0, or 1 (2 for flags) with one line per problem, or 128 + the signal that ended the run."""
+    began, argv, code = time.time(), sys.argv[1:], 1
     try:
+        args = parse_args(argv)  # as they are now: a file of settings may change while the run lasts
         with handle_signals(raise_interrupted):
-            main()
+            main(argv)
         return 0
     except UserError as error:
         if not is_main():  # the first process has as a rule found the same, says so, and ends all
             time.sleep(5)
-        lines = str(error).splitlines()
+        lines, code = str(error).splitlines(), 2 if isinstance(error, FlagError) else 1
     except Interrupted as stop:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more finds the process ending anyway
         print("\033[?25h" * sys.stdout.isatty(), end="")  # a progress bar that is cut off leaves the cursor hidden
         if is_main():
-            print(explain_interrupt(parse_args(), stop.args[0], began), file=sys.stderr)
+            print(explain_interrupt(args, argv, stop.args[0], began), file=sys.stderr)
         return 128 + stop.args[0]
     except MemoryError:
         lines = ["out of memory; lower --batch_size or --max_seq_length"]
@@ -4431,7 +4606,7 @@ def run_command_line() -> int:
         lines = ["out of GPU memory; lower --batch_size or --max_seq_length, or choose a smaller --model_id"]
     for line in lines:
         print(f"error: {hide_secrets(line)}", file=sys.stderr)
-    return 1
+    return code
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def main() -> int:
         slow_down(int(flags.pop()))
         flags.pop()
     sys.argv[1:] = ["--output_dir", str(folder / "out"), *flags]  # what the interrupted command line looks at
-    script.main = lambda: live(folder, flags)
+    script.main = lambda argv: live(folder, flags)
     while kills:
         child = os.fork()
         if child == 0:
