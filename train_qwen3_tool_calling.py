@@ -88,7 +88,10 @@ AGREED = ("model_id", "load_in_4bit", "lora_rank", "lora_alpha", "lora_dropout",
           "thinking", "share_prefix", "learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio",
           "weight_decay", "optim", "seed", "metric_for_best", "early_stopping_patience")
 ONCE = ("resume_from_checkpoint", "dry_run", "show_row")  # not in run.yaml: who repeats a run wants none of these
-PROGRAM = sys.argv[0] if __name__ == "__main__" else __file__  # as the command line is shown
+# As the command line is shown.
+PROGRAM = sys.argv[0] if __name__ == "__main__" else __file__
+LAUNCHER = (["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
+            if os.environ.get("WORLD_SIZE", "1") != "1" else ["python"])
 
 
 class UserError(Exception):
@@ -4476,7 +4479,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     Raises: UserError (FlagError if in a flag), Interrupted after a signal in training.
     """
     argv = [*map(str, sys.argv[1:] if argv is None else argv)]
-    args, command = parse_args(argv), shlex.join(["python", PROGRAM, *argv])
+    args, command = parse_args(argv), shlex.join([*LAUNCHER, PROGRAM, *argv])
     refuse_telemetry()
     if args.convert_to:
         return write_converted(args)
@@ -4561,7 +4564,7 @@ def to_command(argv: list[str], output_dir: str) -> str:
             if word.split("=")[0] != flag and (before != flag or word.startswith("--"))]
     if any(word.split("=")[0] == "--config" for word in argv):
         kept = [argv[0], "--config", str(Path(output_dir) / "run.yaml")]
-    return shlex.join(["python", *kept, flag])
+    return shlex.join([*LAUNCHER, *kept, flag])
 
 
 def explain_interrupt(args: argparse.Namespace, argv: list[str], number: int, began: float) -> str:

@@ -28,10 +28,10 @@ def write_config(folder, text: str) -> str:
     ["--early_stopping_patience", "2", "--eval_steps", "5", "--gradient_checkpointing", "off", "--optim", "sgd"]])
 def test_the_run_yaml_of_a_run_gives_its_settings_back(tmp_path, flags):
     args = script.parse_args(flags)
-    script.write_run(args, tmp_path, training_rows="ab", rows_per_stream=8)
+    script.write_run(args, tmp_path, training_rows="ab", rows_per_step=8)
     assert vars(script.parse_args(["--config", str(tmp_path / "run.yaml")])) == vars(args)
     assert script.read_run(str(tmp_path / "checkpoint-1")) == vars(args) | {
-        "facts": {"training_rows": "ab", "rows_per_stream": 8}, "training_rows": "ab", "rows_per_stream": 8}
+        "facts": {"training_rows": "ab", "rows_per_step": 8}, "training_rows": "ab", "rows_per_step": 8}
 
 
 @settings(max_examples=60, deadline=None)
@@ -311,7 +311,7 @@ def test_main_returns_its_report_and_a_run_yaml_repeats_its_run(tmp_path):
     rates = [log["learning_rate"] for log in history if "learning_rate" in log]
     assert rates == pytest.approx([0, 0.1 / 3, 0.2 / 3, 0.1, 0.075, 0.025])  # 6 steps, half of them to warm up
     run = yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())
-    assert run["facts"].keys() == {"training_rows", "rows_per_stream"} and not run.keys() & set(script.ONCE)
+    assert run["facts"].keys() == {"training_rows", "rows_per_step"} and not run.keys() & set(script.ONCE)
 
 
 def test_rslora_scales_by_the_root_of_the_rank(tmp_path):

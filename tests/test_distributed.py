@@ -111,7 +111,7 @@ def test_the_command_line_on_two_processes_speaks_once_stops_together_and_goes_o
     process.send_signal(signal.SIGTERM)  # torchrun hands it to both
     result = wait(process)
     assert result.returncode != 0 and result.stderr.count(STOPPING) == 1
-    assert result.stderr.count("interrupted by SIGTERM; go on with: python") == 1
+    assert result.stderr.count("interrupted by SIGTERM; go on with: torchrun --nproc_per_node 2 ") == 1
     step = script.to_step(script.list_checkpoints(tmp_path / "out")[-1])
     result = wait(start(*command, "--resume_from_checkpoint", "--max_steps", step + 2))
     assert result.returncode == 0, result.stderr

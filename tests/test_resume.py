@@ -347,12 +347,12 @@ SEQUENCES = [script.Sequence("row:1", [1, 2, 3], 2), script.Sequence("row:2", [4
 def agreed_run() -> tuple:
     """Return (settings, what run.yaml holds of them)."""
     args = script.parse_args(["--num_epochs", "4"])
-    return args, vars(args) | {"training_rows": script.hash_rows(SEQUENCES)}
+    return args, vars(args) | {"training_rows": script.hash_rows(SEQUENCES), "rows_per_step": 8}
 
 
 @pytest.mark.parametrize("name, value", [
     ("model_id", "other/model"), ("load_in_4bit", False), ("lora_rank", 8), ("lora_alpha", 8), ("lora_dropout", 0.5),
-    ("batch_size", 1), ("share_prefix", False), ("gradient_accumulation_steps", 8), ("learning_rate", 0.5),
+    ("share_prefix", False), ("learning_rate", 0.5),
     ("lr_scheduler_type", "cosine"), ("warmup_steps", 0), ("weight_decay", 0.0), ("optim", "sgd"), ("seed", 1),
     ("metric_for_best", "loss"), ("early_stopping_patience", 3), ("use_rslora", True), ("target_modules", ["q_proj"]),
     ("thinking", "off"), ("warmup_ratio", 0.5)])
@@ -385,14 +385,6 @@ def test_rows_are_the_same_only_in_the_same_order_with_the_same_prompts():
         [first, second._replace(input_ids=[4, 5, 7])], [script.Sequence("", [1, 2, 3, 4, 5, 6], 2)])}
     assert len(hashes) == 6
     assert script.hash_rows([first._replace(where="elsewhere"), second]) == script.hash_rows(SEQUENCES)
-
-
-def test_a_resumed_run_keeps_its_rows_per_stream():
-    rows = [script.Sequence(f"row:{i}", [*range(30), 100 + i, 101 + i], 31) for i in range(12)]
-    args = script.parse_args(["--max_seq_length", "1000"])
-    assert script.plan_streams(rows, args, "transformers").rows == 8
-    plan = script.plan_streams(rows, args, "transformers", rows=4)
-    assert (plan.rows, plan.accumulation) == (4, 2)
 
 
 def test_what_is_not_of_the_run_is_removed_at_its_start(tmp_path):

@@ -86,13 +86,13 @@ def limit_memory(monkeypatch, tokens: int, backward: bool = False) -> list[int]:
     (["--batch_size", "8", "--gradient_accumulation_steps", "1"], 24, [
         "with a stream of 36 tokens: from here on each step is computed in 2 streams of at most 4 rows"]),
     (["--batch_size", "4", "--gradient_accumulation_steps", "2"], 14, [
-        "with a stream of 21 tokens: from here on each step is computed in 4 streams of at most 2 rows"]),
+        "with a stream of 18 tokens: from here on each step is computed in 4 streams of at most 2 rows"]),
     (["--batch_size", "5", "--gradient_accumulation_steps", "2"], 9, [
-        "with a stream of 25 tokens: from here on each step is computed in 4 streams of at most 3 rows",
-        "with a stream of 17 tokens: from here on each step is computed in 6 streams of at most 2 rows",
+        "with a stream of 22 tokens: from here on each step is computed in 4 streams of at most 3 rows",
+        "with a stream of 14 tokens: from here on each step is computed in 6 streams of at most 2 rows",
         "with a stream of 13 tokens: from here on each step is computed in 10 streams of at most 1 row"]),
     (["--batch_size", "4", "--gradient_accumulation_steps", "2", "--no-share_prefix"], 18, [
-        "with a stream of 36 tokens: from here on each step is computed in 4 streams of at most 2 rows"]),
+        "with a stream of 32 tokens: from here on each step is computed in 4 streams of at most 2 rows"]),
 ])
 def test_a_step_that_does_not_fit_is_computed_in_smaller_streams(
         tmp_path, tokenizer, monkeypatch, capsys, flags, limit, warning, backward):

@@ -192,12 +192,12 @@ def plan(lengths: list[int], shared: int, batch_size: int, steps: int, max_seq_l
 
 
 def test_accumulation_is_fused_as_far_as_the_flags_allow():
-    assert plan([120] * 20, 100, 2, 4, 130) == (8, 1, [], (), True)  # 100 + 8 x 20 = 260 tokens, and 2 x 130 are allowed
-    assert plan([120] * 20, 100, 2, 4, 129) == (4, 2, [], (), True)
-    assert plan([120] * 20, 0, 2, 4, 130) == (2, 4, [], (), True)  # nothing shared, nothing fused
-    assert plan([120] * 3, 100, 2, 4, 130) == (8, 1, [], (), True)  # fewer rows than a step
-    assert plan([120] * 20, 100, 1, 3, 160) == (3, 1, [], (), True)
-    assert plan([130] * 20, 0, 2, 4, 100) == (2, 4, [], (), True)  # too long for the bound: as the flags say
+    assert plan([120] * 20, 100, 2, 4, 130) == (8, 1, [], (), True, 1)  # 100 + 8 x 20 = 260 tokens, and 2 x 130 are allowed
+    assert plan([120] * 20, 100, 2, 4, 129) == (4, 2, [], (), True, 1)
+    assert plan([120] * 20, 0, 2, 4, 130) == (2, 4, [], (), True, 1)  # nothing shared, nothing fused
+    assert plan([120] * 3, 100, 2, 4, 130) == (8, 1, [], (), True, 1)  # fewer rows than a step
+    assert plan([120] * 20, 100, 1, 3, 160) == (3, 1, [], (), True, 1)
+    assert plan([130] * 20, 0, 2, 4, 100) == (2, 4, [], (), True, 1)  # too long for the bound: as the flags say
 
 
 def test_streams_for_compiled_attention_have_few_lengths():
@@ -213,7 +213,7 @@ def test_no_sharing_is_the_batches_of_the_flags():
     args.share_prefix = False
     rows = [row([1, 2, 3], [4]), row([1, 2], [5, 6])]
     plan = script.plan_streams(rows, args, "unsloth")
-    assert plan == (2, 4, [[[1]], [[0]]], (), False)
+    assert plan == (2, 4, [[[1]], [[0]]], (), False, 1)
     batch = script.build_batch(rows, plan)
     assert {name: tensor.tolist() for name, tensor in batch.items()} == {
         "input_ids": [[1, 2, 3, 4], [1, 2, 5, 6]], "labels": [[-100, -100, -100, 4], [-100, -100, 5, 6]],
@@ -266,8 +266,8 @@ def test_held_out_loss_is_a_mean_over_tokens(model):
     model.train()
     expected = plain_loss_and_gradients(model, rows)[0]
     for size in (1, 2, 6):
-        loss = script.score_batches(model, script.to_batches(rows, script.Plan(size, 1, [])), "transformers")["loss"]
-        assert loss == pytest.approx(expected, rel=1e-5)
+        sums = script.score_batches(model, script.to_batches(rows, script.Plan(size, 1, [])), "transformers")
+        assert script.to_metrics(sums)["loss"] == pytest.approx(expected, rel=1e-5)
     assert model.training
 
 
