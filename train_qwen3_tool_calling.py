@@ -268,7 +268,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--engine", choices=["auto", "unsloth", "transformers"], default="auto",
                        help="auto: Unsloth on CUDA, Transformers + PEFT elsewhere")
     model.add_argument("--load_in_4bit", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
-                       help="train on a 4-bit base, QLoRA (default: on, with an adapter)")
+                       help="train on a 4-bit base (QLoRA); never with --lora_rank 0 (default: True)")
     model.add_argument("--trust_remote_code", action="store_true",
                        help="run the Python code that a model brings along: only if you know who wrote it")
     model.add_argument("--lora_rank", type=number(int, 0), default=LORA_RANK, metavar="R",
@@ -286,7 +286,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     train.add_argument("--gradient_accumulation_steps", type=count, default=GRADIENT_ACCUMULATION_STEPS, metavar="N",
                        help="micro-batches per optimizer step")
     train.add_argument("--learning_rate", type=positive, metavar="LR", default=argparse.SUPPRESS,
-                       help=f"peak rate (default: {LEARNING_RATE:g}, and a tenth of it with --lora_rank 0)")
+                       help=f"peak rate; with --lora_rank 0 a tenth of the default (default: {LEARNING_RATE})")
     train.add_argument("--lr_scheduler_type", default=LR_SCHEDULER_TYPE, metavar="NAME",
                        help="linear, cosine, constant, ... as Transformers names them")
     train.add_argument("--warmup_steps", type=number(int, 0), default=WARMUP_STEPS, metavar="N",
@@ -3416,7 +3416,7 @@ def show_saved(args: argparse.Namespace, results: dict, before: float | None, se
     text = f"held-out loss {results[name]['loss']:.4f}"
     if name != "adapter":
         text = f"{'4' if args.save_method == 'merged_4bit' else '16'}-bit, read back by a fresh process: {text}, "
-        text += f"before it was saved {before:.4f}" if name == "trained" else f"adapter {results['adapter']['loss']:.4f}"
+        text += f"adapter {results['adapter']['loss']:.4f}" if name == "merged" else f"before saving {before:.4f}"
     say("merge" if name == "merged" else "save", f"{text} ({seconds:.0f} s with {answers:,} answers)")
 
 
@@ -3551,10 +3551,12 @@ def check_hub(repo: str | None) -> None:
     except LocalTokenNotFoundError:
         raise UserError(f"--push_to_hub {repo}: no token; run `hf auth login`, or set HF_TOKEN") from None
     except HfHubHTTPError as error:
-        raise UserError(f"--push_to_hub {repo}: the Hub refuses the token ({error.response.status_code}); expected one "
+        raise UserError(f"--push_to_hub {repo}: the Hub answers {error.response.status_code} to the token; expected one "
                         "that may write") from None
-    except (OSError, ValueError, httpx.HTTPError) as error:
+    except ValueError as error:
         raise UserError(f"--push_to_hub {repo}: {str(error).splitlines()[0]}") from None
+    except (OSError, httpx.HTTPError) as error:
+        raise UserError(f"--push_to_hub {repo}: the Hub cannot be reached: {str(error).splitlines()[0]}") from None
     owners = [user["name"], *(organisation["name"] for organisation in user.get("orgs", []))]
     if "/" in repo and repo.split("/")[0] not in owners:
         raise UserError(f"--push_to_hub {repo}: the token is of {', '.join(owners)}; expected a repository of these")
@@ -4590,7 +4592,7 @@ def finish(args: argparse.Namespace, tokenizer, sequences: list[Sequence], resul
 
 def hand_over(args: argparse.Namespace, config, tokenizer, adapter: str | None, report: dict, thinks: bool,
               gguf: tuple[list[str], list[str]]) -> None:
-    """Write the model cards and GGUF files, upload, and say how to serve; what was proven stays, whatever fails here."""
+    """Write model cards and GGUF files, upload, and say how to serve; what was proven stays, whatever fails here."""
     only_adapter = args.save_method == "lora"
     result = adapter if only_adapter else args.final_model_dir
     lora = f"--enable-lora --max-lora-rank {max(16, 1 << (args.lora_rank - 1).bit_length())} --lora-modules tools="
