@@ -52,6 +52,8 @@ LEARNING_RATE = 2e-4  # the usual rate for LoRA; full fine-tuning takes a tenth 
 WARMUP_STEPS = 10  # Adam's moments are noise in the first steps
 WEIGHT_DECAY = 0.01
 LR_SCHEDULER_TYPE = "linear"
+SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+              "inverse_sqrt")  # those of Transformers that need nothing but the number of steps
 MAX_SEQ_LENGTH = 2048  # longer sequences are reported, never cut
 SEED = 3407
 
@@ -87,13 +89,19 @@ GGUF_NAMES = (*CONVERTED_GGUF, "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k
               "q3_k_l", "q3_k_m", "q3_k_s", "q2_k")  # of the others, those that need no importance matrix
 VLLM_PARSERS = {"llama": "llama3_json", "mistral": "mistral"}  # model_type: its --tool-call-parser; hermes if not here
 # Settings that a resumed run must share with the one it goes on from.
-AGREED = ("model_id", "load_in_4bit", "lora_rank", "lora_alpha", "lora_dropout", "batch_size", "share_prefix",
-          "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim",
-          "seed", "metric_for_best", "early_stopping_patience")  # what a resumed run must share with the run before
+AGREED = ("model_id", "load_in_4bit", "lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "target_modules",
+          "thinking", "share_prefix", "learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio",
+          "weight_decay", "optim", "seed", "metric_for_best", "early_stopping_patience")
+ONCE = ("resume_from_checkpoint", "dry_run", "show_row")  # not in run.yaml: who repeats a run wants none of these
+PROGRAM = sys.argv[0] if __name__ == "__main__" else __file__  # as the command line is shown
 
 
 class UserError(Exception):
     """A mistake in data or environment that the user can mend: shown as `error: ...` lines, never as a traceback."""
+
+
+class FlagError(UserError):
+    """A wrong flag, on the command line or in the file of --config: exit code 2 instead of 1."""
 
 
 class Interrupted(BaseException):
@@ -127,6 +135,16 @@ def hide_secrets(text: str) -> str:
     return re.sub(r"(?<=://)[^/\s@\"'\\]+@", "", text)
 
 
+def is_main() -> bool:
+    """Say whether this process speaks and writes: of those that torchrun starts, one for each GPU, only the first."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def count_devices() -> int:
+    """Return how many processes share the rows of a step: as many as torchrun or accelerate started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def say(stage: str, text: str) -> None:
     """Print one line for one stage of the run."""
     print(f"{stage:<9}{hide_secrets(text)}", flush=True)
@@ -134,7 +152,8 @@ def say(stage: str, text: str) -> None:
 
 def warn(text: str) -> None:
     """Print one warning."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    if is_main():
+        print(f"warning: {hide_secrets(text)}", file=sys.stderr, flush=True)
 
 
 def raise_interrupted(number: int, frame) -> None:
@@ -144,8 +163,12 @@ def raise_interrupted(number: int, frame) -> None:
 
 @contextlib.contextmanager
 def handle_signals(handler):
-    """Let `handler(number, frame)` answer Ctrl-C and SIGTERM for a while; then the former handlers do so again."""
-    former = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Let `handler(number, frame)` answer Ctrl-C and SIGTERM for a while; then the former handlers do so again.
+
+    Signals reach the main thread alone, so for a caller in another one nothing changes.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    former = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
@@ -206,7 +229,7 @@ def remove_folder(folder: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 1  Arguments: argv -> Namespace; argparse is the only declaration of a setting
+# 1  Arguments: argv, and the file of --config -> Namespace; argparse is the only declaration of a setting
 # ---------------------------------------------------------------------------------------------------------------
 def number(kind, low, high=math.inf, low_open=False):
     """Return an argparse type for an int or float in [low, high), or (low, high) with `low_open`."""
@@ -229,14 +252,101 @@ def gguf_names(text: str) -> str:
     return text.lower()
 
 
+def suggest(name: str, known) -> str:
+    """Return the end of a message that names the nearest of the known names, if one is near."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def scheduler(text: str) -> str:
+    """Return a name of SCHEDULERS, as an argparse type."""
+    if text not in SCHEDULERS:
+        hint = suggest(text, SCHEDULERS)
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(SCHEDULERS)}, got {text}{hint}")
+    return text
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises a FlagError instead of ending the program."""
+
+    def error(self, message: str):
+        unknown = re.match("unrecognized arguments: (--[^ =]+)", message)
+        raise FlagError(message + (suggest(unknown[1], self._option_string_actions) if unknown else ""))
+
+
+def to_words(actions: dict, name: str, node) -> list[str]:
+    """Return the words of a command line that give the flag `name` the value of a YAML node, as it is written there."""
+    if name not in actions:
+        raise FlagError(f"{name}: " + ("a file of settings cannot name another" if name == "config" else
+                                       f"no flag is named so{suggest(name, actions)}"))
+    flag, nargs, kind = actions[name].option_strings[0], actions[name].nargs, node.tag.rsplit(":", 1)[-1]
+    if kind == "null":
+        return []
+    if nargs == "+" and kind == "seq" and all(item.id == "scalar" and item.value[:1] != "-" for item in node.value):
+        return [flag, *(item.value for item in node.value)]
+    if node.id != "scalar":
+        raise FlagError(f"argument {flag}: must be one value" + ", or a list, without - in front" * (nargs == "+"))
+    if nargs != 0:
+        return [f"{flag}={node.value}"]
+    if kind != "bool":
+        raise FlagError(f"argument {flag}: must be true or false, got {node.value}")
+    no = actions[name].option_strings[1:]  # --no-x, if there is such a flag
+    return [flag] if node.value.lower() in ("true", "yes", "on") else no
+
+
+def read_config(parser: Parser, path: str) -> list[str]:
+    """Return the settings of a YAML file as the words of a command line; its mistakes are one FlagError.
+
+    Each line is `name of a flag: value`, and the value is taken as the text that it is, so that argparse checks and
+    converts it as on the command line. null is nothing given, and `facts` what run.yaml tells of a run.
+    """
+    import yaml
+
+    if not Path(path).is_file():
+        raise FlagError(f"--config {path}: not a file; expected YAML, `flag: value` a line")
+    try:
+        root = yaml.compose(Path(path).read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        raise FlagError(f"{path}{f':{mark.line + 1}' if mark else ''}: not valid YAML: "
+                        f"{getattr(error, 'problem', None) or str(error).splitlines()[0]}") from None
+    if not isinstance(root, yaml.MappingNode):
+        raise FlagError(f"{path}: expected lines `flag: value`, such as batch_size: 4")
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    words, problems = {}, []
+    for key, node in root.value:
+        name = key.value if key.id == "scalar" else key.id
+        try:
+            if name in words:
+                raise FlagError(f"{name}: stands twice")
+            words[name] = to_words(actions, name, node) if name != "facts" else []
+            parser.parse_args(words[name])
+        except FlagError as error:
+            problems.append(f"{path}:{key.start_mark.line + 1}: {error}")
+    together = [*chain(*words.values())]
+    if not problems:
+        try:
+            parser.parse_args(together)
+        except FlagError as error:  # settings that exclude each other
+            problems = [f"{path}: {error}"]
+    if problems:
+        raise FlagError("\n".join(problems))
+    return together
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Return the settings of a run; a wrong flag ends the program with exit code 2."""
-    parser = argparse.ArgumentParser(
+    """Return the settings of a run: of the command line, else of the file of --config, else the defaults.
+
+    A wrong flag is a FlagError; --help ends the program.
+    """
+    parser = Parser(
         description="Fine-tune a Qwen3 model to call your tools, and save it merged in safetensors.",
         formatter_class=partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=34, width=120),
         allow_abbrev=False,
     )
     count, positive = number(int, 1), number(float, 0, low_open=True)
+    parser.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS,
+                        help="YAML file of settings, `flag: value`, as the run.yaml of each run; flags go before it")
 
     data = parser.add_argument_group("data")
     data.add_argument("--dataset_path", nargs="+", default=DATASET_PATH, metavar="PATH",
@@ -252,6 +362,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                       help="longest sequence; a longer one is a problem, it is never cut")
     data.add_argument("--on_invalid", choices=["error", "skip"], default="error",
                       help="what to do with a row that has a problem")
+    data.add_argument("--thinking", choices=["auto", "on", "off"], default="auto",
+                      help="train answers with reasoning: auto: those that have some, on: all must, off: drop it")
     data.add_argument("--eval_dataset_path", nargs="+", metavar="PATH", default=argparse.SUPPRESS,
                       help="rows to hold out, instead of a share of --dataset_path; as there")
     data.add_argument("--convert_to", metavar="PATH", default=argparse.SUPPRESS,
@@ -276,6 +388,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--lora_alpha", type=count, default=LORA_ALPHA, metavar="A", help="scale: alpha / rank")
     model.add_argument("--lora_dropout", type=number(float, 0, 1), default=LORA_DROPOUT, metavar="P",
                        help="dropout in front of the adapter")
+    model.add_argument("--use_rslora", action=argparse.BooleanOptionalAction, default=False,
+                       help="scale by alpha / sqrt(rank) (rsLoRA): for high ranks")
+    model.add_argument("--target_modules", nargs="+", default=" ".join(TARGET_MODULES), metavar="NAME",
+                       help="linear layers that get an adapter")
 
     train = parser.add_argument_group("training")
     train.add_argument("--num_epochs", type=count, default=NUM_EPOCHS, metavar="N", help="passes over the data")
@@ -287,10 +403,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                        help="micro-batches per optimizer step")
     train.add_argument("--learning_rate", type=positive, metavar="LR", default=argparse.SUPPRESS,
                        help=f"peak rate; with --lora_rank 0 a tenth of the default (default: {LEARNING_RATE})")
-    train.add_argument("--lr_scheduler_type", default=LR_SCHEDULER_TYPE, metavar="NAME",
+    train.add_argument("--lr_scheduler_type", type=scheduler, default=LR_SCHEDULER_TYPE, metavar="NAME",
                        help="linear, cosine, constant, ... as Transformers names them")
-    train.add_argument("--warmup_steps", type=number(int, 0), default=WARMUP_STEPS, metavar="N",
-                       help="steps until the peak rate")
+    warmup = train.add_mutually_exclusive_group()  # argparse tells a given number from the default, which is a text
+    warmup.add_argument("--warmup_steps", type=number(int, 0), default=str(WARMUP_STEPS), metavar="N",
+                        help="steps until the peak rate")
+    warmup.add_argument("--warmup_ratio", type=number(float, 0, 1), metavar="SHARE", default=argparse.SUPPRESS,
+                        help="the same as a share of all steps, instead of --warmup_steps")
     train.add_argument("--weight_decay", type=number(float, 0), default=WEIGHT_DECAY, metavar="W", help="AdamW's decay")
     train.add_argument("--optim", metavar="NAME", default=argparse.SUPPRESS,
                        help="optimizer (default: adamw_8bit on CUDA, adamw_torch elsewhere)")
@@ -338,12 +457,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     # SUPPRESS above keeps "(default: None)" out of --help; here those settings get their value.
     unset = ("max_samples", "eval_dataset_path", "convert_to", "dry_run", "show_row", "merge_model_id", "max_steps",
-             "optim", "save_steps", "save_total_limit", "eval_steps", "metric_for_best", "early_stopping_patience",
-             "eval_only", "resume_from_checkpoint", "run_name", "load_in_4bit", "learning_rate", "save_gguf",
-             "push_to_hub")
-    args = parser.parse_args(argv, namespace=argparse.Namespace(**dict.fromkeys(unset)))
+             "warmup_ratio", "optim", "save_steps", "save_total_limit", "eval_steps", "metric_for_best",
+             "early_stopping_patience", "eval_only", "resume_from_checkpoint", "run_name", "load_in_4bit",
+             "learning_rate", "save_gguf", "push_to_hub")
+    args = argparse.Namespace(**dict.fromkeys(unset))
+    config = getattr(parser.parse_args(argv), "config", None)
+    for words in (read_config(parser, config) if config else [], argv):
+        share = args.warmup_ratio
+        parser.parse_args(words, namespace=args)
+        if None not in (args.warmup_ratio, args.warmup_steps):  # the later of the two counts
+            setattr(args, "warmup_steps" if share is None else "warmup_ratio", None)
+    vars(args).pop("config", None)
     if isinstance(args.dataset_path, str):
         args.dataset_path = [args.dataset_path]  # a list as default would look like Python in --help
+    if isinstance(args.target_modules, str):
+        args.target_modules = args.target_modules.split()
+    args.target_modules = sorted({*args.target_modules})  # their order means nothing
     args.dry_run = bool(args.dry_run)
     if args.eval_only and (args.dry_run or args.show_row):
         parser.error("--eval_only trains nothing: leave out --dry_run and --show_row")
@@ -1529,6 +1658,24 @@ def to_examples(rows, tools_path: str,
     return examples, problems, total, changes
 
 
+def apply_thinking(examples: list[Example], thinking: str) -> tuple[list[Example], list[tuple[str, str]]]:
+    """Return (examples, (where, problem) pairs) as --thinking wants them.
+
+    A turn with reasoning is trained, and was prompted, with thinking on. So "off" drops the reasoning of every turn,
+    as no turn that is served without thinking has any; and with "on" a trained turn without it is a problem.
+    """
+    if thinking == "auto":
+        return examples, []
+    if thinking == "off":
+        return [example._replace(messages=[{key: value for key, value in message.items() if key != "reasoning_content"}
+                                           for message in example.messages]) for example in examples], []
+    problems = [(example.where, f"message {index}: has no reasoning; with --thinking on every trained answer needs it")
+                for example in examples for index, message in enumerate(example.messages, start=1)
+                if message["role"] == "assistant" and message.get("weight") != 0 and "reasoning_content" not in message]
+    bad = {where for where, _ in problems}
+    return [example for example in examples if example.where not in bad], problems
+
+
 def find_first_answer(example: Example) -> int:
     """Return the index of the first assistant message."""
     return next(i for i, message in enumerate(example.messages) if message["role"] == "assistant")
@@ -1659,9 +1806,9 @@ def show_rows(tokenizer, sequences: list[Sequence], shown: str | None) -> None:
 # 6  Batch: sequences -> one flat stream per micro-batch that holds every common prefix once
 # ---------------------------------------------------------------------------------------------------------------
 class Plan(NamedTuple):
-    """How an optimizer step is computed: `accumulation` streams of `rows` rows, filled up to one of `lengths`.
+    """How an optimizer step is computed: on each of `devices` in `accumulation` streams of `rows` rows.
 
-    `groups` are the training rows that can share (see group_rows).
+    Streams are filled up to one of `lengths`; `groups` are the training rows that can share (see group_rows).
     """
 
     rows: int
@@ -1669,6 +1816,12 @@ class Plan(NamedTuple):
     groups: list[list[list[int]]]
     lengths: tuple[int, ...] = ()
     share_prefix: bool = True
+    devices: int = 1
+
+    @property
+    def rows_per_step(self) -> int:
+        """The effective batch: rows per optimizer step on all devices."""
+        return self.rows * self.accumulation * self.devices
 
 
 def to_tree(rows: list) -> list[tuple]:
@@ -1767,11 +1920,11 @@ def group_rows(sequences: list[Sequence]) -> list[list[list[int]]]:
 def order_rows(plan: Plan, seed: int, epoch: int) -> list[int]:
     """Return the order of the training rows in one epoch: random, yet with rows of the same tools in small runs.
 
-    With one list of tools this is a plain shuffle. With many, rows that can share their prefix meet in a stream: half a
-    stream is of one list, so that it mixes several. The same seed and epoch give the same order, so a resumed run goes
-    on as planned.
+    With one list of tools this is a plain shuffle. With many, rows that can share their prefix meet in a step: half of
+    it is of one list, so that it mixes several. The same seed and epoch give the same order for the same rows per step,
+    however these are cut into streams, so a resumed run goes on as planned, also on another number of devices.
     """
-    generator, piece = random.Random(f"{seed} {epoch}"), max(1, plan.rows // 2)
+    generator, piece = random.Random(f"{seed} {epoch}"), max(1, plan.rows_per_step // 2)
     pieces = []
     for group in plan.groups:
         conversations = generator.sample(group, len(group))
@@ -1787,27 +1940,49 @@ def first_rows(train: list[Sequence], args: argparse.Namespace, plan: Plan, coun
 
 
 def cut_streams(plan: Plan, args: argparse.Namespace, epoch: int) -> list[list[int]]:
-    """Return the rows of each stream of one epoch."""
-    order = order_rows(plan, args.seed, epoch)
-    return [order[i : i + plan.rows] for i in range(0, len(order), plan.rows)]
+    """Return the rows of each stream of one epoch, step by step; within a step the devices take turns.
+
+    What is left for the last step is spread evenly. With fewer rows than devices, some of its streams have no row.
+    """
+    order, streams, size = order_rows(plan, args.seed, epoch), [], plan.rows_per_step
+    for rows in (order[i : i + size] for i in range(0, len(order), size)):
+        count = plan.devices * math.ceil(len(rows) / (plan.rows * plan.devices))
+        streams += [rows[len(rows) * i // count : len(rows) * (i + 1) // count] for i in range(count)]
+    return streams
 
 
-def plan_streams(sequences: list[Sequence], args: argparse.Namespace, engine: str, rows: int | None = None) -> Plan:
+class StreamSampler:
+    """The rows of one stream after the other, as a batch sampler of PyTorch's DataLoader.
+
+    A stream without a row is given as the index after the last row, which stands for one that trains nothing.
+    """
+
+    def __init__(self, plan: Plan, args: argparse.Namespace, rows: int, find_epoch):
+        self.plan, self.args, self.rows, self.find_epoch = plan, args, rows, find_epoch
+
+    def __len__(self):
+        return len(cut_streams(self.plan, self.args, epoch=0))
+
+    def __iter__(self):
+        return iter([stream or [self.rows] for stream in cut_streams(self.plan, self.args, self.find_epoch())])
+
+
+def plan_streams(sequences: list[Sequence], args: argparse.Namespace, engine: str) -> Plan:
     """Fuse accumulation steps into one stream as far as the flags' memory allows, for every stream of the run.
 
-    A stream may hold batch_size x max_seq_length tokens: what the flags allow a padded batch to hold. A resumed run
-    keeps the rows per stream that it had (`rows`), because the order of all rows depends on it.
+    A stream may hold batch_size x max_seq_length tokens: what the flags allow a padded batch to hold.
     """
-    batch_size, steps, groups = args.batch_size, args.gradient_accumulation_steps, group_rows(sequences)
+    batch_size, steps = args.batch_size, args.gradient_accumulation_steps
+    plan = Plan(batch_size, steps, group_rows(sequences), share_prefix=args.share_prefix, devices=count_devices())
     if not args.share_prefix:
-        return Plan(batch_size, steps, groups, share_prefix=False)
+        return plan
     for fused in range(steps, 0, -1):
-        if steps % fused == 0 and rows in (None, batch_size * fused):
-            plan, sizes = Plan(batch_size * fused, steps // fused, groups), []
+        if steps % fused == 0:
+            plan, sizes = plan._replace(rows=batch_size * fused, accumulation=steps // fused), []
             for epoch in range(args.num_epochs):
                 streams = cut_streams(plan, args, epoch)
-                sizes += [count_tokens([sequences[i] for i in stream]) for stream in streams]
-            if rows or fused == 1 or max(sizes) <= batch_size * args.max_seq_length:
+                sizes += [count_tokens([sequences[i] for i in stream]) for stream in streams if stream]
+            if fused == 1 or max(sizes) <= batch_size * args.max_seq_length:
                 return plan._replace(lengths=choose_lengths(sizes)) if engine == "unsloth" else plan
 
 
@@ -1839,7 +2014,7 @@ def divide_plan(plan: Plan, size: int, sequences: list[Sequence], args: argparse
     if not plan.lengths:
         return plan._replace(rows=size)
     sizes = [count_tokens(part) for epoch in range(args.num_epochs) for stream in cut_streams(plan, args, epoch)
-             for part in split_rows([sequences[i] for i in stream], size)]
+             if stream for part in split_rows([sequences[i] for i in stream], size)]
     return plan._replace(rows=size, lengths=choose_lengths(sizes))
 
 
@@ -1866,6 +2041,8 @@ def start_engine(args: argparse.Namespace) -> str:
     """Import the engine and return its name; Unsloth patches trl, transformers and peft, so it must come first."""
     import torch
 
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     engine = args.engine if args.engine != "auto" else "unsloth" if torch.cuda.is_available() else "transformers"
     if engine == "unsloth":
         if not torch.cuda.is_available():
@@ -2078,13 +2255,13 @@ def load_base(model_id: str, load_in_4bit: bool, trust: bool = False, dtype=None
 
 
 def load_model(args: argparse.Namespace, engine: str, plan: Plan):
-    """Return the base model, in 4 bits if asked, with fresh LoRA adapters on all seven projections.
+    """Return the base model, in 4 bits if asked, with fresh LoRA adapters on --target_modules.
 
     With --lora_rank 0 it is the base alone, in fp32: late, small updates round to nothing in 16 bits. The trainer's
     autocast computes in 16 bits on CUDA all the same, so only memory is the price. (TRL and Unsloth do so too.)
     """
     lora = dict(r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, bias="none",
-                target_modules=TARGET_MODULES)
+                use_rslora=args.use_rslora, target_modules=args.target_modules)
     import torch
 
     if engine == "unsloth":
@@ -2308,15 +2485,15 @@ def generate_answers(model, tokenizer, sequences: list[Sequence], args: argparse
 # ---------------------------------------------------------------------------------------------------------------
 # 8  Train: SFTTrainer over the streams
 # ---------------------------------------------------------------------------------------------------------------
-def score_batches(model, batches, engine: str) -> dict:
-    """Return the mean loss in nats per supervised token, and the share of sequences that greedy decoding reproduces.
+def score_batches(model, batches, engine: str):
+    """Return sums over batches, float64 [4]: loss in nats, supervised tokens, sequences reproduced, sequences.
 
     Greedy decoding writes an answer exactly if and only if each of its tokens is the most likely one after those before
     it. So this forward pass, which knows the answer, counts exact matches without generating.
     """
     import torch
 
-    losses, misses, tokens = [], [], 0
+    losses, exact, tokens, sequences = [], [], 0, 0
     was_training = model.training
     model.eval()
     for batch in batches:
@@ -2325,13 +2502,20 @@ def score_batches(model, batches, engine: str) -> dict:
         answer = starts.flatten().cumsum(dim=0)[supervised.flatten()] - 1  # which answer a supervised token is of
         with torch.no_grad(), autocast(model):
             loss, hits = compute_token_losses(model, {n: t.to(model.device) for n, t in batch.items()}, engine)
+        misses = torch.zeros(int(starts.sum()), device=hits.device).index_add_(
+            0, answer.to(hits.device), (~hits).float())
         losses.append(loss.sum(dtype=torch.float64))
-        misses.append(torch.zeros(int(starts.sum()), device=hits.device).index_add_(
-            0, answer.to(hits.device), (~hits).float()))
-        tokens += len(loss)
+        exact.append((misses == 0).sum(dtype=torch.float64))
+        tokens, sequences = tokens + len(loss), sequences + len(misses)
     model.train(was_training)
-    return {"loss": torch.stack(losses).sum().item() / tokens,
-            "exact_match": (torch.cat(misses) == 0).double().mean().item()}
+    zero = torch.zeros((), dtype=torch.float64, device=model.device)
+    return torch.stack([sum(losses, zero), zero + tokens, sum(exact, zero), zero + sequences])
+
+
+def to_metrics(sums) -> dict:
+    """Return the mean loss in nats per supervised token, and the share of sequences that greedy decoding reproduces."""
+    loss, tokens, exact, sequences = sums.tolist()
+    return {"loss": loss / tokens, "exact_match": exact / sequences}
 
 
 def free_gpu() -> None:
@@ -2404,6 +2588,7 @@ def compare_sharing(model, rows: list[Sequence], lengths: tuple[int, ...], engin
 def check_sharing(args: argparse.Namespace, model, train: list[Sequence], plan: Plan, engine: str) -> bool:
     """Compute the first rows of the run shared and by themselves; print how they differ, return whether by rounding."""
     import torch
+    from accelerate.utils import broadcast_object_list
 
     start = time.perf_counter()
     rows, lengths = first_rows(train, args, plan, CHECKED_ROWS), plan.lengths
@@ -2418,7 +2603,7 @@ def check_sharing(args: argparse.Namespace, model, train: list[Sequence], plan: 
         rows = rows[: len(rows) // 2]
         lengths = choose_lengths([count_tokens(rows)]) if lengths else ()
     free_gpu()
-    if gradient <= limit:
+    if broadcast_object_list([gradient <= limit])[0]:  # all devices do as the first one finds
         say("check", f"sharing changes the loss of {len(rows)} rows by {loss:.1e} and their gradient by {gradient:.1e} "
                      f"of its norm: rounding ({time.perf_counter() - start:.1f} s)")
         return True
@@ -2522,27 +2707,41 @@ def build_stopper():
     """Return a TrainerCallback whose `note` handles signals: the first ends training after its step and a checkpoint.
 
     A step that ends an epoch leaves the checkpoint to the end of the epoch, after the held-out rows are scored, as in
-    a run that goes on. The second signal ends everything at once.
+    a run that goes on. The second signal ends everything at once. Of several processes, all stop after the same step.
     """
+    import torch
+    import torch.distributed as distributed
     from transformers import TrainerCallback
 
     class Stopper(TrainerCallback):
-        number = None
+        number, noted, group = None, 0.0, None
 
         def note(self, number, frame):
-            if self.number:
+            # torchrun hands on the Ctrl-C that its processes have got themselves: that is one signal, not two.
+            if self.number and (count_devices() == 1 or time.monotonic() > self.noted + 2):
                 raise Interrupted(number)
-            self.number = number
-            # Not print: the signal may come while a print is going on.
-            os.write(2, b"\nstopping after this step, with a checkpoint; once more stops at once\n")
+            if not self.number and is_main():
+                # Not print: the signal may come while a print is going on.
+                os.write(2, b"\nstopping after this step, with a checkpoint; once more stops at once\n")
+            self.number, self.noted = self.number or number, self.noted or time.monotonic()
+
+        def agree(self):
+            """Let every process know of a signal that one of them got."""
+            number = torch.tensor(self.number or 0)
+            distributed.all_reduce(number, distributed.ReduceOp.MAX, self.group)
+            self.number = number.item() or None
 
         def on_train_begin(self, args, state, control, **kwargs):
             state.compute_steps(args, state.max_steps)  # a resumed run has the intervals of its own flags
+            if count_devices() > 1:
+                self.group = distributed.new_group(backend="gloo")  # so that no GPU has to wait
 
         def is_within_epoch(self, state):
             return state.epoch % 1 != 0 and state.global_step < state.max_steps
 
         def on_step_end(self, args, state, control, **kwargs):
+            if self.group:
+                self.agree()
             if self.number:
                 control.should_training_stop = True
                 control.should_save = control.should_save or self.is_within_epoch(state)
@@ -2613,10 +2812,11 @@ def to_sft_config(args: argparse.Namespace, plan: Plan, evaluate: bool):
 
     cuda = torch.cuda.is_available()
     dtype = to_dtype("cuda" if cuda else "cpu")
-    return SFTConfig(
+    config = SFTConfig(
         output_dir=args.output_dir, per_device_train_batch_size=plan.rows, per_device_eval_batch_size=plan.rows,
         gradient_accumulation_steps=plan.accumulation, num_train_epochs=args.num_epochs, max_steps=args.max_steps or -1,
-        learning_rate=args.learning_rate, lr_scheduler_type=args.lr_scheduler_type, warmup_steps=args.warmup_steps,
+        learning_rate=args.learning_rate, lr_scheduler_type=args.lr_scheduler_type,
+        warmup_steps=args.warmup_steps if args.warmup_ratio is None else args.warmup_ratio,  # below 1: a share
         weight_decay=args.weight_decay, optim=args.optim or default_optim(), seed=args.seed,
         bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, gradient_checkpointing=use_checkpointing(args),
         logging_steps=args.logging_steps, report_to=args.report_to, run_name=args.run_name, disable_tqdm=True,
@@ -2626,7 +2826,11 @@ def to_sft_config(args: argparse.Namespace, plan: Plan, evaluate: bool):
         greater_is_better=args.metric_for_best == "exact_match", dataloader_pin_memory=cuda, use_cpu=not cuda,
         logging_nan_inf_filter=False,  # it hides what StreamTrainer looks for
         restore_callback_states_from_checkpoint=True, max_length=None, remove_unused_columns=False,
+        ddp_find_unused_parameters=False, ddp_broadcast_buffers=False, accelerator_config={"even_batches": False},
         dataset_kwargs={"skip_prepare_dataset": True})
+    if not cuda:
+        config.__dict__["_setup_devices"] = torch.device("cpu")  # with two processes "cpu:0", to which torch loads nothing
+    return config
 
 
 def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train, held_out, plan: Plan):
@@ -2637,22 +2841,11 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
     """
     import numpy as np
     import torch
+    from accelerate.utils import gather_object
     from datasets import Dataset
     from transformers import EarlyStoppingCallback, PrinterCallback
     from transformers.trainer_utils import rotate_checkpoints
     from trl import SFTTrainer
-
-    class RowOrder(torch.utils.data.Sampler):
-        epoch = 0
-
-        def set_epoch(self, epoch):
-            self.epoch = epoch
-
-        def __len__(self):
-            return len(train)
-
-        def __iter__(self):
-            return iter(order_rows(plan, args.seed, self.epoch))
 
     class StreamTrainer(SFTTrainer):
         tokens_computed = 0
@@ -2661,13 +2854,25 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
         step_rows, step_loss, step_norm = [], 0.0, 0.0  # of the optimizer step in hand
         staging = None
 
-        def _get_train_sampler(self, train_dataset=None):
-            return RowOrder()
+        def get_train_dataloader(self):
+            sampler = StreamSampler(plan, args, len(train), lambda: int(self.state.epoch or 0))
+            return self.accelerator.prepare(torch.utils.data.DataLoader(
+                range(len(arrays)), batch_sampler=sampler, collate_fn=collate, pin_memory=self.args.dataloader_pin_memory))
+
+        def get_batch_samples(self, epoch_iterator, num_batches, device):
+            """Return the micro-batches of a step, and how many tokens all devices supervise in it."""
+            batches = list(islice(epoch_iterator, num_batches))
+            tokens = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
+            return batches, self.accelerator.reduce(tokens, "sum")
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            """Return the micro-batch's share of the mean over all supervised tokens of the optimizer step."""
+            """Return the micro-batch's share of the mean over all supervised tokens of the optimizer step.
+
+            Gradients become the mean over the devices, hence the factor: they are to be the sum.
+            """
             self.tokens_computed += inputs["input_ids"].numel()
-            return compute_token_losses(model, inputs, engine)[0].sum() / num_items_in_batch
+            loss = compute_token_losses(model, inputs, engine)[0].sum() / num_items_in_batch
+            return loss * self.accelerator.num_processes
 
         def training_step(self, model, inputs, num_items_in_batch=None):
             """Return the loss of a micro-batch, its gradient added to what was there.
@@ -2698,6 +2903,9 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
             make_room(self.model)
             if len(rows) == 1:
                 raise UserError(explain_memory(rows[0], self.state.global_step + 1))
+            if self.accelerator.num_processes > 1:  # the others wait for one gradient, not for two halves
+                raise UserError(f"out of GPU memory at step {self.state.global_step + 1:,} with a stream of {tokens:,} "
+                                "tokens; lower --batch_size and raise --gradient_accumulation_steps as much")
             size = -(-len(rows) // 2)
             self.streams = divide_plan(plan, size, train, args)
             self.held_out_batches = to_batches(held_out, self.streams) if held_out else []
@@ -2716,6 +2924,8 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
             loss, norm, rows = self.step_loss, self.step_norm, self.step_rows
             self.step_rows, self.step_loss = [], 0.0
             if not math.isfinite(loss + norm):
+                if self.accelerator.scaler is None:  # or else only the loss of one device may be wrong
+                    rows = gather_object(rows)
                 raise UserError(explain_numbers(self.state.global_step, float(loss), float(norm), rows))
             super()._maybe_log_save_evaluate(*arguments, **more)
 
@@ -2723,8 +2933,9 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
             """Return the held-out loss as a mean over tokens (the library's is one over batches), and exact match."""
             from transformers.trainer_utils import EvalLoopOutput
 
-            scores = score_batches(self.model, self.held_out_batches, engine)
-            metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+            share = self.held_out_batches[self.accelerator.process_index :: self.accelerator.num_processes]
+            scores = self.accelerator.reduce(score_batches(self.model, share, engine), "sum")
+            metrics = {f"{metric_key_prefix}_{name}": value for name, value in to_metrics(scores).items()}
             return EvalLoopOutput(None, None, metrics, num_samples=len(held_out))
 
         def _get_output_dir(self, trial):
@@ -2732,27 +2943,33 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
 
         def _save_checkpoint(self, model, trial):
             """Write a checkpoint out of sight, and give it its name when it is whole; then remove what is too many."""
-            output, state = Path(args.output_dir), self.state
+            output, state, wait = Path(args.output_dir), self.state, self.accelerator.wait_for_everyone
             final, best = (output / f"checkpoint-{step}" for step in (state.global_step, state.best_global_step))
-            with discard_partial(final) as self.staging:
+            self.staging = partial_folder(final)
+            with discard_partial(final) if is_main() else contextlib.nullcontext():
+                wait()
                 super()._save_checkpoint(model, trial)
+                wait()
                 if best == final or best.is_dir():  # where it will be, not where it is being written
                     state.best_model_checkpoint = str(best)
-                state.save_to_json(str(self.staging / final.name / "trainer_state.json"))
-                write_manifest(self.staging / final.name)
-                put_in_place(final, self.staging / final.name)
+                if is_main():
+                    state.save_to_json(str(self.staging / final.name / "trainer_state.json"))
+                    write_manifest(self.staging / final.name)
+                    put_in_place(final, self.staging / final.name)
             self.staging = None
-            rotate_checkpoints(args.output_dir, args.save_total_limit, state.best_model_checkpoint)
+            if is_main():
+                rotate_checkpoints(args.output_dir, args.save_total_limit, state.best_model_checkpoint)
+            wait()
 
     def to_dataset(sequences):
         return Dataset.from_dict({"index": range(len(sequences))}) if sequences else None
 
-    def collate(rows):
-        indices = [row["index"] for row in rows]
+    def collate(indices):
         return {**build_batch([arrays[index] for index in indices], plan), "rows": indices}
 
     # As arrays: lists would be turned into arrays anew in every step.
     arrays = [sequence._replace(input_ids=np.asarray(sequence.input_ids)) for sequence in train]
+    arrays.append(arrays[0]._replace(prompt_length=len(arrays[0].input_ids)))  # trains nothing: see StreamSampler
     trainer = StreamTrainer(
         model=model, args=to_sft_config(args, plan, bool(held_out)), processing_class=tokenizer, data_collator=collate,
         train_dataset=to_dataset(train), eval_dataset=to_dataset(held_out))
@@ -2785,7 +3002,7 @@ def find_checkpoint(args: argparse.Namespace) -> str | None:
         damage = find_damage(path)
         if not damage:
             return str(path)
-        print(f"warning: {path} is damaged: {damage}; the one before is used", file=sys.stderr)
+        warn(f"{path} is damaged: {damage}; the one before is used")
     raise UserError(f"--resume_from_checkpoint: {args.output_dir} holds no {'whole ' if found else ''}checkpoint; "
                     "leave the flag out to start")
 
@@ -2801,7 +3018,7 @@ def hash_rows(sequences: list[Sequence]) -> str:
 
 
 def read_run(checkpoint: str | None) -> dict:
-    """Return the run.yaml of the run that a checkpoint is from; one that cannot be read is a UserError."""
+    """Return settings and facts of the run that a checkpoint is from; a run.yaml that cannot be read is a UserError."""
     import yaml
 
     if checkpoint is None:
@@ -2813,12 +3030,18 @@ def read_run(checkpoint: str | None) -> dict:
         settings = None
     if not isinstance(settings, dict):
         raise UserError(f"{path}: cannot be read; expected the settings of the run that {checkpoint} is from")
-    return settings
+    # A flag that came with a later version of this script had its default.
+    return vars(parse_args([])) | settings | settings.get("facts", {})
+
+
+def count_rows(args: argparse.Namespace) -> int:
+    """Return how many rows an optimizer step has: the effective batch."""
+    return args.batch_size * args.gradient_accumulation_steps * count_devices()
 
 
 def count_steps(args: argparse.Namespace, train: list[Sequence]) -> tuple[int, int]:
     """Return (optimizer steps of the whole run, of one epoch)."""
-    per_epoch = math.ceil(len(train) / (args.batch_size * args.gradient_accumulation_steps))
+    per_epoch = math.ceil(len(train) / count_rows(args))
     return args.max_steps or args.num_epochs * per_epoch, per_epoch
 
 
@@ -2828,6 +3051,9 @@ def check_resume(args: argparse.Namespace, checkpoint: str | None, former: dict,
         return
     problems = [f"--{name} is {getattr(args, name)}, and {former.get(name)} in the run that {checkpoint} is from; "
                 "expected the same" for name in AGREED if getattr(args, name) != former.get(name)]
+    if former.get("rows_per_step") != count_rows(args):
+        problems.append(f"--batch_size x --gradient_accumulation_steps x devices is {count_rows(args)}, and "
+                        f"{former.get('rows_per_step')} in the run that {checkpoint} is from; expected the same")
     if former.get("training_rows") != hash_rows(train):
         problems.append(f"the training rows are not those of the run that {checkpoint} is from; "
                         "expected the same rows in the same order")
@@ -3109,16 +3335,23 @@ def build_skeleton(config, trust: bool = False):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
 
 
-def count_parameters(config, rank: int, trust: bool = False) -> dict[str, int]:
-    """Return how many weights are in linear layers (those that 4 bits hold), elsewhere, and in an adapter."""
+def count_parameters(config, rank: int, trust: bool = False, targets=TARGET_MODULES) -> dict[str, int]:
+    """Return how many weights are in linear layers (those that 4 bits hold), elsewhere, and in an adapter.
+
+    A name of --target_modules that no linear layer has is a UserError.
+    """
     import torch
 
     skeleton = build_skeleton(config, trust)
     layers = {name: module for name, module in skeleton.named_modules()
               if isinstance(module, torch.nn.Linear) and not name.startswith("lm_head")}
+    names = {name.rsplit(".", 1)[-1] for name in layers}
+    if missing := sorted({*targets} - names):
+        raise UserError(f"--target_modules {' '.join(missing)}: no linear layer of the model is named so; "
+                        f"expected some of {', '.join(sorted(names))}")
     linear = sum(layer.weight.numel() for layer in layers.values())
     adapter = sum(rank * (layer.in_features + layer.out_features) for name, layer in layers.items()
-                  if name.rsplit(".", 1)[-1] in TARGET_MODULES)
+                  if name.rsplit(".", 1)[-1] in targets)
     return {"linear": linear, "other": sum(weight.numel() for weight in skeleton.parameters()) - linear,
             "adapter": adapter}
 
@@ -3144,7 +3377,7 @@ def count_final_bytes(args: argparse.Namespace, parameters: dict[str, int]) -> i
 
 def check_disk(args: argparse.Namespace, config, checkpoints: int) -> None:
     """Refuse to start when adapter, checkpoints and merged model would not fit beside what is on their disks."""
-    parameters = count_parameters(config, args.lora_rank, args.trust_remote_code)
+    parameters = count_parameters(config, args.lora_rank, args.trust_remote_code, args.target_modules)
     lora = parameters["adapter"]
     trained = lora or parameters["linear"] + parameters["other"]
     optimizer = 2 if "8bit" in (args.optim or default_optim()) else 8  # bytes of Adam's two moments per parameter
@@ -3189,11 +3422,15 @@ def check_same_shape(config, merge_model_id: str, trust: bool = False) -> None:
 
 
 def write_run(args: argparse.Namespace, folder: str | Path, **facts) -> None:
-    """Write the resolved settings, and facts of the run, to `folder`/run.yaml, whose first line marks it as ours."""
+    """Write the resolved settings, and facts of the run, to `folder`/run.yaml, whose first line marks it as ours.
+
+    --config reads it: the settings are those of the same run once more, and the facts are left out.
+    """
     import yaml
 
     Path(folder).mkdir(parents=True, exist_ok=True)
-    settings = hide_secrets(yaml.safe_dump(vars(args) | facts, sort_keys=False))
+    settings = {name: value for name, value in vars(args).items() if name not in ONCE}
+    settings = hide_secrets(yaml.safe_dump(settings | ({"facts": facts} if facts else {}), sort_keys=False))
     partial = Path(folder) / ".run.yaml.partial"
     partial.write_text(WRITTEN_BY + settings, encoding="utf-8")
     partial.replace(Path(folder) / "run.yaml")
@@ -3289,7 +3526,7 @@ def merge_and_score(args: argparse.Namespace, base_id: str, adapter: str | None,
 
     def score(name, model):
         results[name] = {"answers": generate_answers(model, tokenizer, sequences, args, name),
-                         "loss": score_batches(model, batches, "transformers")["loss"]}
+                         "loss": to_metrics(score_batches(model, batches, "transformers"))["loss"]}
 
     base = load_base(base_id, False, trust)
     results["base"] = {"answers": generate_answers(base, tokenizer, sequences, args, "base")}
@@ -3341,8 +3578,13 @@ def run_fresh(function, *arguments):
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=send_result, args=(sender, function, arguments))
-    with handle_signals(signal.SIG_IGN):  # which the new process inherits: a Ctrl-C is for this one alone
-        process.start()
+    # A new process begins by importing the main module: a program that calls main() would call it there again.
+    caller, sys.modules["__main__"] = sys.modules["__main__"], sys.modules[__name__]
+    try:
+        with handle_signals(signal.SIG_IGN):  # which the new process inherits: a Ctrl-C is for this one alone
+            process.start()
+    finally:
+        sys.modules["__main__"] = caller
     sender.close()
     try:
         result = receiver.recv()
@@ -3388,10 +3630,10 @@ def save_trained(args: argparse.Namespace, model, dtype, batches: list[dict], en
 
     In a short run with a low rate, 16 bits may not hold what the steps changed: that is warned of.
     """
-    before, dtype = score_batches(model, batches, engine)["loss"], dtype or model.dtype
+    before, dtype = to_metrics(score_batches(model, batches, engine))["loss"], dtype or model.dtype
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype).float()
-    after = score_batches(model, batches, engine)["loss"]
+    after = to_metrics(score_batches(model, batches, engine))["loss"]
     if is_worse(after, before):
         warn(f"{dtype} holds less than training changed: held-out loss {after:.4f}, in 32 bits {before:.4f}; train "
              "longer or raise --learning_rate")
@@ -3551,8 +3793,8 @@ def check_hub(repo: str | None) -> None:
     except LocalTokenNotFoundError:
         raise UserError(f"--push_to_hub {repo}: no token; run `hf auth login`, or set HF_TOKEN") from None
     except HfHubHTTPError as error:
-        raise UserError(f"--push_to_hub {repo}: the Hub answers {error.response.status_code} to the token; expected one "
-                        "that may write") from None
+        raise UserError(f"--push_to_hub {repo}: the Hub answers {error.response.status_code} to the token; expected "
+                        "one that may write") from None
     except ValueError as error:
         raise UserError(f"--push_to_hub {repo}: {str(error).splitlines()[0]}") from None
     except (OSError, httpx.HTTPError) as error:
@@ -3630,7 +3872,7 @@ def show_scores(scores: dict) -> None:
                 f"{score['call_precision']:>18.1%}{score['call_recall']:>8.1%}{score['broken_json']:>8}{score['n']:>7}")
 
 
-def to_report(args, tokenizer, sequences, results, scores, verdicts, data, lengths, train) -> dict:
+def to_report(args, command, tokenizer, sequences, results, scores, verdicts, data, lengths, train) -> dict:
     """Return all that is known of the run as one dict, with what report.json promises."""
     import numpy as np
     import torch
@@ -3654,7 +3896,7 @@ def to_report(args, tokenizer, sequences, results, scores, verdicts, data, lengt
         scores[last]["macro_f1"] = classes
     report = {"scores": scores, "per_tool": per_tool, "confusion": {"labels": labels, "counts": counts}, "data": data,
               "failures": failures, "versions": find_versions(), "args": vars(args), "git": find_commit(),
-              "command": " ".join(["python", *map(shlex.quote, sys.argv)]),
+              "command": command,
               "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu",
               "finished": time.strftime("%Y-%m-%d %H:%M")}
     return report | ({"train": train} if train else {})
@@ -3921,13 +4163,13 @@ def render_report(report: dict) -> str:
         matrix=shade_confusion(report["confusion"]) if report.get("confusion") else {})
 
 
-def write_report(folder: str, report: dict) -> Path:
-    """Write report.json and report.html into `folder` and return it."""
+def write_report(folder: str, report: dict) -> dict:
+    """Write report.json and report.html into `folder` and return what report.json holds."""
     path = Path(folder)
     report = json.loads(hide_secrets(json.dumps(report, ensure_ascii=False, default=str)))
     (path / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
     (path / "report.html").write_text(render_report(report), encoding="utf-8")
-    return path
+    return report
 
 
 def hide_folders(text: str) -> str:
@@ -3949,7 +4191,8 @@ def to_card(report: dict, adapter: bool, name: str, command: str) -> str:
     scores = [f"| {model} | {show_percent(row['exact_match'], 1)} | {show_percent(row['ast_match'], 1)} | "
               f"{show_percent(row['tool_macro_f1'], 1)} | {row['broken_json']} | {row['n']} |"
               for model, row in report["scores"].items()]
-    settings = [f"| `{key}` | {args[key]} |" for key in ("num_epochs", "max_steps", "max_seq_length", *AGREED[1:])
+    settings = [f"| `{key}` | {args[key]} |" for key in (
+        "num_epochs", "max_steps", "batch_size", "gradient_accumulation_steps", "max_seq_length", *AGREED[1:])
                 if args[key] is not None]
     words = [shlex.quote(hide_folders(word)) for word in shlex.split(report["command"])]
     paths = ", ".join(f"`{hide_folders(path)}`" for path in args["dataset_path"])
@@ -4249,7 +4492,7 @@ def audit_run(args: argparse.Namespace, train: list[Sequence], config) -> dict:
     audit = {"epoch": audit_epoch(train, args, plan), "plan": facts, "files": list_writes(args, facts["checkpoints"])}
     if config is None:
         return audit
-    parameters = count_parameters(config, args.lora_rank, args.trust_remote_code)
+    parameters = count_parameters(config, args.lora_rank, args.trust_remote_code, args.target_modules)
     return audit | {"memory_gib": estimate_memory(args, config, parameters, facts["stream_sizes"]["max"], plan),
                     "disk_gb": audit_disk(args, parameters, len(facts["checkpoints"]))}
 
@@ -4368,6 +4611,8 @@ def write_audit(args: argparse.Namespace, audit: dict) -> Path:
 def check_rows(args: argparse.Namespace, paths: list[str]) -> tuple[list[Example], list[tuple[str, str]], int]:
     """Return (valid examples of the files, (where, problem) pairs, number of rows); no valid row is a UserError."""
     examples, problems, total, changes = to_examples(read_rows(paths, args.max_samples), args.tools_path, args.format)
+    examples, more = apply_thinking(examples, args.thinking)
+    problems += more
     if not examples:
         report_problems(problems, args.on_invalid, total)
         raise UserError(f"{' '.join(paths)}: no valid row is left")
@@ -4440,16 +4685,17 @@ def render_all(args: argparse.Namespace, tokenizer, examples: list[Example],
 
 def show_plan(train: list[Sequence], args: argparse.Namespace, plan: Plan) -> None:
     """Print how many tokens the first step computes, beside what padded batches would."""
-    step = first_rows(train, args, plan, plan.rows * plan.accumulation)
+    step = first_rows(train, args, plan, plan.rows_per_step)
     streams = [build_batch(step[i : i + plan.rows], plan) for i in range(0, len(step), plan.rows)]
     computed = sum(stream["input_ids"].numel() for stream in streams)
     batches = [build_padded(step[i : i + args.batch_size]) for i in range(0, len(step), args.batch_size)]
     padded = sum(batch["input_ids"].numel() for batch in batches)
+    devices = f" on {plan.devices} devices" * (plan.devices > 1)
     if not plan.share_prefix:
-        say("plan", f"{len(step)} rows per step in {len(batches)} padded batches of about "
+        say("plan", f"{len(step)} rows per step{devices} in {len(batches)} padded batches of about "
                     f"{padded // len(batches):,} tokens")
         return
-    say("plan", f"{len(step)} rows per step in {len(streams)} stream{'s' * (len(streams) > 1)} of about "
+    say("plan", f"{len(step)} rows per step{devices} in {len(streams)} stream{'s' * (len(streams) > 1)} of about "
                 f"{computed // len(streams):,} tokens instead of {len(batches)} batches of {padded // len(batches):,} "
                 f"({padded / computed:.1f} times fewer)")
 
@@ -4459,6 +4705,8 @@ def start_output(args: argparse.Namespace, checkpoint: str | None, train: list[S
 
     Of the checkpoints there, only the one to go on from stays, and those before it.
     """
+    if not is_main():
+        return
     output = Path(args.output_dir)
     resumed = checkpoint is not None and Path(checkpoint).resolve().parent == output.resolve()
     for old in list_checkpoints(output):
@@ -4466,7 +4714,19 @@ def start_output(args: argparse.Namespace, checkpoint: str | None, train: list[S
             remove_folder(old)
     for leftover in (*output.glob(".*.partial"), *output.glob(".*.old")):
         shutil.rmtree(leftover, ignore_errors=True)
-    write_run(args, output, training_rows=hash_rows(train), rows_per_stream=plan.rows)
+    write_run(args, output, training_rows=hash_rows(train), rows_per_step=plan.rows_per_step)
+
+
+def leave_group() -> bool:
+    """End the work that several processes share; return whether this is the one that goes on, alone."""
+    import torch.distributed as distributed
+
+    main = is_main()
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)  # or else the libraries of the process that merges would wait for the others
+    return main
 
 
 def train_model(trainer, checkpoint: str | None, train: list[Sequence], rows_per_step: int, complete: bool) -> dict:
@@ -4475,6 +4735,7 @@ def train_model(trainer, checkpoint: str | None, train: list[Sequence], rows_per
     After a signal this ends with Interrupted, when the step is done and its checkpoint written.
     """
     import torch
+    from accelerate.utils import gather_object
 
     first = to_step(checkpoint) if checkpoint else 0
     if checkpoint:
@@ -4497,7 +4758,7 @@ def train_model(trainer, checkpoint: str | None, train: list[Sequence], rows_per
              "steps": steps, "resumed_from": checkpoint, "samples_per_second": steps * rows_per_step / seconds,
              "tokens_per_second": tokens / seconds,
              "peak_memory_gib": torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None,
-             "tokens_computed": trainer.tokens_computed, "history": history}
+             "tokens_computed": sum(gather_object([trainer.tokens_computed])), "history": history}
     if steps:
         say("train", f"{steps:,} steps in {seconds:.0f} s: {facts['samples_per_second']:.1f} samples/s, "
                      f"{facts['tokens_per_second']:,.0f} tokens/s of the rows; loss {facts['loss']:.4f}")
@@ -4509,7 +4770,7 @@ def train_model(trainer, checkpoint: str | None, train: list[Sequence], rows_per
 
 def count_padded(args: argparse.Namespace, train: list[Sequence], plan: Plan, facts: dict) -> int:
     """Return how many tokens padded batches of --batch_size would have computed in the steps that were made."""
-    rows, total = facts["steps"] * plan.rows * plan.accumulation, 0
+    rows, total = facts["steps"] * plan.rows_per_step, 0
     for epoch in range(args.num_epochs):
         order = order_rows(plan, args.seed, epoch)[: max(0, rows - epoch * len(train))]
         batches = [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)]
@@ -4517,8 +4778,8 @@ def count_padded(args: argparse.Namespace, train: list[Sequence], plan: Plan, fa
     return total
 
 
-def dry_run(args: argparse.Namespace) -> None:
-    """Print and write what a run would do, without a GPU and without weights; problems of rows are reported last."""
+def dry_run(args: argparse.Namespace) -> dict:
+    """Print, write and return what a run would do, without a GPU and without weights; problems of rows come last."""
     start = time.perf_counter()
     examples, problems, total = check_rows(args, args.dataset_path)
     held_out, more, more_total = check_rows(args, args.eval_dataset_path) if args.eval_dataset_path else ([], [], 0)
@@ -4545,12 +4806,14 @@ def dry_run(args: argparse.Namespace) -> None:
         warn("--show_row: without the tokenizer a row cannot be shown as the model sees it")
     elif shown:
         show_rows(tokenizer, [turn for group in groups for turn in group], shown)
-    say("audit", f"{write_audit(args, audit)} ({time.perf_counter() - start:.1f} s)")
+    path = write_audit(args, audit)
+    say("audit", f"{path} ({time.perf_counter() - start:.1f} s)")
     report_problems(problems, args.on_invalid, total)
     refuse_nothing(args, sides[0])
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
-def evaluate_only(args: argparse.Namespace) -> None:
+def evaluate_only(args: argparse.Namespace, command: str) -> dict:
     """Score a model or an adapter on --eval_dataset_path, or on the held-out rows of --dataset_path; train nothing."""
     examples, skipped = read_examples(args, args.eval_dataset_path or args.dataset_path)
     args.engine = "transformers"
@@ -4574,19 +4837,20 @@ def evaluate_only(args: argparse.Namespace) -> None:
     data = {"train": 0, "held_out": len(sequences), "skipped": skipped + groups.count([])}
     if not (Path(args.output_dir) / "run.yaml").exists():
         write_run(args, args.output_dir)
-    args.output_dir = str(Path(args.output_dir) / "eval_only")  # beside a training run's report, not in its place
-    write_run(args, args.output_dir)
-    finish(args, tokenizer, sequences, results, *score_results(sequences, results), data, [])
+    folder = str(Path(args.output_dir) / "eval_only")  # beside a training run's report, not in its place
+    write_run(args, folder)
+    args.output_dir = folder
+    return finish(args, command, tokenizer, sequences, results, *score_results(sequences, results), data, [])
 
 
-def finish(args: argparse.Namespace, tokenizer, sequences: list[Sequence], results: dict, scores: dict, verdicts: dict,
-           data: dict, lengths: list[int], train: dict | None = None) -> dict:
-    """Show the scores and three answers, write the report, and return it."""
-    report = to_report(args, tokenizer, sequences, results, scores, verdicts, data, lengths, train)
+def finish(args: argparse.Namespace, command: str, tokenizer, sequences: list[Sequence], results: dict, scores: dict,
+           verdicts: dict, data: dict, lengths: list[int], train: dict | None = None) -> dict:
+    """Show the scores and three answers; write and return the report."""
+    report = to_report(args, command, tokenizer, sequences, results, scores, verdicts, data, lengths, train)
     show_answers(tokenizer, sequences[:SHOWN_ROWS], {name: result["answers"] for name, result in results.items()})
     show_scores(scores)
-    folder = write_report(args.output_dir, report)
-    say("report", f"{folder / 'report.html'}")
+    report = write_report(args.output_dir, report)
+    say("report", f"{Path(args.output_dir) / 'report.html'}")
     return report
 
 
@@ -4611,18 +4875,27 @@ def hand_over(args: argparse.Namespace, config, tokenizer, adapter: str | None, 
     say("serve", to_vllm_command(config, served, thinks))
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the whole job: read, check, render, train, save, score, report."""
-    args = parse_args(argv)
+def main(argv: list[str] | None = None) -> dict | None:
+    """Run the whole job: read, check, render, train, save, score, report.
+
+    Args:
+        argv: the words of a command line without the program's name; None: those that this process was started with.
+    Returns: what report.json holds; with --dry_run, audit.json; with --convert_to, None.
+    Raises: UserError (FlagError if in a flag), Interrupted after a signal in training.
+    """
+    argv = [*map(str, sys.argv[1:] if argv is None else argv)]
+    args, command = parse_args(argv), shlex.join(["python", PROGRAM, *argv])
     refuse_telemetry()
     if args.convert_to:
         return write_converted(args)
+    if not is_main():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
     check_folder(args.output_dir, "--output_dir")
     if args.eval_only:
-        return evaluate_only(args)
+        return evaluate_only(args, command)
     if args.save_method != "lora":
         check_folder(args.final_model_dir, "--final_model_dir")
-    lock = lock_output(args.output_dir) if Path(args.output_dir).is_dir() else None  # held until the run ends
+    lock = lock_output(args.output_dir) if is_main() and Path(args.output_dir).is_dir() else None  # until the run ends
     checkpoint = find_checkpoint(args)
     if args.dry_run:
         return dry_run(args)
@@ -4649,10 +4922,10 @@ def main(argv: list[str] | None = None) -> None:
     args.share_prefix = args.share_prefix and former.get("share_prefix", True)  # a run that did without goes on without
     check_resume(args, checkpoint, former, train)
     check_disk(args, config, count_checkpoints(args, train, checkpoint))
-    plan = plan_streams(train, args, engine, former.get("rows_per_stream"))
+    plan = plan_streams(train, args, engine)
     show_plan(train, args, plan)
 
-    lock = lock or lock_output(args.output_dir)
+    lock = lock or (lock_output(args.output_dir) if is_main() else None)
     model = load_model(args, engine, plan)
     report_gpu("gpu")
     trainer = build_trainer(args, engine, model, tokenizer, train, held_out, plan)
@@ -4662,9 +4935,11 @@ def main(argv: list[str] | None = None) -> None:
         trainer = build_trainer(args, engine, model, tokenizer, train, held_out, plan)
     start_output(args, checkpoint, train, plan)
     complete = checkpoint is not None and is_complete(args, checkpoint, train)
-    facts = train_model(trainer, checkpoint, train, plan.rows * plan.accumulation, complete)
+    facts = train_model(trainer, checkpoint, train, plan.rows_per_step, complete)
     facts["tokens_padded"] = count_padded(args, train, plan, facts)
     report_gpu("gpu")
+    if not leave_group():
+        return
     adapter = save_adapter(trainer.model, args.output_dir) if args.lora_rank else None
     if adapter:
         say("save", f"adapter: {adapter}")
@@ -4688,20 +4963,26 @@ def main(argv: list[str] | None = None) -> None:
     show_saved(args, results, before, time.perf_counter() - start)
     used = len({sequence.where for sequence in (*train, *held_out)})
     data = {"train": len(train), "held_out": len(held_out), "skipped": rows - used}
-    report = finish(args, tokenizer, tested, results, scores, verdicts, data, [len(row.input_ids) for row in train],
-                    facts)
+    lengths = [len(row.input_ids) for row in train]
+    report = finish(args, command, tokenizer, tested, results, scores, verdicts, data, lengths, facts)
     hand_over(args, config, tokenizer, adapter, report, thinks, gguf)
+    return report
 
 
-def to_command(argv: list[str]) -> str:
-    """Return the command that goes on from the newest checkpoint of the run that `argv` started."""
+def to_command(argv: list[str], output_dir: str) -> str:
+    """Return the command that goes on from the newest checkpoint of the run that `argv` started.
+
+    With --config it is the run's own run.yaml that is named: the file given may have been changed since.
+    """
     flag = "--resume_from_checkpoint"
     kept = [word for before, word in zip(["", *argv], argv)
             if word.split("=")[0] != flag and (before != flag or word.startswith("--"))]
+    if any(word.split("=")[0] == "--config" for word in argv):
+        kept = [argv[0], "--config", str(Path(output_dir) / "run.yaml")]
     return shlex.join(["python", *kept, flag])
 
 
-def explain_interrupt(args: argparse.Namespace, number: int, began: float) -> str:
+def explain_interrupt(args: argparse.Namespace, argv: list[str], number: int, began: float) -> str:
     """Return one line: what ended the run that began then (seconds since 1970), and how to go on."""
     name, marker = signal.Signals(number).name, Path(args.output_dir) / "run.yaml"
     if args.eval_only:
@@ -4709,23 +4990,27 @@ def explain_interrupt(args: argparse.Namespace, number: int, began: float) -> st
     # run.yaml is written when training starts; before that, checkpoints in the folder are of an earlier run.
     started = marker.is_file() and marker.stat().st_mtime >= began
     if started and list_checkpoints(args.output_dir):
-        return f"interrupted by {name}; go on with: {to_command(sys.argv)}"
+        return f"interrupted by {name}; go on with: {to_command([PROGRAM, *argv], args.output_dir)}"
     return f"interrupted by {name} before a checkpoint was written; start again with the same command"
 
 
 def run_command_line() -> int:
-    """Run main; return 0, or 1 with the error in one line per problem, or 128 + the signal that ended the run."""
-    began = time.time()
+    """Run main; return 0, or 1 (2 for flags) with one line per problem, or 128 + the signal that ended the run."""
+    began, argv, code = time.time(), sys.argv[1:], 1
     try:
+        args = parse_args(argv)  # as they are now: a file of settings may change while the run lasts
         with handle_signals(raise_interrupted):
-            main()
+            main(argv)
         return 0
     except UserError as error:
-        lines = str(error).splitlines()
+        if not is_main():  # the first process has as a rule found the same, says so, and ends all
+            time.sleep(5)
+        lines, code = str(error).splitlines(), 2 if isinstance(error, FlagError) else 1
     except Interrupted as stop:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more finds the process ending anyway
         print("\033[?25h" * sys.stdout.isatty(), end="")  # a progress bar that is cut off leaves the cursor hidden
-        print(explain_interrupt(parse_args(), stop.args[0], began), file=sys.stderr)
+        if is_main():
+            print(explain_interrupt(args, argv, stop.args[0], began), file=sys.stderr)
         return 128 + stop.args[0]
     except MemoryError:
         lines = ["out of memory; lower --batch_size or --max_seq_length"]
@@ -4739,7 +5024,7 @@ def run_command_line() -> int:
         lines = ["out of GPU memory; lower --batch_size or --max_seq_length, or choose a smaller --model_id"]
     for line in lines:
         print(f"error: {hide_secrets(line)}", file=sys.stderr)
-    return 1
+    return code
 
 
 if __name__ == "__main__":

@@ -58,6 +58,20 @@ def test_unsloth_trains_resumes_merges_and_matches_the_stock_engine(folder):
     assert losses(stock)[0] == pytest.approx(losses(output)[0], rel=0.01)
 
 
+def test_both_engines_put_the_same_adapter_on_the_same_layers(folder):
+    found = {}
+    for engine in ("unsloth", "transformers"):
+        output = run(folder, "--use_rslora", "--target_modules", "q_proj", "down_proj", "--no-load_in_4bit",
+                     **{"--engine": engine, "--output_dir": folder / engine, "--warmup_ratio": 0.5, "--lora_alpha": 8})
+        settings = json.loads((folder / engine / "adapter" / "adapter_config.json").read_text())
+        history = json.loads((folder / engine / "report.json").read_text())["train"]["history"]
+        found[engine] = (settings["use_rslora"], sorted(settings["target_modules"]),
+                         [log["learning_rate"] for log in history if "learning_rate" in log], losses(output)[0])
+    assert found["unsloth"][:2] == found["transformers"][:2] == (True, ["down_proj", "q_proj"])
+    assert found["unsloth"][2] == pytest.approx(found["transformers"][2])
+    assert found["unsloth"][3] == pytest.approx(found["transformers"][3], rel=0.01)
+
+
 GRADIENTS = """
 import sys, torch
 import train_qwen3_tool_calling as s

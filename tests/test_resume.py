@@ -354,7 +354,8 @@ def agreed_run() -> tuple:
     ("model_id", "other/model"), ("load_in_4bit", False), ("lora_rank", 8), ("lora_alpha", 8), ("lora_dropout", 0.5),
     ("batch_size", 1), ("share_prefix", False), ("gradient_accumulation_steps", 8), ("learning_rate", 0.5),
     ("lr_scheduler_type", "cosine"), ("warmup_steps", 0), ("weight_decay", 0.0), ("optim", "sgd"), ("seed", 1),
-    ("metric_for_best", "loss"), ("early_stopping_patience", 3)])
+    ("metric_for_best", "loss"), ("early_stopping_patience", 3), ("use_rslora", True), ("target_modules", ["q_proj"]),
+    ("thinking", "off"), ("warmup_ratio", 0.5)])
 def test_each_difference_is_refused_by_name(tmp_path, name, value):
     checkpoint = str(make_checkpoint(tmp_path, 3))
     args, former = agreed_run()
@@ -404,7 +405,7 @@ def test_what_is_not_of_the_run_is_removed_at_its_start(tmp_path):
     script.start_output(args, str(tmp_path / "checkpoint-6"), SEQUENCES, plan)
     assert names(tmp_path) == ["checkpoint-3", "checkpoint-6", "notes", "run.yaml"]
     former = script.read_run(str(tmp_path / "checkpoint-6"))
-    assert former["rows_per_stream"] == 8 and former["training_rows"] == script.hash_rows(SEQUENCES)
+    assert former["rows_per_step"] == 8 and former["training_rows"] == script.hash_rows(SEQUENCES)
     script.start_output(args, None, SEQUENCES, plan)
     assert names(tmp_path) == ["notes", "run.yaml"]
 
@@ -413,7 +414,7 @@ def test_what_is_not_of_the_run_is_removed_at_its_start(tmp_path):
                                    ["--resume_from_checkpoint=out/checkpoint-3"]])
 def test_the_command_that_goes_on_names_resume_once(words):
     argv = ["train it.py", "--seed", "1", *words, "--run_name", "it's"]
-    assert script.to_command(argv) == """python 'train it.py' --seed 1 --run_name 'it'"'"'s' --resume_from_checkpoint"""
+    assert script.to_command(argv, "out") == """python 'train it.py' --seed 1 --run_name 'it'"'"'s' --resume_from_checkpoint"""
 
 
 def test_checkpoints_on_the_disk_at_once_are_counted(tmp_path):

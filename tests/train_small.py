@@ -40,22 +40,25 @@ def make_rows(count: int, seed: int) -> list[script.Sequence]:
 
 def live(folder: Path, flags: list[str]) -> None:
     """Go from the newest whole checkpoint in `folder`/out, or from the start, to the adapter."""
+    if not script.is_main():
+        sys.stdout = open(os.devnull, "w")
     args = script.parse_args(["--output_dir", str(folder / "out"), "--model_id", str(folder / "base"),
                               "--no-load_in_4bit", "--engine", "transformers", *flags])
-    lock = script.lock_output(args.output_dir)  # noqa: F841
+    lock = script.lock_output(args.output_dir) if script.is_main() else None  # noqa: F841
     if script.list_checkpoints(args.output_dir):
         args.resume_from_checkpoint = "newest"
     checkpoint, train, held_out = script.find_checkpoint(args), make_rows(23, seed=2), make_rows(4, seed=3)
     former = script.read_run(checkpoint)
     script.check_resume(args, checkpoint, former, train)
     script.start_engine(args)
-    plan = script.plan_streams(train, args, "transformers", former.get("rows_per_stream"))
+    plan = script.plan_streams(train, args, "transformers")
     trainer = script.build_trainer(args, "transformers", script.load_model(args, "transformers", plan),
                                    script.load_tokenizer(args.model_id), train, held_out, plan)
     script.start_output(args, checkpoint, train, plan)
     complete = checkpoint is not None and script.is_complete(args, checkpoint, train)
-    script.train_model(trainer, checkpoint, train, plan.rows * plan.accumulation, complete)
-    script.save_adapter(trainer.model, args.output_dir)
+    script.train_model(trainer, checkpoint, train, plan.rows_per_step, complete)
+    if script.leave_group():
+        script.save_adapter(trainer.model, args.output_dir)
 
 
 def slow_down(step: int) -> None:
@@ -82,7 +85,7 @@ def main() -> int:
         slow_down(int(flags.pop()))
         flags.pop()
     sys.argv[1:] = ["--output_dir", str(folder / "out"), *flags]  # what the interrupted command line looks at
-    script.main = lambda: live(folder, flags)
+    script.main = lambda argv: live(folder, flags)
     while kills:
         child = os.fork()
         if child == 0:

@@ -1,0 +1,133 @@
+"""Several devices: two processes of torchrun on the CPU do what one does, and go on from each other's checkpoints."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+
+import numpy
+import pytest
+from conftest import ROOT, WEATHER, native, write_jsonl
+from safetensors.numpy import load_file
+from test_command_line import CITIES, FINAL_FILES, names
+from test_resume import ENVIRONMENT, STOPPING, start, wait, wait_for
+from train_small import make_base
+
+import train_qwen3_tool_calling as script
+
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", 2]
+# 23 rows: of three epochs of two steps, each second step has a single row, so that one of two devices has none.
+SMALL = [ROOT / "tests" / "train_small.py"]
+FLAGS = ["--num_epochs", 3, "--save_steps", 1, "--batch_size", 11, "--max_seq_length", 60, "--warmup_steps", 0,
+         "--learning_rate", "0.01", "--lr_scheduler_type", "constant"]
+
+
+def train(folder, devices, *more):
+    if not (folder / "base").exists():
+        make_base(folder / "base")
+    launcher = TORCHRUN if devices == 2 else []
+    result = wait(start(*launcher, *SMALL, folder, 0, 0, *FLAGS, "--gradient_accumulation_steps", 2 // devices, *more))
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def difference(one, other):
+    """Return the largest difference of two adapters, as a share of the largest weight of each tensor."""
+    weights, others = (load_file(folder / "out" / "adapter" / "adapter_model.safetensors") for folder in (one, other))
+    assert weights.keys() == others.keys()
+    return max(numpy.abs(weights[name] - others[name]).max() / numpy.abs(weights[name]).max() for name in weights)
+
+
+def logs(folder, step):
+    state = json.loads((folder / "out" / f"checkpoint-{step}" / "trainer_state.json").read_text())
+    return [log.get("loss", log.get("eval_loss")) for log in state["log_history"]]
+
+
+def test_two_devices_do_what_one_does_and_go_on_from_each_others_checkpoints(tmp_path):
+    one, two, mixed = (tmp_path / name for name in ("one", "two", "mixed"))
+    train(one, 1)
+    output = train(two, 2)
+    assert [int(step) for step in re.findall(r"step +(\d+) of 6  loss", output)] == [1, 2, 3, 4, 5, 6]  # said once
+    assert logs(two, 6) == pytest.approx(logs(one, 6), rel=1e-5) and len(logs(one, 6)) == 6 + 2
+    assert difference(two, one) < 1e-4  # fp32 sums in another order, after six steps of Adam
+    assert (two / "out" / "checkpoint-6" / "rng_state_1.pth").is_file() and script.find_damage(
+        two / "out" / "checkpoint-6") is None
+    train(mixed, 2, "--max_steps", 3)  # in the middle of the second epoch
+    assert "resume   from" in train(mixed, 1, "--max_steps", 4)
+    assert "resume   from" in train(mixed, 2)
+    assert difference(mixed, one) < 1e-4
+    assert logs(mixed, 6) == pytest.approx(logs(one, 6), rel=1e-5)
+
+
+def test_another_effective_batch_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text('{"global_step": 3}')
+    rows = [script.Sequence("row:1", [1, 2, 3], 2)]
+    args = script.parse_args(["--batch_size", "2", "--gradient_accumulation_steps", "4"])
+    former = vars(args) | {"training_rows": script.hash_rows(rows), "rows_per_step": 16}
+    with pytest.raises(script.UserError) as error:
+        script.check_resume(args, str(tmp_path / "checkpoint-3"), former, rows)
+    assert str(error.value) == ("--batch_size x --gradient_accumulation_steps x devices is 8, and 16 in the run that "
+                                f"{tmp_path / 'checkpoint-3'} is from; expected the same")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    script.check_resume(args, str(tmp_path / "checkpoint-3"), former, rows)
+
+
+@pytest.mark.parametrize("rows, devices, streams", [
+    (16, 1, [8, 8]), (16, 2, [8, 8]), (12, 1, [8, 4]), (12, 2, [6, 6]), (17, 2, [8, 8, 0, 1]), (5, 4, [1, 1, 1, 2])])
+def test_a_step_has_the_same_rows_on_any_number_of_devices(rows, devices, streams):
+    args = script.parse_args([])
+    group = [[[i] for i in range(rows)]]
+    plan = script.Plan(8, 1, group, devices=devices)
+    cut = script.cut_streams(plan, args, epoch=1)
+    assert sorted(map(len, cut)) == sorted(streams) and len(cut) % devices == 0
+    whole = script.Plan(8 * devices, 1, group)
+    assert sum(cut, []) == script.order_rows(whole, args.seed, 1)
+    for step in range(0, len(cut), devices):
+        assert sum(cut[step : step + devices], []) == script.cut_streams(whole, args, epoch=1)[step // devices]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The real command line
+# ---------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """The command of a run on two processes, without its output folders."""
+    folder = tmp_path_factory.mktemp("job")
+    make_base(folder / "base")
+    write_jsonl(folder / "rows.jsonl", [native("good evening", content="Good evening."), *(
+        native(f"is it raining in {city}", ("get_weather", {"city": city})) for city in CITIES[1:])])
+    (folder / "tools.json").write_text(json.dumps([WEATHER]))
+    return [*TORCHRUN, ROOT / "train_qwen3_tool_calling.py", "--model_id", folder / "base", "--no-load_in_4bit",
+            "--dataset_path", folder / "rows.jsonl", "--tools_path", folder / "tools.json", "--train_test_split", 0.2,
+            "--learning_rate", 0.01, "--max_new_tokens", 4]
+
+
+def test_the_command_line_on_two_processes_speaks_once_stops_together_and_goes_on(command, tmp_path):
+    command = [*command, "--output_dir", tmp_path / "out", "--final_model_dir", tmp_path / "final", "--num_epochs", 200]
+    process = start(*command)
+    wait_for(lambda: "  loss " in process.stdout.readline())
+    process.send_signal(signal.SIGTERM)  # torchrun hands it to both
+    result = wait(process)
+    assert result.returncode != 0 and result.stderr.count(STOPPING) == 1
+    assert result.stderr.count("interrupted by SIGTERM; go on with: python") == 1
+    step = script.to_step(script.list_checkpoints(tmp_path / "out")[-1])
+    result = wait(start(*command, "--resume_from_checkpoint", "--max_steps", step + 2))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("\nplan     ") == result.stdout.count("\ncheck    ") == 1
+    assert " rows per step on 2 devices in " in result.stdout
+    assert names(tmp_path) == ["final", "out"] and names(tmp_path / "final") == FINAL_FILES
+    assert result.stdout.splitlines()[-1] == f"done     merged model: {tmp_path / 'final'}"
+
+
+def test_a_mistake_in_the_data_is_said_once(command, tmp_path):
+    rows = write_jsonl(tmp_path / "wrong.jsonl", [native("is it raining", ("get_weather", {"city": 7}))])
+    result = subprocess.run(
+        [sys.executable, *map(str, command), "--dataset_path", rows, "--output_dir", tmp_path / "out"],
+        capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, timeout=120)
+    assert result.returncode == 1
+    said = [line for line in result.stderr.splitlines() if line.startswith("error: ")]  # torchrun adds a traceback
+    assert said == [f'error: {rows}:1: call 1 "get_weather": arguments.city must be a string, got 7',
+                              "error: 1 problems in 1 of 1 rows; fix them or use --on_invalid skip"]
+    assert names(tmp_path) == ["wrong.jsonl"]
