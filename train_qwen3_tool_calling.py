@@ -48,7 +48,7 @@ TRAIN_TEST_SPLIT = 0.1  # share of the rows held out from training
 NUM_EPOCHS = 3  # a third pass still helps on a few thousand rows; more begins to memorise
 BATCH_SIZE = 2  # sequences per device and micro-batch: fits 8 GB cards with rows of 2,048 tokens
 GRADIENT_ACCUMULATION_STEPS = 4  # 2 x 4 = 8 sequences per optimizer step
-LEARNING_RATE = 2e-4  # the usual rate for LoRA; full fine-tuning wants a tenth of it
+LEARNING_RATE = 2e-4  # the usual rate for LoRA; full fine-tuning takes a tenth of it
 WARMUP_STEPS = 10  # Adam's moments are noise in the first steps
 WEIGHT_DECAY = 0.01
 LR_SCHEDULER_TYPE = "linear"
@@ -71,6 +71,7 @@ HELD_SCORES = 2**28  # attention scores held at once when answers are written: 1
 RECORDED_BYTES = 2**30  # a stream whose layers' inputs take more than this is not recorded as a CUDA graph
 READ_BACK_ROWS = 64  # held-out rows on which the losses of merged model and adapter are compared
 MERGE_SLACK = 0.02  # nats per token, and share of the rows, by which the merged model may be worse than the adapter
+COMPARED_NUMBERS = 2**27  # of a gradient of more numbers, every n-th is compared: half a GiB each time it is held
 SHOWN_PROBLEMS = 20
 CHECK_SECONDS = 2  # the longest that a call may take to check
 NAMED_ROWS = 8  # so many rows of a step that failed are named
@@ -83,6 +84,10 @@ WRITTEN_BY = "# written by train_qwen3_tool_calling.py\n"  # first line of run.y
 MANIFEST = "manifest.json"  # in each checkpoint: size and SHA-256 of its files
 LOCK = ".lock"  # in --output_dir: held while a run lasts
 SMALL_FILES = 2**24  # bytes of tokenizer, settings and state that are saved beside weights
+CONVERTED_GGUF = ("f32", "f16", "bf16", "q8_0")  # what llama.cpp's converter writes by itself
+GGUF_NAMES = (*CONVERTED_GGUF, "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0",
+              "q3_k_l", "q3_k_m", "q3_k_s", "q2_k")  # of the others, those that need no importance matrix
+VLLM_PARSERS = {"llama": "llama3_json", "mistral": "mistral"}  # model_type: its --tool-call-parser; hermes if not here
 # Settings that a resumed run must share with the one it goes on from.
 AGREED = ("model_id", "load_in_4bit", "lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "target_modules",
           "thinking", "share_prefix", "learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio",
@@ -243,6 +248,13 @@ def number(kind, low, high=math.inf, low_open=False):
     return parse
 
 
+def gguf_names(text: str) -> str:
+    """Return names of GGUF quantisations, separated by commas, in lower case; as an argparse type."""
+    if unknown := [name for name in text.lower().split(",") if name not in GGUF_NAMES]:
+        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; expected any of {', '.join(GGUF_NAMES)}")
+    return text.lower()
+
+
 def suggest(name: str, known) -> str:
     """Return the end of a message that names the nearest of the known names, if one is near."""
     close = difflib.get_close_matches(name, known, n=1)
@@ -370,11 +382,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                        help="16-bit original to merge into, when --model_id is already quantised")
     model.add_argument("--engine", choices=["auto", "unsloth", "transformers"], default="auto",
                        help="auto: Unsloth on CUDA, Transformers + PEFT elsewhere")
-    model.add_argument("--load_in_4bit", action=argparse.BooleanOptionalAction, default=True,
-                       help="train on a 4-bit base (QLoRA)")
+    model.add_argument("--load_in_4bit", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
+                       help="train on a 4-bit base (QLoRA); never with --lora_rank 0 (default: True)")
     model.add_argument("--trust_remote_code", action="store_true",
                        help="run the Python code that a model brings along: only if you know who wrote it")
-    model.add_argument("--lora_rank", type=count, default=LORA_RANK, metavar="R", help="rank of the adapter")
+    model.add_argument("--lora_rank", type=number(int, 0), default=LORA_RANK, metavar="R",
+                       help="rank of the adapter; 0 trains all weights of the model instead")
     model.add_argument("--lora_alpha", type=count, default=LORA_ALPHA, metavar="A", help="scale: alpha / rank")
     model.add_argument("--lora_dropout", type=number(float, 0, 1), default=LORA_DROPOUT, metavar="P",
                        help="dropout in front of the adapter")
@@ -391,7 +404,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                        help="sequences per device and micro-batch")
     train.add_argument("--gradient_accumulation_steps", type=count, default=GRADIENT_ACCUMULATION_STEPS, metavar="N",
                        help="micro-batches per optimizer step")
-    train.add_argument("--learning_rate", type=positive, default=LEARNING_RATE, metavar="LR", help="peak rate")
+    train.add_argument("--learning_rate", type=positive, metavar="LR", default=argparse.SUPPRESS,
+                       help=f"peak rate; with --lora_rank 0 a tenth of the default (default: {LEARNING_RATE})")
     train.add_argument("--lr_scheduler_type", type=scheduler, default=LR_SCHEDULER_TYPE, metavar="NAME",
                        help="linear, cosine, constant, ... as Transformers names them")
     warmup = train.add_mutually_exclusive_group()  # argparse tells a given number from the default, which is a text
@@ -433,6 +447,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     output = parser.add_argument_group("output")
     output.add_argument("--output_dir", default=OUTPUT_DIR, help="folder for checkpoints and the adapter")
     output.add_argument("--final_model_dir", default=FINAL_MODEL_DIR, help="folder for the merged model")
+    output.add_argument("--save_method", choices=["merged_16bit", "merged_4bit", "lora"], default="merged_16bit",
+                        help="what to save at the end; lora: only the adapter, in OUTPUT_DIR/adapter")
+    output.add_argument("--save_gguf", type=gguf_names, metavar="NAMES", default=argparse.SUPPRESS,
+                        help="also write GGUF files and an Ollama Modelfile, with llama.cpp: q8_0,q4_k_m,...")
+    output.add_argument("--push_to_hub", metavar="REPO", default=argparse.SUPPRESS,
+                        help="upload the result to this Hugging Face repository at the end; a new one is private")
     output.add_argument("--resume_from_checkpoint", nargs="?", const="newest", metavar="PATH",
                         default=argparse.SUPPRESS, help="go on from a checkpoint (no PATH: the newest in --output_dir)")
     output.add_argument("--report_to", default="none", metavar="NAME", help="tensorboard, wandb, ... or none")
@@ -441,7 +461,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # SUPPRESS above keeps "(default: None)" out of --help; here those settings get their value.
     unset = ("max_samples", "eval_dataset_path", "convert_to", "dry_run", "show_row", "merge_model_id", "max_steps",
              "warmup_ratio", "optim", "save_steps", "save_total_limit", "eval_steps", "metric_for_best",
-             "early_stopping_patience", "eval_only", "resume_from_checkpoint", "run_name")
+             "early_stopping_patience", "eval_only", "resume_from_checkpoint", "run_name", "load_in_4bit",
+             "learning_rate", "save_gguf", "push_to_hub")
     args = argparse.Namespace(**dict.fromkeys(unset))
     config = getattr(parser.parse_args(argv), "config", None)
     for words in (read_config(parser, config) if config else [], argv):
@@ -458,6 +479,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.dry_run = bool(args.dry_run)
     if args.eval_only and (args.dry_run or args.show_row):
         parser.error("--eval_only trains nothing: leave out --dry_run and --show_row")
+    if not args.lora_rank:
+        if args.load_in_4bit or args.engine == "unsloth" or args.save_method == "lora":
+            parser.error("--lora_rank 0 trains the 16-bit weights themselves, with Transformers: leave out "
+                         "--load_in_4bit, --engine unsloth and --save_method lora")
+        args.engine = "transformers"  # Unsloth's full fine-tuning runs on classes that take no streams
+    if args.load_in_4bit is None:
+        args.load_in_4bit = args.lora_rank > 0
+    args.learning_rate = args.learning_rate or LEARNING_RATE / (1 if args.lora_rank else 10)
+    if args.save_gguf and args.save_method != "merged_16bit":
+        parser.error(f"--save_gguf is made from the 16-bit model: leave out --save_method {args.save_method}")
     if args.early_stopping_patience and not args.metric_for_best:
         args.metric_for_best = "exact_match"
     if args.metric_for_best:  # a checkpoint to keep must have been scored
@@ -2200,7 +2231,7 @@ def attend_in_blocks(module, query, key, value, attention_mask, scaling=None, ke
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
-def load_base(model_id: str, load_in_4bit: bool, trust: bool = False):
+def load_base(model_id: str, load_in_4bit: bool, trust: bool = False, dtype=None):
     """Return a model with plain Transformers, in 4 bits if asked, on the GPU if there is one.
 
     Here as in every load, weights are read from safetensors alone, because a pickle can run code.
@@ -2210,14 +2241,15 @@ def load_base(model_id: str, load_in_4bit: bool, trust: bool = False):
     from transformers.masking_utils import sdpa_mask
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = to_dtype(device)
+    dtype = dtype or to_dtype(device)
     four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                   bnb_4bit_compute_dtype=dtype)
     AttentionInterface.register("blocks", attend_in_blocks)
     AttentionMaskInterface.register("blocks", sdpa_mask)
+    quantised = {"quantization_config": four_bit} if load_in_4bit else {}  # None would undo that of the folder
     model = AutoModelForCausalLM.from_pretrained(
         model_id, dtype=dtype, attn_implementation="blocks", device_map=device, use_safetensors=True,
-        trust_remote_code=trust, quantization_config=four_bit if load_in_4bit else None)
+        trust_remote_code=trust, **quantised)
     for module in model.modules():
         # On CPU, the first inference makes bitsandbytes repack 4-bit weights for bf16, in training from then on too.
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -2226,7 +2258,11 @@ def load_base(model_id: str, load_in_4bit: bool, trust: bool = False):
 
 
 def load_model(args: argparse.Namespace, engine: str, plan: Plan):
-    """Return the base model, in 4 bits if asked, with fresh LoRA adapters on the layers of --target_modules."""
+    """Return the base model, in 4 bits if asked, with fresh LoRA adapters on --target_modules.
+
+    With --lora_rank 0 it is the base alone, in fp32: late, small updates round to nothing in 16 bits. The trainer's
+    autocast computes in 16 bits on CUDA all the same, so only memory is the price. (TRL and Unsloth do so too.)
+    """
     lora = dict(r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, bias="none",
                 use_rslora=args.use_rslora, target_modules=args.target_modules)
     import torch
@@ -2252,8 +2288,11 @@ def load_model(args: argparse.Namespace, engine: str, plan: Plan):
 
     from peft import LoraConfig, get_peft_model
 
-    model = load_base(args.model_id, args.load_in_4bit, args.trust_remote_code)
+    model = load_base(args.model_id, args.load_in_4bit, args.trust_remote_code,
+                      None if args.lora_rank else torch.float32)
     model.config.use_cache = False
+    if not args.lora_rank:
+        return model
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
 
 
@@ -2349,7 +2388,8 @@ def drop_graphs(model) -> None:
 
     Where memory ran out, that of the graphs is needed; and a step of several streams cannot use them (see load_model).
     """
-    decoder = getattr(model.get_base_model(), "model", None)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder = getattr(base, "model", None)
     if getattr(decoder, "graphs", None) is not None:
         decoder.graphs = None
 
@@ -2500,10 +2540,14 @@ def make_room(model) -> None:
 
 
 def compute_gradient(model, batches: list[dict], engine: str):
-    """Return (loss summed over the supervised tokens, its gradient as one fp32 vector on the CPU) of the batches."""
+    """Return (loss summed over the supervised tokens, its gradient as one fp32 vector on the CPU) of the batches.
+
+    Of a large model's gradient, every n-th number: its errors are not in a few of them.
+    """
     import torch
 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    step = -(-sum(parameter.numel() for parameter in parameters) // COMPARED_NUMBERS)
     total, gradient = 0.0, 0.0
     for batch in batches:
         model.zero_grad()
@@ -2512,7 +2556,7 @@ def compute_gradient(model, batches: list[dict], engine: str):
         loss.backward()
         total += loss.item()
         # Added here and not in .grad, where a CUDA graph writes the next gradient over the last.
-        gradient += torch.cat([parameter.grad.float().flatten() for parameter in parameters]).cpu()
+        gradient += torch.cat([parameter.grad.flatten()[::step].float() for parameter in parameters]).cpu()
     model.zero_grad()
     return total, gradient
 
@@ -3042,7 +3086,7 @@ def load_trained(trainer, checkpoint: str) -> None:
     trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
     best = Path(checkpoint).with_name(f"checkpoint-{trainer.state.best_global_step}")
     folder = best if trainer.args.load_best_model_at_end and best.is_dir() else checkpoint
-    trainer.model.load_adapter(str(folder), trainer.model.active_adapter, is_trainable=True)
+    trainer._load_from_checkpoint(str(folder))
 
 
 def report_gpu(stage: str) -> None:
@@ -3236,7 +3280,7 @@ def count_classes(pairs: list[tuple[str, str]]) -> float | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 10  Save: adapter, then the merged 16-bit model, read back and checked by a fresh process
+# 10  Save: adapter, then the merged model, read back and checked by a fresh process; GGUF; upload
 # ---------------------------------------------------------------------------------------------------------------
 def check_folder(path: str, flag: str) -> None:
     """Refuse a folder that holds anything and was not written by this script."""
@@ -3321,14 +3365,29 @@ def find_existing(path: str) -> Path:
     return next(parent for parent in (folder, *folder.parents) if parent.exists())
 
 
+def count_final_bytes(args: argparse.Namespace, parameters: dict[str, int]) -> int:
+    """Return the bytes that --final_model_dir takes at most, while it is made too; 0 if only the adapter is saved."""
+    whole = parameters["linear"] + parameters["other"]
+    sizes = [2]  # bytes per weight
+    if args.save_method == "merged_4bit":
+        sizes.append((0.53 * parameters["linear"] + 2 * parameters["other"]) / whole)
+    names = args.save_gguf.split(",") if args.save_gguf else []
+    if not set(names) <= set(CONVERTED_GGUF):
+        sizes.append(2)  # what the others are made from
+    sizes += [{"f32": 4, "f16": 2, "bf16": 2}.get(name, 1.1) for name in names]
+    return 0 if args.save_method == "lora" else math.ceil(sum(sizes) * whole) + SMALL_FILES
+
+
 def check_disk(args: argparse.Namespace, config, checkpoints: int) -> None:
     """Refuse to start when adapter, checkpoints and merged model would not fit beside what is on their disks."""
     parameters = count_parameters(config, args.lora_rank, args.trust_remote_code, args.target_modules)
-    lora, whole = parameters["adapter"], parameters["linear"] + parameters["other"]
+    lora = parameters["adapter"]
+    trained = lora or parameters["linear"] + parameters["other"]
     optimizer = 2 if "8bit" in (args.optim or default_optim()) else 8  # bytes of Adam's two moments per parameter
-    needs = [("--output_dir", args.output_dir, f"the adapter and {checkpoints} checkpoints",
-              4 * lora + SMALL_FILES + checkpoints * ((4 + optimizer) * lora + SMALL_FILES)),
-             ("--final_model_dir", args.final_model_dir, "the merged model", 2 * whole + SMALL_FILES)]
+    needs = [("--output_dir", args.output_dir, f"{'the adapter and ' if lora else ''}{checkpoints} checkpoints",
+              4 * lora + SMALL_FILES + checkpoints * ((4 + optimizer) * trained + SMALL_FILES)),
+             ("--final_model_dir", args.final_model_dir, f"the {'merged' if lora else 'trained'} model",
+              count_final_bytes(args, parameters))]
     disks: dict[int, list] = {}
     for need in needs:
         folder = find_existing(need[1])
@@ -3343,8 +3402,11 @@ def check_disk(args: argparse.Namespace, config, checkpoints: int) -> None:
 
 def check_merge_base(args: argparse.Namespace, config) -> str:
     """Return the id of the 16-bit model that the adapter will be merged into, settled before training."""
-    if getattr(config, "quantization_config", None) is None:
+    if getattr(config, "quantization_config", None) is None or args.save_method == "lora":
         return args.merge_model_id or args.model_id
+    if not args.lora_rank:
+        raise UserError(f"--model_id {args.model_id}: is quantised, and --lora_rank 0 trains 16-bit weights; give the "
+                        "original, or train an adapter")
     if args.merge_model_id is None:
         raise UserError(f"--model_id {args.model_id}: is already quantised, and a merge needs the 16-bit weights; "
                         "name the original with --merge_model_id")
@@ -3386,27 +3448,53 @@ def save_adapter(model, output_dir: str) -> str:
     return adapter
 
 
+def save_whole(args: argparse.Namespace, model) -> Path:
+    """Save a model with its tokenizer and the run's settings, and return its folder, not yet the final one."""
+    folder = partial_folder(args.final_model_dir)
+    shutil.rmtree(folder, ignore_errors=True)
+    model.config.use_cache = True  # off during training only
+    model.save_pretrained(folder)
+    load_tokenizer(args.model_id, args.trust_remote_code).save_pretrained(folder)
+    write_run(args, folder)
+    return folder
+
+
+def sum_weights(model) -> dict[str, float]:
+    """Return the sum of each of a model's weights by name."""
+    return {name: parameter.double().sum().item() for name, parameter in model.named_parameters()}
+
+
+def refuse_unchanged(sums: dict[str, float], model) -> None:
+    """Refuse a model that equals the base, whose sum_weights these are."""
+    if sums == sum_weights(model):
+        raise UserError("the trained model equals the base: training changed nothing that 16-bit weights can hold; "
+                        "train longer or raise --learning_rate")
+
+
 def merge_adapter(args: argparse.Namespace, base_id: str, adapter: str) -> Path:
     """Merge the adapter into the 16-bit base, save the model whole, and return its folder, not yet the final one."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    folder = partial_folder(args.final_model_dir)
-    shutil.rmtree(folder, ignore_errors=True)
     base = AutoModelForCausalLM.from_pretrained(
         base_id, dtype="auto", device_map="cuda" if torch.cuda.is_available() else "cpu", use_safetensors=True,
         trust_remote_code=args.trust_remote_code)
-    sums = {name: parameter.double().sum().item() for name, parameter in base.named_parameters()}
+    sums = sum_weights(base)
     merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
-    if all(sums[name] == parameter.double().sum().item() for name, parameter in merged.named_parameters()):
-        raise UserError("the merged model equals the base: training changed nothing that 16-bit weights can hold; "
-                        "train longer or raise --learning_rate")
-    merged.config.use_cache = True  # off during training only
-    merged.save_pretrained(folder)
-    load_tokenizer(args.model_id, args.trust_remote_code).save_pretrained(folder)
-    write_run(args, folder)
-    return folder
+    refuse_unchanged(sums, merged)
+    return save_whole(args, merged)
+
+
+def quantise_folder(folder: Path, trust: bool = False) -> None:
+    """Put the model of a folder, saved in 16 bits, into 4 bits as bitsandbytes has them; the rest stays as it was."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+    model = load_base(str(folder), True, trust, config.dtype)
+    for file in folder.glob("model*.safetensors*"):  # the model may still read it: removed, not written over
+        file.unlink()
+    model.save_pretrained(folder)
 
 
 def read_back(folder: Path, trust: bool = False):
@@ -3424,32 +3512,45 @@ def read_back(folder: Path, trust: bool = False):
     return load_base(str(folder), False, trust)
 
 
-def merge_and_score(args: argparse.Namespace, base_id: str, adapter: str, sequences: list[Sequence],
+def merge_and_score(args: argparse.Namespace, base_id: str, adapter: str | None, sequences: list[Sequence],
                     plan: Plan) -> dict:
-    """Answer the sequences with the base, the adapter, and the merged model read back; return {name: result} of each.
+    """Answer the sequences with base, adapter, and the model to keep read back; return {name: result} of each.
 
     Runs in a fresh process, because Unsloth changes Transformers' classes for good, and the proof must hold where no
     Unsloth is. The adapter stands on the base that it was trained on, in 4 bits if that was so; the others have 16.
+    Without an adapter, the trained model is in its partial folder.
     """
     quiet_libraries()
     from peft import PeftModel
 
-    tokenizer, results = load_tokenizer(args.model_id, args.trust_remote_code), {}
+    trust = args.trust_remote_code
+    tokenizer, results = load_tokenizer(args.model_id, trust), {}
     batches = to_batches(sequences[:READ_BACK_ROWS], plan)
 
     def score(name, model):
         results[name] = {"answers": generate_answers(model, tokenizer, sequences, args, name),
                          "loss": to_metrics(score_batches(model, batches, "transformers"))["loss"]}
 
-    base = load_base(base_id, False, args.trust_remote_code)
+    base = load_base(base_id, False, trust)
     results["base"] = {"answers": generate_answers(base, tokenizer, sequences, args, "base")}
-    if args.load_in_4bit:
-        del base
-        base = load_base(args.model_id, True, args.trust_remote_code)
-    score("adapter", PeftModel.from_pretrained(base, adapter))
+    sums = {} if adapter else sum_weights(base)
+    if adapter:
+        if args.load_in_4bit:
+            del base
+            base = load_base(args.model_id, True, trust)
+        score("adapter", PeftModel.from_pretrained(base, adapter))
     del base
     free_gpu()
-    score("merged", read_back(merge_adapter(args, base_id, adapter), args.trust_remote_code))
+    if args.save_method == "lora":
+        return results
+    folder = merge_adapter(args, base_id, adapter) if adapter else partial_folder(args.final_model_dir)
+    model = read_back(folder, trust)
+    refuse_unchanged(sums, model)
+    if args.save_method == "merged_4bit":
+        del model
+        quantise_folder(folder, trust)
+        model = read_back(folder, trust)
+    score("merged" if adapter else "trained", model)
     return results
 
 
@@ -3501,23 +3602,239 @@ def run_fresh(function, *arguments):
     return result
 
 
+def is_worse(loss: float, expected: float) -> bool:
+    """Say whether a held-out loss is above the expected one by more than rounding explains, or is no number."""
+    return not loss <= expected + max(0.02 * expected, MERGE_SLACK)
+
+
 def check_merged(args: argparse.Namespace, adapter: str, results: dict, scores: dict) -> None:
     """Compare the merged model read back with the adapter it came from; a mismatch is a UserError.
 
     After 16-bit training both are the same model up to the rounding of the merge and must answer alike. After 4-bit
     training the merged model stands on the unquantised base, a little different and as a rule better, so loss and
-    score decide.
+    score decide. A merged model in 4 bits may be worse than its adapter; the user who asked for it is told by how much.
     """
     expected, got = results["adapter"], results["merged"]
     worse = scores["adapter"]["exact_match"] - scores["merged"]["exact_match"]
     different = sum(a != b for a, b in zip(expected["answers"], got["answers"])) / len(expected["answers"])
-    wrong = got["loss"] > expected["loss"] + max(0.02 * expected["loss"], MERGE_SLACK) or worse > MERGE_SLACK
+    wrong = is_worse(got["loss"], expected["loss"]) or worse > MERGE_SLACK
+    found = (f"held-out loss {got['loss']:.4f}, adapter {expected['loss']:.4f}; exact "
+             f"{scores['merged']['exact_match']:.1%}, adapter {scores['adapter']['exact_match']:.1%}")
+    if args.save_method == "merged_4bit" and math.isfinite(got["loss"]):
+        return warn(f"4 bits cost something: {found}") if wrong else None
     if wrong or not math.isfinite(got["loss"]) or (not args.load_in_4bit and different > MERGE_SLACK):
         shutil.rmtree(partial_folder(args.final_model_dir), ignore_errors=True)
-        raise UserError(f"the merged model does not do what the adapter does: held-out loss {got['loss']:.4f}, adapter "
-                        f"{expected['loss']:.4f}; exact {scores['merged']['exact_match']:.1%}, adapter "
-                        f"{scores['adapter']['exact_match']:.1%}; {different:.1%} of the answers differ; nothing was "
-                        f"written to {args.final_model_dir}, the adapter is safe in {adapter}")
+        raise UserError(f"the merged model does not do what the adapter does: {found}; {different:.1%} of the answers "
+                        f"differ; nothing was written to {args.final_model_dir}, the adapter is safe in {adapter}")
+
+
+def save_trained(args: argparse.Namespace, model, dtype, batches: list[dict], engine: str) -> float:
+    """Save fully trained fp32 weights in the type of their base; return the held-out loss that they have in that type.
+
+    In a short run with a low rate, 16 bits may not hold what the steps changed: that is warned of.
+    """
+    before, dtype = to_metrics(score_batches(model, batches, engine))["loss"], dtype or model.dtype
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype).float()
+    after = to_metrics(score_batches(model, batches, engine))["loss"]
+    if is_worse(after, before):
+        warn(f"{dtype} holds less than training changed: held-out loss {after:.4f}, in 32 bits {before:.4f}; train "
+             "longer or raise --learning_rate")
+    save_whole(args, model.to(dtype))
+    return after
+
+
+def check_trained(args: argparse.Namespace, loss: float, expected: float) -> None:
+    """Compare the held-out loss of the trained model read back with that of the weights it was saved from."""
+    if not is_worse(loss, expected):
+        return
+    found = f"held-out loss {loss:.4f}, before it was saved {expected:.4f}"
+    if args.save_method == "merged_4bit" and math.isfinite(loss):
+        return warn(f"4 bits cost something: {found}")
+    raise UserError(f"the trained model read back does not do what it did: {found}; nothing was written to "
+                    f"{args.final_model_dir}, the checkpoints are safe in {args.output_dir}")
+
+
+def show_saved(args: argparse.Namespace, results: dict, before: float | None, seconds: float) -> None:
+    """Print how the model that is kept scores beside what it was made from: the adapter, or the weights in memory."""
+    name, answers = list(results)[-1], sum(len(result["answers"]) for result in results.values())
+    text = f"held-out loss {results[name]['loss']:.4f}"
+    if name != "adapter":
+        text = f"{'4' if args.save_method == 'merged_4bit' else '16'}-bit, read back by a fresh process: {text}, "
+        text += f"adapter {results['adapter']['loss']:.4f}" if name == "merged" else f"before saving {before:.4f}"
+    say("merge" if name == "merged" else "save", f"{text} ({seconds:.0f} s with {answers:,} answers)")
+
+
+def find_llama_tool(name: str) -> list[str]:
+    """Return the command of a program of llama.cpp, from PATH or from where it is built or Unsloth puts it; or []."""
+    if found := shutil.which(name):
+        return [found]
+    unsloth = os.environ.get("UNSLOTH_LLAMA_CPP_PATH") or Path.home() / ".unsloth" / "llama.cpp"
+    for path in (Path(folder) / inner / name for folder in ("llama.cpp", unsloth) for inner in ("", "build/bin")):
+        if path.is_file():
+            return [sys.executable, str(path)] if path.suffix == ".py" else [str(path)]
+    return []
+
+
+def run_llama_tool(command: list[str], what: str) -> None:
+    """Run a program of llama.cpp; if it fails, the last line that it wrote becomes a UserError."""
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        failed, lines = result.returncode != 0, (result.stderr or result.stdout).strip().splitlines()
+    except OSError as error:
+        failed, lines = True, [str(error)]
+    if failed:
+        raise UserError(f"{what}: {shlex.join(command[:2])} failed: {lines[-1] if lines else 'it says nothing'}")
+
+
+def find_gguf_tools(names: str | None) -> tuple[list[str], list[str]]:
+    """Return the commands of llama.cpp's (converter, quantizer) for these GGUF files; a missing one is refused."""
+    if names is None:
+        return [], []
+    tools = {"convert_hf_to_gguf.py": find_llama_tool("convert_hf_to_gguf.py")}
+    if not set(names.split(",")) <= set(CONVERTED_GGUF):
+        tools["llama-quantize"] = find_llama_tool("llama-quantize")
+    if missing := [name for name, command in tools.items() if not command]:
+        raise UserError(f"--save_gguf {names}: {' and '.join(missing)} of llama.cpp not found; expected on PATH, in "
+                        "./llama.cpp, or where Unsloth installs it: $UNSLOTH_LLAMA_CPP_PATH or ~/.unsloth/llama.cpp")
+    return tools["convert_hf_to_gguf.py"], tools.get("llama-quantize", [])
+
+
+def check_gguf(args: argparse.Namespace, converter: list[str], config, tokenizer) -> None:
+    """Refuse a model that llama.cpp's converter does not know, by having it convert the tokenizer alone."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        run_llama_tool([*converter, folder, "--vocab-only", "--outfile", str(Path(folder) / "vocabulary.gguf")],
+                       f"--save_gguf {args.save_gguf}: --model_id {args.model_id}")
+
+
+OLLAMA_TEMPLATE = """\
+{{ if or .System .Tools }}<|im_start|>system
+{{ .System }}{{ if .Tools }}{{ if .System }}
+
+{{ end }}<BEFORE>{{ range .Tools }}
+{"type": "function", "function": {{ .Function }}}{{ end }}<AFTER>{{ end }}<|im_end|>
+{{ end }}{{ $replies := false }}{{ range $i, $message := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}\
+{{ if and $replies (ne .Role "tool") }}<|im_end|>
+{{ $replies = false }}{{ end }}\
+{{ if eq .Role "user" }}<|im_start|>user
+{{ .Content }}<|im_end|>
+{{ else if eq .Role "assistant" }}<|im_start|>assistant
+{{ .Content }}{{ $calls := .ToolCalls }}{{ if and .Content $calls }}
+{{ end }}{{ if .ToolCalls }}{{ range $n, $call := .ToolCalls }}<tool_call>
+{"name": "{{ .Function.Name }}", "arguments": {{ .Function.Arguments }}}
+</tool_call>{{ if ne (len (slice $calls $n)) 1 }}
+{{ end }}{{ end }}{{ end }}{{ if not $last }}<|im_end|>
+{{ end }}\
+{{ else if eq .Role "tool" }}{{ if not $replies }}<|im_start|>user{{ $replies = true }}{{ end }}
+<tool_response>
+{{ .Content }}
+</tool_response>{{ if $last }}<|im_end|>
+{{ end }}{{ end }}{{ if and $last (ne .Role "assistant") }}<OPENING>{{ end }}{{ end }}"""
+
+
+def to_modelfile(tokenizer, file: str, context: int, thinks: bool) -> str:
+    """Return an Ollama Modelfile for a GGUF file, whose template writes what the chat template writes.
+
+    Its fixed texts are cut out of a rendered prompt, so they are those of training. Only the JSON of tools is spaced
+    and ordered as Ollama does it. A chat format other than Qwen's is left to Ollama, which knows the common ones.
+    """
+    render = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True, enable_thinking=thinks)
+    user, tool = {"role": "user", "content": "USER"}, {"type": "function", "function": {"name": "x"}}
+    before, _, after = render([{"role": "system", "content": "SYSTEM"}, user], tools=[tool]).partition(json.dumps(tool))
+    lines = [f"FROM ./{file}", "PARAMETER temperature 0", f"PARAMETER num_ctx {context}"]
+    if before.startswith("<|im_start|>system\nSYSTEM\n\n") and "<tool_call>" in after:
+        template = OLLAMA_TEMPLATE.replace("<BEFORE>", before.partition("SYSTEM\n\n")[2].rstrip("\n"))
+        template = template.replace("<AFTER>", after.partition("<|im_end|>")[0])
+        template = template.replace("<OPENING>", after.rpartition("<|im_end|>\n")[2])
+        lines += [f'PARAMETER stop "{token}"' for token in ("<|im_start|>", "<|im_end|>")]
+        lines += [f'TEMPLATE """{template}"""']
+        system = re.match(r"<\|im_start\|>system\n(.*?)<\|im_end\|>", render([user]), re.DOTALL)
+        lines += [f'SYSTEM """{system[1]}"""'] if system else []  # Qwen2.5 says who it is where nobody else does
+    return "\n".join(lines) + "\n"
+
+
+def write_gguf(args: argparse.Namespace, tools: tuple[list[str], list[str]], tokenizer, thinks: bool) -> Path:
+    """Write the final 16-bit model as GGUF files with a Modelfile for the first to its folder `gguf`; return that."""
+    model, (converter, quantizer) = Path(args.final_model_dir), tools
+    what = f"--save_gguf (the model is whole in {model})"
+    with discard_partial(model / "gguf") as folder:
+        folder.mkdir()
+        whole, names = folder / "whole.gguf", args.save_gguf.split(",")
+        if quantizer:
+            run_llama_tool([*converter, str(model), "--outfile", str(whole), "--outtype", "bf16"], what)
+        for name in names:
+            file = folder / f"{model.resolve().name}-{name}.gguf"
+            convert = [*converter, str(model), "--outfile", str(file), "--outtype", name]
+            quantize = [*quantizer, str(whole), str(file), name.upper()]
+            run_llama_tool(convert if name in CONVERTED_GGUF else quantize, what)
+            if not file.is_file():
+                raise UserError(f"{what}: llama.cpp wrote no {file.name}")
+        whole.unlink(missing_ok=True)
+        first = f"{model.resolve().name}-{names[0]}.gguf"
+        (folder / "Modelfile").write_text(
+            to_modelfile(tokenizer, first, max(4096, args.max_seq_length), thinks), encoding="utf-8")
+        put_in_place(model / "gguf")
+    return model / "gguf"
+
+
+def check_hub(repo: str | None) -> None:
+    """Refuse an upload that has no token that may write there, before anything is trained for it."""
+    if repo is None:
+        return
+    import httpx
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+        user = HfApi().whoami()
+    except LocalTokenNotFoundError:
+        raise UserError(f"--push_to_hub {repo}: no token; run `hf auth login`, or set HF_TOKEN") from None
+    except HfHubHTTPError as error:
+        raise UserError(f"--push_to_hub {repo}: the Hub answers {error.response.status_code} to the token; expected "
+                        "one that may write") from None
+    except ValueError as error:
+        raise UserError(f"--push_to_hub {repo}: {str(error).splitlines()[0]}") from None
+    except (OSError, httpx.HTTPError) as error:
+        raise UserError(f"--push_to_hub {repo}: the Hub cannot be reached: {str(error).splitlines()[0]}") from None
+    owners = [user["name"], *(organisation["name"] for organisation in user.get("orgs", []))]
+    if "/" in repo and repo.split("/")[0] not in owners:
+        raise UserError(f"--push_to_hub {repo}: the token is of {', '.join(owners)}; expected a repository of these")
+    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise UserError(f"--push_to_hub {repo}: the token may only read; expected one that may write")
+
+
+def push_folder(repo: str, folder: str) -> str:
+    """Upload a folder to the Hub, to a private repository if it is new, and return its address."""
+    from huggingface_hub import HfApi
+
+    try:
+        repo = HfApi().create_repo(repo, private=True, exist_ok=True).repo_id
+        # run.yaml has the paths of this machine.
+        return HfApi().upload_folder(repo_id=repo, folder_path=folder, ignore_patterns=["run.yaml"],
+                                     commit_message="Upload by train_qwen3_tool_calling.py").repo_url
+    except Exception as error:  # of whatever kind: what was trained is there, and must not look lost
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--push_to_hub {repo}: {reason}; everything is whole in {folder}, push it with: "
+                        f"hf upload {repo} {shlex.quote(folder)} . --private --exclude run.yaml") from None
+
+
+def to_vllm_command(config, model: str, thinks: bool) -> str:
+    """Return the command by which vLLM serves a model with tools, on the prompts that it was trained on.
+
+    A model that was never trained to think gets no reasoning parser: it would take an answer for a thought.
+    """
+    command = (f"vllm serve {model} --enable-auto-tool-choice --tool-call-parser "
+               f"{VLLM_PARSERS.get(config.model_type, 'hermes')}")
+    if not config.model_type.startswith("qwen3"):
+        return command
+    return command + (" --reasoning-parser qwen3" if thinks else
+                      """ --default-chat-template-kwargs '{"enable_thinking": false}'""")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -3858,6 +4175,71 @@ def write_report(folder: str, report: dict) -> dict:
     return report
 
 
+def hide_folders(text: str) -> str:
+    """Return a word of a command line, or the name of a file or model, without the folders of this machine."""
+    return re.sub(r"(^|=)[/~]\S*/(?=[^/])", r"\1", text)
+
+
+def to_card(report: dict, adapter: bool, name: str, command: str) -> str:
+    """Return the model card of an adapter or of a whole model: what it is, how well it calls tools, how to use it."""
+    import yaml
+
+    args, data = report["args"], report["data"]
+    base, rank = hide_folders(args["model_id"].rstrip("/")), args["lora_rank"]
+    how = f"LoRA of rank {rank}" if rank else "full fine-tuning"
+    what = "the adapter alone" if adapter else {"merged_16bit": "16-bit weights", "merged_4bit": "4-bit weights "
+                                                "(bitsandbytes, nf4)"}[args["save_method"]]
+    head = yaml.safe_dump({"base_model": base, "library_name": "peft" if adapter else "transformers",
+                           "pipeline_tag": "text-generation", "tags": ["tool-calling", "function-calling"]})
+    scores = [f"| {model} | {show_percent(row['exact_match'], 1)} | {show_percent(row['ast_match'], 1)} | "
+              f"{show_percent(row['tool_macro_f1'], 1)} | {row['broken_json']} | {row['n']} |"
+              for model, row in report["scores"].items()]
+    settings = [f"| `{key}` | {args[key]} |" for key in (
+        "num_epochs", "max_steps", "batch_size", "gradient_accumulation_steps", "max_seq_length", *AGREED[1:])
+                if args[key] is not None]
+    words = [shlex.quote(hide_folders(word)) for word in shlex.split(report["command"])]
+    paths = ", ".join(f"`{hide_folders(path)}`" for path in args["dataset_path"])
+    return hide_secrets(f"""---
+{head}---
+# {name}
+
+`{base}` taught to call tools by {how}: {what}.
+
+| | exact match | AST match | tool macro-F1 | broken JSON | held-out requests |
+|---|---|---|---|---|---|
+{chr(10).join(scores)}
+
+Each model wrote its answers greedily. *Exact* compares calls as JSON values, in any order; a request that needs no
+call is right when none is made.
+
+## Use
+
+```bash
+{command}
+```
+
+## Training
+
+{data['train']:,} sequences of {paths}, {data['held_out']:,} held out; {report['train']['history'][-1]['step']:,} steps,
+loss {report['train']['loss']:.4f}; {report['device']}, {report['finished']}.
+
+```bash
+{' '.join(words)}
+```
+
+| setting | value |
+|---|---|
+{chr(10).join(settings)}
+""")
+
+
+def write_card(folder: str, card: str) -> None:
+    """Write the model card of a folder, in place of any other."""
+    partial = Path(folder) / ".README.md.partial"
+    partial.write_text(card, encoding="utf-8")
+    partial.replace(Path(folder) / "README.md")
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # 12  Audit: what a run would do, before it is paid for
 # ---------------------------------------------------------------------------------------------------------------
@@ -4071,15 +4453,18 @@ def estimate_memory(args: argparse.Namespace, config, parameters: dict[str, int]
     else:
         activations = inputs + working * kept
     base = parameters["linear"] * (0.53 if args.load_in_4bit else 2) + 2 * parameters["other"]
-    parts = {"base": base / 2**30, "adapter": parameters["adapter"] * (8 + count_moment_bytes(args)) / 2**30,
+    # Without an adapter all weights are trained in fp32, and "base" is their copy in 16 bits that autocast holds.
+    trained = parameters["adapter"] or parameters["linear"] + parameters["other"]
+    parts = {"base": base / 2**30, "adapter": trained * (8 + count_moment_bytes(args)) / 2**30,
              "longest_stream": activations / 2**30 + fixed}
     return {"total": round(sum(parts.values()), 2)} | {name: round(part, 2) for name, part in parts.items()}
 
 
 def audit_disk(args: argparse.Namespace, parameters: dict[str, int], checkpoints: int) -> dict:
     """Return the GB that merged model and checkpoints take, and that are free now."""
-    checkpoint = parameters["adapter"] * (4 + count_moment_bytes(args))
-    return {"merged_model": round(2 * (parameters["linear"] + parameters["other"]) / 1e9, 2),
+    trained = parameters["adapter"] or parameters["linear"] + parameters["other"]
+    checkpoint = trained * (4 + count_moment_bytes(args))
+    return {"merged_model": round(count_final_bytes(args, parameters) / 1e9, 2),
             "checkpoints": round(checkpoints * checkpoint / 1e9, 2),
             "free": round(shutil.disk_usage(find_existing(args.final_model_dir)).free / 1e9, 1)}
 
@@ -4087,8 +4472,9 @@ def audit_disk(args: argparse.Namespace, parameters: dict[str, int], checkpoints
 def list_writes(args: argparse.Namespace, checkpoints: list[int]) -> dict:
     """Return the paths that a run would write, and what is there now that it would remove or replace."""
     output = Path(args.output_dir)
-    written = [output / "run.yaml", *(output / f"checkpoint-{step}" for step in checkpoints), output / "adapter",
-               output / "report.json", output / "report.html", Path(args.final_model_dir)]
+    written = [output / "run.yaml", *(output / f"checkpoint-{step}" for step in checkpoints),
+               *[output / "adapter"] * (args.lora_rank > 0), output / "report.json", output / "report.html",
+               *[Path(args.final_model_dir)] * (args.save_method != "lora")]
     earlier = [] if args.resume_from_checkpoint else sorted(output.glob("checkpoint-*"))
     replaced = [path for path in written if path.exists() and path not in earlier and path.name != "run.yaml"]
     return {"written": [str(path) for path in written], "replaced": [str(path) for path in (*earlier, *replaced)]}
@@ -4189,8 +4575,9 @@ def show_run(audit: dict) -> None:
     if "memory_gib" in audit:
         memory, disk = audit["memory_gib"], audit["disk_gb"]
         say("memory", f"about {memory['total']:.2f} GiB of GPU memory (an estimate): base {memory['base']:.2f}, "
-                      f"adapter and optimizer {memory['adapter']:.2f}, longest {name} {memory['longest_stream']:.2f}")
-        say("disk", f"{disk['merged_model']:.2f} GB for the merged model, {disk['checkpoints']:.2f} GB for "
+                      f"trained weights and optimizer {memory['adapter']:.2f}, longest {name} "
+                      f"{memory['longest_stream']:.2f}")
+        say("disk", f"{disk['merged_model']:.2f} GB for the final model, {disk['checkpoints']:.2f} GB for "
                     f"{saved}; {disk['free']:,.1f} GB free")
     else:
         say("memory", "not estimated, nor disk: that takes tokenizer and config.json of the model")
@@ -4470,6 +4857,27 @@ def finish(args: argparse.Namespace, command: str, tokenizer, sequences: list[Se
     return report
 
 
+def hand_over(args: argparse.Namespace, config, tokenizer, adapter: str | None, report: dict, thinks: bool,
+              gguf: tuple[list[str], list[str]]) -> None:
+    """Write model cards and GGUF files, upload, and say how to serve; what was proven stays, whatever fails here."""
+    only_adapter = args.save_method == "lora"
+    result = adapter if only_adapter else args.final_model_dir
+    lora = f"--enable-lora --max-lora-rank {max(16, 1 << (args.lora_rank - 1).bit_length())} --lora-modules tools="
+    for folder in {adapter, result} - {None}:
+        is_adapter = folder == adapter
+        name = args.push_to_hub if args.push_to_hub and folder == result else Path(folder).resolve().name
+        served = f"{shlex.quote(hide_folders(args.model_id))} {lora}{name}" if is_adapter else name
+        write_card(folder, to_card(report, is_adapter, name, to_vllm_command(config, served, thinks)))
+    if args.save_gguf:
+        folder = write_gguf(args, gguf, tokenizer, thinks)
+        say("gguf", f"{folder}: {args.save_gguf}; for Ollama: ollama create NAME -f {folder / 'Modelfile'}")
+    if args.push_to_hub:
+        say("push", push_folder(args.push_to_hub, result))
+    say("done", f"{'adapter' if only_adapter else 'merged model' if adapter else 'trained model'}: {result}")
+    served = f"{shlex.quote(args.model_id)} {lora}{shlex.quote(result)}" if only_adapter else shlex.quote(result)
+    say("serve", to_vllm_command(config, served, thinks))
+
+
 def main(argv: list[str] | None = None) -> dict | None:
     """Run the whole job: read, check, render, train, save, score, report.
 
@@ -4488,7 +4896,8 @@ def main(argv: list[str] | None = None) -> dict | None:
     check_folder(args.output_dir, "--output_dir")
     if args.eval_only:
         return evaluate_only(args, command)
-    check_folder(args.final_model_dir, "--final_model_dir")
+    if args.save_method != "lora":
+        check_folder(args.final_model_dir, "--final_model_dir")
     lock = lock_output(args.output_dir) if is_main() and Path(args.output_dir).is_dir() else None  # until the run ends
     checkpoint = find_checkpoint(args)
     if args.dry_run:
@@ -4500,6 +4909,9 @@ def main(argv: list[str] | None = None) -> dict | None:
     shown = find_shown(args, [*examples, *held_out])
     for warning in find_warnings(examples, held_out):
         warn(warning)
+    thinks = any("reasoning_content" in message for example in examples for message in example.messages)
+    gguf = find_gguf_tools(args.save_gguf)
+    check_hub(args.push_to_hub)
 
     engine = start_engine(args)
     check_report_to(args.report_to)
@@ -4507,6 +4919,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     merge_base = check_merge_base(args, config)
     check_same_shape(config, merge_base, args.trust_remote_code) if merge_base != args.model_id else None
     tokenizer = load_tokenizer(args.model_id, args.trust_remote_code)
+    check_gguf(args, gguf[0], config, tokenizer) if args.save_gguf else None
     train, held_out = render_all(args, tokenizer, examples, held_out)
     show_rows(tokenizer, [*train, *held_out] if shown else train, shown)
     args.share_prefix = args.share_prefix and former.get("share_prefix", True)  # a run that did without goes on without
@@ -4530,27 +4943,32 @@ def main(argv: list[str] | None = None) -> dict | None:
     report_gpu("gpu")
     if not leave_group():
         return
-    adapter = save_adapter(trainer.model, args.output_dir)
-    say("save", f"adapter: {adapter}")
+    adapter = save_adapter(trainer.model, args.output_dir) if args.lora_rank else None
+    if adapter:
+        say("save", f"adapter: {adapter}")
     plan = trainer.streams
-    del trainer, model
-    free_gpu()
 
     tested = (held_out or train)[: args.eval_samples]
     start = time.perf_counter()
     with discard_partial(args.final_model_dir):
+        batches = to_batches(tested[:READ_BACK_ROWS], plan)
+        before = None if adapter else save_trained(args, trainer.model, config.dtype, batches, engine)
+        del trainer, model
+        free_gpu()
         results = run_fresh(merge_and_score, args, merge_base, adapter, tested, plan)
         scores, verdicts = score_results(tested, results)
-        check_merged(args, adapter, results, scores)
-        put_in_place(args.final_model_dir)
-    say("merge", f"16-bit, read back by a fresh process: held-out loss {results['merged']['loss']:.4f}, adapter "
-                 f"{results['adapter']['loss']:.4f} ({time.perf_counter() - start:.0f} s with {3 * len(tested):,} "
-                 "answers)")
+        if not adapter:
+            check_trained(args, results["trained"]["loss"], before)
+        elif "merged" in results:
+            check_merged(args, adapter, results, scores)
+        if args.save_method != "lora":
+            put_in_place(args.final_model_dir)
+    show_saved(args, results, before, time.perf_counter() - start)
     used = len({sequence.where for sequence in (*train, *held_out)})
     data = {"train": len(train), "held_out": len(held_out), "skipped": rows - used}
     lengths = [len(row.input_ids) for row in train]
     report = finish(args, command, tokenizer, tested, results, scores, verdicts, data, lengths, facts)
-    say("done", f"merged model: {args.final_model_dir}")
+    hand_over(args, config, tokenizer, adapter, report, thinks, gguf)
     return report
 
 

@@ -17,8 +17,8 @@ CITIES = ["Rome", "Oslo", "Paris", "Lima", "Cairo", "Quito", "Delhi", "Turin", "
 ROWS = [row for city in CITIES for row in (
     native(f"is it raining in {city}", ("get_weather", {"city": city})),
     native(f"how is {city} for the next 3 days", ("get_weather", {"city": city, "days": 3})))]
-FINAL_FILES = ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "run.yaml",
-               "tokenizer.json", "tokenizer_config.json"]
+FINAL_FILES = ["README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
+               "run.yaml", "tokenizer.json", "tokenizer_config.json"]
 
 
 def names(folder: Path) -> list[str]:
@@ -66,7 +66,7 @@ def test_a_run_says_what_it_did(job):
     assert sum("held-out loss" in line and "epoch" in line for line in lines) == 2
     for name in ("expected ", "before ", "after "):
         assert sum(line.startswith(f"  {name}") for line in lines) == 3
-    assert lines[-1].startswith("done     merged model: ")
+    assert lines[-2].startswith("done     merged model: ") and lines[-1].startswith("serve    vllm serve ")
     assert result.stderr == "warning: no row without a call: a model so trained forgets to refuse\n"
 
 

@@ -1,0 +1,539 @@
+"""What a run leaves to be used: full fine-tuning, ways to save, model cards, GGUF with llama.cpp's tools, upload."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import types
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ALARM, ROOT, TINY, WEATHER, run_script, write_jsonl
+from test_command_line import FINAL_FILES, ROWS, arguments, errors, names
+from test_robust import TRAIN, limit_memory, weights
+from train_small import make_base, make_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+import train_qwen3_tool_calling as script
+
+TOKEN = "hf_" + "secretsecretsecret"
+FAKE_CONVERTER = """#!{python}
+# A test double of llama.cpp's convert_hf_to_gguf.py: notes its arguments, and writes the file that it is asked for.
+import json, pathlib, sys
+arguments = sys.argv[1:]
+with open({log!r}, "a") as log:
+    log.write(json.dumps(["convert", *arguments]) + "\\n")
+if "--vocab-only" in arguments and not (pathlib.Path(arguments[0]) / "tokenizer.json").is_file():
+    sys.exit("no tokenizer.json")
+pathlib.Path(arguments[arguments.index("--outfile") + 1]).write_bytes(b"GGUF")
+"""
+FAKE_QUANTIZER = """#!{python}
+# A test double of llama.cpp's llama-quantize.
+import json, pathlib, sys
+with open({log!r}, "a") as log:
+    log.write(json.dumps(["quantize", *sys.argv[1:]]) + "\\n")
+pathlib.Path(sys.argv[2]).write_bytes(pathlib.Path(sys.argv[1]).read_bytes())
+"""
+
+
+def make_tools(folder: Path, **scripts: str) -> str:
+    """Write test doubles of llama.cpp's programs, and return a PATH that has them first; their log is folder/log."""
+    folder.mkdir()
+    for name, text in (scripts or {"convert_hf_to_gguf.py": FAKE_CONVERTER, "llama-quantize": FAKE_QUANTIZER}).items():
+        (folder / name).write_text(text.format(python=sys.executable, log=str(folder / "log")))
+        (folder / name).chmod(0o755)
+    return f"{folder}{os.pathsep}{os.environ['PATH']}"
+
+
+class Hub:
+    """A Hugging Face Hub of one user on this machine: takes one upload, and notes every request."""
+
+    def __init__(self, role="write", fails=()):
+        hub = self
+        self.requests, self.files, self.private = [], {}, None
+
+        class Handler(BaseHTTPRequestHandler):
+            def answer(self):
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                path = self.path.split("?")[0]
+                hub.requests.append(f"{self.command} {path}")
+                status, value = 200, {}
+                if any(part in path for part in fails):
+                    status, value = 500, {"error": "on fire"}
+                elif self.headers.get("Authorization") != f"Bearer {TOKEN}":
+                    status, value = 401, {"error": "Invalid credentials"}
+                elif path == "/api/whoami-v2":
+                    value = {"name": "me", "orgs": [{"name": "us"}], "auth": {"accessToken": {"role": role}}}
+                elif path == "/api/repos/create":
+                    hub.private = json.loads(body).get("private", json.loads(body).get("visibility") == "private")
+                    value = {"url": f"{hub.url}/me/tools", "name": "me/tools"}
+                elif "/preupload/" in path:
+                    value = {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                                       for file in json.loads(body)["files"]]}
+                elif "/commit/" in path:
+                    for line in body.decode().splitlines():
+                        line = json.loads(line)
+                        if line["key"] == "file":
+                            hub.files[line["value"]["path"]] = len(line["value"]["content"])
+                    value = {"commitUrl": f"{hub.url}/me/tools/commit/1", "commitOid": "1", "success": True}
+                data = json.dumps(value).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            do_GET = do_POST = do_HEAD = answer
+
+            def log_message(self, *arguments):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *arguments):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def on_hub(hub: Hub, token: str = TOKEN) -> dict:
+    """Return the environment of a run that knows no other Hub than this one."""
+    return {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1"}
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """One finished run of full fine-tuning with GGUF files and an upload: (folder, result, hub)."""
+    folder = tmp_path_factory.mktemp("full")
+    (folder / "tools.json").write_text(json.dumps([WEATHER, ALARM]))
+    write_jsonl(folder / "rows.jsonl", ROWS)
+    path = make_tools(folder / "bin")
+    with Hub() as hub:
+        result = run_script(*arguments(folder, "--lora_rank", 0, "--learning_rate", 1e-3, "--save_gguf", "Q8_0,q4_k_m",
+                                       "--push_to_hub", "me/tools"), PATH=path, **on_hub(hub))
+    return folder, result, hub
+
+
+def test_full_fine_tuning_writes_the_model_in_the_bases_type_and_no_adapter(full):
+    from safetensors.torch import load_file
+
+    folder, result, _ = full
+    assert result.returncode == 0, result.stderr
+    assert names(folder / "final") == sorted([*FINAL_FILES, "gguf"])
+    assert names(folder / "out") == [".lock", "README.md", "checkpoint-3", "checkpoint-6", "report.html", "report.json",
+                                     "run.yaml"]
+    base, trained = load_file(TINY / "model.safetensors"), load_file(folder / "final" / "model.safetensors")
+    assert {name: (t.shape, t.dtype) for name, t in trained.items()} == {n: (t.shape, t.dtype) for n, t in base.items()}
+    kept = [name for name in base if torch.equal(base[name], trained[name])]
+    assert all("norm" in name for name in kept)  # a norm's weights of 1 can be too coarse for so few steps
+    assert (folder / "out" / "checkpoint-6" / "model.safetensors").stat().st_size > 4 * 11_475_264  # fp32, to go on from
+    settings = yaml.safe_load((folder / "final" / "run.yaml").read_text())
+    assert (settings["lora_rank"], settings["load_in_4bit"], settings["engine"]) == (0, False, "transformers")
+    again = script.parse_args(["--config", str(folder / "final" / "run.yaml")])
+    assert (again.save_gguf, again.push_to_hub, again.learning_rate) == ("q8_0,q4_k_m", "me/tools", 1e-3)
+
+
+def test_full_fine_tuning_is_checked_and_proven(full):
+    folder, result, _ = full
+    lines = result.stdout.splitlines()
+    assert any(line.startswith("check    sharing changes the loss of 8 rows by ") for line in lines)
+    saved = next(line for line in lines if line.startswith("save     16-bit, read back by a fresh process: "))
+    loss, before = map(float, re.findall(r"(?:loss|saving) ([\d.]+)", saved))
+    assert loss == pytest.approx(before, abs=1e-3)
+    report = json.loads((folder / "out" / "report.json").read_text())
+    assert list(report["scores"]) == ["base", "trained"]
+    assert report["scores"]["trained"]["exact_match"] > report["scores"]["base"]["exact_match"]
+    assert lines[-2:] == [
+        f"done     trained model: {folder / 'final'}",
+        f"serve    vllm serve {folder / 'final'} --enable-auto-tool-choice --tool-call-parser hermes "
+        """--default-chat-template-kwargs '{"enable_thinking": false}'"""]
+    assert result.stderr == "warning: no row without a call: a model so trained forgets to refuse\n"
+
+
+def test_the_model_card_says_what_it_is_and_names_no_folder_of_this_machine(full):
+    folder, _, _ = full
+    card = (folder / "final" / "README.md").read_text()
+    _, head, text = card.split("---\n", 2)
+    assert yaml.safe_load(head) == {"base_model": "tiny-qwen3", "library_name": "transformers",
+                                    "pipeline_tag": "text-generation", "tags": ["tool-calling", "function-calling"]}
+    assert "`tiny-qwen3` taught to call tools by full fine-tuning: 16-bit weights." in text
+    scores = json.loads((folder / "out" / "report.json").read_text())["scores"]
+    for name in ("base", "trained"):
+        assert f"| {name} | {100 * scores[name]['exact_match']:.1f} % |" in text
+    assert "18 sequences of `rows.jsonl`, 6 held out; 6 steps," in text and "| `learning_rate` | 0.001 |" in text
+    assert "\nvllm serve me/tools --enable-auto-tool-choice" in text
+    assert "--model_id tiny-qwen3 --dataset_path rows.jsonl" in text
+    assert str(folder) not in card and str(ROOT) not in card and TOKEN not in card
+
+
+def test_gguf_files_are_made_of_the_final_folder(full):
+    folder, result, _ = full
+    final, inside = folder / "final", folder / "final" / ".gguf.partial"
+    calls = [json.loads(line) for line in (folder / "bin" / "log").read_text().splitlines()]
+    check = calls.pop(0)  # of the tokenizer alone, before anything is trained
+    assert check[2] == "--vocab-only"
+    assert calls == [
+        ["convert", str(final), "--outfile", str(inside / "whole.gguf"), "--outtype", "bf16"],
+        ["convert", str(final), "--outfile", str(inside / "final-q8_0.gguf"), "--outtype", "q8_0"],
+        ["quantize", str(inside / "whole.gguf"), str(inside / "final-q4_k_m.gguf"), "Q4_K_M"]]
+    assert names(final / "gguf") == ["Modelfile", "final-q4_k_m.gguf", "final-q8_0.gguf"]
+    assert (final / "gguf" / "Modelfile").read_text().startswith(
+        "FROM ./final-q8_0.gguf\nPARAMETER temperature 0\nPARAMETER num_ctx 4096\n")
+    assert f"gguf     {final / 'gguf'}: q8_0,q4_k_m; for Ollama: ollama create NAME -f " in result.stdout
+
+
+def test_the_upload_is_private_whole_and_without_what_is_of_this_machine(full):
+    folder, result, hub = full
+    assert hub.private is True
+    assert sorted(hub.files) == sorted([*(set(FINAL_FILES) - {"run.yaml"}), "gguf/Modelfile", "gguf/final-q4_k_m.gguf",
+                                        "gguf/final-q8_0.gguf"])
+    assert hub.requests[0] == "GET /api/whoami-v2"  # before training
+    assert {request.split("?")[0] for request in hub.requests[1:]} <= {
+        "POST /api/repos/create", "POST /api/validate-yaml", "POST /api/models/me/tools/preupload/main",
+        "GET /api/models/me/tools/revision/main", "GET /api/models/me/tools", "POST /api/models/me/tools/commit/main"}
+    assert f"push     {hub.url}/me/tools" in result.stdout
+    written = [path for path in folder.rglob("*") if path.suffix in (".json", ".yaml", ".html", ".md") or path.name == "log"]
+    assert len(written) > 10 and not [path for path in written if TOKEN in path.read_text()]
+    assert TOKEN not in result.stdout + result.stderr
+
+
+def make_trainer(folder: Path, *flags: str):
+    """A trainer of all weights of a small random Qwen3 over TRAIN, three steps, the same each time."""
+    args = script.parse_args(["--lora_rank", "0", "--num_epochs", "1", "--warmup_steps", "0", "--learning_rate", "0.01",
+                              "--save_steps", "1", "--output_dir", str(folder), *flags])
+    plan = script.Plan(args.batch_size, args.gradient_accumulation_steps, script.group_rows(TRAIN), (), True)
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=61, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=16, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=True))
+    return script.build_trainer(args, "transformers", model, AutoTokenizer.from_pretrained(TINY), TRAIN, [], plan)
+
+
+def test_full_fine_tuning_goes_on_with_the_same_bits(tmp_path):
+    whole = make_trainer(tmp_path)
+    start = weights(whole)
+    whole.train()
+    ends = weights(whole)
+    assert not torch.equal(start, ends) and script.find_damage(tmp_path / "checkpoint-3") is None
+    trainer = make_trainer(tmp_path / "again")
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert torch.equal(weights(trainer), ends)
+    trainer = make_trainer(tmp_path / "last")
+    script.load_trained(trainer, str(tmp_path / "checkpoint-3"))
+    assert torch.equal(weights(trainer), ends)
+
+
+def test_full_fine_tuning_that_does_not_fit_goes_on_in_smaller_streams(tmp_path, monkeypatch, capsys):
+    flags = ["--batch_size", "8", "--gradient_accumulation_steps", "1"]
+    expected = make_trainer(tmp_path / "whole", *flags)
+    start = weights(expected)
+    expected.train()
+    limit_memory(monkeypatch, 24)
+    trainer = make_trainer(tmp_path / "parts", *flags)
+    trainer.train()
+    assert "in 2 streams of at most 4 rows; the result is the same" in capsys.readouterr().err
+    # Adam moves a weight whose gradient is nearly zero by its sign alone, so single weights may differ.
+    assert (weights(trainer) - weights(expected)).norm() < 1e-2 * (weights(expected) - start).norm()
+
+
+def test_of_a_large_gradient_every_nth_number_is_compared(tmp_path, monkeypatch):
+    model, batch = make_trainer(tmp_path).model, [script.build_padded(TRAIN[:2])]
+    loss, whole = script.compute_gradient(model, batch, "transformers")
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    monkeypatch.setattr(script, "COMPARED_NUMBERS", sum(sizes) // 2)  # of an odd sum, so every third
+    again, part = script.compute_gradient(model, batch, "transformers")
+    step = 3 if sum(sizes) % 2 else 2
+    assert again == loss and torch.equal(part, torch.cat([piece[::step] for piece in whole.split(sizes)]))
+
+
+def test_training_that_16_bits_do_not_hold_is_warned_of(tmp_path, monkeypatch, capsys):
+    losses = iter([1.0, 2.0])  # of ten tokens
+    monkeypatch.setattr(script, "score_batches", lambda *arguments: torch.tensor([next(losses), 10, 0, 1]))
+    model = make_trainer(tmp_path).model
+    args = script.parse_args(["--model_id", str(TINY), "--lora_rank", "0", "--final_model_dir", str(tmp_path / "final")])
+    assert script.save_trained(args, model, torch.bfloat16, [], "transformers") == pytest.approx(0.2)
+    assert capsys.readouterr().err.startswith(
+        "warning: torch.bfloat16 holds less than training changed: held-out loss 0.2000, in 32 bits 0.1000; train longer "
+        "or raise --learning_rate\n")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / ".final.partial")
+    assert saved.dtype == torch.bfloat16 and saved.config.use_cache
+    with pytest.raises(script.UserError, match="the trained model equals the base"):
+        script.refuse_unchanged(script.sum_weights(saved), saved)
+
+
+def test_a_trained_model_that_comes_back_different_is_refused(capsys):
+    args = script.parse_args(["--lora_rank", "0", "--final_model_dir", "final", "--output_dir", "out"])
+    script.check_trained(args, 0.119, 0.1)
+    for loss in (0.121, float("nan")):
+        with pytest.raises(script.UserError) as error:
+            script.check_trained(args, loss, 0.1)
+        assert str(error.value) == (
+            f"the trained model read back does not do what it did: held-out loss {loss:.4f}, before it was saved 0.1000; "
+            "nothing was written to final, the checkpoints are safe in out")
+    args.save_method = "merged_4bit"
+    script.check_trained(args, 0.121, 0.1)
+    assert capsys.readouterr().err == "warning: 4 bits cost something: held-out loss 0.1210, before it was saved 0.1000\n"
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """A small random base and an adapter of it that does something: the folder with `base` and `adapter`."""
+    from peft import LoraConfig, get_peft_model
+
+    folder = tmp_path_factory.mktemp("adapted")
+    make_base(folder / "base")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "base"), LoraConfig(
+        r=16, target_modules=script.TARGET_MODULES, init_lora_weights=False, task_type="CAUSAL_LM"))
+    model.save_pretrained(folder / "adapter")
+    return folder
+
+
+def score(folder: Path, *flags: str) -> dict:
+    args = script.parse_args(["--model_id", str(folder / "base"), "--no-load_in_4bit", "--max_new_tokens", "4",
+                              "--final_model_dir", str(folder / "final"), *flags])
+    rows = make_rows(4, seed=1)
+    plan = script.Plan(2, 1, script.group_rows(rows), (), True)
+    return script.merge_and_score(args, str(folder / "base"), str(folder / "adapter"), rows, plan)
+
+
+def test_a_model_merged_into_4_bits_is_loaded_by_plain_transformers(adapted):
+    from bitsandbytes.nn import Linear4bit
+
+    results = score(adapted, "--save_method", "merged_4bit")
+    assert list(results) == ["base", "adapter", "merged"]
+    loss = results["adapter"]["loss"]
+    assert results["merged"]["loss"] == pytest.approx(loss, rel=0.05) and results["merged"]["loss"] != loss
+    model = AutoModelForCausalLM.from_pretrained(adapted / ".final.partial")
+    quantised = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    assert len(quantised) == 2 * 7 and all(module.weight.dtype == torch.uint8 for module in quantised)
+    state = quantised[0].weight.quant_state
+    assert state.quant_type == "nf4" and state.nested and model.config.quantization_config.bnb_4bit_use_double_quant
+    assert sorted(path.name for path in (adapted / ".final.partial").glob("*.safetensors")) == ["model.safetensors"]
+
+
+def test_only_the_adapter_is_kept_and_scored(adapted):
+    shutil.rmtree(adapted / ".final.partial", ignore_errors=True)
+    results = score(adapted, "--save_method", "lora")
+    assert list(results) == ["base", "adapter"] and set(results["adapter"]) == {"answers", "loss"}
+    assert names(adapted) == ["adapter", "base"]
+
+
+def test_only_the_adapter_is_handed_over(tmp_path, capsys):
+    (tmp_path / "adapter").mkdir()
+    args = script.parse_args(["--save_method", "lora", "--lora_rank", "24", "--push_to_hub", "me/tools"])
+    pushed = []
+    row = {"exact_match": 0.5, "ast_match": 0.5, "tool_macro_f1": 0.5, "broken_json": 0, "n": 2}
+    report = {"args": vars(args), "scores": {"base": row, "adapter": row}, "data": {"train": 8, "held_out": 2},
+              "train": {"history": [{"step": 3}], "loss": 0.1}, "command": "python x.py --output_dir=/home/me/out ~/a/b",
+              "device": "cpu", "finished": "2026-01-01 00:00"}
+    monkey = pytest.MonkeyPatch()
+    with monkey.context() as patch:
+        patch.setattr(script, "push_folder", lambda repo, folder: pushed.append((repo, folder)) or "address")
+        script.hand_over(args, Qwen3Config(), None, str(tmp_path / "adapter"), report, True, ([], []))
+    assert pushed == [("me/tools", str(tmp_path / "adapter"))]
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert yaml.safe_load(card.split("---\n")[1])["library_name"] == "peft" and names(tmp_path / "adapter") == ["README.md"]
+    assert "`Qwen/Qwen3-0.6B` taught to call tools by LoRA of rank 24: the adapter alone." in card
+    assert "\npython x.py --output_dir=out b\n" in card
+    served = ("vllm serve Qwen/Qwen3-0.6B --enable-lora --max-lora-rank 32 --lora-modules tools={} "
+              "--enable-auto-tool-choice --tool-call-parser hermes --reasoning-parser qwen3")
+    assert served.format("me/tools") in card
+    assert capsys.readouterr().out.splitlines() == [
+        "push     address", f"done     adapter: {tmp_path / 'adapter'}",
+        "serve    " + served.format(tmp_path / "adapter")]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--lora_rank", "0", "--load_in_4bit"], "--lora_rank 0 trains the 16-bit weights themselves"),
+    (["--lora_rank", "0", "--engine", "unsloth"], "leave out --load_in_4bit, --engine unsloth and --save_method lora"),
+    (["--lora_rank", "0", "--save_method", "lora"], "--lora_rank 0 trains the 16-bit weights themselves"),
+    (["--lora_rank", "-1"], "argument --lora_rank: must be at least 0, got -1"),
+    (["--save_method", "gguf"], "argument --save_method: invalid choice: 'gguf'"),
+    (["--save_gguf", "q8_0,q9_0"], "argument --save_gguf: unknown: q9_0; expected any of f32, f16, bf16, q8_0, q6_k"),
+    (["--save_gguf", "q8_0", "--save_method", "merged_4bit"],
+     "--save_gguf is made from the 16-bit model: leave out --save_method merged_4bit")])
+def test_flags_that_do_not_fit_are_refused(flags, message):
+    with pytest.raises(script.FlagError) as error:  # exit code 2
+        script.parse_args(flags)
+    assert message in str(error.value)
+
+
+def test_what_a_flag_leaves_open_depends_on_what_is_trained():
+    args = script.parse_args(["--lora_rank", "0"])
+    assert (args.load_in_4bit, args.learning_rate, args.engine) == (False, 2e-5, "transformers")
+    args = script.parse_args(["--lora_rank", "0", "--no-load_in_4bit", "--learning_rate", "1e-4"])
+    assert (args.load_in_4bit, args.learning_rate) == (False, 1e-4)
+    args = script.parse_args([])
+    assert (args.load_in_4bit, args.learning_rate, args.engine, args.save_method) == (True, 2e-4, "auto", "merged_16bit")
+
+
+def test_full_fine_tuning_needs_the_16_bit_model():
+    args = script.parse_args(["--lora_rank", "0", "--model_id", "some/bnb-4bit"])
+    with pytest.raises(script.UserError, match="--model_id some/bnb-4bit: is quantised, and --lora_rank 0 trains 16-bit"):
+        script.check_merge_base(args, types.SimpleNamespace(quantization_config={"load_in_4bit": True}))
+
+
+def test_disk_and_memory_are_reckoned_for_what_is_trained_and_saved(tmp_path):
+    config = script.check_model(str(TINY))
+    parameters = script.count_parameters(config, 0)
+    linear, whole = parameters["linear"], parameters["linear"] + parameters["other"]
+    assert parameters["adapter"] == 0 and whole == 11_475_264
+
+    def count(*flags):
+        return script.count_final_bytes(script.parse_args([*flags]), parameters) - script.SMALL_FILES
+
+    assert count() == 2 * whole and count("--save_method", "lora") == -script.SMALL_FILES
+    assert count("--save_method", "merged_4bit") == pytest.approx(2 * whole + 0.53 * linear + 2 * parameters["other"], abs=1)
+    assert count("--save_gguf", "q8_0") == pytest.approx(3.1 * whole, abs=1)
+    assert count("--save_gguf", "f16,q4_k_m") == pytest.approx((2 + 2 + 2 + 1.1) * whole, abs=1)
+    args = script.parse_args(["--lora_rank", "0", "--optim", "adamw_torch", "--final_model_dir", str(tmp_path)])
+    plan = script.Plan(8, 1, [], (), True)
+    memory = script.estimate_memory(args, config, parameters, 1000, plan)  # weights, gradients and moments in fp32
+    assert (memory["base"], memory["adapter"]) == (round(2 * whole / 2**30, 2), round(16 * whole / 2**30, 2))
+    assert script.audit_disk(args, parameters, 3)["checkpoints"] == round(3 * 12 * whole / 1e9, 2)
+    with pytest.raises(script.UserError, match="3000 checkpoints and the trained model need 4"):
+        script.check_disk(args, config, 3000)
+    written = script.list_writes(args, [3])["written"]
+    assert not [path for path in written if path.endswith("adapter")] and written[-1] == str(tmp_path)
+    written = script.list_writes(script.parse_args(["--save_method", "lora"]), [3])["written"]
+    assert written[-1].endswith("report.html") and [path for path in written if path.endswith("adapter")]
+
+
+def test_gguf_tools_that_are_missing_end_the_run_before_training(tmp_path, tools_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    command = ["--model_id", TINY, "--dataset_path", path, "--tools_path", tools_path, "--output_dir", tmp_path / "out",
+               "--final_model_dir", tmp_path / "final"]
+    nowhere = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "UNSLOTH_LLAMA_CPP_PATH": ""}
+    result = run_script(*command, "--save_gguf", "q8_0,q4_k_m", **nowhere)
+    assert result.returncode == 1 and errors(result) == [
+        "error: --save_gguf q8_0,q4_k_m: convert_hf_to_gguf.py and llama-quantize of llama.cpp not found; expected on "
+        "PATH, in ./llama.cpp, or where Unsloth installs it: $UNSLOTH_LLAMA_CPP_PATH or ~/.unsloth/llama.cpp"]
+    tools = tmp_path / ".unsloth"  # a converter there that does not know the model
+    tools.mkdir()
+    make_tools(tools / "llama.cpp", **{"convert_hf_to_gguf.py": "import sys\nsys.exit('Unknown: BPE pre-tokenizer')"})
+    result = run_script(*command, "--save_gguf", "q8_0", **nowhere)
+    converter = tools / "llama.cpp" / "convert_hf_to_gguf.py"
+    assert result.returncode == 1 and errors(result) == [
+        f"error: --save_gguf q8_0: --model_id {TINY}: {sys.executable} {converter} failed: Unknown: BPE pre-tokenizer"]
+    assert not (tmp_path / "out").exists() and not (tmp_path / "final").exists()
+
+
+def test_a_gguf_that_fails_leaves_the_model_whole(tmp_path):
+    shutil.copytree(TINY, tmp_path / "final")
+    before = names(tmp_path / "final")
+    args = script.parse_args(["--final_model_dir", str(tmp_path / "final"), "--save_gguf", "q4_0"])
+    make_tools(tmp_path / "bin")
+    converter = [sys.executable, str(tmp_path / "bin" / "convert_hf_to_gguf.py")]
+    for quantizer, reason in ((["false"], "false .* failed: it says nothing"), (["true"], "wrote no final-q4_0.gguf")):
+        with pytest.raises(script.UserError, match=f"the model is whole in {tmp_path / 'final'}.*{reason}"):
+            script.write_gguf(args, (converter, quantizer), AutoTokenizer.from_pretrained(TINY), False)
+        assert names(tmp_path / "final") == before
+
+
+CALLS = [{"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Rome", "days": 2}}},
+         {"type": "function", "function": {"name": "set_alarm", "arguments": {"time": "6"}}}]
+ASKED = {"role": "user", "content": "Rome?"}
+CHATS = [
+    [ASKED], [{"role": "system", "content": "Be short."}, ASKED],
+    [ASKED, {"role": "assistant", "content": "", "tool_calls": CALLS}, {"role": "tool", "content": "22"},
+     {"role": "tool", "content": "ok"}],
+    [{"role": "system", "content": "Be short."}, ASKED,
+     {"role": "assistant", "content": "Let me see.", "tool_calls": CALLS[:1]}, {"role": "tool", "content": "22"},
+     {"role": "assistant", "content": "22 degrees."}, {"role": "user", "content": "And now?"}]]
+
+
+def read_template(modelfile: str) -> str:
+    return modelfile.split('TEMPLATE """')[1].split('"""')[0]
+
+
+@pytest.mark.skipif(not shutil.which("go"), reason="Go is not here, whose templates Ollama has")
+@pytest.mark.parametrize("thinks", [False, True])
+def test_ollama_sends_the_prompts_of_training(tokenizer, tmp_path, thinks):
+    subprocess.run(["go", "build", "-o", tmp_path / "render", ROOT / "tests" / "ollama_template.go"], check=True,
+                   env={**os.environ, "GO111MODULE": "off"})
+    template = read_template(script.to_modelfile(tokenizer, "x.gguf", 4096, thinks))
+    for chat in CHATS:
+        for tools in ([], [WEATHER, ALARM]):
+            system = "".join(message["content"] for message in chat if message["role"] == "system")
+            values = json.dumps({"Template": template, "System": system, "Messages": chat, "Tools": tools})
+            rendered = subprocess.run([tmp_path / "render"], input=values, capture_output=True, text=True, check=True)
+            assert rendered.stdout == tokenizer.apply_chat_template(
+                chat, tools=tools or None, add_generation_prompt=True, enable_thinking=thinks, tokenize=False)
+
+
+def test_the_modelfile_keeps_the_tools(tokenizer):
+    modelfile = script.to_modelfile(tokenizer, "x-q8_0.gguf", 8192, False)
+    assert modelfile.splitlines()[:5] == [
+        "FROM ./x-q8_0.gguf", "PARAMETER temperature 0", "PARAMETER num_ctx 8192", 'PARAMETER stop "<|im_start|>"',
+        'PARAMETER stop "<|im_end|>"']
+    template = read_template(modelfile)
+    assert "<BEFORE>" not in template and "{{ end }}# Tools\n\nYou may call one or more functions" in template
+    assert '<tools>{{ range .Tools }}\n{"type": "function", "function": {{ .Function }}}{{ end }}\n</tools>\n\n' in template
+    assert "<|im_start|>assistant\n<think>\n\n</think>\n\n{{ end }}{{ end }}" in template
+    # Ollama finds the mark of a call as the first text after the first `if .ToolCalls`.
+    assert template.split("{{ if .ToolCalls }}")[1].startswith("{{ range $n, $call := .ToolCalls }}<tool_call>\n{")
+    assert "SYSTEM" not in modelfile
+
+    class Qwen25:  # whose template says who it is where no system message does
+        def apply_chat_template(self, messages, **options):
+            if messages[0]["role"] != "system":
+                messages = [{"role": "system", "content": "You are Qwen."}, *messages]
+            return tokenizer.apply_chat_template(messages, **options)
+
+    assert script.to_modelfile(Qwen25(), "x", 4096, False).endswith('"""\nSYSTEM """You are Qwen."""\n')
+
+    class Other:
+        def apply_chat_template(self, messages, **options):
+            return "<s>[INST] " + messages[-1]["content"]
+
+    assert script.to_modelfile(Other(), "x", 4096, False) == (
+        "FROM ./x\nPARAMETER temperature 0\nPARAMETER num_ctx 4096\n")  # Ollama takes the template of the GGUF
+
+
+@pytest.mark.parametrize("family, thinks, expected", [
+    ("qwen3", False, "hermes --default-chat-template-kwargs '{\"enable_thinking\": false}'"),
+    ("qwen3_moe", True, "hermes --reasoning-parser qwen3"), ("qwen2", False, "hermes"), ("llama", False, "llama3_json"),
+    ("mistral", True, "mistral")])
+def test_vllm_is_told_how_calls_look(family, thinks, expected):
+    config = types.SimpleNamespace(model_type=family)
+    assert script.to_vllm_command(config, "a/b", thinks) == (
+        f"vllm serve a/b --enable-auto-tool-choice --tool-call-parser {expected}")
+
+
+@pytest.mark.parametrize("repo, token, role, message", [
+    ("me/tools", "", "write", "no token; run `hf auth login`, or set HF_TOKEN"),
+    ("me/tools", "hf_wrong", "write", "the Hub answers 401 to the token; expected one that may write"),
+    ("me/tools", TOKEN, "read", "the token may only read; expected one that may write"),
+    ("you/tools", TOKEN, "write", "the token is of me, us; expected a repository of these"),
+    ("me/to ols", TOKEN, "write", "Repo id must")])
+def test_an_upload_that_cannot_be_is_refused_before_training(tmp_path, repo, token, role, message):
+    """In a process of its own: the library reads its address when it is imported."""
+    code = ("import train_qwen3_tool_calling as s\ntry:\n    s.check_hub({!r})\n    print('fine')\n"
+            "except s.UserError as error:\n    print(error)").format(repo)
+    with Hub(role) as hub:
+        environment = {**os.environ, **on_hub(hub, token), "HF_HOME": str(tmp_path)}
+        result = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.startswith(f"--push_to_hub {repo}: {message}"), result.stderr
+    assert len(result.stdout.splitlines()) == 1
+
+
+def test_an_upload_that_fails_says_that_all_is_there(tmp_path):
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / "README.md").write_text("# x\n")
+    code = ("import train_qwen3_tool_calling as s\ntry:\n    s.check_hub('us/x')\n    s.push_folder('us/x', 'final')\n"
+            "except s.UserError as error:\n    print(error)")
+    with Hub(fails=["/commit/"]) as hub:
+        environment = {**os.environ, **on_hub(hub), "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+        result = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert result.stdout.startswith("--push_to_hub me/tools: ") and result.stdout.endswith(
+        "everything is whole in final, push it with: hf upload me/tools final . --private --exclude run.yaml\n"), result
