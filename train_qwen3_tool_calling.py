@@ -1624,31 +1624,31 @@ def render_turn(tokenizer, example: Example, turn: int, parser: str = "hermes",
     return prompt, answer + tokenizer.eos_token
 
 
-def check_template(tokenizer, examples: list[Example]) -> str:
-    """Return which of PARSERS reads the calls that the chat template writes, found by rendering one.
-
-    A template that leaves out what the rows use, tools or the replies of tools, is a UserError.
-    """
-    if not any(example.tools for example in examples):
-        return PARSERS[0]
-    problem, render = "", partial(render_text, tokenizer, tools=[PROBE_TOOL])
-    try:
-        if "probe_tool" not in render(PROBE[:1]):
-            problem = "leaves out the tools"
-        elif "probe reply" not in render(PROBE) and any(message["role"] == "tool" for example in examples
-                                                        for message in example.messages):
-            problem = "leaves out the replies of tools"
-    except ValueError as error:
-        problem = f"cannot render tools: {error}"
-    for parser in PARSERS if not problem else ():
+def find_parser(tokenizer) -> str:
+    """Return which of PARSERS reads the calls that the chat template writes; ValueError if none does."""
+    for parser in PARSERS:
         try:
             render_turn(tokenizer, Example("", PROBE[:2], [PROBE_TOOL]), 1, parser)
             return parser
         except ValueError as error:
-            found = str(error).partition(": ")[2]
-    problem = problem or f"writes calls in a way that cannot be read back: {found}"
-    raise UserError(f"the chat template of {tokenizer.name_or_path} {problem}; expected that of a model whose calls "
-                    f"vLLM's parser {' or '.join(PARSERS)} reads")
+            reason = str(error).removeprefix("message 2: ")
+    raise ValueError(f"the chat template writes calls in a way that cannot be read back: {reason}")
+
+
+def check_template(tokenizer, examples: list[Example]) -> str:
+    """Return the parser for the chat template's calls; one that leaves out what the rows use is a UserError."""
+    if not any(example.tools for example in examples):
+        return PARSERS[0]
+    replies = any(message["role"] == "tool" for example in examples for message in example.messages)
+    try:
+        if "probe_tool" not in render_text(tokenizer, PROBE[:1], tools=[PROBE_TOOL]):
+            raise ValueError("the chat template leaves out the tools")
+        if replies and "probe reply" not in render_text(tokenizer, PROBE, tools=[PROBE_TOOL]):
+            raise ValueError("the chat template leaves out the replies of tools")
+        return find_parser(tokenizer)
+    except ValueError as error:
+        raise UserError(f"{tokenizer.name_or_path}: {error}; expected that of a model whose calls vLLM's parser "
+                        f"{' or '.join(PARSERS)} reads") from None
 
 
 def find_control_tokens(tokenizer) -> re.Pattern | None:
@@ -2013,7 +2013,7 @@ def check_model(model_id: str, flag: str = "--model_id", trust: bool = False):
         raise UserError(f"{flag} {model_id}: not a causal language model ({', '.join(names) or config.model_type})")
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
     window = getattr(config, "sliding_window", None) if not getattr(config, "layer_types", None) else None
-    if kinds or window and window < config.max_position_embeddings:
+    if kinds or window and window < getattr(config, "max_position_embeddings", math.inf):
         raise UserError(f"{flag} {model_id}: has layers of {', '.join(sorted(kinds)) or 'sliding_attention'}, which do "
                         "not look back on all tokens; expected full attention in every layer")
     return config
@@ -2742,6 +2742,7 @@ def to_sft_config(args: argparse.Namespace, plan: Plan, evaluate: bool):
         load_best_model_at_end=bool(args.metric_for_best), metric_for_best_model=args.metric_for_best,
         greater_is_better=args.metric_for_best == "exact_match", dataloader_pin_memory=cuda, use_cpu=not cuda,
         logging_nan_inf_filter=False,  # it hides what StreamTrainer looks for
+        router_aux_loss_coef=0.0,  # routers of experts are not trained, and the loss is that of the answers alone
         restore_callback_states_from_checkpoint=True, max_length=None, remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True})
 
@@ -4020,7 +4021,9 @@ def audit_data(examples: list[Example], problems: list[tuple[str, str]], total: 
 
 def audit_run(args: argparse.Namespace, train: list[Sequence], config) -> dict:
     """Return plan, tokens of an epoch and files of a run on CUDA; with a config also its memory and disk."""
-    plan = plan_streams(train, args, "transformers" if args.engine == "transformers" else "unsloth")
+    engine = "transformers" if args.engine == "transformers" else "unsloth"
+    share = args.share_prefix and (config is None or can_share(engine, config))
+    plan = plan_streams(train, argparse.Namespace(**{**vars(args), "share_prefix": share}), engine)
     facts = audit_plan(train, args, plan)
     audit = {"epoch": audit_epoch(train, args, plan), "plan": facts, "files": list_writes(args, facts["checkpoints"])}
     if config is None:

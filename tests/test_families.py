@@ -1,14 +1,13 @@
 """Other families of chat models: each renders, shares and scores through its own template and architecture."""
 
 import json
-import shutil
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ALARM, TINY, WEATHER, native, run_script, write_jsonl
-from test_render import ASK, CONVERSATIONS, REPLY, calls, says, supervised
+from test_render import ASK, CONVERSATIONS, calls, says, supervised
 
 import train_qwen3_tool_calling as script
 
@@ -35,6 +34,7 @@ def make_tokenizer(name: str):
     template, _, _, end, _ = FAMILIES[name]
     if name == "llama3.2":
         tokenizer.add_special_tokens({"bos_token": LLAMA_TOKENS[0], "additional_special_tokens": LLAMA_TOKENS[1:]})
+        tokenizer.pad_token = None  # as in Meta's own
     tokenizer.eos_token = end
     tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / f"{template}.jinja").read_text()
     return tokenizer
@@ -137,7 +137,7 @@ def test_a_template_that_cannot_do_what_the_rows_need_ends_the_run():
         tokenizer.chat_template = template
         with pytest.raises(script.UserError) as error:
             render(tokenizer, messages)
-        return str(error.value).removeprefix("the chat template of some/model ").removesuffix(expected)
+        return str(error.value).removeprefix("some/model: the chat template ").removesuffix(expected)
 
     plain = (Path(trl.__file__).parent / "chat_templates" / "phi3.jinja").read_text()
     assert refusal(plain, CONVERSATIONS["one call"]) == "leaves out the tools"
@@ -147,15 +147,17 @@ def test_a_template_that_cannot_do_what_the_rows_need_ends_the_run():
     assert refusal(other, CONVERSATIONS["one call"]).startswith(
         "writes calls in a way that cannot be read back: its calls do not survive rendering and parsing")
     assert refusal("{{ raise_exception('no ' ~ 'tools') if tools }}" + whole, CONVERSATIONS["one call"]) == (
-        "cannot render tools: the chat template refuses it: no tools")
-    tokenizer.chat_template = mute  # what the rows do not use is not asked for
+        "refuses it: no tools")
+    # What the rows do not use is not asked for.
+    tokenizer.chat_template = mute + "{{ raise_exception('no') if messages[-1].role == 'tool' }}"
     assert render(tokenizer, CONVERSATIONS["one call"])[1] == []
     tokenizer.chat_template = plain.replace("<|end|>", "<|im_end|>")
     assert render(tokenizer, [ASK, says("Yes.")], tools=[])[1] == []
 
 
 @pytest.mark.parametrize("text, expected", [
-    ("hello", []), ("", []), ('{"sentiment": "good"}', []), ('{"name": "Bob"}', []), ("{a, b} is a set", []), ("[1]", []),
+    ("hello", []), ("", []), ('{"sentiment": "good"}', []), ('{"name": "Bob"}', []), ("{a, b} is a set", []),
+    ("[1]", []),
     ('{"name": "f", "parameters": {"a": "}"}}', [{"name": "f", "arguments": {"a": "}"}}]),
     ('<|python_tag|>{"name": "f", "arguments": {}}\n', [{"name": "f", "arguments": {}}]),
     ('{"name": "f", "parameters": {}}; {"name": "g", "parameters": {}}',
@@ -207,7 +209,8 @@ def to_sequences(tokenizer) -> list[script.Sequence]:
 
 def test_sharing_and_answers_are_exact_in_every_family(family):
     name, folder = family
-    args = script.parse_args(["--model_id", str(folder), "--no-load_in_4bit", "--lora_rank", "4", "--max_new_tokens", "12"])
+    args = script.parse_args(["--model_id", str(folder), "--no-load_in_4bit", "--lora_rank", "4",
+                              "--max_new_tokens", "12"])
     config = script.check_model(str(folder))
     model = script.load_model(args, "transformers", plan=None)
     trained = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
@@ -228,8 +231,8 @@ def test_sharing_and_answers_are_exact_in_every_family(family):
     alone = []
     for row in rows:
         prompt = torch.tensor([row.input_ids[: row.prompt_length]])
-        written = model.generate(input_ids=prompt, max_new_tokens=12, do_sample=False, eos_token_id=stops, pad_token_id=0,
-                                 use_cache=True)[0, prompt.shape[1]:].tolist()
+        written = model.generate(input_ids=prompt, max_new_tokens=12, do_sample=False, eos_token_id=stops,
+                                 pad_token_id=0, use_cache=True)[0, prompt.shape[1]:].tolist()
         alone.append(tokenizer.decode([token for token in written if token not in stops]))
     assert len({*alone}) > 1
     assert script.generate_answers(model, tokenizer, rows, args, "adapter") == alone
@@ -239,13 +242,20 @@ def test_a_mixture_of_experts_is_merged_with_its_experts(tmp_path):
     from peft import PeftModel
 
     folder, ids = make_model("qwen3-moe", tmp_path / "base"), torch.arange(30)[None]
-    args = script.parse_args(["--model_id", str(folder), "--no-load_in_4bit", "--final_model_dir", str(tmp_path / "final")])
+    args = script.parse_args(["--model_id", str(folder), "--no-load_in_4bit", "--output_dir", str(tmp_path / "out"),
+                              "--final_model_dir", str(tmp_path / "final"), "--max_steps", "2",
+                              "--learning_rate", "0.05",
+                              "--warmup_steps", "0", "--lora_rank", "4"])
     script.check_dropout(args, script.check_model(str(folder)))
-    model = script.load_model(args, "transformers", plan=None)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name and "experts" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    adapter = script.save_adapter(model, str(tmp_path / "out"))
+    tokenizer = script.load_tokenizer(str(folder))
+    rows = to_sequences(tokenizer)
+    plan = script.plan_streams(rows, args, "transformers")
+    model = script.load_model(args, "transformers", plan)
+    trainer = script.build_trainer(args, "transformers", model, tokenizer, rows, [], plan)
+    assert script.train_model(trainer, None, rows, 8, complete=False)["steps"] == 2
+    changed = {name for name, weight in trainer.model.named_parameters() if "lora_B" in name and weight.any()}
+    assert any("experts" in name for name in changed) and any("q_proj" in name for name in changed)
+    adapter = script.save_adapter(trainer.model, args.output_dir)
     with torch.no_grad():
         expected, base = model.eval()(ids).logits, script.load_base(str(folder), False)(ids).logits
         merged = script.read_back(script.merge_adapter(args, str(folder), adapter))
@@ -253,7 +263,7 @@ def test_a_mixture_of_experts_is_merged_with_its_experts(tmp_path):
         assert torch.equal(again(ids).logits, expected) and not torch.allclose(base, expected, atol=0.1)
         torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)
     args.lora_dropout = 0.1
-    with pytest.raises(script.UserError, match="--lora_dropout 0.1: .* is a mixture of experts, whose adapters have no"):
+    with pytest.raises(script.UserError, match="--lora_dropout 0.1: .* is a mixture of experts, whose adapters have"):
         script.check_dropout(args, script.check_model(str(folder)))
 
 
@@ -292,12 +302,12 @@ def test_llama_runs_from_rows_to_a_merged_model_and_resumes_on_another_day(tmp_p
     from transformers import AutoTokenizer
 
     folder = make_model("llama3.2", tmp_path / "llama")
-    rows = [native(f"rain in {city} {day}?", ("get_weather", {"city": city})) for city in ("Rome", "Oslo", "Lima", "Bonn")
-            for day in ("today", "on Monday", "at all")]
+    rows = [native(f"rain in {city} {day}?", ("get_weather", {"city": city}))
+            for city in ("Rome", "Oslo", "Lima", "Bonn") for day in ("today", "on Monday", "at all")]
     write_jsonl(tmp_path / "rows.jsonl", [*rows, native("thanks", content="Bye."), native("ok", content="Bye.")])
     arguments = ["--model_id", folder, "--dataset_path", tmp_path / "rows.jsonl", "--tools_path", tools_path,
                  "--output_dir", tmp_path / "out", "--final_model_dir", tmp_path / "final", "--num_epochs", 1,
-                 "--eval_samples", 3, "--max_new_tokens", 8, "--learning_rate", 0.01, "--warmup_steps", 0]
+                 "--no-load_in_4bit", "--max_new_tokens", 8, "--learning_rate", 0.01, "--warmup_steps", 0]
     today = time.strftime("%Y-%m-%d")
     result = run_script(*arguments)
     assert result.returncode == 0, result.stderr
@@ -310,7 +320,8 @@ def test_llama_runs_from_rows_to_a_merged_model_and_resumes_on_another_day(tmp_p
     assert report["failures"][0]["request"].startswith(("rain in ", "thanks", "ok"))
     assert {score["n"] for score in report["scores"].values()} == {1}
     assert json.loads((tmp_path / "final" / "generation_config.json").read_text())["eos_token_id"] == [4099, 4100]
-    assert AutoTokenizer.from_pretrained(tmp_path / "final").convert_ids_to_tokens([4099, 4100]) == ["<|eot_id|>", "<|eom_id|>"]
+    final = AutoTokenizer.from_pretrained(tmp_path / "final")
+    assert final.convert_ids_to_tokens([4099, 4100]) == ["<|eot_id|>", "<|eom_id|>"]
 
     class Reached(Exception):
         """The check of a resumed run's rows is passed."""

@@ -129,7 +129,7 @@ def test_a_template_that_loses_the_calls_ends_the_run(tokenizer):
     with pytest.raises(script.UserError) as error:
         script.render_examples(Lossy(), examples, 4096)
     assert str(error.value) == (
-        "the chat template of lossy writes calls in a way that cannot be read back: its calls do not survive rendering "
+        "lossy: the chat template writes calls in a way that cannot be read back: its calls do not survive rendering "
         'and parsing: ""; expected that of a model whose calls vLLM\'s parser hermes or llama3_json reads')
 
 
