@@ -128,6 +128,8 @@ class Sequence(NamedTuple):
     prompt_length: int
     answer: str = ""  # the supervised text without its end token, for scoring
     tools: list[dict] = []
+    request: str = ""  # what the user said last
+    parser: str = "hermes"  # reads the calls of the answer, see parse_calls
 
 
 def hide_secrets(text: str) -> str:
@@ -1451,9 +1453,9 @@ def to_json(value: object) -> str:
         raise ValueError(f"a number is too large; expected at most {sys.float_info.max:.2g}") from None
 
 
-def find_forbidden(text: str) -> str | None:
+def find_forbidden(text: str, control_token: re.Pattern = CONTROL_TOKEN) -> str | None:
     """Return what is wrong with a text that the tokenizer would take for something else, or cannot take; else None."""
-    if token := CONTROL_TOKEN.search(text):
+    if token := control_token.search(text):
         return f"holds the control token {token[0]}, which would forge a turn; remove it"
     if not text.isascii() and (half := HALF_CHARACTER.search(text)):
         return f"holds \\u{ord(half[0]):04x}, one half of a character; remove it or write the other half too"
@@ -1712,34 +1714,138 @@ def split_examples(examples: list[Example], share: float) -> tuple[list[Example]
 # ---------------------------------------------------------------------------------------------------------------
 # 5  Render: example -> one Sequence per assistant turn, on the prompt that serving will send
 # ---------------------------------------------------------------------------------------------------------------
-def parse_calls(text: str) -> list[dict]:
-    """Return the calls in an answer, extracted as the Hermes parser of inference servers does; ValueError if broken."""
+PARSERS = ("hermes", "llama3_json")  # as vLLM's --tool-call-parser names them
+PROBE_TOOL = {"type": "function", "function": {"name": "probe_tool", "description": "Probe.", "parameters": {
+    "type": "object", "properties": {"probe": {"type": "string"}}}}}
+PROBE = [{"role": "user", "content": "probe"},
+         {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "id": "probe0001", "function": {
+             "name": "probe_tool", "arguments": {"probe": "value"}}}]},
+         {"role": "tool", "content": "probe reply", "name": "probe_tool", "tool_call_id": "probe0001"}]
+
+
+def parse_llama_calls(text: str) -> list[dict]:
+    """Return the calls in an answer that is one JSON object {"name", "parameters"}, or several with ";" between them.
+
+    Any other answer is plain text and has no calls; ValueError if it begins as a call and is none.
+    """
+    rest, calls = text.strip().removeprefix("<|python_tag|>").lstrip(), []
+    if not rest.startswith("{"):
+        return []
+    while rest:
+        try:
+            call, end = json.JSONDecoder().raw_decode(rest)
+        except ValueError:
+            if '"name"' in text:
+                raise
+            return []
+        if not isinstance(call, dict) or "name" not in call or not call.keys() & {"parameters", "arguments"}:
+            return []
+        calls.append({"name": call["name"], "arguments": call.get("arguments", call.get("parameters"))})
+        rest = rest[end:].lstrip().removeprefix(";").lstrip()
+    return calls
+
+
+def parse_calls(text: str, parser: str = "hermes") -> list[dict]:
+    """Return the calls in an answer, extracted as that parser of inference servers does; ValueError if broken."""
+    if parser == "llama3_json":
+        return parse_llama_calls(text)
     blocks = re.findall(r"<tool_call>(.*?)</tool_call>|<tool_call>(.*)", text, re.DOTALL)
     return [json.loads(closed or unclosed) for closed, unclosed in blocks]
 
 
-def render_turn(tokenizer, example: Example, turn: int) -> tuple[str, str]:
+def render_text(tokenizer, messages: list[dict], date: str | None = None, **options) -> str:
+    """Return the text that the chat template makes of messages; if it refuses them, a ValueError.
+
+    Some templates write today's date. With `date` (YYYY-MM-DD) they write that one.
+    """
+    import jinja2
+
+    if date:
+        options["strftime_now"] = lambda form: time.strftime(form, time.strptime(date, "%Y-%m-%d"))
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the chat template refuses it: {error}") from None
+
+
+def find_date(tokenizer) -> str | None:
+    """Return today's date if the chat template writes it into prompts, as Llama's does, else None."""
+    texts = {render_text(tokenizer, PROBE[:1], date) for date in ("2001-01-01", "2002-02-02")}
+    return time.strftime("%Y-%m-%d") if len(texts) > 1 else None
+
+
+def render_turn(tokenizer, example: Example, turn: int, parser: str = "hermes",
+                date: str | None = None) -> tuple[str, str]:
     """Return (prompt, answer) text of the assistant turn `example.messages[turn]`; ValueError if they do not fit.
 
     A template may render one turn differently in the middle of a conversation and at its end: Qwen3 drops the think
     block of a turn that a tool reply follows. So the prompt is what serving sends before the turn, and the answer is
     what the template adds when the turn is the last message.
     """
-    turn_message = example.messages[turn]
-    render = partial(tokenizer.apply_chat_template, tools=example.tools or None, tokenize=False)
-    prompt = render(example.messages[:turn], add_generation_prompt=True,
-                    enable_thinking="reasoning_content" in turn_message)
-    full = render(example.messages[: turn + 1])
+    turn_message, where = example.messages[turn], f"message {turn + 1}"
+    render = partial(render_text, tokenizer, date=date, tools=example.tools or None)
+    try:
+        prompt = render(example.messages[:turn], add_generation_prompt=True,
+                        enable_thinking="reasoning_content" in turn_message)
+        full = render(example.messages[: turn + 1])
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     if not full.startswith(prompt):
-        raise ValueError(f"message {turn + 1}: the chat template does not render this answer after its serving prompt")
+        raise ValueError(f"{where}: the chat template does not render this answer after its serving prompt")
     end = full.rfind(tokenizer.eos_token)
     if end < len(prompt):
-        raise ValueError(f"message {turn + 1}: the chat template does not end this answer with {tokenizer.eos_token}")
-    answer = full[len(prompt) : end + len(tokenizer.eos_token)]
+        raise ValueError(f"{where}: the chat template does not end this answer with {tokenizer.eos_token}")
+    answer = full[len(prompt) : end]
+    for name in ("reasoning_content", "content"):
+        if turn_message.get(name, "").strip() not in answer:
+            raise ValueError(f"{where}: the chat template leaves out its {name}; remove it, or choose another model")
     expected = [call["function"] for call in turn_message.get("tool_calls", [])]
-    if parse_calls(answer) != expected:
-        raise ValueError(f"message {turn + 1}: its calls do not survive rendering and parsing: {shorten(answer)}")
-    return prompt, answer
+    if parse_calls(answer, parser) != expected:
+        raise ValueError(f"{where}: its calls do not survive rendering and parsing: {shorten(answer)}")
+    return prompt, answer + tokenizer.eos_token
+
+
+def find_parser(tokenizer) -> str:
+    """Return which of PARSERS reads the calls that the chat template writes; ValueError if none does."""
+    for parser in PARSERS:
+        try:
+            render_turn(tokenizer, Example("", PROBE[:2], [PROBE_TOOL]), 1, parser)
+            return parser
+        except ValueError as error:
+            reason = str(error).removeprefix("message 2: ")
+    raise ValueError(f"the chat template writes calls in a way that cannot be read back: {reason}")
+
+
+def check_template(tokenizer, examples: list[Example]) -> str:
+    """Return the parser for the chat template's calls; one that leaves out what the rows use is a UserError."""
+    if not any(example.tools for example in examples):
+        return PARSERS[0]
+    replies = any(message["role"] == "tool" for example in examples for message in example.messages)
+    try:
+        if "probe_tool" not in render_text(tokenizer, PROBE[:1], tools=[PROBE_TOOL]):
+            raise ValueError("the chat template leaves out the tools")
+        if replies and "probe reply" not in render_text(tokenizer, PROBE, tools=[PROBE_TOOL]):
+            raise ValueError("the chat template leaves out the replies of tools")
+        return find_parser(tokenizer)
+    except ValueError as error:
+        raise UserError(f"{tokenizer.name_or_path}: {error}; expected that of a model whose calls vLLM's parser "
+                        f"{' or '.join(PARSERS)} reads") from None
+
+
+def find_control_tokens(tokenizer) -> re.Pattern | None:
+    """Return what matches the tokenizer's own control tokens beyond CONTROL_TOKEN, or None if there are none."""
+    tokens = [str(token) for token in tokenizer.added_tokens_decoder.values()
+              if token.special or str(token) in str(tokenizer.chat_template)]
+    tokens = [token for token in tokens if token.strip() and not CONTROL_TOKEN.search(token)]
+    return re.compile("|".join(map(re.escape, tokens))) if tokens else None
+
+
+def check_control_tokens(example: Example, control_token: re.Pattern) -> None:
+    """Raise a ValueError if a message or a tool holds a control token."""
+    parts = {"tools": example.tools} | {f"message {i}": part for i, part in enumerate(example.messages, start=1)}
+    for name, part in parts.items():
+        if problem := find_forbidden(json.dumps(part, ensure_ascii=False), control_token):
+            raise ValueError(f"{name}: {problem}")
 
 
 def describe_length(tokens: int, max_seq_length: int) -> str:
@@ -1747,30 +1853,34 @@ def describe_length(tokens: int, max_seq_length: int) -> str:
     return f"{tokens:,} tokens; --max_seq_length is {max_seq_length:,} and no answer is ever cut"
 
 
-def render_examples(tokenizer, examples: list[Example], max_seq_length: int):
+def render_examples(tokenizer, examples: list[Example], max_seq_length: int, date: str | None = None):
     """Return ([sequences of example 0, ...], problems); the sequences of an example with a problem are left out."""
     from rich.progress import track
 
     rendered, problems, bad = [], [], set()
+    parser, control_token = check_template(tokenizer, examples), find_control_tokens(tokenizer)
     for index, example in enumerate(track(examples, "render", transient=True, disable=not sys.stdout.isatty())):
         turns = [i for i, message in enumerate(example.messages)
                  if message["role"] == "assistant" and message.get("weight") != 0]
         try:
-            rendered += [(index, *render_turn(tokenizer, example, turn)) for turn in turns]
+            check_control_tokens(example, control_token) if control_token else None
+            rendered += [(index, turn, *render_turn(tokenizer, example, turn, parser, date)) for turn in turns]
         except ValueError as error:
             problems.append((example.where, str(error)))
             bad.add(index)
     # Prompt and answer are encoded apart: the model is served the prompt's tokens and then writes its own.
     encode = partial(tokenizer, add_special_tokens=False, return_attention_mask=False)
-    prompts = encode([prompt for _, prompt, _ in rendered])["input_ids"] if rendered else []
-    answers = encode([answer for _, _, answer in rendered])["input_ids"] if rendered else []
+    prompts = encode([prompt for *_, prompt, _ in rendered])["input_ids"] if rendered else []
+    answers = encode([answer for *_, answer in rendered])["input_ids"] if rendered else []
     groups: list[list[Sequence]] = [[] for _ in examples]
-    for (index, _, text), prompt, answer in zip(rendered, prompts, answers):
+    for (index, turn, _, text), prompt, answer in zip(rendered, prompts, answers):
+        example = examples[index]
         if len(prompt) + len(answer) > max_seq_length:
             bad.add(index)
-            problems.append((examples[index].where, describe_length(len(prompt) + len(answer), max_seq_length)))
-        groups[index].append(Sequence(examples[index].where, prompt + answer, len(prompt),
-                                      text.removesuffix(tokenizer.eos_token), examples[index].tools))
+            problems.append((example.where, describe_length(len(prompt) + len(answer), max_seq_length)))
+        request = next((m["content"] for m in reversed(example.messages[:turn]) if m["role"] == "user"), "")
+        groups[index].append(Sequence(example.where, prompt + answer, len(prompt),
+                                      text.removesuffix(tokenizer.eos_token), example.tools, request, parser))
     return [[] if index in bad else group for index, group in enumerate(groups)], problems
 
 
@@ -2029,6 +2139,9 @@ def to_batches(sequences: list[Sequence], plan: Plan) -> list[dict]:
 # ---------------------------------------------------------------------------------------------------------------
 # 7  Model: model id -> model with LoRA, by Unsloth or by Transformers + PEFT; only this section knows the engine
 # ---------------------------------------------------------------------------------------------------------------
+UNSLOTH_TREES = ("llama", "qwen2", "qwen3")  # config.model_type of the models whose layers take prefix_seg_info
+
+
 def refuse_telemetry() -> None:
     """Keep the libraries from reporting home: Hugging Face's count their use, Unsloth sends what machine this is.
 
@@ -2080,6 +2193,7 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module="peft")  # of ranks of experts, which it does set
 
 
 def check_report_to(name: str) -> None:
@@ -2108,7 +2222,28 @@ def check_model(model_id: str, flag: str = "--model_id", trust: bool = False):
     names = config.architectures or []
     if not any(name.endswith("ForCausalLM") for name in names):
         raise UserError(f"{flag} {model_id}: not a causal language model ({', '.join(names) or config.model_type})")
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
+    window = getattr(config, "sliding_window", None) if not getattr(config, "layer_types", None) else None
+    if kinds or window and window < getattr(config, "max_position_embeddings", math.inf):
+        raise UserError(f"{flag} {model_id}: has layers of {', '.join(sorted(kinds)) or 'sliding_attention'}, which do "
+                        "not look back on all tokens; expected full attention in every layer")
     return config
+
+
+def check_dropout(args: argparse.Namespace, config) -> None:
+    """Refuse dropout for a mixture of experts: PEFT has none for experts, whose weights are one tensor per layer."""
+    if args.lora_dropout and getattr(config, "num_experts", None):
+        raise UserError(f"--lora_dropout {args.lora_dropout}: {args.model_id} is a mixture of experts, whose adapters "
+                        "have no dropout; expected 0")
+
+
+def can_share(engine: str, config) -> bool:
+    """Say whether an engine's attention for a kind of model takes trees; print one line if not."""
+    if engine != "unsloth" or config.model_type in UNSLOTH_TREES:
+        return True
+    say("plan", f"ordinary padded batches: with Unsloth, only {', '.join(UNSLOTH_TREES)} share prefixes, and this is "
+                f"{config.model_type}; --engine transformers shares them, too")
+    return False
 
 
 def explain_hub_error(message: str, folder: Path) -> str:
@@ -2125,8 +2260,22 @@ def explain_hub_error(message: str, folder: Path) -> str:
     return "no such folder and no such model on the Hub; check the spelling"
 
 
+def find_end_token(tokenizer) -> str | None:
+    """Return the token with which the chat template ends an answer, or None if there is none."""
+    answer = {"role": "assistant", "content": "probe answer"}
+    try:
+        tail = render_text(tokenizer, [PROBE[0], answer]).rpartition(answer["content"])
+    except ValueError:
+        return None
+    tokens = [str(token) for token in tokenizer.added_tokens_decoder.values() if str(token) in tail[2]]
+    return min(tokens, key=tail[2].find, default=None) if tail[1] else None
+
+
 def load_tokenizer(model_id: str, trust: bool = False):
-    """Return the base model's own tokenizer; a base without a chat template is a UserError."""
+    """Return the base model's own tokenizer, whose eos_token is the one that ends the answers of its chat template.
+
+    Bases have the template of their chat models and another eos_token, which would never be written.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -2136,6 +2285,12 @@ def load_tokenizer(model_id: str, trust: bool = False):
         raise UserError(f"--model_id {model_id}: its tokenizer cannot be loaded: {reason}") from None
     if not tokenizer.chat_template:
         raise UserError(f"--model_id {model_id}: has no chat template; use a chat model such as {MODEL_ID}")
+    end = find_end_token(tokenizer)
+    if end is None:
+        raise UserError(f"--model_id {model_id}: its chat template does not end an answer with a token of its own, so "
+                        f"the model could not stop; use a chat model such as {MODEL_ID}")
+    if end != tokenizer.eos_token:
+        tokenizer.eos_token = end
     return tokenizer
 
 
@@ -2427,8 +2582,14 @@ def autocast(model):
     return torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32)
 
 
-def generate_tokens(model, prompts: list[list[int]], stop: int, max_new_tokens: int) -> list[list[int]]:
-    """Return the greedy answers to prompts, as tokens without the stop token.
+def find_stop_tokens(model, tokenizer) -> list[int]:
+    """Return the tokens at which servers end an answer: the tokenizer's, and those of generation_config.json."""
+    others = model.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *(others if isinstance(others, list) else [others])} - {None})
+
+
+def generate_tokens(model, prompts: list[list[int]], stops: list[int], max_new_tokens: int) -> list[list[int]]:
+    """Return the greedy answers to prompts, as tokens without the one of `stops` that ended them.
 
     What all prompts have in common is computed once and held once; the rest of each is padded on the left. A row that
     is done leaves the batch.
@@ -2455,8 +2616,8 @@ def generate_tokens(model, prompts: list[list[int]], stop: int, max_new_tokens: 
                        prefix_cache=prefix if shared else None, logits_to_keep=1).logits
         tokens = logits[:, -1].argmax(dim=-1)
         for row, token in zip(open_rows.tolist(), tokens.tolist()):
-            answers[row] += [token] if token != stop else []
-        going = (tokens != stop).nonzero()[:, 0]
+            answers[row] += [token] if token not in stops else []
+        going = (~torch.isin(tokens, torch.tensor(stops, device=tokens.device))).nonzero()[:, 0]
         if not len(going):
             break
         if len(going) < len(tokens):
@@ -2473,14 +2634,14 @@ def generate_answers(model, tokenizer, sequences: list[Sequence], args: argparse
     import torch
     from rich.progress import track
 
-    size, eos, answers = args.eval_batch_size, tokenizer.eos_token, {}
+    size, stops, answers = args.eval_batch_size, find_stop_tokens(model, tokenizer), {}
     ordered = [sequence for sequence, _ in to_tree(sequences)]  # neighbours share the most
     model.eval()
     batches = [ordered[i : i + size] for i in range(0, len(ordered), size)]
     for batch in track(batches, f"answers of {name}", transient=True, disable=not sys.stdout.isatty()):
         prompts = [list(sequence.input_ids[: sequence.prompt_length]) for sequence in batch]
         with torch.inference_mode(), autocast(model):
-            tokens = generate_tokens(model, prompts, tokenizer.convert_tokens_to_ids(eos), args.max_new_tokens)
+            tokens = generate_tokens(model, prompts, stops, args.max_new_tokens)
         answers |= {id(sequence): tokenizer.decode(answer) for sequence, answer in zip(batch, tokens)}
     return [answers[id(sequence)] for sequence in sequences]
 
@@ -2828,6 +2989,7 @@ def to_sft_config(args: argparse.Namespace, plan: Plan, evaluate: bool):
         load_best_model_at_end=bool(args.metric_for_best), metric_for_best_model=args.metric_for_best,
         greater_is_better=args.metric_for_best == "exact_match", dataloader_pin_memory=cuda, use_cpu=not cuda,
         logging_nan_inf_filter=False,  # it hides what StreamTrainer looks for
+        router_aux_loss_coef=0.0,  # routers of experts are not trained, and the loss is that of the answers alone
         restore_callback_states_from_checkpoint=True, max_length=None, remove_unused_columns=False,
         ddp_find_unused_parameters=False, ddp_broadcast_buffers=False, accelerator_config={"even_batches": False},
         dataset_kwargs={"skip_prepare_dataset": True})
@@ -3120,9 +3282,9 @@ class Verdict(NamedTuple):
     got: tuple[str, ...]
 
 
-def read_calls(text: str) -> list[dict]:
+def read_calls(text: str, parser: str = "hermes") -> list[dict]:
     """Return the calls in an answer; ValueError if one of them is nothing that a server could run."""
-    calls = parse_calls(text)
+    calls = parse_calls(text, parser)
     if not all(isinstance(call, dict) and isinstance(call.get("name"), str) and isinstance(call.get("arguments"), dict)
                for call in calls):
         raise ValueError('a call must be {"name": "...", "arguments": {...}}')
@@ -3184,12 +3346,12 @@ def can_pair(got: list, expected: list, fits) -> bool:
     return len(got) == len(expected) and all(place(item, set()) for item in got)
 
 
-def score_answer(got: str, expected: str, tools: list[dict]) -> Verdict:
+def score_answer(got: str, expected: str, tools: list[dict], parser: str = "hermes") -> Verdict:
     """Compare an answer with the expected one, exactly and by BFCL's rules; without tools only the text counts."""
-    wanted = read_calls(expected)
+    wanted = read_calls(expected, parser)
     wanted_names = tuple(call["name"] for call in wanted)
     try:
-        calls = read_calls(got)
+        calls = read_calls(got, parser)
     except (ValueError, RecursionError):  # a model that repeats itself can open a thousand brackets
         return Verdict(False, False, True, wanted_names, ())
     if tools:
@@ -3348,13 +3510,17 @@ def count_parameters(config, rank: int, trust: bool = False, targets=TARGET_MODU
     skeleton = build_skeleton(config, trust)
     layers = {name: module for name, module in skeleton.named_modules()
               if isinstance(module, torch.nn.Linear) and not name.startswith("lm_head")}
-    names = {name.rsplit(".", 1)[-1] for name in layers}
+    experts = [(name, *weight.shape[1:], weight.shape[0]) for name, weight in skeleton.named_parameters()
+               if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]
+    names = {name.rsplit(".", 1)[-1] for name in layers} | ({"gate_proj", "up_proj", "down_proj"} if experts else set())
     if missing := sorted({*targets} - names):
         raise UserError(f"--target_modules {' '.join(missing)}: no linear layer of the model is named so; "
                         f"expected some of {', '.join(sorted(names))}")
     linear = sum(layer.weight.numel() for layer in layers.values())
     adapter = sum(rank * (layer.in_features + layer.out_features) for name, layer in layers.items()
                   if name.rsplit(".", 1)[-1] in targets)
+    for name, rows, columns, count in experts:  # gate and up are one weight, and their adapter has twice the rank
+        adapter += count * rank * (1 + name.endswith("gate_up_proj")) * (rows + columns)
     return {"linear": linear, "other": sum(weight.numel() for weight in skeleton.parameters()) - linear,
             "adapter": adapter}
 
@@ -3453,8 +3619,10 @@ def save_whole(args: argparse.Namespace, model) -> Path:
     folder = partial_folder(args.final_model_dir)
     shutil.rmtree(folder, ignore_errors=True)
     model.config.use_cache = True  # off during training only
+    tokenizer = load_tokenizer(args.model_id, args.trust_remote_code)
+    model.generation_config.eos_token_id = find_stop_tokens(model, tokenizer)
     model.save_pretrained(folder)
-    load_tokenizer(args.model_id, args.trust_remote_code).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     write_run(args, folder)
     return folder
 
@@ -3842,26 +4010,20 @@ def to_vllm_command(config, model: str, thinks: bool) -> str:
 # ---------------------------------------------------------------------------------------------------------------
 def score_results(sequences: list[Sequence], results: dict) -> tuple[dict, dict]:
     """Return ({model: scores}, {model: verdicts}) of the answers of each model."""
-    verdicts = {name: [score_answer(answer, sequence.answer, sequence.tools)
+    verdicts = {name: [score_answer(answer, sequence.answer, sequence.tools, sequence.parser)
                        for answer, sequence in zip(result["answers"], sequences)] for name, result in results.items()}
     return {name: count_scores(of_model) for name, of_model in verdicts.items()}, verdicts
 
 
-def read_request(tokenizer, sequence: Sequence) -> str:
-    """Return what the user said last in the prompt of a sequence."""
-    prompt = tokenizer.decode(sequence.input_ids[: sequence.prompt_length])
-    return prompt.rsplit("<|im_start|>user\n", 1)[-1].split("<|im_end|>")[0]
-
-
-def show_answers(tokenizer, sequences: list[Sequence], answers: dict[str, list[str]]) -> None:
+def show_answers(sequences: list[Sequence], answers: dict[str, list[str]]) -> None:
     """Print request, expected answer, and the answer of the first and of the last model."""
     first, *_, last = answers if len(answers) > 1 else ["", *answers]
     for index, sequence in enumerate(sequences):
-        print(f"\n{sequence.where}  {read_request(tokenizer, sequence)}")
+        print(f"\n{sequence.where}  {sequence.request}")
         print(f"  {'expected':<9}{' '.join(sequence.answer.split())[:200]}")
         for label, name in (("before", first), ("after", last)):
             if name:
-                exact = score_answer(answers[name][index], sequence.answer, sequence.tools).exact
+                exact = score_answer(answers[name][index], sequence.answer, sequence.tools, sequence.parser).exact
                 print(f"  {label:<9}{' '.join(answers[name][index].split())[:200]} {'✓' if exact else '✗'}")
     print()
 
@@ -3875,7 +4037,7 @@ def show_scores(scores: dict) -> None:
                 f"{score['call_precision']:>18.1%}{score['call_recall']:>8.1%}{score['broken_json']:>8}{score['n']:>7}")
 
 
-def to_report(args, command, tokenizer, sequences, results, scores, verdicts, data, lengths, train) -> dict:
+def to_report(args, command, sequences, results, scores, verdicts, data, lengths, train) -> dict:
     """Return all that is known of the run as one dict, with what report.json promises."""
     import numpy as np
     import torch
@@ -3886,7 +4048,7 @@ def to_report(args, command, tokenizer, sequences, results, scores, verdicts, da
                 "exact": shares[name][tool]["exact"]} for name in shares}} for tool, row in shares[last].items()}
     labels, counts = count_confusion(verdicts[last])
     before, got = results[next(iter(results))]["answers"], results[last]["answers"]
-    failures = [{"where": sequence.where, "request": read_request(tokenizer, sequence), "expected": sequence.answer,
+    failures = [{"where": sequence.where, "request": sequence.request, "expected": sequence.answer,
                  "got": got[index], "before": before[index]}
                 for index, sequence in enumerate(sequences) if not verdicts[last][index].exact]
     data = {"path": " ".join(args.dataset_path), "rows": data["train"] + data["held_out"], **data}
@@ -4254,7 +4416,7 @@ EAGER_MEMORY, RECORDED_MEMORY = (0.11, 0.7), (0.27, 1.25)
 class Characters:
     """Stands in for a tokenizer that cannot be had: each character is a token, in a plain form of Qwen3's template."""
 
-    eos_token = "<|im_end|>"
+    eos_token, name_or_path, chat_template, added_tokens_decoder = "<|im_end|>", "", "", {}
 
     def __call__(self, texts: list[str], **options) -> dict:
         return {"input_ids": [[ord(character) for character in text] for text in texts]}
@@ -4490,7 +4652,9 @@ def audit_data(examples: list[Example], problems: list[tuple[str, str]], total: 
 
 def audit_run(args: argparse.Namespace, train: list[Sequence], config) -> dict:
     """Return plan, tokens of an epoch and files of a run on CUDA; with a config also its memory and disk."""
-    plan = plan_streams(train, args, "transformers" if args.engine == "transformers" else "unsloth")
+    engine = "transformers" if args.engine == "transformers" else "unsloth"
+    share = args.share_prefix and (config is None or can_share(engine, config))
+    plan = plan_streams(train, argparse.Namespace(**{**vars(args), "share_prefix": share}), engine)
     facts = audit_plan(train, args, plan)
     audit = {"epoch": audit_epoch(train, args, plan), "plan": facts, "files": list_writes(args, facts["checkpoints"])}
     if config is None:
@@ -4671,18 +4835,20 @@ def refuse_nothing(args: argparse.Namespace, train: list[Sequence]) -> None:
         raise UserError(f"{paths}: no row is left to train on; lower --train_test_split or add rows")
 
 
-def render_all(args: argparse.Namespace, tokenizer, examples: list[Example],
-               held_out: list[Example] = []) -> tuple[list[Sequence], list[Sequence]]:
+def render_all(args: argparse.Namespace, tokenizer, examples: list[Example], held_out: list[Example] = [],
+               date: str | None = None) -> tuple[list[Sequence], list[Sequence]]:
     """Return the training and held-out sequences of the valid examples, split here if none are held out yet."""
     start = time.perf_counter()
     both = [*examples, *held_out]
-    groups, problems = render_examples(tokenizer, both, args.max_seq_length)
+    groups, problems = render_examples(tokenizer, both, args.max_seq_length, date)
     report_problems(problems, args.on_invalid, len(both))
     train, test = to_sides(args, examples, held_out, groups)
     refuse_nothing(args, train)
     tokens = [len(sequence.input_ids) for sequence in train]
     say("render", f"{len(train):,} training and {len(test):,} held-out sequences of {sum(tokens) // len(tokens):,} "
                   f"tokens on average, {max(tokens):,} at most ({time.perf_counter() - start:.1f} s)")
+    if date:
+        say("", f"the chat template writes the date into prompts: {date}, the day this run began, also when resumed")
     return train, test
 
 
@@ -4703,7 +4869,8 @@ def show_plan(train: list[Sequence], args: argparse.Namespace, plan: Plan) -> No
                 f"({padded / computed:.1f} times fewer)")
 
 
-def start_output(args: argparse.Namespace, checkpoint: str | None, train: list[Sequence], plan: Plan) -> None:
+def start_output(args: argparse.Namespace, checkpoint: str | None, train: list[Sequence], plan: Plan,
+                 date: str | None = None) -> None:
     """Mark the output folder as this run's, and remove what is not of it: checkpoints and unfinished folders.
 
     Of the checkpoints there, only the one to go on from stays, and those before it.
@@ -4717,7 +4884,8 @@ def start_output(args: argparse.Namespace, checkpoint: str | None, train: list[S
             remove_folder(old)
     for leftover in (*output.glob(".*.partial"), *output.glob(".*.old")):
         shutil.rmtree(leftover, ignore_errors=True)
-    write_run(args, output, training_rows=hash_rows(train), rows_per_step=plan.rows_per_step)
+    write_run(args, output, training_rows=hash_rows(train), rows_per_step=plan.rows_per_step,
+              **({"prompt_date": date} if date else {}))
 
 
 def leave_group() -> bool:
@@ -4843,14 +5011,14 @@ def evaluate_only(args: argparse.Namespace, command: str) -> dict:
     folder = str(Path(args.output_dir) / "eval_only")  # beside a training run's report, not in its place
     write_run(args, folder)
     args.output_dir = folder
-    return finish(args, command, tokenizer, sequences, results, *score_results(sequences, results), data, [])
+    return finish(args, command, sequences, results, *score_results(sequences, results), data, [])
 
 
-def finish(args: argparse.Namespace, command: str, tokenizer, sequences: list[Sequence], results: dict, scores: dict,
+def finish(args: argparse.Namespace, command: str, sequences: list[Sequence], results: dict, scores: dict,
            verdicts: dict, data: dict, lengths: list[int], train: dict | None = None) -> dict:
     """Show the scores and three answers; write and return the report."""
-    report = to_report(args, command, tokenizer, sequences, results, scores, verdicts, data, lengths, train)
-    show_answers(tokenizer, sequences[:SHOWN_ROWS], {name: result["answers"] for name, result in results.items()})
+    report = to_report(args, command, sequences, results, scores, verdicts, data, lengths, train)
+    show_answers(sequences[:SHOWN_ROWS], {name: result["answers"] for name, result in results.items()})
     show_scores(scores)
     report = write_report(args.output_dir, report)
     say("report", f"{Path(args.output_dir) / 'report.html'}")
@@ -4916,13 +5084,16 @@ def main(argv: list[str] | None = None) -> dict | None:
     engine = start_engine(args)
     check_report_to(args.report_to)
     config = check_model(args.model_id, trust=args.trust_remote_code)
+    check_dropout(args, config)
     merge_base = check_merge_base(args, config)
     check_same_shape(config, merge_base, args.trust_remote_code) if merge_base != args.model_id else None
     tokenizer = load_tokenizer(args.model_id, args.trust_remote_code)
     check_gguf(args, gguf[0], config, tokenizer) if args.save_gguf else None
-    train, held_out = render_all(args, tokenizer, examples, held_out)
+    date = former.get("prompt_date") or find_date(tokenizer)  # a resumed run has the prompts that it began with
+    train, held_out = render_all(args, tokenizer, examples, held_out, date)
     show_rows(tokenizer, [*train, *held_out] if shown else train, shown)
     args.share_prefix = args.share_prefix and former.get("share_prefix", True)  # a run that did without goes on without
+    args.share_prefix = args.share_prefix and can_share(engine, config)
     check_resume(args, checkpoint, former, train)
     check_disk(args, config, count_checkpoints(args, train, checkpoint))
     plan = plan_streams(train, args, engine)
@@ -4936,7 +5107,7 @@ def main(argv: list[str] | None = None) -> dict | None:
         args.share_prefix = False
         plan = plan_streams(train, args, engine)
         trainer = build_trainer(args, engine, model, tokenizer, train, held_out, plan)
-    start_output(args, checkpoint, train, plan)
+    start_output(args, checkpoint, train, plan, date)
     complete = checkpoint is not None and is_complete(args, checkpoint, train)
     facts = train_model(trainer, checkpoint, train, plan.rows_per_step, complete)
     facts["tokens_padded"] = count_padded(args, train, plan, facts)
@@ -4967,7 +5138,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     used = len({sequence.where for sequence in (*train, *held_out)})
     data = {"train": len(train), "held_out": len(held_out), "skipped": rows - used}
     lengths = [len(row.input_ids) for row in train]
-    report = finish(args, command, tokenizer, tested, results, scores, verdicts, data, lengths, facts)
+    report = finish(args, command, tested, results, scores, verdicts, data, lengths, facts)
     hand_over(args, config, tokenizer, adapter, report, thinks, gguf)
     return report
 

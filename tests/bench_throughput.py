@@ -175,7 +175,7 @@ def time_answers(options, rows: int = 150, tokens: int = 64) -> None:
         start = time.perf_counter()
         with torch.inference_mode(), script.autocast(model):
             for i in range(0, rows, args.eval_batch_size):
-                script.generate_tokens(model, prompts[i : i + args.eval_batch_size], -1, tokens)
+                script.generate_tokens(model, prompts[i : i + args.eval_batch_size], [-1], tokens)
         print(f"{rows} answers of {tokens} tokens, {4 if four_bit else 16}-bit: {time.perf_counter() - start:.1f} s")
 
 

@@ -55,13 +55,13 @@ def test_a_batch_answers_as_each_prompt_alone(model, tokenizer, sequences, monke
     alone = [write_alone(model, tokenizer, prompt, 40) for prompt in prompts]
     assert len({len(answer) for answer in alone}) > 1  # rows leave the batch at different steps
     with torch.inference_mode():
-        assert script.generate_tokens(model, prompts, stop, 40) == alone
-        assert script.generate_tokens(model, prompts[::-1], stop, 40) == alone[::-1]
-        assert script.generate_tokens(model, prompts[:1], stop, 40) == alone[:1]  # one prompt shares all but its end
+        assert script.generate_tokens(model, prompts, [stop], 40) == alone
+        assert script.generate_tokens(model, prompts[::-1], [stop], 40) == alone[::-1]
+        assert script.generate_tokens(model, prompts[:1], [stop], 40) == alone[:1]  # one prompt shares all but its end
         monkeypatch.setattr(script, "HELD_SCORES", 1)  # one row at a time
-        assert script.generate_tokens(model, prompts, stop, 40) == alone
+        assert script.generate_tokens(model, prompts, [stop], 40) == alone
         strangers = [prompts[0], prompts[1][300:], prompts[2][5:]]  # nothing in common: no prefix, much padding
-        assert script.generate_tokens(model, strangers, stop, 12) == [
+        assert script.generate_tokens(model, strangers, [stop], 12) == [
             write_alone(model, tokenizer, prompt, 12) for prompt in strangers]
 
 

@@ -112,11 +112,11 @@ def test_a_sequence_over_the_limit_is_a_problem_and_is_not_cut(tokenizer):
     assert len(groups[0]) == 1 and groups[1] == []
 
 
-def test_a_template_that_loses_the_calls_is_a_problem(tokenizer):
+def test_a_template_that_loses_the_calls_ends_the_run(tokenizer):
     class Lossy:
         """A tokenizer whose template ignores tool calls."""
 
-        eos_token = tokenizer.eos_token
+        eos_token, name_or_path = tokenizer.eos_token, "lossy"
 
         def __call__(self, *args, **kwargs):
             return tokenizer(*args, **kwargs)
@@ -126,9 +126,11 @@ def test_a_template_that_loses_the_calls_is_a_problem(tokenizer):
             return tokenizer.apply_chat_template(bare, **kwargs)
 
     examples = [script.Example("x:1", CONVERSATIONS["one call"], [WEATHER])]
-    groups, problems = script.render_examples(Lossy(), examples, 4096)
-    assert groups == [[]]
-    assert problems == [("x:1", 'message 2: its calls do not survive rendering and parsing: "<|im_end|>"')]
+    with pytest.raises(script.UserError) as error:
+        script.render_examples(Lossy(), examples, 4096)
+    assert str(error.value) == (
+        "lossy: the chat template writes calls in a way that cannot be read back: its calls do not survive rendering "
+        'and parsing: ""; expected that of a model whose calls vLLM\'s parser hermes or llama3_json reads')
 
 
 @pytest.mark.parametrize("text, expected", [

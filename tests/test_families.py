@@ -1,0 +1,341 @@
+"""Other families of chat models: each renders, shares and scores through its own template and architecture."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ALARM, TINY, WEATHER, native, run_script, write_jsonl
+from test_render import ASK, CONVERSATIONS, calls, says, supervised
+
+import train_qwen3_tool_calling as script
+
+trl = pytest.importorskip("trl")
+SHAPE = dict(vocab_size=4352, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=4096)
+LLAMA_TOKENS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>",
+                "<|python_tag|>", "<|reserved_special_token_0|>"]
+FAMILIES = {  # name: (template of TRL, configuration, end of an answer, what the serving prompt ends with)
+    "qwen2.5": ("qwen2_5", "Qwen2Config", {}, "<|im_end|>", "<|im_start|>assistant\n"),
+    "qwen3-2507": ("qwen3_instruct_2507", "Qwen3Config", {"head_dim": 16}, "<|im_end|>", "<|im_start|>assistant\n"),
+    "qwen3-moe": ("qwen3", "Qwen3MoeConfig",
+                  {"head_dim": 16, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2},
+                  "<|im_end|>", "<|im_start|>assistant\n<think>\n\n</think>\n\n"),
+    "llama3.2": ("llama3_2", "LlamaConfig", {}, "<|eot_id|>", "<|start_header_id|>assistant<|end_header_id|>\n\n"),
+}
+
+
+def make_tokenizer(name: str):
+    """Return the embedded base's tokenizer with the special tokens and the template of a family."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    template, _, _, end, _ = FAMILIES[name]
+    if name == "llama3.2":
+        tokenizer.add_special_tokens({"bos_token": LLAMA_TOKENS[0], "additional_special_tokens": LLAMA_TOKENS[1:]})
+        tokenizer.pad_token = None  # as in Meta's own
+    tokenizer.eos_token = end
+    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / f"{template}.jinja").read_text()
+    return tokenizer
+
+
+def make_model(name: str, folder: Path) -> Path:
+    """Save a small random model of a family with its tokenizer, and return its folder."""
+    import transformers
+
+    _, config, more, _, _ = FAMILIES[name]
+    tokenizer, config = make_tokenizer(name), getattr(transformers, config)(**SHAPE, **more)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():  # far from uniform: greedy answers are no toss-up
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(
+        ["<|eot_id|>", "<|eom_id|>"] if name == "llama3.2" else ["<|im_end|>", "<|endoftext|>"])
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tmp_path_factory) -> tuple[str, Path]:
+    """(name, folder of a small random model) of each family."""
+    return request.param, make_model(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def render(tokenizer, messages: list[dict], tools=(WEATHER, ALARM), date=None) -> tuple[list, list]:
+    return script.render_examples(tokenizer, [script.Example("x:1", messages, list(tools))], 4096, date)
+
+
+def is_rendered(name: str, messages: list[dict]) -> bool:
+    """Say whether the family's template has a place for all that the messages hold."""
+    several = any(len(m.get("tool_calls", [])) > 1 or m.get("tool_calls") and m["content"] for m in messages)
+    return not (name == "llama3.2" and several) and (
+        name == "qwen3-moe" or not any("reasoning_content" in m for m in messages))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_turn_is_trained_as_served(name):
+    tokenizer, count = make_tokenizer(name), 0
+    for messages in CONVERSATIONS.values():
+        (sequences,), problems = render(tokenizer, messages)
+        assert bool(problems) != is_rendered(name, messages)
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        for turn, sequence in zip(turns, sequences):
+            thinks = "reasoning_content" in messages[turn]
+            served = tokenizer.apply_chat_template(
+                messages[:turn], tools=[WEATHER, ALARM], add_generation_prompt=True, tokenize=True, return_dict=False,
+                enable_thinking=thinks)
+            assert sequence.input_ids[: sequence.prompt_length] == served
+            assert thinks or tokenizer.decode(served).endswith(FAMILIES[name][4])
+            answer, end = supervised(tokenizer, sequence), FAMILIES[name][3]
+            assert answer == sequence.answer + end and end not in sequence.answer
+            assert script.read_calls(sequence.answer, sequence.parser) == [
+                call["function"] for call in messages[turn].get("tool_calls", [])]
+            assert sequence.request == [m["content"] for m in messages[:turn] if m["role"] == "user"][-1]
+            count += 1
+    assert count == {"llama3.2": 12, "qwen3-moe": 20}.get(name, 17)
+
+
+def test_llama_writes_calls_as_its_template_does():
+    tokenizer = make_tokenizer("llama3.2")
+    (sequences,), _ = render(tokenizer, CONVERSATIONS["tool reply"], date="2024-07-26")
+    assert [supervised(tokenizer, sequence) for sequence in sequences] == [
+        '{"name": "get_weather", "parameters": {"city": "Rome"}}<|eot_id|>', "Yes.<|eot_id|>"]
+    prompt = tokenizer.decode(sequences[1].input_ids[: sequences[1].prompt_length])
+    assert prompt.startswith("<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nEnvironment: ipython\n"
+                             "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n<|eot_id|>")
+    assert "<|start_header_id|>ipython<|end_header_id|>\n\n" in prompt  # the tool's reply
+    assert script.find_date(tokenizer) == time.strftime("%Y-%m-%d")
+    assert script.find_date(make_tokenizer("qwen2.5")) is None
+
+
+@pytest.mark.parametrize("name, messages, problem", [
+    ("llama3.2", CONVERSATIONS["two replies"],
+     "message 2: the chat template refuses it: This model only supports single tool-calls at once!"),
+    ("llama3.2", CONVERSATIONS["content beside a call"],
+     "message 2: the chat template leaves out its content; remove it, or choose another model"),
+    ("qwen3-2507", CONVERSATIONS["thinking after a reply"],
+     "message 2: the chat template leaves out its reasoning_content; remove it, or choose another model"),
+    ("llama3.2", [{"role": "user", "content": "hi <|reserved_special_token_0|>"}, says("y")],
+     "message 1: holds the control token <|reserved_special_token_0|>, which would forge a turn; remove it"),
+    ("llama3.2", [ASK, says('{"name": "get_weather", "parameters": {"city": "Rome"}}')],  # served, this would be a call
+     'message 2: its calls do not survive rendering and parsing: "{\\"name\\": \\"get_weather\\", '
+     '\\"parameters\\": {\\"city\\": \\"Rome\\"}}"'),
+])
+def test_what_a_template_has_no_place_for_is_a_problem(name, messages, problem):
+    assert render(make_tokenizer(name), messages) == ([[]], [("x:1", problem)])
+
+
+def test_a_template_that_cannot_do_what_the_rows_need_ends_the_run():
+    tokenizer = make_tokenizer("qwen2.5")
+    tokenizer.name_or_path, whole = "some/model", tokenizer.chat_template
+    expected = "; expected that of a model whose calls vLLM's parser hermes or llama3_json reads"
+
+    def refusal(template: str, messages: list[dict]) -> str:
+        tokenizer.chat_template = template
+        with pytest.raises(script.UserError) as error:
+            render(tokenizer, messages)
+        return str(error.value).removeprefix("some/model: the chat template ").removesuffix(expected)
+
+    plain = (Path(trl.__file__).parent / "chat_templates" / "phi3.jinja").read_text()
+    assert refusal(plain, CONVERSATIONS["one call"]) == "leaves out the tools"
+    mute = whole.replace('message.role == "tool"', 'message.role == "none"')
+    assert refusal(mute, CONVERSATIONS["tool reply"]) == "leaves out the replies of tools"
+    other = whole.replace("'\\n<tool_call>\\n{", "'\\n<function>\\n{")
+    assert refusal(other, CONVERSATIONS["one call"]).startswith(
+        "writes calls in a way that cannot be read back: its calls do not survive rendering and parsing")
+    assert refusal("{{ raise_exception('no ' ~ 'tools') if tools }}" + whole, CONVERSATIONS["one call"]) == (
+        "refuses it: no tools")
+    # What the rows do not use is not asked for.
+    tokenizer.chat_template = mute + "{{ raise_exception('no') if messages[-1].role == 'tool' }}"
+    assert render(tokenizer, CONVERSATIONS["one call"])[1] == []
+    tokenizer.chat_template = plain.replace("<|end|>", "<|im_end|>")
+    assert render(tokenizer, [ASK, says("Yes.")], tools=[])[1] == []
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("hello", []), ("", []), ('{"sentiment": "good"}', []), ('{"name": "Bob"}', []), ("{a, b} is a set", []),
+    ("[1]", []),
+    ('{"name": "f", "parameters": {"a": "}"}}', [{"name": "f", "arguments": {"a": "}"}}]),
+    ('<|python_tag|>{"name": "f", "arguments": {}}\n', [{"name": "f", "arguments": {}}]),
+    ('{"name": "f", "parameters": {}}; {"name": "g", "parameters": {}}',
+     [{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}]),
+    ('{"name": "f", "parameters": {', None), ('{"name": "f", "parameters": {}} and more', None),
+])
+def test_llama_calls_are_parsed_as_servers_do(text, expected):
+    if expected is not None:
+        assert script.parse_calls(text, "llama3_json") == expected
+        return
+    with pytest.raises(ValueError):
+        script.parse_calls(text, "llama3_json")
+
+
+def test_llama_answers_are_scored_by_their_calls():
+    def score(got):
+        return script.score_answer(got, '{"name": "get_weather", "parameters": {"city": "Rome", "days": 2}}',
+                                   [WEATHER], "llama3_json")[:3]
+
+    assert score('{"parameters": {"days": 2, "city": "Rome"}, "name": "get_weather"}') == (True, True, False)
+    assert score('{"name": "get_weather", "parameters": {"city": "rome", "days": 2}}') == (False, True, False)
+    assert score('{"name": "get_weather", "parameters": "Rome"}') == (False, False, True)
+    assert score('<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome", "days": 2}}\n</tool_call>') == (
+        False, False, False)  # a server with Llama's parser makes no call of it
+    assert script.score_answer("Rome", "Rome", [], "llama3_json")[:3] == (True, True, False)
+
+
+def test_a_base_ends_its_answers_as_its_template_does(tmp_path):
+    """Qwen's bases have <|endoftext|> as eos_token, at which their chat template never ends an answer."""
+    tokenizer = make_tokenizer("qwen2.5")
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(tmp_path)
+    assert script.load_tokenizer(str(tmp_path)).eos_token == "<|im_end|>"
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(script.UserError, match="does not end an answer with a token of its own"):
+        script.load_tokenizer(str(tmp_path))
+
+
+def to_sequences(tokenizer) -> list[script.Sequence]:
+    """Return eight short turns of six conversations that every family renders."""
+    rows = [[{"role": "user", "content": f"rain in {city}?"}, calls(city)] for city in ("Rome", "Oslo", "Lima", "Bonn")]
+    rows += [CONVERSATIONS["tool reply"], CONVERSATIONS["no call"], CONVERSATIONS["system"]]
+    groups, problems = script.render_examples(tokenizer, [script.Example(f"x:{i}", row, [WEATHER, ALARM])
+                                                          for i, row in enumerate(rows)], 4096)
+    assert problems == []
+    return [sequence for group in groups for sequence in group]
+
+
+def test_sharing_and_answers_are_exact_in_every_family(family):
+    name, folder = family
+    args = script.parse_args(["--model_id", str(folder), "--no-load_in_4bit", "--lora_rank", "4",
+                              "--max_new_tokens", "12"])
+    config = script.check_model(str(folder))
+    model = script.load_model(args, "transformers", plan=None)
+    trained = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
+    assert script.count_parameters(config, 4)["adapter"] == sum(trained.values())
+    assert any("mlp" in n for n in trained)  # experts, too
+    for n, parameter in model.named_parameters():
+        if "lora_B" in n:
+            torch.nn.init.normal_(parameter, std=0.1)
+    tokenizer = script.load_tokenizer(str(folder))
+    rows = to_sequences(tokenizer)
+    loss, gradient, limit = script.compare_sharing(model, rows, (), "transformers")
+    assert loss < 1e-5 and gradient < limit == 1e-4
+    assert script.count_tokens(rows) < 0.4 * sum(len(row.input_ids) for row in rows)
+
+    stops = script.find_stop_tokens(model, tokenizer)
+    assert tokenizer.eos_token_id in stops and len(stops) == 2
+    model.eval()
+    alone = []
+    for row in rows:
+        prompt = torch.tensor([row.input_ids[: row.prompt_length]])
+        written = model.generate(input_ids=prompt, max_new_tokens=12, do_sample=False, eos_token_id=stops,
+                                 pad_token_id=0, use_cache=True)[0, prompt.shape[1]:].tolist()
+        alone.append(tokenizer.decode([token for token in written if token not in stops]))
+    assert len({*alone}) > 1
+    assert script.generate_answers(model, tokenizer, rows, args, "adapter") == alone
+
+
+def test_a_mixture_of_experts_is_merged_with_its_experts(tmp_path):
+    from peft import PeftModel
+
+    folder, ids = make_model("qwen3-moe", tmp_path / "base"), torch.arange(30)[None]
+    args = script.parse_args(["--model_id", str(folder), "--no-load_in_4bit", "--output_dir", str(tmp_path / "out"),
+                              "--final_model_dir", str(tmp_path / "final"), "--max_steps", "2",
+                              "--learning_rate", "0.05",
+                              "--warmup_steps", "0", "--lora_rank", "4"])
+    script.check_dropout(args, script.check_model(str(folder)))
+    tokenizer = script.load_tokenizer(str(folder))
+    rows = to_sequences(tokenizer)
+    plan = script.plan_streams(rows, args, "transformers")
+    model = script.load_model(args, "transformers", plan)
+    trainer = script.build_trainer(args, "transformers", model, tokenizer, rows, [], plan)
+    assert script.train_model(trainer, None, rows, 8, complete=False)["steps"] == 2
+    changed = {name for name, weight in trainer.model.named_parameters() if "lora_B" in name and weight.any()}
+    assert any("experts" in name for name in changed) and any("q_proj" in name for name in changed)
+    adapter = script.save_adapter(trainer.model, args.output_dir)
+    with torch.no_grad():
+        expected, base = model.eval()(ids).logits, script.load_base(str(folder), False)(ids).logits
+        merged = script.read_back(script.merge_adapter(args, str(folder), adapter))
+        again = PeftModel.from_pretrained(script.load_base(str(folder), False), adapter).eval()
+        assert torch.equal(again(ids).logits, expected) and not torch.allclose(base, expected, atol=0.1)
+        torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    args.lora_dropout = 0.1
+    with pytest.raises(script.UserError, match="--lora_dropout 0.1: .* is a mixture of experts, whose adapters have"):
+        script.check_dropout(args, script.check_model(str(folder)))
+
+
+def test_only_models_whose_layers_take_trees_share_with_unsloth(capsys):
+    from transformers import LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+
+    assert [script.can_share("unsloth", config()) for config in (LlamaConfig, Qwen2Config, Qwen3Config)] == [True] * 3
+    assert script.can_share("transformers", Qwen3MoeConfig()) and capsys.readouterr().out == ""
+    assert not script.can_share("unsloth", Qwen3MoeConfig())
+    assert capsys.readouterr().out == ("plan     ordinary padded batches: with Unsloth, only llama, qwen2, qwen3 share "
+                                       "prefixes, and this is qwen3_moe; --engine transformers shares them, too\n")
+
+
+@pytest.mark.parametrize("config, more, layers", [
+    ("MistralConfig", {"sliding_window": 4096, "max_position_embeddings": 32768}, "sliding_attention"),
+    ("MistralConfig", {"sliding_window": None}, None),
+    ("Qwen2Config", {"use_sliding_window": True, "max_window_layers": 1}, "sliding_attention"),
+    ("Qwen3NextConfig", {}, "linear_attention"),
+])
+def test_a_model_whose_layers_forget_is_refused(tmp_path, config, more, layers):
+    import transformers
+
+    config = getattr(transformers, config)(**{**SHAPE, "num_hidden_layers": 4, **more})
+    config.architectures = ["ForCausalLM"]
+    config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    if layers is None:
+        return script.check_model(str(tmp_path))
+    with pytest.raises(script.UserError) as error:
+        script.check_model(str(tmp_path))
+    assert str(error.value) == (f"--model_id {tmp_path}: has layers of {layers}, which do not look back on all tokens; "
+                                "expected full attention in every layer")
+
+
+def test_llama_runs_from_rows_to_a_merged_model_and_resumes_on_another_day(tmp_path, monkeypatch, tools_path):
+    from transformers import AutoTokenizer
+
+    folder = make_model("llama3.2", tmp_path / "llama")
+    rows = [native(f"rain in {city} {day}?", ("get_weather", {"city": city}))
+            for city in ("Rome", "Oslo", "Lima", "Bonn") for day in ("today", "on Monday", "at all")]
+    write_jsonl(tmp_path / "rows.jsonl", [*rows, native("thanks", content="Bye."), native("ok", content="Bye.")])
+    arguments = ["--model_id", folder, "--dataset_path", tmp_path / "rows.jsonl", "--tools_path", tools_path,
+                 "--output_dir", tmp_path / "out", "--final_model_dir", tmp_path / "final", "--num_epochs", 1,
+                 "--no-load_in_4bit", "--max_new_tokens", 8, "--learning_rate", 0.01, "--warmup_steps", 0]
+    today = time.strftime("%Y-%m-%d")
+    result = run_script(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert f"         the chat template writes the date into prompts: {today}, the day this run began" in result.stdout
+    assert '▶{"name": "get_weather", "parameters": {"city": ' in result.stdout
+    check = next(line for line in result.stdout.splitlines() if line.startswith("check "))
+    assert check.startswith("check    sharing changes the loss of 8 rows by ") and ": rounding (" in check
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["failures"][0]["request"].startswith(("rain in ", "thanks", "ok"))
+    assert {score["n"] for score in report["scores"].values()} == {1}
+    assert json.loads((tmp_path / "final" / "generation_config.json").read_text())["eos_token_id"] == [4099, 4100]
+    final = AutoTokenizer.from_pretrained(tmp_path / "final")
+    assert final.convert_ids_to_tokens([4099, 4100]) == ["<|eot_id|>", "<|eom_id|>"]
+
+    class Reached(Exception):
+        """The check of a resumed run's rows is passed."""
+
+    def stop(*args):
+        raise Reached
+
+    strftime = time.strftime
+    monkeypatch.setattr(time, "strftime", lambda form, day=time.gmtime(1e10): strftime(form, day))  # the year 2286
+    monkeypatch.setattr(script, "check_disk", stop)
+    resumed = [*map(str, arguments), "--resume_from_checkpoint", "--engine", "transformers"]
+    with pytest.raises(Reached):
+        script.main(resumed)
+    run = tmp_path / "out" / "run.yaml"
+    run.write_text(run.read_text().replace("prompt_date", "forgotten"))
+    with pytest.raises(script.UserError, match="the training rows are not those of the run"):
+        script.main(resumed)
