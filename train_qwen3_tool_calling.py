@@ -148,10 +148,10 @@ def say(stage: str, text: str) -> None:
     print(f"{stage:<9}{hide_secrets(text)}", flush=True)
 
 
-def warn(text: str) -> None:
-    """Print one warning."""
+def warn(text: str, kind: str = "warning") -> None:
+    """Print one line on stderr."""
     if is_main():
-        print(f"warning: {hide_secrets(text)}", file=sys.stderr, flush=True)
+        print(f"{kind}: {hide_secrets(text)}", file=sys.stderr, flush=True)
 
 
 def raise_interrupted(number: int, frame) -> None:
@@ -1581,7 +1581,7 @@ def report_problems(problems: list[tuple[str, str]], on_invalid: str, total: int
     rows = len({where for where, _ in problems})
     if on_invalid == "skip":
         for where, problem in problems:
-            print(f"skipped: {where}: {problem}", file=sys.stderr)
+            warn(f"{where}: {problem}", "skipped")
         say("skip", f"{rows:,} of {total:,} {noun}, named above")
         return
     lines = [f"{where}: {problem}" for where, problem in problems[:SHOWN_PROBLEMS]]

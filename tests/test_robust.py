@@ -337,8 +337,11 @@ def test_secrets_are_written_nowhere(tmp_path, monkeypatch, capsys):
     script.write_run(args, tmp_path)
     script.write_report(str(tmp_path), {"args": vars(args), "command": "python x.py --run_name hf_abcdefghij"})
     script.say("read", "from https://me:hf_other@hub.example/x")
-    printed = capsys.readouterr().out
-    assert printed == "read     from https://hub.example/x\n"
+    script.warn("hf_abcdefghij in https://me:hf_other@hub.example/x")
+    script.report_problems([("x:1", "holds hf_abcdefghij")], "skip", 1)
+    assert capsys.readouterr() == (
+        "read     from https://hub.example/x\nskip     1 of 1 rows, named above\n",
+        "warning: $HF_TOKEN in https://hub.example/x\nskipped: x:1: holds $HF_TOKEN\n")
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["args"]["model_id"] == "https://hub.example/x" and report["args"]["run_name"] == "$HF_TOKEN, short"
     for name in ("run.yaml", "report.json", "report.html"):
