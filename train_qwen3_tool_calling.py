@@ -4597,16 +4597,16 @@ def run_command_line() -> int:
         if is_main():
             print(explain_interrupt(args, argv, stop.args[0], began), file=sys.stderr)
         return 128 + stop.args[0]
-    except MemoryError:
-        lines = ["out of memory; lower --batch_size or --max_seq_length"]
     except OSError as error:
         if not is_disk_full(error):
             raise
         lines = [f"{error.filename or 'output'}: the disk is full; free some space and run again"]
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, named so that torch need not be imported here
+    except (MemoryError, RuntimeError) as error:
+        kinds = {"MemoryError": "memory", "OutOfMemoryError": "GPU memory"}  # torch's by its name, without its import
+        if type(error).__name__ not in kinds:
             raise
-        lines = ["out of GPU memory; lower --batch_size or --max_seq_length, or choose a smaller --model_id"]
+        lines = [f"out of {kinds[type(error).__name__]}; lower --batch_size or --max_seq_length (while answers are "
+                 "written, --eval_batch_size), or choose a smaller --model_id"]
     for line in lines:
         print(f"error: {hide_secrets(line)}", file=sys.stderr)
     return code

@@ -157,6 +157,18 @@ def test_the_self_check_takes_fewer_rows_when_memory_is_short(tmp_path, tokenize
         script.check_sharing(args, trainer.model, TRAIN, plan, "transformers")
 
 
+@pytest.mark.parametrize("error, kind", [(MemoryError(), "memory"), (torch.OutOfMemoryError("x"), "GPU memory")])
+def test_memory_that_runs_out_elsewhere_is_one_line(monkeypatch, capsys, error, kind):
+    def run_out():
+        raise error
+
+    monkeypatch.setattr(script, "main", run_out)
+    assert script.run_command_line() == 1
+    assert capsys.readouterr().err == (
+        f"error: out of {kind}; lower --batch_size or --max_seq_length (while answers are written, --eval_batch_size), "
+        "or choose a smaller --model_id\n")
+
+
 def test_recorded_graphs_are_dropped_when_memory_runs_out():
     decoder = torch.nn.Linear(1, 1)
     decoder.graphs = {128: "a graph"}
