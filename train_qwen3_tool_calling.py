@@ -154,6 +154,11 @@ def warn(text: str, kind: str = "warning") -> None:
         print(f"{kind}: {hide_secrets(text)}", file=sys.stderr, flush=True)
 
 
+def plural(count: int, noun: str) -> str:
+    """Return `1 row` or `2,000 rows`."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def raise_interrupted(number: int, frame) -> None:
     """End whatever is going on, as the handler of a signal."""
     raise Interrupted(number)
@@ -1574,7 +1579,7 @@ def check_calls(messages: list[dict], validators: dict) -> list[str]:
     return problems
 
 
-def report_problems(problems: list[tuple[str, str]], on_invalid: str, total: int, noun: str = "rows") -> None:
+def report_problems(problems: list[tuple[str, str]], on_invalid: str, total: int, noun: str = "row") -> None:
     """Raise a UserError that lists the problems, or with on_invalid "skip" print every one as a warning."""
     if not problems:
         return
@@ -1582,12 +1587,13 @@ def report_problems(problems: list[tuple[str, str]], on_invalid: str, total: int
     if on_invalid == "skip":
         for where, problem in problems:
             warn(f"{where}: {problem}", "skipped")
-        say("skip", f"{rows:,} of {total:,} {noun}, named above")
+        say("skip", f"{rows:,} of {plural(total, noun)}, named above")
         return
     lines = [f"{where}: {problem}" for where, problem in problems[:SHOWN_PROBLEMS]]
     more = f", the first {SHOWN_PROBLEMS} above" if len(problems) > SHOWN_PROBLEMS else ""
-    advice = "; mend them, or leave them out with --on_invalid skip" if noun == "rows" else ""
-    raise UserError("\n".join([*lines, f"{len(problems):,} problems in {rows:,} of {total:,} {noun}{more}{advice}"]))
+    advice = "; mend them, or leave them out with --on_invalid skip" if noun == "row" else ""
+    count = f"{plural(len(problems), 'problem')} in {rows:,} of {plural(total, noun)}"
+    raise UserError("\n".join([*lines, count + more + advice]))
 
 
 def read_tools(path: str) -> tuple[list[dict], Counter]:
@@ -1602,7 +1608,7 @@ def read_tools(path: str) -> tuple[list[dict], Counter]:
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     located = [(pairs[int(re.match(r"tool (\d+)", problem)[1]) - 1][0], problem) for problem in problems]
-    report_problems(located, "error", len(tools), "tools")
+    report_problems(located, "error", len(tools), "tool")
     return tools, changes
 
 
@@ -2870,7 +2876,7 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
             self.held_out_batches = to_batches(held_out, self.streams) if held_out else []
             warn(f"out of GPU memory at step {self.state.global_step + 1:,} with a stream of {tokens:,} tokens: from "
                  f"here on each step is computed in {plan.accumulation * -(-plan.rows // size)} streams of at most "
-                 f"{size} row{'s' * (size > 1)}; the result is the same")
+                 f"{plural(size, 'row')}; the result is the same")
 
         def _get_grad_norm(self, model, grad_norm=None):
             norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -4138,8 +4144,7 @@ def show_data(audit: dict) -> None:
                 f"{rows['training']:,} for training, {rows['held_out']:,} held out")
     say("calls", f"{sum(audit['calls_per_tool'].values()):,} in {audit['turns']:,} trained turns; "
                  f"{audit['no_call_share']:.1%} of the rows without a call, {audit['parallel_share']:.1%} with "
-                 f"parallel calls; {audit['tools']['distinct']:,} tools in {audit['tools']['lists']:,} "
-                 f"list{'s' * (audit['tools']['lists'] != 1)}")
+                 f"parallel calls; {audit['tools']['distinct']:,} tools in {plural(audit['tools']['lists'], 'list')}")
     more = f", and {len(counts) - SHOWN_TOOLS} more tools" if len(counts) > SHOWN_TOOLS else ""
     if counts:
         say("", ", ".join(f"{name} {count:,}" for name, count in counts[:SHOWN_TOOLS]) + more)
@@ -4182,10 +4187,10 @@ def show_run(audit: dict) -> None:
                  "fewer than padded)")
     name, sizes = "stream" if plan["share_prefix"] else "padded batch", plan["stream_sizes"]
     span = f"{sizes['max']:,}" if sizes["min"] == sizes["max"] else f"{sizes['min']:,} to {sizes['max']:,}"
-    plural = "" if plan["streams_per_step"] == 1 else "s" if plan["share_prefix"] else "es"
+    ending = "" if plan["streams_per_step"] == 1 else "s" if plan["share_prefix"] else "es"
     say("plan", f"{plan['steps']:,} steps, {plan['steps_per_epoch']:,} an epoch, of {plan['rows_per_step']:,} rows in "
-                f"{plan['streams_per_step']:,} {name}{plural} of {span} {unit}")
-    saved = f"{len(plan['checkpoints']):,} checkpoint{'s' * (len(plan['checkpoints']) > 1)}"
+                f"{plan['streams_per_step']:,} {name}{ending} of {span} {unit}")
+    saved = plural(len(plan["checkpoints"]), "checkpoint")
     if "memory_gib" in audit:
         memory, disk = audit["memory_gib"], audit["disk_gb"]
         say("memory", f"about {memory['total']:.2f} GiB of GPU memory (an estimate): base {memory['base']:.2f}, "
@@ -4311,7 +4316,7 @@ def show_plan(train: list[Sequence], args: argparse.Namespace, plan: Plan) -> No
         say("plan", f"{len(step)} rows per step{devices} in {len(batches)} padded batches of about "
                     f"{padded // len(batches):,} tokens")
         return
-    say("plan", f"{len(step)} rows per step{devices} in {len(streams)} stream{'s' * (len(streams) > 1)} of about "
+    say("plan", f"{len(step)} rows per step{devices} in {plural(len(streams), 'stream')} of about "
                 f"{computed // len(streams):,} tokens instead of {len(batches)} batches of {padded // len(batches):,} "
                 f"({padded / computed:.1f} times fewer)")
 

@@ -190,7 +190,7 @@ def test_problems_are_listed_and_the_other_rows_audited(tmp_path):
 def test_without_a_valid_row_there_is_no_audit(tmp_path):
     found, result = audit(tmp_path, rows=[native("alarm", ("set_alarm", {}))])
     assert result.returncode == 1 and found is None and not (tmp_path / "out").exists()
-    assert result.stderr.splitlines()[-1].startswith("error: 1 problems in 1 of 1 rows;")
+    assert result.stderr.splitlines()[-1].startswith("error: 1 problem in 1 of 1 row;")
 
 
 def test_rows_that_are_too_long_are_named(tmp_path, dry):

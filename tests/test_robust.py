@@ -352,7 +352,7 @@ def test_secrets_are_written_nowhere(tmp_path, monkeypatch, capsys):
     script.warn("hf_abcdefghij in https://me:hf_other@hub.example/x")
     script.report_problems([("x:1", "holds hf_abcdefghij")], "skip", 1)
     assert capsys.readouterr() == (
-        "read     from https://hub.example/x\nskip     1 of 1 rows, named above\n",
+        "read     from https://hub.example/x\nskip     1 of 1 row, named above\n",
         "warning: $HF_TOKEN in https://hub.example/x\nskipped: x:1: holds $HF_TOKEN\n")
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["args"]["model_id"] == "https://hub.example/x" and report["args"]["run_name"] == "$HF_TOKEN, short"
