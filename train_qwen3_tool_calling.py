@@ -3623,11 +3623,6 @@ INVISIBLE = r"[\0-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u
 SCORE_NAMES = {"exact_match": "Exact match", "ast_match": "AST match", "tool_macro_f1": "Tool macro-F1",
                "call_precision": "Call precision", "call_recall": "Call recall", "broken_json": "Broken JSON"}
 
-SHOWN_CHARACTERS = 2000  # of any one text in the report; the rest is counted, not shown
-INVISIBLE = r"[\0-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ud800-\udfff\ufffe\uffff]"
-SCORE_NAMES = {"exact_match": "Exact match", "ast_match": "AST match", "tool_macro_f1": "Tool macro-F1",
-               "call_precision": "Call precision", "call_recall": "Call recall", "broken_json": "Broken JSON"}
-
 REPORT_TEMPLATE = """<!doctype html>
 {% macro section(title, note="") %}<section><div><h2>{{ title }}</h2><p class="note">{{ note }}</p></div>
 <div>{{ caller() }}</div></section>{% endmacro %}
