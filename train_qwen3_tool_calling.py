@@ -184,18 +184,24 @@ def partial_folder(final: str | Path) -> Path:
     return Path(final).with_name(f".{Path(final).name}.partial")
 
 
+def move_aside(folder: Path) -> Path:
+    """Return the hidden name that a folder, if it is there, now has: killed in between, its removal leaves no half."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    return old
+
+
 def put_in_place(final: str | Path, written: Path | None = None) -> None:
     """Give a finished folder (its partial one) its final name; what was there is removed only after that."""
-    final_folder, old = Path(final), Path(final).with_name(f".{Path(final).name}.old")
     written = written or partial_folder(final)
-    shutil.rmtree(old, ignore_errors=True)
     umask = os.umask(0)
     os.umask(umask)
     for file in written.glob("*.safetensors"):  # written for the owner alone
         file.chmod(0o666 & ~umask)
-    if final_folder.exists():
-        final_folder.rename(old)
-    written.rename(final_folder)
+    old = move_aside(Path(final))
+    written.rename(final)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -221,14 +227,6 @@ def discard_partial(final: str | Path):
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def remove_folder(folder: Path) -> None:
-    """Remove a folder; killed in between, this leaves nothing half-removed under its name."""
-    hidden = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(hidden, ignore_errors=True)
-    folder.rename(hidden)
-    shutil.rmtree(hidden, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -4327,7 +4325,7 @@ def start_output(args: argparse.Namespace, checkpoint: str | None, train: list[S
     resumed = checkpoint is not None and Path(checkpoint).resolve().parent == output.resolve()
     for old in list_checkpoints(output):
         if not resumed or int(old.name[11:]) > to_step(checkpoint):
-            remove_folder(old)
+            shutil.rmtree(move_aside(old), ignore_errors=True)
     for leftover in (*output.glob(".*.partial"), *output.glob(".*.old")):
         shutil.rmtree(leftover, ignore_errors=True)
     write_run(args, output, training_rows=hash_rows(train), rows_per_step=plan.rows_per_step)
