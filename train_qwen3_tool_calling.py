@@ -2064,26 +2064,6 @@ def check_report_to(name: str) -> None:
         raise UserError(f"--report_to {name}: not installed, or unknown to Transformers; here: {', '.join(known)}")
 
 
-def check_model(model_id: str, flag: str = "--model_id", trust: bool = False):
-    """Return the config of a causal language model; whatever is wrong with the id becomes one line that says so.
-
-    Here as in every load, Python code that comes with a model is run only with `trust`.
-    """
-    from transformers import AutoConfig
-
-    folder = Path(model_id).expanduser()
-    if folder.is_dir() and not list(folder.glob("*.safetensors")):
-        raise UserError(f"{flag} {model_id}: the folder holds no *.safetensors; give a folder saved by save_pretrained")
-    try:
-        config = AutoConfig.from_pretrained(model_id, trust_remote_code=trust)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{flag} {model_id}: {explain_hub_error(str(error), folder)}") from None
-    names = config.architectures or []
-    if not any(name.endswith("ForCausalLM") for name in names):
-        raise UserError(f"{flag} {model_id}: not a causal language model ({', '.join(names) or config.model_type})")
-    return config
-
-
 def explain_hub_error(message: str, folder: Path) -> str:
     """Return what a user can do about a model that could not be loaded."""
     text = message.lower()
@@ -2096,6 +2076,31 @@ def explain_hub_error(message: str, folder: Path) -> str:
     if "connect" in text or "offline" in text or "cached" in text or "resolve" in text:
         return "no such folder, not in the cache, and the Hub cannot be reached; check the network, or give a folder"
     return "no such folder and no such model on the Hub; check the spelling"
+
+
+def load_config(model_id: str, flag: str = "--model_id", trust: bool = False):
+    """Return the config of a model; whatever is wrong with the id becomes one line that says so.
+
+    Here as in every load, Python code that comes with a model is run only with `trust`.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model_id, trust_remote_code=trust)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{flag} {model_id}: {explain_hub_error(str(error), Path(model_id).expanduser())}") from None
+
+
+def check_model(model_id: str, flag: str = "--model_id", trust: bool = False):
+    """Return the config of a causal language model with weights; anything else is a UserError."""
+    folder = Path(model_id).expanduser()
+    if folder.is_dir() and not list(folder.glob("*.safetensors")):
+        raise UserError(f"{flag} {model_id}: the folder holds no *.safetensors; give a folder saved by save_pretrained")
+    config = load_config(model_id, flag, trust)
+    names = config.architectures or []
+    if not any(name.endswith("ForCausalLM") for name in names):
+        raise UserError(f"{flag} {model_id}: not a causal language model ({', '.join(names) or config.model_type})")
+    return config
 
 
 def load_tokenizer(model_id: str, trust: bool = False):
@@ -3887,22 +3892,16 @@ class Characters:
         return text + "<|im_start|>assistant\n" * add_generation_prompt
 
 
-def find_tokenizer(args: argparse.Namespace) -> tuple[object, str]:
-    """Return (tokenizer, ""), or what counts characters instead and why."""
+def find_model(args: argparse.Namespace) -> tuple:
+    """Return (tokenizer, or what counts characters instead; why so; the config, or None where there is none)."""
     try:
-        return load_tokenizer(args.model_id, args.trust_remote_code), ""
+        tokenizer = load_tokenizer(args.model_id, args.trust_remote_code)
     except UserError as error:
-        return Characters(), str(error)
-
-
-def find_config(args: argparse.Namespace):
-    """Return the config of a model, or None where there is none."""
-    from transformers import AutoConfig
-
+        return Characters(), str(error), None
     try:
-        return AutoConfig.from_pretrained(args.model_id, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError, KeyError):
-        return None
+        return tokenizer, "", load_config(args.model_id, trust=args.trust_remote_code)
+    except UserError:
+        return tokenizer, "", None
 
 
 def number_tool_lists(examples: list[Example]) -> dict[int, int]:
@@ -4400,7 +4399,7 @@ def dry_run(args: argparse.Namespace) -> dict:
     both, total = [*examples, *held_out], total + more_total
     shown = find_shown(args, both)
     quiet_libraries()
-    tokenizer, missing = find_tokenizer(args)
+    tokenizer, missing, config = find_model(args)
     limit = sys.maxsize if missing else args.max_seq_length  # a limit in tokens says nothing about characters
     groups, unrendered = render_examples(tokenizer, both, sys.maxsize)
     kept, lengths = audit_lengths(both, groups, limit)
@@ -4414,7 +4413,7 @@ def dry_run(args: argparse.Namespace) -> dict:
         "repeats": audit_repeats(examples, held_out), "warnings": find_warnings(examples, held_out)}
     if sides[0]:
         limited = argparse.Namespace(**{**vars(args), "max_seq_length": limit})
-        audit |= audit_run(limited, sides[0], None if missing else find_config(args))
+        audit |= audit_run(limited, sides[0], config)
     show_audit(audit)
     if shown and missing:
         warn("--show_row: without the tokenizer a row cannot be shown as the model sees it")
