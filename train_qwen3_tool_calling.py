@@ -51,6 +51,7 @@ GRADIENT_ACCUMULATION_STEPS = 4  # 2 x 4 = 8 sequences per optimizer step
 LEARNING_RATE = 2e-4  # the usual rate for LoRA; full fine-tuning wants a tenth of it
 WARMUP_STEPS = 10  # Adam's moments are noise in the first steps
 WEIGHT_DECAY = 0.01
+CUDA_OPTIM = "adamw_8bit"  # on CUDA: its two moments of a weight take 2 bytes instead of 8
 LR_SCHEDULER_TYPE = "linear"
 SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
               "inverse_sqrt")  # those of Transformers that need nothing but the number of steps
@@ -2130,7 +2131,7 @@ def default_optim() -> str:
     """Return the optimizer of a run that names none."""
     import torch
 
-    return "adamw_8bit" if torch.cuda.is_available() else "adamw_torch"
+    return CUDA_OPTIM if torch.cuda.is_available() else "adamw_torch"
 
 
 def use_checkpointing(args: argparse.Namespace) -> bool:
@@ -3285,7 +3286,7 @@ def lock_output(folder: str):
     return file
 
 
-def count_checkpoints(args: argparse.Namespace, train: list[Sequence], checkpoint: str | None) -> int:
+def count_checkpoints(args: argparse.Namespace, train: list[Sequence], checkpoint: str | None = None) -> int:
     """Return how many checkpoints this run will have on the disk at once, at most, beside those that are there."""
     steps, per_epoch = count_steps(args, train)
     written = math.ceil((steps - (to_step(checkpoint) if checkpoint else 0)) / (args.save_steps or per_epoch))
@@ -3330,14 +3331,25 @@ def find_existing(path: str) -> Path:
     return next(parent for parent in (folder, *folder.parents) if parent.exists())
 
 
+def count_moment_bytes(optim: str) -> int:
+    """Return the bytes of Adam's two moments of one weight."""
+    return 2 if "8bit" in optim else 8
+
+
+def estimate_disk(parameters: dict[str, int], optim: str, checkpoints: int) -> dict[str, int]:
+    """Return the bytes of the weights that a run saves, without the SMALL_FILES beside each."""
+    checkpoint = parameters["adapter"] * (4 + count_moment_bytes(optim))
+    return {"merged_model": 2 * (parameters["linear"] + parameters["other"]), "adapter": 4 * parameters["adapter"],
+            "checkpoints": checkpoints * checkpoint}
+
+
 def check_disk(args: argparse.Namespace, config, checkpoints: int) -> None:
     """Refuse to start when adapter, checkpoints and merged model would not fit beside what is on their disks."""
     parameters = count_parameters(config, args.lora_rank, args.trust_remote_code, args.target_modules)
-    lora, whole = parameters["adapter"], parameters["linear"] + parameters["other"]
-    optimizer = 2 if "8bit" in (args.optim or default_optim()) else 8  # bytes of Adam's two moments per parameter
-    needs = [("--output_dir", args.output_dir, f"the adapter and {checkpoints} checkpoints",
-              4 * lora + SMALL_FILES + checkpoints * ((4 + optimizer) * lora + SMALL_FILES)),
-             ("--final_model_dir", args.final_model_dir, "the merged model", 2 * whole + SMALL_FILES)]
+    sizes = estimate_disk(parameters, args.optim or default_optim(), checkpoints)
+    needs = [("--output_dir", args.output_dir, f"the adapter and {plural(checkpoints, 'checkpoint')}",
+              sizes["adapter"] + sizes["checkpoints"] + (1 + checkpoints) * SMALL_FILES),
+             ("--final_model_dir", args.final_model_dir, "the merged model", sizes["merged_model"] + SMALL_FILES)]
     disks: dict[int, list] = {}
     for need in needs:
         folder = find_existing(need[1])
@@ -4045,11 +4057,6 @@ def audit_plan(train: list[Sequence], args: argparse.Namespace, plan: Plan) -> d
             "checkpoints": [*range(args.save_steps or per_epoch, steps, args.save_steps or per_epoch), steps]}
 
 
-def count_moment_bytes(args: argparse.Namespace) -> int:
-    """Return the bytes of the optimizer's two moments of one weight, on CUDA."""
-    return 2 if "8bit" in (args.optim or "adamw_8bit") else 8
-
-
 def estimate_memory(args: argparse.Namespace, config, parameters: dict[str, int], tokens: int, plan: Plan) -> dict:
     """Return the GiB of GPU memory that training holds at its peak when the longest micro-batch has so many tokens.
 
@@ -4069,17 +4076,10 @@ def estimate_memory(args: argparse.Namespace, config, parameters: dict[str, int]
     else:
         activations = inputs + working * kept
     base = parameters["linear"] * (0.53 if args.load_in_4bit else 2) + 2 * parameters["other"]
-    parts = {"base": base / 2**30, "adapter": parameters["adapter"] * (8 + count_moment_bytes(args)) / 2**30,
+    moments = count_moment_bytes(args.optim or CUDA_OPTIM)
+    parts = {"base": base / 2**30, "adapter": parameters["adapter"] * (8 + moments) / 2**30,
              "longest_stream": activations / 2**30 + fixed}
     return {"total": round(sum(parts.values()), 2)} | {name: round(part, 2) for name, part in parts.items()}
-
-
-def audit_disk(args: argparse.Namespace, parameters: dict[str, int], checkpoints: int) -> dict:
-    """Return the GB that merged model and checkpoints take, and that are free now."""
-    checkpoint = parameters["adapter"] * (4 + count_moment_bytes(args))
-    return {"merged_model": round(2 * (parameters["linear"] + parameters["other"]) / 1e9, 2),
-            "checkpoints": round(checkpoints * checkpoint / 1e9, 2),
-            "free": round(shutil.disk_usage(find_existing(args.final_model_dir)).free / 1e9, 1)}
 
 
 def list_writes(args: argparse.Namespace, checkpoints: list[int]) -> dict:
@@ -4108,8 +4108,12 @@ def audit_run(args: argparse.Namespace, train: list[Sequence], config) -> dict:
     if config is None:
         return audit
     parameters = count_parameters(config, args.lora_rank, args.trust_remote_code, args.target_modules)
+    kept = count_checkpoints(args, train)
+    disk = {name: round(size / 1e9, 2) for name, size in estimate_disk(
+        parameters, args.optim or CUDA_OPTIM, kept).items()}
+    free = round(shutil.disk_usage(find_existing(args.final_model_dir)).free / 1e9, 1)
     return audit | {"memory_gib": estimate_memory(args, config, parameters, facts["stream_sizes"]["max"], plan),
-                    "disk_gb": audit_disk(args, parameters, len(facts["checkpoints"]))}
+                    "disk_gb": disk | {"free": free, "checkpoints_kept": kept}}
 
 
 def show_table(columns: list[str], rows: list[list]) -> None:
@@ -4188,7 +4192,7 @@ def show_run(audit: dict) -> None:
         say("memory", f"about {memory['total']:.2f} GiB of GPU memory (an estimate): base {memory['base']:.2f}, "
                       f"adapter and optimizer {memory['adapter']:.2f}, longest {name} {memory['longest_stream']:.2f}")
         say("disk", f"{disk['merged_model']:.2f} GB for the merged model, {disk['checkpoints']:.2f} GB for "
-                    f"{saved}; {disk['free']:,.1f} GB free")
+                    f"{plural(disk['checkpoints_kept'], 'checkpoint')}; {disk['free']:,.1f} GB free")
     else:
         say("memory", "not estimated, nor disk: that takes tokenizer and config.json of the model")
     written, replaced = audit["files"]["written"], audit["files"]["replaced"]

@@ -141,6 +141,15 @@ def test_batches_are_counted_as_the_run_orders_them():
     assert script.audit_plan(rows, args, plan)["checkpoints"] == [2, 3]
 
 
+def test_disk_is_estimated_for_the_checkpoints_that_are_kept(tmp_path):
+    rows = [script.Sequence(f"x:{n}", [1, 2, 3, n, 9], 4) for n in range(20)]
+    args = script.parse_args(["--save_total_limit", "1", "--output_dir", str(tmp_path)])
+    found = script.audit_run(args, rows, script.load_config(str(TINY)))
+    assert found["plan"]["checkpoints"] == [3, 6, 9] and found["disk_gb"]["checkpoints_kept"] == 2
+    adapter = 8 * 16 * (4 * (320 + 320) + 3 * (320 + 896))
+    assert found["disk_gb"]["checkpoints"] == round(2 * adapter * (4 + 2) / 1e9, 2) == 0.01
+
+
 def test_only_the_audit_and_the_marker_are_written(dry):
     folder, _, result = dry
     assert sorted(path.name for path in folder.rglob("*")) == ["audit.json", "out", "rows.jsonl", "run.yaml", "tools.json"]
