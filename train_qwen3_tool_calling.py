@@ -4049,8 +4049,7 @@ def audit_plan(train: list[Sequence], args: argparse.Namespace, plan: Plan) -> d
     """Return steps, streams and checkpoints of the run; the sizes are those of all its streams, filled up."""
     sizes = [size for epoch in range(args.num_epochs)
              for size in measure_batches(train, plan, order_rows(plan, args.seed, epoch))]
-    per_epoch = math.ceil(math.ceil(len(train) / plan.rows) / plan.accumulation)
-    steps = args.max_steps or args.num_epochs * per_epoch
+    steps, per_epoch = count_steps(args, train)
     return {"rows_per_step": plan.rows * plan.accumulation, "streams_per_step": plan.accumulation,
             "steps_per_epoch": per_epoch, "steps": steps, "share_prefix": plan.share_prefix,
             "stream_sizes": {"min": min(sizes), "mean": round(sum(sizes) / len(sizes), 1), "max": max(sizes)},
@@ -4387,11 +4386,11 @@ def train_model(trainer, checkpoint: str | None, train: list[Sequence], rows_per
 
 def count_padded(args: argparse.Namespace, train: list[Sequence], plan: Plan, facts: dict) -> int:
     """Return how many tokens padded batches of --batch_size would have computed in the steps that were made."""
-    rows, total = facts["steps"] * plan.rows_per_step, 0
-    for epoch in range(args.num_epochs):
-        order = order_rows(plan, args.seed, epoch)[: max(0, rows - epoch * len(train))]
-        batches = [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)]
-        total += sum(len(batch) * max(len(train[row].input_ids) for row in batch) for batch in batches)
+    padded, total = plan._replace(rows=args.batch_size, share_prefix=False), 0
+    steps, per_epoch = facts["steps"], count_steps(args, train)[1]
+    for epoch in range(math.ceil(steps / per_epoch)):
+        made = (steps - epoch * per_epoch) * plan.rows_per_step  # the last step of an epoch may be shorter
+        total += sum(measure_batches(train, padded, order_rows(plan, args.seed, epoch)[:made]))
     return total
 
 
