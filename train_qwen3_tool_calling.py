@@ -531,32 +531,32 @@ def explain(error: Exception) -> str:
     return f"not valid JSON: {getattr(error, 'msg', error)}"
 
 
+@contextlib.contextmanager
 def open_file(path: str):
-    """Return a regular file opened for its bytes; one that is absent, packed or plainly not UTF-8 is a UserError."""
+    """Yield a regular file opened for its bytes; one that cannot be read, is packed or plainly not UTF-8: UserError."""
     try:
         if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for its writer
             raise UserError(f"{path}: is not a regular file; expected JSON or JSONL")
         with open(path, "rb") as file:
             start = file.read(4)
+            if kind := next((kind for mark, kind in PACKED.items() if start.startswith(mark)), None):
+                raise UserError(f"{path}: is {kind}; unpack it first")
+            if wide := re.search(rb"[\0\xfe\xff]", start):  # UTF-16, or no text at all
+                raise UserError(f"{path}: not UTF-8 text (byte {wide.start()}); save it as UTF-8 JSON or JSONL")
+            file.seek(0)
+            yield file
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    for mark, kind in PACKED.items():
-        if start.startswith(mark):
-            raise UserError(f"{path}: is {kind}; unpack it first")
-    if wide := re.search(rb"[\0\xfe\xff]", start):  # UTF-16, or no text at all
-        raise UserError(f"{path}: not UTF-8 text (byte {wide.start()}); save it as UTF-8 JSON or JSONL")
-    return open(path, "rb")
 
 
-def read_text(path: str) -> str:
-    """Return a file's text; a file that is absent, empty or not UTF-8 is a UserError."""
-    with open_file(path) as file:
-        try:
-            text = file.read().decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: {explain(error)}") from None
+def read_text(file) -> str:
+    """Return the text of an open file; one that is empty or not UTF-8 is a UserError."""
+    try:
+        text = file.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file.name}: {explain(error)}") from None
     if not text.strip():
-        raise UserError(f"{path}: is empty; expected a JSON array of rows, or one JSON object a line")
+        raise UserError(f"{file.name}: is empty; expected a JSON array of rows, or one JSON object a line")
     return text
 
 
@@ -604,20 +604,14 @@ def read_lines(path: str, file):
         yield f"{path}:{line}", row
 
 
-def begins_spread(path: str, head: bytes) -> bool:
-    """Tell whether a file begins with an object that goes on over several lines, as pretty-printed JSON does."""
-    first, newline, _ = head.decode("utf-8", "replace").partition("\n")
+def begins_spread(line: bytes) -> bool:
+    """Tell whether an object may go on after a file's first line, as pretty-printed JSON does: nothing else is wrong."""
+    text = line.decode("utf-8", "replace").rstrip()
     try:
-        read_value(first.rstrip())
+        read_value(text)
         return False
     except (ValueError, RecursionError) as error:
-        if not newline or getattr(error, "pos", -1) < len(first.rstrip()):  # broken before its end: no line can mend it
-            return False
-    try:
-        read_value(read_text(path).lstrip())
-        return True
-    except (ValueError, RecursionError):  # a line that was cut is one bad row, and the others can be read
-        return False
+        return line.endswith(b"\n") and getattr(error, "pos", -1) >= len(text)
 
 
 def show_reading(pairs, file, size: int):
@@ -643,14 +637,18 @@ def read_file(path: str):
     """
     with open_file(path) as file:
         before = os.fstat(file.fileno())
-        blocks = (block.removeprefix(b"\xef\xbb\xbf").lstrip() for block in iter(partial(file.read, 2**16), b""))
-        head = next(filter(None, blocks), b"")
+        lines = (line.removeprefix(b"\xef\xbb\xbf").lstrip() for line in iter(partial(file.readline, 2**16), b""))
+        first = next(filter(None, lines), b"")
         file.seek(0)
-        if not head or head.startswith(b"[") or begins_spread(path, head):
-            pairs = read_array(path, read_text(path))
-            file.seek(0, os.SEEK_END)  # for the bar: all of it has been read
-        else:
-            pairs = read_lines(path, file)
+        pairs = read_lines(path, file)
+        if not first or first.startswith(b"["):
+            pairs = read_array(path, read_text(file))
+        elif begins_spread(first):
+            objects = read_array(path, read_text(file))
+            try:
+                pairs = chain([next(objects)], objects)
+            except UserError:  # a line that was cut is one bad row, and the others can be read
+                file.seek(0)
         yield from show_reading(pairs, file, before.st_size)
         after = os.fstat(file.fileno())
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
@@ -1597,7 +1595,8 @@ def report_problems(problems: list[tuple[str, str]], on_invalid: str, total: int
 
 def read_tools(path: str) -> tuple[list[dict], Counter]:
     """Return (tools of a JSON file, Counter of what to_tools changed); one that is not valid is a UserError."""
-    text = read_text(path)
+    with open_file(path) as file:
+        text = read_text(file)
     if not text.lstrip().startswith("["):
         raise UserError(f'{path}: expected a JSON array of tools, [{{"type": "function", "function": {{...}}}}, ...]')
     pairs = list(read_array(path, text))
