@@ -768,6 +768,8 @@ TYPES = {  # types as Python, Java or Gemini write them, in lower case
     "dict": "object", "object": "object", "list": "array", "tuple": "array", "array": "array",
     "none": "null", "nonetype": "null", "null": "null",
 }
+PLAIN_TYPES = {**{name: {"type": kind} for name, kind in TYPES.items()},
+               "any": {}, "set": {"type": "array", "uniqueItems": True}}
 SCHEMA_PLACES = {  # keywords of JSON Schema: what stands there
     "one": ("items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames"),
     "list": ("anyOf", "oneOf", "allOf", "prefixItems", "items"),
@@ -786,7 +788,7 @@ GLAIVE_BOILERPLATE = re.compile(r"You are a helpful assistant with access to the
                                 r"Use them if required\s*-?")
 QUESTION_KEYS = ("instruction", "question", "prompt", "query", "input")
 ANSWER_KEYS = ("output", "answer", "response", "completion")
-KIND_NAMES = {list: "a list", dict: "an object", str: "text"}
+KIND_NAMES = {list: "a list of objects", dict: "an object", str: "text"}
 
 
 def shorten(value: object, limit: int = 80) -> str:
@@ -804,17 +806,8 @@ def take(row: dict, key: str, kind: type):
     """Return row[key]; ValueError if it is missing or of another kind."""
     if key not in row:
         raise ValueError(f'"{key}" is missing; expected {KIND_NAMES[kind]}')
-    if not isinstance(row[key], kind):
+    if not isinstance(row[key], kind) or kind is list and not all(isinstance(item, dict) for item in row[key]):
         raise ValueError(f'"{key}" must be {KIND_NAMES[kind]}, got {shorten(row[key])}')
-    return row[key]
-
-
-def take_objects(row: dict, key: str) -> list[dict]:
-    """Return row[key], a list of objects; ValueError if it is anything else."""
-    if key not in row:
-        raise ValueError(f'"{key}" is missing; expected a list of objects')
-    if not isinstance(row[key], list) or not all(isinstance(item, dict) for item in row[key]):
-        raise ValueError(f'"{key}" must be a list of objects, got {shorten(row[key])}')
     return row[key]
 
 
@@ -826,18 +819,26 @@ def parse_json(text: str, what: str):
         raise ValueError(f"{what} not valid JSON: {shorten(text)}") from None
 
 
+def parse_python(text: str) -> ast.expr:
+    """Return the tree of a Python expression, which is never run; ValueError if it is none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python warns of "\d" in a text
+            return ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, MemoryError) as error:
+        raise ValueError from error
+
+
 def parse_literal(text: str, what: str):
-    """Return the value of a JSON text, or of one in Python's quotes, as JSON would give it; never runs anything."""
+    """Return the value of a JSON text, or of one in Python's quotes, as JSON would give it."""
     try:
         return DECODER.decode(text)
     except ValueError:
         pass
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Python warns of "\d" in a text
-            value = ast.literal_eval(WORDS.sub(lambda word: PYTHON_WORDS.get(word[0], word[0]), text.strip()))
-            return json.loads(json.dumps(value, allow_nan=False))
-    except (ValueError, TypeError, SyntaxError, MemoryError):
+        value = ast.literal_eval(parse_python(WORDS.sub(lambda word: PYTHON_WORDS.get(word[0], word[0]), text)))
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (ValueError, TypeError, MemoryError):
         raise ValueError(f"{what} neither JSON nor a Python literal: {shorten(text)}") from None
 
 
@@ -860,45 +861,53 @@ def split_outside(text: str, mark: str) -> list[str]:
 # Tools -----------------------------------------------------------------------------------------------------------
 def to_union(parts: list[dict]) -> dict:
     """Return the schema of a value that fits one of these schemas."""
+    parts = [one for part in parts for one in (part["anyOf"] if part.keys() == {"anyOf"} else [part])]
     if all(part.keys() == {"type"} for part in parts):
-        return {"type": [part["type"] for part in parts]}
+        return {"type": [name for part in parts for name in as_list(part["type"])]}
     return {"anyOf": parts}
 
 
-def to_generic(name: str, parts: list[dict]) -> dict | None:
-    """Return the schema of List[...], Dict[...] and their like with these parts, None if its meaning is not clear."""
-    if name in ("list", "set", "array") and len(parts) == 1:
-        return {"type": "array", "items": parts[0], **({"uniqueItems": True} if name == "set" else {})}
-    if name == "dict" and len(parts) == 2 and parts[0] == {"type": "string"}:
-        return {"type": "object", "additionalProperties": parts[1]}
-    if name == "tuple" and parts:
-        return {"type": "array", "prefixItems": parts, "minItems": len(parts), "maxItems": len(parts)}
-    if name == "optional" and len(parts) == 1:
-        return to_union([*parts, {"type": "null"}])
-    return to_union(parts) if name == "union" and parts else None
+def to_type(node: ast.expr) -> dict | None:
+    """Return the schema of a type that is written as this Python expression, None if its meaning is not clear."""
+    match node:
+        case ast.Constant(value=None):
+            return {"type": "null"}
+        case ast.Name(id=name):
+            return PLAIN_TYPES.get(name.lower())
+        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            name, parts = "union", [left, right]
+        case ast.Subscript(value=ast.Name(id=name), slice=inside):
+            parts = inside.elts if isinstance(inside, ast.Tuple) else [inside]
+        case _:
+            return None
+    name = name.lower()
+    if name == "tuple" and [*map(ast.unparse, parts[1:])] == ["..."]:
+        name, parts = "list", parts[:1]
+    schemas = [to_type(part) for part in parts]
+    if None in schemas:
+        return None
+    match name, schemas:
+        case "list" | "array", [item]:
+            return {"type": "array", "items": item}
+        case "set", [item]:
+            return {"type": "array", "items": item, "uniqueItems": True}
+        case "dict", [{"type": "string"}, value]:
+            return {"type": "object", "additionalProperties": value}
+        case "tuple", [_, *_]:
+            return {"type": "array", "prefixItems": schemas, "minItems": len(schemas), "maxItems": len(schemas)}
+        case "optional", [item]:
+            return to_union([item, {"type": "null"}])
+        case "union", [_, *_]:
+            return to_union(schemas)
+    return None
 
 
 def parse_type(text: str) -> dict | None:
     """Return the schema of a type as Python or upper case writes it, None if its meaning is not clear."""
-    text = OPTIONAL.sub("", text).strip()
     try:
-        choices = split_outside(text, "|")
-        name, bracket, inner = text.partition("[")
-        parts = split_outside(inner.removesuffix("]"), ",") if bracket else []
+        return to_type(parse_python(OPTIONAL.sub("", text).replace("typing.", "")))
     except ValueError:
         return None
-    name = name.strip().lower().removeprefix("typing.")
-    if len(choices) > 1:
-        name, parts = "union", choices
-    elif not bracket:
-        plain = {"any": {}, "set": {"type": "array", "uniqueItems": True}}
-        return plain.get(name, {"type": TYPES[name]} if name in TYPES else None)
-    elif not inner.endswith("]"):
-        return None
-    if name == "tuple" and parts[1:] == ["..."]:
-        name, parts = "list", parts[:1]
-    schemas = [parse_type(part) for part in parts]
-    return None if None in schemas else to_generic(name, schemas)
 
 
 def replace_type(schema: dict, changes: Counter) -> dict:
@@ -1114,12 +1123,17 @@ def to_messages(turns: list[dict]) -> list[dict]:
     return messages
 
 
+def read_system(row: dict) -> list[dict]:
+    """Return the turns in front of a row's conversation: its `system`, if it has one."""
+    return [{"role": "system", "content": row["system"]}] if row.get("system") else []
+
+
 def read_turns(row: dict) -> list[dict]:
     """Return the turns of a ShareGPT row, {"from", "value"} or {"role", "content"}, with its `system` in front."""
     key = "messages" if "messages" in row and "conversations" not in row else "conversations"
     turns = [{**turn, "role": turn.get("from", turn.get("role")), "content": turn.get("value", turn.get("content"))}
-             for turn in take_objects(row, key)]
-    return [{"role": "system", "content": row["system"]}, *turns] if row.get("system") else turns
+             for turn in take(row, key, list)]
+    return read_system(row) + turns
 
 
 def convert_native(row: dict) -> tuple[list[dict], object]:
@@ -1131,14 +1145,14 @@ def convert_native(row: dict) -> tuple[list[dict], object]:
     if not isinstance(calls, list):
         raise ValueError("function_calls must be a list, got " + shorten(calls))
     answer = {**output, "role": "assistant", "tool_calls": calls, "function_call": None}
-    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    return to_messages([*system, {"role": "user", "content": row.get("input")}, answer]), row.get("tools")
+    request = {"role": "user", "content": row.get("input")}
+    return to_messages([*read_system(row), request, answer]), row.get("tools")
 
 
 def convert_openai(row: dict) -> tuple[list[dict], object]:
     """{"messages": [{"role": "...", "content": "...", "tool_calls": [...]}, ...], "tools": [...]}"""
     tools = row.get("tools")
-    return to_messages(take_objects(row, "messages")), row.get("functions") if tools is None else tools
+    return to_messages(take(row, "messages", list)), row.get("functions") if tools is None else tools
 
 
 def convert_sharegpt(row: dict) -> tuple[list[dict], object]:
@@ -1225,7 +1239,7 @@ def convert_glaive(row: dict) -> tuple[list[dict], object]:
     start, *parts = GLAIVE_TURN.split(take(row, "chat", str))
     if start.strip():
         raise ValueError(f'"chat" must start with "USER:", got {shorten(start)}')
-    turns = [{"role": "system", "content": system}] if system else []
+    turns = read_system({"system": system})
     for speaker, text in zip(parts[::2], parts[1::2]):
         turn = {"role": GLAIVE_ROLES[speaker], "content": text.replace("<|endoftext|>", "").strip()}
         if speaker == "ASSISTANT":
@@ -1282,8 +1296,7 @@ def convert_alpaca(row: dict) -> tuple[list[dict], object]:
         raise ValueError('"history" must be a list of [request, answer], got ' + shorten(history))
     pairs = [*history, [request, take(row, answer, str)]]
     turns = [{"role": role, "content": text} for pair in pairs for role, text in zip(("user", "assistant"), pair)]
-    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    return to_messages([*system, *turns]), row.get("tools") or []
+    return to_messages(read_system(row) + turns), row.get("tools") or []
 
 
 def peek(row: dict, key: str) -> list[tuple[str, str]]:
@@ -1293,21 +1306,11 @@ def peek(row: dict, key: str) -> list[tuple[str, str]]:
     return [(role, text if isinstance(text, str) else "") for role, text in pairs if isinstance(role, str)]
 
 
-def is_swift(row: dict) -> bool:
-    """Return whether calls or replies have roles of their own among `messages`."""
-    return any(role in ("tool_call", "tool_response") for role, _ in peek(row, "messages"))
-
-
 def is_mobile(row: dict) -> bool:
     """Return whether the row has `messages` and tools that do not say their type."""
     tools = row.get("tools") if "messages" in row else None
     return isinstance(tools, list) and bool(tools) and all(
         isinstance(tool, dict) and "function" in tool and "type" not in tool for tool in tools)
-
-
-def is_hermes(row: dict) -> bool:
-    """Return whether the tags of Hermes stand in the text of the conversation."""
-    return any("<tool_call>" in text or "<tools>" in text for _, text in peek(row, "conversations"))
 
 
 def is_toolace(row: dict) -> bool:
@@ -1326,10 +1329,12 @@ def is_sharegpt_tools(row: dict) -> bool:
 
 FORMATS = {  # name: (whether a row is of this format, converter to (messages, tools or None)); the first that fits
     "native": (lambda row: "input" in row and isinstance(row.get("output"), dict), convert_native),
-    "swift": (is_swift, convert_openai),
+    "swift": (lambda row: any(role in ("tool_call", "tool_response") for role, _ in peek(row, "messages")),
+              convert_openai),
     "mobile-actions": (is_mobile, convert_openai),
     "openai": (lambda row: "messages" in row, convert_openai),
-    "hermes": (is_hermes, convert_hermes),
+    "hermes": (lambda row: any("<tool_call>" in text or "<tools>" in text for _, text in peek(row, "conversations")),
+               convert_hermes),
     "toolace": (is_toolace, convert_toolace),
     "sharegpt-tools": (is_sharegpt_tools, convert_sharegpt),
     "sharegpt": (lambda row: "conversations" in row, convert_plain_sharegpt),
