@@ -156,8 +156,14 @@ def warn(text: str, kind: str = "warning") -> None:
 
 
 def plural(count: int, noun: str) -> str:
-    """Return `1 row` or `2,000 rows`."""
-    return f"{count:,} {noun}{'s' * (count != 1)}"
+    """Return `1 row`, `2,000 rows` or `2 batches`."""
+    return f"{count:,} {noun}{('es' if noun.endswith('ch') else 's') * (count != 1)}"
+
+
+def list_first(names, limit: int) -> str:
+    """Return `a, b, and 3 more`: the first names of an iterable, and how many follow."""
+    names = [*names]
+    return ", ".join(names[:limit]) + (f", and {len(names) - limit:,} more" if len(names) > limit else "")
 
 
 def raise_interrupted(number: int, frame) -> None:
@@ -605,7 +611,7 @@ def read_lines(path: str, file):
 
 
 def begins_spread(line: bytes) -> bool:
-    """Tell whether an object may go on after a file's first line, as pretty-printed JSON does: nothing else is wrong."""
+    """Tell whether an object may go on after a file's first line, as pretty-printed JSON does: no more is wrong."""
     text = line.decode("utf-8", "replace").rstrip()
     try:
         read_value(text)
@@ -1560,8 +1566,8 @@ def check_calls(messages: list[dict], validators: dict) -> list[str]:
         name = f"call {index} {shorten(call['name'])}"
         if call["name"] not in validators:
             close = difflib.get_close_matches(call["name"], validators, n=1)
-            known = ", ".join([*islice(validators, SHOWN_PROBLEMS)] + ["..."] * (len(validators) > SHOWN_PROBLEMS))
-            hint = f'did you mean "{close[0]}"?' if close else f"tools: {known or 'none'}"
+            known = list_first(validators, SHOWN_PROBLEMS) or "none"
+            hint = f'did you mean "{close[0]}"?' if close else f"tools: {known}"
             problems.append(f"{name}: the row has no such tool; {hint}")
             continue
         if isinstance(validators[call["name"]], str):
@@ -1662,9 +1668,14 @@ def find_first_answer(example: Example) -> int:
     return next(i for i, message in enumerate(example.messages) if message["role"] == "assistant")
 
 
-def find_prompt(example: Example) -> str:
-    """Return the messages before the first answer, as JSON in which the order of keys does not matter."""
-    return json.dumps(example.messages[: find_first_answer(example)], sort_keys=True)
+def digest(value: object) -> str:
+    """Return the SHA-256 of a JSON value, in which the order of keys does not matter."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def digest_prompt(example: Example) -> str:
+    """Return the digest of the messages before the first answer."""
+    return digest(example.messages[: find_first_answer(example)])
 
 
 def split_examples(examples: list[Example], share: float) -> tuple[list[Example], list[Example]]:
@@ -1675,7 +1686,7 @@ def split_examples(examples: list[Example], share: float) -> tuple[list[Example]
     """
     groups: dict[str, list[Example]] = {}
     for example in examples:
-        groups.setdefault(hashlib.sha256(find_prompt(example).encode()).hexdigest(), []).append(example)
+        groups.setdefault(digest_prompt(example), []).append(example)
     wanted, held_out = round(len(examples) * share), set()
     for key in sorted(groups):
         if len(groups[key]) <= wanted:
@@ -3884,6 +3895,8 @@ def write_report(folder: str, report: dict) -> dict:
 LISTED = 1000  # rows that audit.json names for each finding; all are counted
 SHOWN_PAIRS = 5  # rows that the screen names for each finding
 SHOWN_TOOLS = 8
+REPEATS = {"duplicates": "exact duplicates", "conflicts": "equal requests with different answers",
+           "held_out_in_training": "held-out rows that also occur in training"}
 # Held while training, measured with Unsloth on Qwen3-0.6B: GiB that no stream needs but every run has, and the work of
 # one layer as a multiple of what its backward pass keeps. A recorded graph frees nothing between its kernels.
 EAGER_MEMORY, RECORDED_MEMORY = (0.11, 0.7), (0.27, 1.25)
@@ -3920,15 +3933,6 @@ def find_model(args: argparse.Namespace) -> tuple:
         return tokenizer, "", None
 
 
-def number_tool_lists(examples: list[Example]) -> dict[int, int]:
-    """Return {id of a row's list of tools: number of the distinct list that it is}; most rows share one object."""
-    lists, numbers = {}, {}
-    for example in examples:
-        if id(example.tools) not in numbers:
-            numbers[id(example.tools)] = lists.setdefault(json.dumps(example.tools, sort_keys=True), len(lists))
-    return numbers
-
-
 def list_calls(example: Example) -> list[list[str]]:
     """Return the names of the tools that each turn of a row calls; turns without a call are left out."""
     turns = [[call["function"]["name"] for call in message.get("tool_calls", [])] for message in example.messages]
@@ -3937,8 +3941,8 @@ def list_calls(example: Example) -> list[list[str]]:
 
 def find_leaks(examples: list[Example], held_out: list[Example]) -> list[tuple[str, str]]:
     """Return (where, where in training) of each held-out row whose prompt also occurs in training."""
-    training = {find_prompt(example): example.where for example in reversed(examples)}
-    found = [(example.where, training.get(find_prompt(example))) for example in held_out]
+    training = {digest_prompt(example): example.where for example in reversed(examples)}
+    found = [(example.where, training.get(digest_prompt(example))) for example in held_out]
     return [(where, other) for where, other in found if other]
 
 
@@ -3957,30 +3961,27 @@ def audit_calls(examples: list[Example]) -> dict:
     """Return how many tools and calls the rows have, and the shares of rows without a call and with parallel calls."""
     calls = [list_calls(example) for example in examples]
     counts = Counter(name for turns in calls for names in turns for name in names)
-    numbers = number_tool_lists(examples)
-    tools = [tool for listed in {id(example.tools): example.tools for example in examples}.values() for tool in listed]
+    lists = {digest(example.tools): example.tools for example in examples}
+    tools = {digest(tool): tool["function"]["name"] for listed in lists.values() for tool in listed}
     return {"formats": dict(Counter(example.format for example in examples)),
-            "tools": {"distinct": len({json.dumps(tool, sort_keys=True) for tool in tools}),
-                      "lists": len(set(numbers.values()))},
+            "tools": {"distinct": len(tools), "lists": len(lists)},
             "calls_per_tool": dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))),
-            "never_called": sorted({tool["function"]["name"] for tool in tools} - counts.keys()),
+            "never_called": sorted({*tools.values()} - counts.keys()),
             "no_call_share": sum(not turns for turns in calls) / len(examples),
             "parallel_share": sum(any(len(names) > 1 for names in turns) for turns in calls) / len(examples)}
 
 
 def count_tool_tokens(tokenizer, examples: list[Example]) -> list[int]:
     """Return for each example how much longer its tools make the prompt; computed once for each list of tools."""
-    numbers, sizes, counts = number_tool_lists(examples), {}, []
-    for example in examples:
-        key = numbers[id(example.tools)], example.messages[0]["role"]
+    keys, sizes = [(digest(example.tools), example.messages[0]["role"]) for example in examples], {}
+    for example, key in zip(examples, keys):
         if key not in sizes:
             messages = example.messages[: find_first_answer(example)]
             prompts = [tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
                        for tools in (example.tools or None, None)]
             long, short = tokenizer(prompts, add_special_tokens=False)["input_ids"]
             sizes[key] = len(long) - len(short)
-        counts.append(sizes[key])
-    return counts
+    return [sizes[key] for key in keys]
 
 
 def summarise(values: list[int]) -> dict:
@@ -4008,27 +4009,24 @@ def audit_lengths(examples: list[Example], groups: list[list[Sequence]], limit: 
     return kept, {"max_seq_length": limit, "smallest": max(longest), "too_long": too_long}
 
 
+def list_some(found: list) -> dict:
+    """Return how many were found, and as many of them as audit.json lists."""
+    return {"count": len(found), "rows": found[:LISTED]}
+
+
 def audit_repeats(examples: list[Example], held_out: list[Example]) -> dict:
     """Return pairs of places: equal rows, equal requests with different first answers, requests on both sides."""
-    numbers, rows, requests = number_tool_lists([*examples, *held_out]), {}, {}
-    duplicates, conflicts = [], []
+    rows, requests, duplicates, conflicts = {}, {}, [], []
     for example in [*examples, *held_out]:
-        tools, prompt = numbers[id(example.tools)], find_prompt(example)
-        whole = json.dumps(example.messages, sort_keys=True)
-        answer = example.messages[find_first_answer(example)]
-        earlier = rows.setdefault((tools, whole), example)
+        tools, answer = digest(example.tools), example.messages[find_first_answer(example)]
+        earlier = rows.setdefault((tools, digest(example.messages)), example)
         if earlier is not example:
             duplicates.append((earlier.where, example.where))
-        where, expected = requests.setdefault((tools, prompt), (example.where, answer))
+        where, expected = requests.setdefault((tools, digest_prompt(example)), (example.where, answer))
         if answer != expected:
             conflicts.append((where, example.where))
     return {"duplicates": list_some(duplicates), "conflicts": list_some(conflicts),
             "held_out_in_training": list_some(find_leaks(examples, held_out))}
-
-
-def list_some(found: list) -> dict:
-    """Return how many were found, and as many of them as audit.json lists."""
-    return {"count": len(found), "rows": found[:LISTED]}
 
 
 def measure_batches(train: list[Sequence], plan: Plan, order: list[int]) -> list[int]:
@@ -4136,45 +4134,31 @@ def show_table(columns: list[str], rows: list[list]) -> None:
 
 
 def show_data(audit: dict) -> None:
-    """Print what the rows are and what they call."""
-    rows, counts = audit["rows"], list(audit["calls_per_tool"].items())
+    """Print what the rows are, what they call, how long they are, and which repeat or contradict others."""
+    rows, tools, counts = audit["rows"], audit["tools"], audit["calls_per_tool"]
     formats = ", ".join(f"{count:,} {name}" for name, count in audit["formats"].items())
     say("rows", f"{rows['valid']:,} valid ({formats}), {rows['with_problems']:,} with problems; "
                 f"{rows['training']:,} for training, {rows['held_out']:,} held out")
-    say("calls", f"{sum(audit['calls_per_tool'].values()):,} in {audit['turns']:,} trained turns; "
-                 f"{audit['no_call_share']:.1%} of the rows without a call, {audit['parallel_share']:.1%} with "
-                 f"parallel calls; {audit['tools']['distinct']:,} tools in {plural(audit['tools']['lists'], 'list')}")
-    more = f", and {len(counts) - SHOWN_TOOLS} more tools" if len(counts) > SHOWN_TOOLS else ""
+    say("calls", f"{sum(counts.values()):,} in {audit['turns']:,} trained turns; {audit['no_call_share']:.1%} of the "
+                 f"rows without a call, {audit['parallel_share']:.1%} with parallel calls; "
+                 f"{plural(tools['distinct'], 'tool')} in {plural(tools['lists'], 'list')}")
     if counts:
-        say("", ", ".join(f"{name} {count:,}" for name, count in counts[:SHOWN_TOOLS]) + more)
-    if never := audit["never_called"]:
-        more = f", and {len(never) - SHOWN_TOOLS} more" if len(never) > SHOWN_TOOLS else ""
-        say("", f"never called: {', '.join(never[:SHOWN_TOOLS])}{more}")
-
-
-def show_sizes(audit: dict) -> None:
-    """Print how long the rows are, and which are too long."""
+        say("", list_first((f"{name} {count:,}" for name, count in counts.items()), SHOWN_TOOLS))
+    if audit["never_called"]:
+        say("", f"never called: {list_first(audit['never_called'], SHOWN_TOOLS)}")
     if audit["unit"] != "tokens":
         say("sizes", f"characters instead of tokens: {audit['tokenizer_missing']}")
     if audit["sizes"]:
         say("sizes", f"{audit['unit']} of a trained turn")
         show_table(["", *audit["sizes"]["all"]], [[name, *sizes.values()] for name, sizes in audit["sizes"].items()])
     if length := audit["length"]:
-        long = length["too_long"]
-        named = ", ".join(f"{where} ({size:,})" for where, size in long[:SHOWN_PAIRS])
-        more = ", ..." if len(long) > SHOWN_PAIRS else ""
-        say("length", f"{len(long):,} rows over --max_seq_length {length['max_seq_length']:,}"
-                      f"{': ' * bool(named)}{named}{more}; the smallest that loses nothing is {length['smallest']:,}")
-
-
-def show_repeats(audit: dict) -> None:
-    """Print how many rows repeat or contradict others, and the first of them."""
-    names = {"duplicates": "exact duplicates", "conflicts": "equal requests with different answers",
-             "held_out_in_training": "held-out rows that also occur in training"}
-    repeats = audit["repeats"]
-    say("repeats", ", ".join(f"{repeats[key]['count']:,} {name}" for key, name in names.items()))
-    for key, name in names.items():
-        for where, other in repeats[key]["rows"][:SHOWN_PAIRS]:
+        long = [f"{where} ({size:,})" for where, size in length["too_long"]]
+        say("length", f"{len(long):,} rows over --max_seq_length {length['max_seq_length']:,}{': ' * bool(long)}"
+                      f"{list_first(long, SHOWN_PAIRS)}; the smallest that loses nothing is {length['smallest']:,}")
+    found = {name: audit["repeats"][key] for key, name in REPEATS.items()}
+    say("repeats", ", ".join(f"{pairs['count']:,} {name}" for name, pairs in found.items()))
+    for name, pairs in found.items():
+        for where, other in pairs["rows"][:SHOWN_PAIRS]:
             say("", f"{name}: {where} and {other}")
 
 
@@ -4185,11 +4169,9 @@ def show_run(audit: dict) -> None:
                  f"{epoch['shared_prefix']:,} with shared prefix ({epoch['padded'] / epoch['shared_prefix']:.1f} times "
                  "fewer than padded)")
     name, sizes = "stream" if plan["share_prefix"] else "padded batch", plan["stream_sizes"]
-    span = f"{sizes['max']:,}" if sizes["min"] == sizes["max"] else f"{sizes['min']:,} to {sizes['max']:,}"
-    ending = "" if plan["streams_per_step"] == 1 else "s" if plan["share_prefix"] else "es"
+    span = " to ".join(f"{size:,}" for size in sorted({sizes["min"], sizes["max"]}))
     say("plan", f"{plan['steps']:,} steps, {plan['steps_per_epoch']:,} an epoch, of {plan['rows_per_step']:,} rows in "
-                f"{plan['streams_per_step']:,} {name}{ending} of {span} {unit}")
-    saved = plural(len(plan["checkpoints"]), "checkpoint")
+                f"{plural(plan['streams_per_step'], name)} of {span} {unit}")
     if "memory_gib" in audit:
         memory, disk = audit["memory_gib"], audit["disk_gb"]
         say("memory", f"about {memory['total']:.2f} GiB of GPU memory (an estimate): base {memory['base']:.2f}, "
@@ -4199,21 +4181,10 @@ def show_run(audit: dict) -> None:
     else:
         say("memory", "not estimated, nor disk: that takes tokenizer and config.json of the model")
     written, replaced = audit["files"]["written"], audit["files"]["replaced"]
-    paths = [path for path in written if "checkpoint-" not in Path(path).name]
-    say("writes", f"{', '.join(paths)}, {saved}")
+    say("writes", ", ".join([path for path in written if "checkpoint-" not in Path(path).name]
+                            + [plural(len(plan["checkpoints"]), "checkpoint")]))
     if replaced:
-        say("", f"instead of: {', '.join(replaced[:SHOWN_PAIRS])}{', ...' if len(replaced) > SHOWN_PAIRS else ''}")
-
-
-def show_audit(audit: dict) -> None:
-    """Print the audit; its warnings go to stderr."""
-    show_data(audit)
-    show_sizes(audit)
-    show_repeats(audit)
-    if "plan" in audit:
-        show_run(audit)
-    for warning in audit["warnings"]:
-        warn(warning)
+        say("", f"instead of: {list_first(replaced, SHOWN_PAIRS)}")
 
 
 def write_audit(args: argparse.Namespace, audit: dict) -> Path:
@@ -4237,9 +4208,8 @@ def check_rows(args: argparse.Namespace, paths: list[str]) -> tuple[list[Example
         report_problems(problems, args.on_invalid, total)
         raise UserError(f"{' '.join(paths)}: no valid row is left")
     if changes:
-        shown = ", ".join(f"{change} {count:,}" for change, count in changes.most_common(SHOWN_CHANGES))
-        more = f", and {len(changes) - SHOWN_CHANGES} more" if len(changes) > SHOWN_CHANGES else ""
-        say("read", f"tools normalised: {shown.replace('->', '→')}{more}")
+        counts = (f"{change} {count:,}".replace("->", "→") for change, count in changes.most_common())
+        say("read", f"tools normalised: {list_first(counts, SHOWN_CHANGES)}")
     return examples, problems, total
 
 
@@ -4421,7 +4391,11 @@ def dry_run(args: argparse.Namespace) -> dict:
     if sides[0]:
         limited = argparse.Namespace(**{**vars(args), "max_seq_length": limit})
         audit |= audit_run(limited, sides[0], config)
-    show_audit(audit)
+    show_data(audit)
+    if "plan" in audit:
+        show_run(audit)
+    for warning in audit["warnings"]:
+        warn(warning)
     if shown and missing:
         warn("--show_row: without the tokenizer a row cannot be shown as the model sees it")
     elif shown:
