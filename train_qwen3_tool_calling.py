@@ -172,12 +172,12 @@ def raise_interrupted(number: int, frame) -> None:
 
 
 @contextlib.contextmanager
-def handle_signals(handler):
-    """Let `handler(number, frame)` answer Ctrl-C and SIGTERM for a while; then the former handlers do so again.
+def handle_signals(handler, numbers: tuple = (signal.SIGINT, signal.SIGTERM)):
+    """Let `handler(number, frame)` answer Ctrl-C and SIGTERM (or these) for a while; then the former handlers do again.
 
     Signals reach the main thread alone, so for a caller in another one nothing changes.
     """
-    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    numbers = numbers if threading.current_thread() is threading.main_thread() else ()
     former = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
@@ -490,16 +490,11 @@ FILE_NAME = re.compile(r".*\.(jsonl?|ndjson|csv|tsv|txt|parquet|arrow|ya?ml|gz|z
 SHOWN_BYTES = 2**26  # a larger file takes seconds to read, so on a terminal a bar is shown
 
 
-def refuse_constant(name: str):
-    """Reject NaN and Infinity, which Python reads but JSON does not have."""
-    raise ValueError(f"{name} is not JSON")
-
-
 def to_float(text: str) -> float:
-    """Return the number; one that Python could only keep as infinity is a ValueError."""
+    """Return the number; NaN and Infinity, which JSON does not have, and one too large for Python are ValueErrors."""
     value = float(text)
-    if math.isinf(value):
-        raise ValueError(f"the number {text[:20]} is too large")
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not JSON" if text[-1].isalpha() else f"the number {text[:20]} is too large")
     return value
 
 
@@ -513,7 +508,7 @@ def to_object(pairs: list[tuple]) -> dict:
     return found
 
 
-DECODER = json.JSONDecoder(parse_constant=refuse_constant, parse_float=to_float, object_pairs_hook=to_object)
+DECODER = json.JSONDecoder(parse_constant=to_float, parse_float=to_float, object_pairs_hook=to_object)
 
 
 def read_value(text: str, position: int = 0) -> tuple[object, int]:
@@ -1166,11 +1161,6 @@ def convert_sharegpt(row: dict) -> tuple[list[dict], object]:
     return to_messages(read_turns(row)), row.get("tools")
 
 
-def convert_plain_sharegpt(row: dict) -> tuple[list[dict], object]:
-    """{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}: chat, so no tools."""
-    return to_messages(read_turns(row)), row.get("tools") or []
-
-
 def split_hermes_system(text: str) -> tuple[list | None, str]:
     """Return (tools inside <tools> or None, the text without the sentences about the <tools> and <tool_call> tags)."""
     tools = None
@@ -1343,7 +1333,8 @@ FORMATS = {  # name: (whether a row is of this format, converter to (messages, t
                convert_hermes),
     "toolace": (is_toolace, convert_toolace),
     "sharegpt-tools": (is_sharegpt_tools, convert_sharegpt),
-    "sharegpt": (lambda row: "conversations" in row, convert_plain_sharegpt),
+    "sharegpt": (lambda row: "conversations" in row,  # plain chat, so without tools unless the row has its own
+                 lambda row: convert_sharegpt({**row, "tools": row.get("tools") or []})),
     "xlam": (lambda row: "query" in row and "answers" in row, convert_xlam),
     "glaive": (lambda row: "chat" in row, convert_glaive),
     "alpaca": (lambda row: any(key in row for key in QUESTION_KEYS) and any(key in row for key in ANSWER_KEYS),
@@ -1544,47 +1535,44 @@ def limit_time(seconds: float):
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield  # as on Windows: there is no such timer
         return
-    former = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, former)
+    with handle_signals(stop, (signal.SIGALRM,)):
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def check_calls(messages: list[dict], validators: dict) -> list[str]:
-    """Check every call of the conversation against the JSON Schema of its own tool.
+def check_call(name: str, arguments: dict, validators: dict) -> list[str]:
+    """Check the arguments of a call against the JSON Schema of its own tool.
 
     A tool whose schema took too long once is not tried again: its place in `validators` then holds what to say.
     """
     import referencing.exceptions
 
-    problems = []
-    calls = [call["function"] for message in messages for call in message.get("tool_calls", [])]
-    for index, call in enumerate(calls, start=1):
-        name = f"call {index} {shorten(call['name'])}"
-        if call["name"] not in validators:
-            close = difflib.get_close_matches(call["name"], validators, n=1)
-            known = list_first(validators, SHOWN_PROBLEMS) or "none"
-            hint = f'did you mean "{close[0]}"?' if close else f"tools: {known}"
-            problems.append(f"{name}: the row has no such tool; {hint}")
-            continue
-        if isinstance(validators[call["name"]], str):
-            problems.append(f"{name}: {validators[call['name']]}")
-            continue
-        try:
+    if name not in validators:
+        close = difflib.get_close_matches(name, validators, n=1)
+        known = list_first(validators, SHOWN_PROBLEMS) or "none"
+        return ["the row has no such tool; " + (f'did you mean "{close[0]}"?' if close else f"tools: {known}")]
+    try:
+        if not isinstance(validators[name], str):
             with limit_time(CHECK_SECONDS):
-                errors = [*validators[call["name"]].iter_errors(call["arguments"])]
-            problems += [f"{name}: {describe(error)}" for error in sorted(errors, key=lambda error: error.json_path)]
-        except TimeoutError:
-            validators[call["name"]] = f"its tool's schema takes over {CHECK_SECONDS} s to apply; simplify its patterns"
-            problems.append(f"{name}: {validators[call['name']]}")
-        except referencing.exceptions.Unresolvable as error:
-            problems.append(f"{name}: its tool's schema refers to {error.ref}, which is not inside that schema")
-        except Exception as error:  # as in check_tool
-            problems.append(f"{name}: its tool's schema cannot be applied: {type(error).__name__}: {error}"[:300])
-    return problems
+                errors = [*validators[name].iter_errors(arguments)]
+            return [describe(error) for error in sorted(errors, key=lambda error: error.json_path)]
+    except TimeoutError:
+        validators[name] = f"its tool's schema takes over {CHECK_SECONDS} s to apply; simplify its patterns"
+    except referencing.exceptions.Unresolvable as error:
+        return [f"its tool's schema refers to {error.ref}, which is not inside that schema"]
+    except Exception as error:  # as in check_tool
+        return [f"its tool's schema cannot be applied: {type(error).__name__}: {error}"[:300]]
+    return [validators[name]]
+
+
+def check_calls(messages: list[dict], validators: dict) -> list[str]:
+    """Check every call of the conversation."""
+    calls = [call["function"] for message in messages for call in message.get("tool_calls", [])]
+    return [f"call {index} {shorten(call['name'])}: {problem}" for index, call in enumerate(calls, start=1)
+            for problem in check_call(call["name"], call["arguments"], validators)]
 
 
 def report_problems(problems: list[tuple[str, str]], on_invalid: str, total: int, noun: str = "row") -> None:
@@ -3628,24 +3616,18 @@ def find_versions() -> dict:
     """Return {library: version or None} of what a run depends on."""
     from importlib import metadata
 
-    versions = {"python": sys.version.split()[0]}
-    for name in ("torch", "transformers", "trl", "peft", "bitsandbytes", "unsloth"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    return versions
+    found = {str(library.name).lower(): library.version for library in metadata.distributions()}
+    names = ("torch", "transformers", "trl", "peft", "bitsandbytes", "unsloth")
+    return {"python": sys.version.split()[0], **{name: found.get(name) for name in names}}
 
 
 def find_commit() -> str | None:
     """Return the commit of the folder that the script is in, with "(changed)" where files differ from it, or None."""
-    git = partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True)
     try:
-        commit = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
-        changed = git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
+        return subprocess.run(["git", "describe", "--always", "--exclude=*", "--dirty= (changed)"], text=True,
+                              cwd=Path(__file__).parent, capture_output=True).stdout.strip() or None
     except OSError:  # no git here
         return None
-    return commit + (" (changed)" if changed else "") if commit else None
 
 
 SHOWN_CHARACTERS = 2000  # of any one text in the report; the rest is counted, not shown
