@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import yaml
-from conftest import ALARM, ROOT, TINY, WEATHER, native, run_script, write_jsonl
+from conftest import ALARM, ROOT, TINY, WEATHER, native, run_here, run_script, write_jsonl
 
 import train_qwen3_tool_calling as script
 
@@ -24,13 +24,12 @@ ROWS = [native("rain in Rome?", ROME),
 NO_REFUSAL = "warning: no row without a call: a model so trained forgets to refuse\n"
 
 
-def audit(folder, *flags, rows=ROWS, tools=(WEATHER, ALARM, TIMER), **environment):
+def audit(folder, *flags, rows=ROWS, tools=(WEATHER, ALARM, TIMER), run=run_here):
     """Return (audit or None, result) of a dry run on these rows, all of them for training."""
     (folder / "tools.json").write_text(json.dumps(tools))
     path = write_jsonl(folder / "rows.jsonl", rows)
-    result = run_script("--dry_run", "--dataset_path", path, "--tools_path", folder / "tools.json", "--model_id", TINY,
-                        "--output_dir", folder / "out", "--final_model_dir", folder / "final", "--train_test_split", 0,
-                        *flags, **environment)
+    result = run("--dry_run", "--dataset_path", path, "--tools_path", folder / "tools.json", "--model_id", TINY,
+                 "--output_dir", folder / "out", "--final_model_dir", folder / "final", "--train_test_split", 0, *flags)
     assert "Traceback" not in result.stderr
     written = folder / "out" / "audit.json"
     return json.loads(written.read_text()) if written.exists() else None, result
@@ -38,9 +37,9 @@ def audit(folder, *flags, rows=ROWS, tools=(WEATHER, ALARM, TIMER), **environmen
 
 @pytest.fixture(scope="module")
 def dry(tmp_path_factory):
-    """The audit of ROWS: (folder, audit, result)."""
+    """The audit of ROWS by the real command line: (folder, audit, result)."""
     folder = tmp_path_factory.mktemp("dry")
-    return folder, *audit(folder)
+    return folder, *audit(folder, run=run_script)
 
 
 def spread(values):
@@ -324,7 +323,7 @@ def test_a_run_shows_the_chosen_row_and_not_the_first_two(tokenizer, capsys):
 
 @pytest.mark.parametrize("flags", [["--dry_run"], ["--show_row", "1"]])
 def test_eval_only_has_nothing_to_audit(flags):
-    result = run_script("--eval_only", "x", *flags)
+    result = run_here("--eval_only", "x", *flags)
     assert result.returncode == 2 and "--eval_only trains nothing: leave out --dry_run and --show_row" in result.stderr
 
 
