@@ -947,15 +947,18 @@ def list_required(schema: dict, changes: Counter) -> dict:
     return {**schema, "properties": properties, "required": required}
 
 
+def drop_nulls(found: dict, changes: Counter) -> dict:
+    """Return the object without its nulls, which say nothing, except as a value of the argument itself."""
+    empty = [key for key, value in found.items() if value is None and key not in ("default", "const")]
+    changes.update(f"{key[:40]} null -> removed" for key in empty)
+    return {key: value for key, value in found.items() if key not in empty}
+
+
 def to_schema(schema: object, changes: Counter) -> object:
     """Return a JSON Schema in which foreign types are replaced at every place that holds a schema."""
     if not isinstance(schema, dict):
         return schema
-    # A null says nothing, except as a value of the argument itself.
-    empty = [key for key, value in schema.items() if value is None and key not in ("default", "const")]
-    changes.update(f"{key[:40]} null -> removed" for key in empty)
-    schema = {key: value for key, value in schema.items() if key not in empty}
-    schema = list_required(replace_type(schema, changes), changes)
+    schema = list_required(replace_type(drop_nulls(schema, changes), changes), changes)
     for key, value in schema.items():
         if key in SCHEMA_PLACES["named"] and isinstance(value, dict):
             schema[key] = {name: to_schema(part, changes) for name, part in value.items()}
@@ -1008,10 +1011,9 @@ def to_tool(tool: object, changes: Counter) -> object:
         tool = {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
     else:
         return tool
-    empty = [key for key, value in tool["function"].items() if value is None]
-    changes.update(f"{key[:40]} null -> removed" for key in empty)
-    function = {key: to_parameters(value, changes) if key == "parameters" else value
-                for key, value in tool["function"].items() if key not in empty}
+    function = drop_nulls(tool["function"], changes)
+    if "parameters" in function:
+        function["parameters"] = to_parameters(function["parameters"], changes)
     return {**tool, "function": function}
 
 
@@ -1147,18 +1149,13 @@ def convert_native(row: dict) -> tuple[list[dict], object]:
         raise ValueError("function_calls must be a list, got " + shorten(calls))
     answer = {**output, "role": "assistant", "tool_calls": calls, "function_call": None}
     request = {"role": "user", "content": row.get("input")}
-    return to_messages([*read_system(row), request, answer]), row.get("tools")
+    return [*read_system(row), request, answer], row.get("tools")
 
 
 def convert_openai(row: dict) -> tuple[list[dict], object]:
     """{"messages": [{"role": "...", "content": "...", "tool_calls": [...]}, ...], "tools": [...]}"""
     tools = row.get("tools")
-    return to_messages(take(row, "messages", list)), row.get("functions") if tools is None else tools
-
-
-def convert_sharegpt(row: dict) -> tuple[list[dict], object]:
-    """{"conversations": [{"from": "human" | "gpt" | "function_call" | "observation", "value": "..."}], "tools": ...}"""
-    return to_messages(read_turns(row)), row.get("tools")
+    return take(row, "messages", list), row.get("functions") if tools is None else tools
 
 
 def split_hermes_system(text: str) -> tuple[list | None, str]:
@@ -1205,7 +1202,7 @@ def convert_hermes(row: dict) -> tuple[list[dict], object]:
             turns += [{**turn, "content": text}] if text else []
         else:
             turns += split_hermes_turn(turn)
-    return to_messages(turns), own if tools is None else tools
+    return turns, own if tools is None else tools
 
 
 def convert_xlam(row: dict) -> tuple[list[dict], object]:
@@ -1216,7 +1213,7 @@ def convert_xlam(row: dict) -> tuple[list[dict], object]:
     if not isinstance(answers, list):
         raise ValueError('"answers" must be a list of calls, got ' + shorten(answers))
     turns = [{"role": "user", "content": take(row, "query", str)}, {"role": "assistant", "tool_calls": answers}]
-    return to_messages(turns), row.get("tools")
+    return turns, row.get("tools")
 
 
 def parse_glaive_call(text: str) -> object:
@@ -1242,7 +1239,7 @@ def convert_glaive(row: dict) -> tuple[list[dict], object]:
             content, *calls = turn["content"].split("<functioncall>")
             turn.update(content=content.strip(), tool_calls=[parse_glaive_call(call) for call in calls])
         turns.append(turn)
-    return to_messages(turns), tools if row.get("tools") is None else row["tools"]
+    return turns, tools if row.get("tools") is None else row["tools"]
 
 
 def parse_bracket_calls(text: str) -> list[dict]:
@@ -1274,7 +1271,7 @@ def convert_toolace(row: dict) -> tuple[list[dict], object]:
         if role in ("assistant", "gpt") and isinstance(content, str) and BRACKET_CALLS.fullmatch(content):
             turn = {**turn, "content": "", "tool_calls": parse_bracket_calls(content)}
         turns.append(turn)
-    return to_messages(turns), tools
+    return turns, tools
 
 
 def convert_alpaca(row: dict) -> tuple[list[dict], object]:
@@ -1292,7 +1289,7 @@ def convert_alpaca(row: dict) -> tuple[list[dict], object]:
         raise ValueError('"history" must be a list of [request, answer], got ' + shorten(history))
     pairs = [*history, [request, take(row, answer, str)]]
     turns = [{"role": role, "content": text} for pair in pairs for role, text in zip(("user", "assistant"), pair)]
-    return to_messages(read_system(row) + turns), row.get("tools") or []
+    return read_system(row) + turns, row.get("tools") or []
 
 
 def peek(row: dict, key: str) -> list[tuple[str, str]]:
@@ -1323,7 +1320,7 @@ def is_sharegpt_tools(row: dict) -> bool:
         ROLES.get(role, role) in ("calls", "tool") for role, _ in peek(row, "conversations")))
 
 
-FORMATS = {  # name: (whether a row is of this format, converter to (messages, tools or None)); the first that fits
+FORMATS = {  # name: (whether a row is of this format, converter to (turns, tools or None)); the first that fits
     "native": (lambda row: "input" in row and isinstance(row.get("output"), dict), convert_native),
     "swift": (lambda row: any(role in ("tool_call", "tool_response") for role, _ in peek(row, "messages")),
               convert_openai),
@@ -1332,9 +1329,10 @@ FORMATS = {  # name: (whether a row is of this format, converter to (messages, t
     "hermes": (lambda row: any("<tool_call>" in text or "<tools>" in text for _, text in peek(row, "conversations")),
                convert_hermes),
     "toolace": (is_toolace, convert_toolace),
-    "sharegpt-tools": (is_sharegpt_tools, convert_sharegpt),
+    # {"conversations": [{"from": "human" | "gpt" | "function_call" | "observation", "value": "..."}], "tools": ...}
+    "sharegpt-tools": (is_sharegpt_tools, lambda row: (read_turns(row), row.get("tools"))),
     "sharegpt": (lambda row: "conversations" in row,  # plain chat, so without tools unless the row has its own
-                 lambda row: convert_sharegpt({**row, "tools": row.get("tools") or []})),
+                 lambda row: (read_turns(row), row.get("tools") or [])),
     "xlam": (lambda row: "query" in row and "answers" in row, convert_xlam),
     "glaive": (lambda row: "chat" in row, convert_glaive),
     "alpaca": (lambda row: any(key in row for key in QUESTION_KEYS) and any(key in row for key in ANSWER_KEYS),
@@ -1353,7 +1351,8 @@ def convert(row: object, name: str) -> tuple[str, list[dict], object]:
         name = next((found for found, (fits, _) in FORMATS.items() if fits(row)), "")
     if not name:
         raise ValueError(f"no known format; expected an object with {SHAPES}; got {shorten(row)}")
-    return name, *FORMATS[name][1](row)
+    turns, tools = FORMATS[name][1](row)
+    return name, to_messages(turns), tools
 
 
 def to_row(example: Example) -> dict:
@@ -3589,8 +3588,8 @@ def to_report(args, command, tokenizer, sequences, results, scores, verdicts, da
 
     last = list(results)[-1]
     shares = {name: count_per_tool(of_model) for name, of_model in verdicts.items()}
-    per_tool = {tool: {"support": row["support"], **{name: {"tool": shares[name][tool]["tool"],
-                "exact": shares[name][tool]["exact"]} for name in shares}} for tool, row in shares[last].items()}
+    per_tool = {tool: {"support": row["support"], **{name: {key: shares[name][tool][key] for key in ("tool", "exact")}
+                                                     for name in shares}} for tool, row in shares[last].items()}
     labels, counts = count_confusion(verdicts[last])
     before, got = results[next(iter(results))]["answers"], results[last]["answers"]
     failures = [{"where": sequence.where, "request": read_request(tokenizer, sequence), "expected": sequence.answer,
