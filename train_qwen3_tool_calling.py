@@ -51,6 +51,7 @@ GRADIENT_ACCUMULATION_STEPS = 4  # 2 x 4 = 8 sequences per optimizer step
 LEARNING_RATE = 2e-4  # the usual rate for LoRA; full fine-tuning takes a tenth of it
 WARMUP_STEPS = 10  # Adam's moments are noise in the first steps
 WEIGHT_DECAY = 0.01
+CUDA_OPTIM = "adamw_8bit"  # on CUDA: its two moments of a weight take 2 bytes instead of 8
 LR_SCHEDULER_TYPE = "linear"
 SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
               "inverse_sqrt")  # those of Transformers that need nothing but the number of steps
@@ -155,10 +156,21 @@ def say(stage: str, text: str) -> None:
     print(f"{stage:<9}{hide_secrets(text)}", flush=True)
 
 
-def warn(text: str) -> None:
-    """Print one warning."""
+def warn(text: str, kind: str = "warning") -> None:
+    """Print one line on stderr."""
     if is_main():
-        print(f"warning: {hide_secrets(text)}", file=sys.stderr, flush=True)
+        print(f"{kind}: {hide_secrets(text)}", file=sys.stderr, flush=True)
+
+
+def plural(count: int, noun: str) -> str:
+    """Return `1 row`, `2,000 rows` or `2 batches`."""
+    return f"{count:,} {noun}{('es' if noun.endswith('ch') else 's') * (count != 1)}"
+
+
+def list_first(names, limit: int) -> str:
+    """Return `a, b, and 3 more`: the first names of an iterable, and how many follow."""
+    names = [*names]
+    return ", ".join(names[:limit]) + (f", and {len(names) - limit:,} more" if len(names) > limit else "")
 
 
 def raise_interrupted(number: int, frame) -> None:
@@ -167,12 +179,12 @@ def raise_interrupted(number: int, frame) -> None:
 
 
 @contextlib.contextmanager
-def handle_signals(handler):
-    """Let `handler(number, frame)` answer Ctrl-C and SIGTERM for a while; then the former handlers do so again.
+def handle_signals(handler, numbers: tuple = (signal.SIGINT, signal.SIGTERM)):
+    """Let `handler(number, frame)` answer Ctrl-C and SIGTERM (or these) for a while; then the former handlers do again.
 
     Signals reach the main thread alone, so for a caller in another one nothing changes.
     """
-    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    numbers = numbers if threading.current_thread() is threading.main_thread() else ()
     former = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
@@ -186,18 +198,24 @@ def partial_folder(final: str | Path) -> Path:
     return Path(final).with_name(f".{Path(final).name}.partial")
 
 
+def move_aside(folder: Path) -> Path:
+    """Return the hidden name that a folder, if it is there, now has: killed in between, its removal leaves no half."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    return old
+
+
 def put_in_place(final: str | Path, written: Path | None = None) -> None:
     """Give a finished folder (its partial one) its final name; what was there is removed only after that."""
-    final_folder, old = Path(final), Path(final).with_name(f".{Path(final).name}.old")
     written = written or partial_folder(final)
-    shutil.rmtree(old, ignore_errors=True)
     umask = os.umask(0)
     os.umask(umask)
     for file in written.glob("*.safetensors"):  # written for the owner alone
         file.chmod(0o666 & ~umask)
-    if final_folder.exists():
-        final_folder.rename(old)
-    written.rename(final_folder)
+    old = move_aside(Path(final))
+    written.rename(final)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -223,14 +241,6 @@ def discard_partial(final: str | Path):
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def remove_folder(folder: Path) -> None:
-    """Remove a folder; killed in between, this leaves nothing half-removed under its name."""
-    hidden = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(hidden, ignore_errors=True)
-    folder.rename(hidden)
-    shutil.rmtree(hidden, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -513,16 +523,11 @@ FILE_NAME = re.compile(r".*\.(jsonl?|ndjson|csv|tsv|txt|parquet|arrow|ya?ml|gz|z
 SHOWN_BYTES = 2**26  # a larger file takes seconds to read, so on a terminal a bar is shown
 
 
-def refuse_constant(name: str):
-    """Reject NaN and Infinity, which Python reads but JSON does not have."""
-    raise ValueError(f"{name} is not JSON")
-
-
 def to_float(text: str) -> float:
-    """Return the number; one that Python could only keep as infinity is a ValueError."""
+    """Return the number; NaN and Infinity, which JSON does not have, and one too large for Python are ValueErrors."""
     value = float(text)
-    if math.isinf(value):
-        raise ValueError(f"the number {text[:20]} is too large")
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not JSON" if text[-1].isalpha() else f"the number {text[:20]} is too large")
     return value
 
 
@@ -536,7 +541,7 @@ def to_object(pairs: list[tuple]) -> dict:
     return found
 
 
-DECODER = json.JSONDecoder(parse_constant=refuse_constant, parse_float=to_float, object_pairs_hook=to_object)
+DECODER = json.JSONDecoder(parse_constant=to_float, parse_float=to_float, object_pairs_hook=to_object)
 
 
 def read_value(text: str, position: int = 0) -> tuple[object, int]:
@@ -560,32 +565,32 @@ def explain(error: Exception) -> str:
     return f"not valid JSON: {getattr(error, 'msg', error)}"
 
 
+@contextlib.contextmanager
 def open_file(path: str):
-    """Return a regular file opened for its bytes; one that is absent, packed or plainly not UTF-8 is a UserError."""
+    """Yield a regular file opened for its bytes; one that cannot be read, is packed or plainly not UTF-8: UserError."""
     try:
         if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for its writer
             raise UserError(f"{path}: is not a regular file; expected JSON or JSONL")
         with open(path, "rb") as file:
             start = file.read(4)
+            if kind := next((kind for mark, kind in PACKED.items() if start.startswith(mark)), None):
+                raise UserError(f"{path}: is {kind}; unpack it first")
+            if wide := re.search(rb"[\0\xfe\xff]", start):  # UTF-16, or no text at all
+                raise UserError(f"{path}: not UTF-8 text (byte {wide.start()}); save it as UTF-8 JSON or JSONL")
+            file.seek(0)
+            yield file
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    for mark, kind in PACKED.items():
-        if start.startswith(mark):
-            raise UserError(f"{path}: is {kind}; unpack it first")
-    if wide := re.search(rb"[\0\xfe\xff]", start):  # UTF-16, or no text at all
-        raise UserError(f"{path}: not UTF-8 text (byte {wide.start()}); save it as UTF-8 JSON or JSONL")
-    return open(path, "rb")
 
 
-def read_text(path: str) -> str:
-    """Return a file's text; a file that is absent, empty or not UTF-8 is a UserError."""
-    with open_file(path) as file:
-        try:
-            text = file.read().decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: {explain(error)}") from None
+def read_text(file) -> str:
+    """Return the text of an open file; one that is empty or not UTF-8 is a UserError."""
+    try:
+        text = file.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file.name}: {explain(error)}") from None
     if not text.strip():
-        raise UserError(f"{path}: is empty; expected a JSON array of rows, or one JSON object a line")
+        raise UserError(f"{file.name}: is empty; expected a JSON array of rows, or one JSON object a line")
     return text
 
 
@@ -633,20 +638,14 @@ def read_lines(path: str, file):
         yield f"{path}:{line}", row
 
 
-def begins_spread(path: str, head: bytes) -> bool:
-    """Tell whether a file begins with an object that goes on over several lines, as pretty-printed JSON does."""
-    first, newline, _ = head.decode("utf-8", "replace").partition("\n")
+def begins_spread(line: bytes) -> bool:
+    """Tell whether an object may go on after a file's first line, as pretty-printed JSON does: no more is wrong."""
+    text = line.decode("utf-8", "replace").rstrip()
     try:
-        read_value(first.rstrip())
+        read_value(text)
         return False
     except (ValueError, RecursionError) as error:
-        if not newline or getattr(error, "pos", -1) < len(first.rstrip()):  # broken before its end: no line can mend it
-            return False
-    try:
-        read_value(read_text(path).lstrip())
-        return True
-    except (ValueError, RecursionError):  # a line that was cut is one bad row, and the others can be read
-        return False
+        return line.endswith(b"\n") and getattr(error, "pos", -1) >= len(text)
 
 
 def show_reading(pairs, file, size: int):
@@ -672,14 +671,18 @@ def read_file(path: str):
     """
     with open_file(path) as file:
         before = os.fstat(file.fileno())
-        blocks = (block.removeprefix(b"\xef\xbb\xbf").lstrip() for block in iter(partial(file.read, 2**16), b""))
-        head = next(filter(None, blocks), b"")
+        lines = (line.removeprefix(b"\xef\xbb\xbf").lstrip() for line in iter(partial(file.readline, 2**16), b""))
+        first = next(filter(None, lines), b"")
         file.seek(0)
-        if not head or head.startswith(b"[") or begins_spread(path, head):
-            pairs = read_array(path, read_text(path))
-            file.seek(0, os.SEEK_END)  # for the bar: all of it has been read
-        else:
-            pairs = read_lines(path, file)
+        pairs = read_lines(path, file)
+        if not first or first.startswith(b"["):
+            pairs = read_array(path, read_text(file))
+        elif begins_spread(first):
+            objects = read_array(path, read_text(file))
+            try:
+                pairs = chain([next(objects)], objects)
+            except UserError:  # a line that was cut is one bad row, and the others can be read
+                file.seek(0)
         yield from show_reading(pairs, file, before.st_size)
         after = os.fstat(file.fileno())
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
@@ -799,6 +802,8 @@ TYPES = {  # types as Python, Java or Gemini write them, in lower case
     "dict": "object", "object": "object", "list": "array", "tuple": "array", "array": "array",
     "none": "null", "nonetype": "null", "null": "null",
 }
+PLAIN_TYPES = {**{name: {"type": kind} for name, kind in TYPES.items()},
+               "any": {}, "set": {"type": "array", "uniqueItems": True}}
 SCHEMA_PLACES = {  # keywords of JSON Schema: what stands there
     "one": ("items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames"),
     "list": ("anyOf", "oneOf", "allOf", "prefixItems", "items"),
@@ -817,7 +822,7 @@ GLAIVE_BOILERPLATE = re.compile(r"You are a helpful assistant with access to the
                                 r"Use them if required\s*-?")
 QUESTION_KEYS = ("instruction", "question", "prompt", "query", "input")
 ANSWER_KEYS = ("output", "answer", "response", "completion")
-KIND_NAMES = {list: "a list", dict: "an object", str: "text"}
+KIND_NAMES = {list: "a list of objects", dict: "an object", str: "text"}
 
 
 def shorten(value: object, limit: int = 80) -> str:
@@ -835,17 +840,8 @@ def take(row: dict, key: str, kind: type):
     """Return row[key]; ValueError if it is missing or of another kind."""
     if key not in row:
         raise ValueError(f'"{key}" is missing; expected {KIND_NAMES[kind]}')
-    if not isinstance(row[key], kind):
+    if not isinstance(row[key], kind) or kind is list and not all(isinstance(item, dict) for item in row[key]):
         raise ValueError(f'"{key}" must be {KIND_NAMES[kind]}, got {shorten(row[key])}')
-    return row[key]
-
-
-def take_objects(row: dict, key: str) -> list[dict]:
-    """Return row[key], a list of objects; ValueError if it is anything else."""
-    if key not in row:
-        raise ValueError(f'"{key}" is missing; expected a list of objects')
-    if not isinstance(row[key], list) or not all(isinstance(item, dict) for item in row[key]):
-        raise ValueError(f'"{key}" must be a list of objects, got {shorten(row[key])}')
     return row[key]
 
 
@@ -857,18 +853,26 @@ def parse_json(text: str, what: str):
         raise ValueError(f"{what} not valid JSON: {shorten(text)}") from None
 
 
+def parse_python(text: str) -> ast.expr:
+    """Return the tree of a Python expression, which is never run; ValueError if it is none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python warns of "\d" in a text
+            return ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, MemoryError) as error:
+        raise ValueError from error
+
+
 def parse_literal(text: str, what: str):
-    """Return the value of a JSON text, or of one in Python's quotes, as JSON would give it; never runs anything."""
+    """Return the value of a JSON text, or of one in Python's quotes, as JSON would give it."""
     try:
         return DECODER.decode(text)
     except ValueError:
         pass
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Python warns of "\d" in a text
-            value = ast.literal_eval(WORDS.sub(lambda word: PYTHON_WORDS.get(word[0], word[0]), text.strip()))
-            return json.loads(json.dumps(value, allow_nan=False))
-    except (ValueError, TypeError, SyntaxError, MemoryError):
+        value = ast.literal_eval(parse_python(WORDS.sub(lambda word: PYTHON_WORDS.get(word[0], word[0]), text)))
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (ValueError, TypeError, MemoryError):
         raise ValueError(f"{what} neither JSON nor a Python literal: {shorten(text)}") from None
 
 
@@ -891,45 +895,53 @@ def split_outside(text: str, mark: str) -> list[str]:
 # Tools -----------------------------------------------------------------------------------------------------------
 def to_union(parts: list[dict]) -> dict:
     """Return the schema of a value that fits one of these schemas."""
+    parts = [one for part in parts for one in (part["anyOf"] if part.keys() == {"anyOf"} else [part])]
     if all(part.keys() == {"type"} for part in parts):
-        return {"type": [part["type"] for part in parts]}
+        return {"type": [name for part in parts for name in as_list(part["type"])]}
     return {"anyOf": parts}
 
 
-def to_generic(name: str, parts: list[dict]) -> dict | None:
-    """Return the schema of List[...], Dict[...] and their like with these parts, None if its meaning is not clear."""
-    if name in ("list", "set", "array") and len(parts) == 1:
-        return {"type": "array", "items": parts[0], **({"uniqueItems": True} if name == "set" else {})}
-    if name == "dict" and len(parts) == 2 and parts[0] == {"type": "string"}:
-        return {"type": "object", "additionalProperties": parts[1]}
-    if name == "tuple" and parts:
-        return {"type": "array", "prefixItems": parts, "minItems": len(parts), "maxItems": len(parts)}
-    if name == "optional" and len(parts) == 1:
-        return to_union([*parts, {"type": "null"}])
-    return to_union(parts) if name == "union" and parts else None
+def to_type(node: ast.expr) -> dict | None:
+    """Return the schema of a type that is written as this Python expression, None if its meaning is not clear."""
+    match node:
+        case ast.Constant(value=None):
+            return {"type": "null"}
+        case ast.Name(id=name):
+            return PLAIN_TYPES.get(name.lower())
+        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            name, parts = "union", [left, right]
+        case ast.Subscript(value=ast.Name(id=name), slice=inside):
+            parts = inside.elts if isinstance(inside, ast.Tuple) else [inside]
+        case _:
+            return None
+    name = name.lower()
+    if name == "tuple" and [*map(ast.unparse, parts[1:])] == ["..."]:
+        name, parts = "list", parts[:1]
+    schemas = [to_type(part) for part in parts]
+    if None in schemas:
+        return None
+    match name, schemas:
+        case "list" | "array", [item]:
+            return {"type": "array", "items": item}
+        case "set", [item]:
+            return {"type": "array", "items": item, "uniqueItems": True}
+        case "dict", [{"type": "string"}, value]:
+            return {"type": "object", "additionalProperties": value}
+        case "tuple", [_, *_]:
+            return {"type": "array", "prefixItems": schemas, "minItems": len(schemas), "maxItems": len(schemas)}
+        case "optional", [item]:
+            return to_union([item, {"type": "null"}])
+        case "union", [_, *_]:
+            return to_union(schemas)
+    return None
 
 
 def parse_type(text: str) -> dict | None:
     """Return the schema of a type as Python or upper case writes it, None if its meaning is not clear."""
-    text = OPTIONAL.sub("", text).strip()
     try:
-        choices = split_outside(text, "|")
-        name, bracket, inner = text.partition("[")
-        parts = split_outside(inner.removesuffix("]"), ",") if bracket else []
+        return to_type(parse_python(OPTIONAL.sub("", text).replace("typing.", "")))
     except ValueError:
         return None
-    name = name.strip().lower().removeprefix("typing.")
-    if len(choices) > 1:
-        name, parts = "union", choices
-    elif not bracket:
-        plain = {"any": {}, "set": {"type": "array", "uniqueItems": True}}
-        return plain.get(name, {"type": TYPES[name]} if name in TYPES else None)
-    elif not inner.endswith("]"):
-        return None
-    if name == "tuple" and parts[1:] == ["..."]:
-        name, parts = "list", parts[:1]
-    schemas = [parse_type(part) for part in parts]
-    return None if None in schemas else to_generic(name, schemas)
 
 
 def replace_type(schema: dict, changes: Counter) -> dict:
@@ -968,15 +980,18 @@ def list_required(schema: dict, changes: Counter) -> dict:
     return {**schema, "properties": properties, "required": required}
 
 
+def drop_nulls(found: dict, changes: Counter) -> dict:
+    """Return the object without its nulls, which say nothing, except as a value of the argument itself."""
+    empty = [key for key, value in found.items() if value is None and key not in ("default", "const")]
+    changes.update(f"{key[:40]} null -> removed" for key in empty)
+    return {key: value for key, value in found.items() if key not in empty}
+
+
 def to_schema(schema: object, changes: Counter) -> object:
     """Return a JSON Schema in which foreign types are replaced at every place that holds a schema."""
     if not isinstance(schema, dict):
         return schema
-    # A null says nothing, except as a value of the argument itself.
-    empty = [key for key, value in schema.items() if value is None and key not in ("default", "const")]
-    changes.update(f"{key[:40]} null -> removed" for key in empty)
-    schema = {key: value for key, value in schema.items() if key not in empty}
-    schema = list_required(replace_type(schema, changes), changes)
+    schema = list_required(replace_type(drop_nulls(schema, changes), changes), changes)
     for key, value in schema.items():
         if key in SCHEMA_PLACES["named"] and isinstance(value, dict):
             schema[key] = {name: to_schema(part, changes) for name, part in value.items()}
@@ -1029,10 +1044,9 @@ def to_tool(tool: object, changes: Counter) -> object:
         tool = {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
     else:
         return tool
-    empty = [key for key, value in tool["function"].items() if value is None]
-    changes.update(f"{key[:40]} null -> removed" for key in empty)
-    function = {key: to_parameters(value, changes) if key == "parameters" else value
-                for key, value in tool["function"].items() if key not in empty}
+    function = drop_nulls(tool["function"], changes)
+    if "parameters" in function:
+        function["parameters"] = to_parameters(function["parameters"], changes)
     return {**tool, "function": function}
 
 
@@ -1145,12 +1159,17 @@ def to_messages(turns: list[dict]) -> list[dict]:
     return messages
 
 
+def read_system(row: dict) -> list[dict]:
+    """Return the turns in front of a row's conversation: its `system`, if it has one."""
+    return [{"role": "system", "content": row["system"]}] if row.get("system") else []
+
+
 def read_turns(row: dict) -> list[dict]:
     """Return the turns of a ShareGPT row, {"from", "value"} or {"role", "content"}, with its `system` in front."""
     key = "messages" if "messages" in row and "conversations" not in row else "conversations"
     turns = [{**turn, "role": turn.get("from", turn.get("role")), "content": turn.get("value", turn.get("content"))}
-             for turn in take_objects(row, key)]
-    return [{"role": "system", "content": row["system"]}, *turns] if row.get("system") else turns
+             for turn in take(row, key, list)]
+    return read_system(row) + turns
 
 
 def convert_native(row: dict) -> tuple[list[dict], object]:
@@ -1162,24 +1181,14 @@ def convert_native(row: dict) -> tuple[list[dict], object]:
     if not isinstance(calls, list):
         raise ValueError("function_calls must be a list, got " + shorten(calls))
     answer = {**output, "role": "assistant", "tool_calls": calls, "function_call": None}
-    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    return to_messages([*system, {"role": "user", "content": row.get("input")}, answer]), row.get("tools")
+    request = {"role": "user", "content": row.get("input")}
+    return [*read_system(row), request, answer], row.get("tools")
 
 
 def convert_openai(row: dict) -> tuple[list[dict], object]:
     """{"messages": [{"role": "...", "content": "...", "tool_calls": [...]}, ...], "tools": [...]}"""
     tools = row.get("tools")
-    return to_messages(take_objects(row, "messages")), row.get("functions") if tools is None else tools
-
-
-def convert_sharegpt(row: dict) -> tuple[list[dict], object]:
-    """{"conversations": [{"from": "human" | "gpt" | "function_call" | "observation", "value": "..."}], "tools": ...}"""
-    return to_messages(read_turns(row)), row.get("tools")
-
-
-def convert_plain_sharegpt(row: dict) -> tuple[list[dict], object]:
-    """{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}: chat, so no tools."""
-    return to_messages(read_turns(row)), row.get("tools") or []
+    return take(row, "messages", list), row.get("functions") if tools is None else tools
 
 
 def split_hermes_system(text: str) -> tuple[list | None, str]:
@@ -1226,7 +1235,7 @@ def convert_hermes(row: dict) -> tuple[list[dict], object]:
             turns += [{**turn, "content": text}] if text else []
         else:
             turns += split_hermes_turn(turn)
-    return to_messages(turns), own if tools is None else tools
+    return turns, own if tools is None else tools
 
 
 def convert_xlam(row: dict) -> tuple[list[dict], object]:
@@ -1237,7 +1246,7 @@ def convert_xlam(row: dict) -> tuple[list[dict], object]:
     if not isinstance(answers, list):
         raise ValueError('"answers" must be a list of calls, got ' + shorten(answers))
     turns = [{"role": "user", "content": take(row, "query", str)}, {"role": "assistant", "tool_calls": answers}]
-    return to_messages(turns), row.get("tools")
+    return turns, row.get("tools")
 
 
 def parse_glaive_call(text: str) -> object:
@@ -1256,14 +1265,14 @@ def convert_glaive(row: dict) -> tuple[list[dict], object]:
     start, *parts = GLAIVE_TURN.split(take(row, "chat", str))
     if start.strip():
         raise ValueError(f'"chat" must start with "USER:", got {shorten(start)}')
-    turns = [{"role": "system", "content": system}] if system else []
+    turns = read_system({"system": system})
     for speaker, text in zip(parts[::2], parts[1::2]):
         turn = {"role": GLAIVE_ROLES[speaker], "content": text.replace("<|endoftext|>", "").strip()}
         if speaker == "ASSISTANT":
             content, *calls = turn["content"].split("<functioncall>")
             turn.update(content=content.strip(), tool_calls=[parse_glaive_call(call) for call in calls])
         turns.append(turn)
-    return to_messages(turns), tools if row.get("tools") is None else row["tools"]
+    return turns, tools if row.get("tools") is None else row["tools"]
 
 
 def parse_bracket_calls(text: str) -> list[dict]:
@@ -1295,7 +1304,7 @@ def convert_toolace(row: dict) -> tuple[list[dict], object]:
         if role in ("assistant", "gpt") and isinstance(content, str) and BRACKET_CALLS.fullmatch(content):
             turn = {**turn, "content": "", "tool_calls": parse_bracket_calls(content)}
         turns.append(turn)
-    return to_messages(turns), tools
+    return turns, tools
 
 
 def convert_alpaca(row: dict) -> tuple[list[dict], object]:
@@ -1313,8 +1322,7 @@ def convert_alpaca(row: dict) -> tuple[list[dict], object]:
         raise ValueError('"history" must be a list of [request, answer], got ' + shorten(history))
     pairs = [*history, [request, take(row, answer, str)]]
     turns = [{"role": role, "content": text} for pair in pairs for role, text in zip(("user", "assistant"), pair)]
-    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    return to_messages([*system, *turns]), row.get("tools") or []
+    return read_system(row) + turns, row.get("tools") or []
 
 
 def peek(row: dict, key: str) -> list[tuple[str, str]]:
@@ -1324,21 +1332,11 @@ def peek(row: dict, key: str) -> list[tuple[str, str]]:
     return [(role, text if isinstance(text, str) else "") for role, text in pairs if isinstance(role, str)]
 
 
-def is_swift(row: dict) -> bool:
-    """Return whether calls or replies have roles of their own among `messages`."""
-    return any(role in ("tool_call", "tool_response") for role, _ in peek(row, "messages"))
-
-
 def is_mobile(row: dict) -> bool:
     """Return whether the row has `messages` and tools that do not say their type."""
     tools = row.get("tools") if "messages" in row else None
     return isinstance(tools, list) and bool(tools) and all(
         isinstance(tool, dict) and "function" in tool and "type" not in tool for tool in tools)
-
-
-def is_hermes(row: dict) -> bool:
-    """Return whether the tags of Hermes stand in the text of the conversation."""
-    return any("<tool_call>" in text or "<tools>" in text for _, text in peek(row, "conversations"))
 
 
 def is_toolace(row: dict) -> bool:
@@ -1355,15 +1353,19 @@ def is_sharegpt_tools(row: dict) -> bool:
         ROLES.get(role, role) in ("calls", "tool") for role, _ in peek(row, "conversations")))
 
 
-FORMATS = {  # name: (whether a row is of this format, converter to (messages, tools or None)); the first that fits
+FORMATS = {  # name: (whether a row is of this format, converter to (turns, tools or None)); the first that fits
     "native": (lambda row: "input" in row and isinstance(row.get("output"), dict), convert_native),
-    "swift": (is_swift, convert_openai),
+    "swift": (lambda row: any(role in ("tool_call", "tool_response") for role, _ in peek(row, "messages")),
+              convert_openai),
     "mobile-actions": (is_mobile, convert_openai),
     "openai": (lambda row: "messages" in row, convert_openai),
-    "hermes": (is_hermes, convert_hermes),
+    "hermes": (lambda row: any("<tool_call>" in text or "<tools>" in text for _, text in peek(row, "conversations")),
+               convert_hermes),
     "toolace": (is_toolace, convert_toolace),
-    "sharegpt-tools": (is_sharegpt_tools, convert_sharegpt),
-    "sharegpt": (lambda row: "conversations" in row, convert_plain_sharegpt),
+    # {"conversations": [{"from": "human" | "gpt" | "function_call" | "observation", "value": "..."}], "tools": ...}
+    "sharegpt-tools": (is_sharegpt_tools, lambda row: (read_turns(row), row.get("tools"))),
+    "sharegpt": (lambda row: "conversations" in row,  # plain chat, so without tools unless the row has its own
+                 lambda row: (read_turns(row), row.get("tools") or [])),
     "xlam": (lambda row: "query" in row and "answers" in row, convert_xlam),
     "glaive": (lambda row: "chat" in row, convert_glaive),
     "alpaca": (lambda row: any(key in row for key in QUESTION_KEYS) and any(key in row for key in ANSWER_KEYS),
@@ -1382,7 +1384,8 @@ def convert(row: object, name: str) -> tuple[str, list[dict], object]:
         name = next((found for found, (fits, _) in FORMATS.items() if fits(row)), "")
     if not name:
         raise ValueError(f"no known format; expected an object with {SHAPES}; got {shorten(row)}")
-    return name, *FORMATS[name][1](row)
+    turns, tools = FORMATS[name][1](row)
+    return name, to_messages(turns), tools
 
 
 def to_row(example: Example) -> dict:
@@ -1564,68 +1567,67 @@ def limit_time(seconds: float):
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield  # as on Windows: there is no such timer
         return
-    former = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, former)
+    with handle_signals(stop, (signal.SIGALRM,)):
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def check_calls(messages: list[dict], validators: dict) -> list[str]:
-    """Check every call of the conversation against the JSON Schema of its own tool.
+def check_call(name: str, arguments: dict, validators: dict) -> list[str]:
+    """Check the arguments of a call against the JSON Schema of its own tool.
 
     A tool whose schema took too long once is not tried again: its place in `validators` then holds what to say.
     """
     import referencing.exceptions
 
-    problems = []
-    calls = [call["function"] for message in messages for call in message.get("tool_calls", [])]
-    for index, call in enumerate(calls, start=1):
-        name = f"call {index} {shorten(call['name'])}"
-        if call["name"] not in validators:
-            close = difflib.get_close_matches(call["name"], validators, n=1)
-            known = ", ".join([*islice(validators, SHOWN_PROBLEMS)] + ["..."] * (len(validators) > SHOWN_PROBLEMS))
-            hint = f'did you mean "{close[0]}"?' if close else f"tools: {known or 'none'}"
-            problems.append(f"{name}: the row has no such tool; {hint}")
-            continue
-        if isinstance(validators[call["name"]], str):
-            problems.append(f"{name}: {validators[call['name']]}")
-            continue
-        try:
+    if name not in validators:
+        close = difflib.get_close_matches(name, validators, n=1)
+        known = list_first(validators, SHOWN_PROBLEMS) or "none"
+        return ["the row has no such tool; " + (f'did you mean "{close[0]}"?' if close else f"tools: {known}")]
+    try:
+        if not isinstance(validators[name], str):
             with limit_time(CHECK_SECONDS):
-                errors = [*validators[call["name"]].iter_errors(call["arguments"])]
-            problems += [f"{name}: {describe(error)}" for error in sorted(errors, key=lambda error: error.json_path)]
-        except TimeoutError:
-            validators[call["name"]] = f"its tool's schema takes over {CHECK_SECONDS} s to apply; simplify its patterns"
-            problems.append(f"{name}: {validators[call['name']]}")
-        except referencing.exceptions.Unresolvable as error:
-            problems.append(f"{name}: its tool's schema refers to {error.ref}, which is not inside that schema")
-        except Exception as error:  # as in check_tool
-            problems.append(f"{name}: its tool's schema cannot be applied: {type(error).__name__}: {error}"[:300])
-    return problems
+                errors = [*validators[name].iter_errors(arguments)]
+            return [describe(error) for error in sorted(errors, key=lambda error: error.json_path)]
+    except TimeoutError:
+        validators[name] = f"its tool's schema takes over {CHECK_SECONDS} s to apply; simplify its patterns"
+    except referencing.exceptions.Unresolvable as error:
+        return [f"its tool's schema refers to {error.ref}, which is not inside that schema"]
+    except Exception as error:  # as in check_tool
+        return [f"its tool's schema cannot be applied: {type(error).__name__}: {error}"[:300]]
+    return [validators[name]]
 
 
-def report_problems(problems: list[tuple[str, str]], on_invalid: str, total: int, noun: str = "rows") -> None:
+def check_calls(messages: list[dict], validators: dict) -> list[str]:
+    """Check every call of the conversation."""
+    calls = [call["function"] for message in messages for call in message.get("tool_calls", [])]
+    return [f"call {index} {shorten(call['name'])}: {problem}" for index, call in enumerate(calls, start=1)
+            for problem in check_call(call["name"], call["arguments"], validators)]
+
+
+def report_problems(problems: list[tuple[str, str]], on_invalid: str, total: int, noun: str = "row") -> None:
     """Raise a UserError that lists the problems, or with on_invalid "skip" print every one as a warning."""
     if not problems:
         return
     rows = len({where for where, _ in problems})
     if on_invalid == "skip":
         for where, problem in problems:
-            print(f"skipped: {where}: {problem}", file=sys.stderr)
-        say("skip", f"{rows:,} of {total:,} {noun}, named above")
+            warn(f"{where}: {problem}", "skipped")
+        say("skip", f"{rows:,} of {plural(total, noun)}, named above")
         return
     lines = [f"{where}: {problem}" for where, problem in problems[:SHOWN_PROBLEMS]]
     more = f", the first {SHOWN_PROBLEMS} above" if len(problems) > SHOWN_PROBLEMS else ""
-    advice = "; mend them, or leave them out with --on_invalid skip" if noun == "rows" else ""
-    raise UserError("\n".join([*lines, f"{len(problems):,} problems in {rows:,} of {total:,} {noun}{more}{advice}"]))
+    advice = "; mend them, or leave them out with --on_invalid skip" if noun == "row" else ""
+    count = f"{plural(len(problems), 'problem')} in {rows:,} of {plural(total, noun)}"
+    raise UserError("\n".join([*lines, count + more + advice]))
 
 
 def read_tools(path: str) -> tuple[list[dict], Counter]:
     """Return (tools of a JSON file, Counter of what to_tools changed); one that is not valid is a UserError."""
-    text = read_text(path)
+    with open_file(path) as file:
+        text = read_text(file)
     if not text.lstrip().startswith("["):
         raise UserError(f'{path}: expected a JSON array of tools, [{{"type": "function", "function": {{...}}}}, ...]')
     pairs = list(read_array(path, text))
@@ -1635,7 +1637,7 @@ def read_tools(path: str) -> tuple[list[dict], Counter]:
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     located = [(pairs[int(re.match(r"tool (\d+)", problem)[1]) - 1][0], problem) for problem in problems]
-    report_problems(located, "error", len(tools), "tools")
+    report_problems(located, "error", len(tools), "tool")
     return tools, changes
 
 
@@ -1686,9 +1688,14 @@ def find_first_answer(example: Example) -> int:
     return next(i for i, message in enumerate(example.messages) if message["role"] == "assistant")
 
 
-def find_prompt(example: Example) -> str:
-    """Return the messages before the first answer, as JSON in which the order of keys does not matter."""
-    return json.dumps(example.messages[: find_first_answer(example)], sort_keys=True)
+def digest(value: object) -> str:
+    """Return the SHA-256 of a JSON value, in which the order of keys does not matter."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def digest_prompt(example: Example) -> str:
+    """Return the digest of the messages before the first answer."""
+    return digest(example.messages[: find_first_answer(example)])
 
 
 def split_examples(examples: list[Example], share: float) -> tuple[list[Example], list[Example]]:
@@ -1699,7 +1706,7 @@ def split_examples(examples: list[Example], share: float) -> tuple[list[Example]
     """
     groups: dict[str, list[Example]] = {}
     for example in examples:
-        groups.setdefault(hashlib.sha256(find_prompt(example).encode()).hexdigest(), []).append(example)
+        groups.setdefault(digest_prompt(example), []).append(example)
     wanted, held_out = round(len(examples) * share), set()
     for key in sorted(groups):
         if len(groups[key]) <= wanted:
@@ -2205,20 +2212,39 @@ def check_report_to(name: str) -> None:
         raise UserError(f"--report_to {name}: not installed, or unknown to Transformers; here: {', '.join(known)}")
 
 
-def check_model(model_id: str, flag: str = "--model_id", trust: bool = False):
-    """Return the config of a causal language model; whatever is wrong with the id becomes one line that says so.
+def explain_hub_error(message: str, folder: Path) -> str:
+    """Return what a user can do about a model that could not be loaded."""
+    text = message.lower()
+    if "trust_remote_code" in text:
+        return "brings Python code of its own, which is not run; if you know who wrote it, add --trust_remote_code"
+    if folder.is_dir():
+        return f"not a model folder: {message.splitlines()[0]}"
+    if "gated" in text or "401" in text or "403" in text:
+        return "gated or private; accept its terms on the Hub, then run `hf auth login`"
+    if "connect" in text or "offline" in text or "cached" in text or "resolve" in text:
+        return "no such folder, not in the cache, and the Hub cannot be reached; check the network, or give a folder"
+    return "no such folder and no such model on the Hub; check the spelling"
+
+
+def load_config(model_id: str, flag: str = "--model_id", trust: bool = False):
+    """Return the config of a model; whatever is wrong with the id becomes one line that says so.
 
     Here as in every load, Python code that comes with a model is run only with `trust`.
     """
     from transformers import AutoConfig
 
+    try:
+        return AutoConfig.from_pretrained(model_id, trust_remote_code=trust)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{flag} {model_id}: {explain_hub_error(str(error), Path(model_id).expanduser())}") from None
+
+
+def check_model(model_id: str, flag: str = "--model_id", trust: bool = False):
+    """Return the config of a causal language model with weights; anything else is a UserError."""
     folder = Path(model_id).expanduser()
     if folder.is_dir() and not list(folder.glob("*.safetensors")):
         raise UserError(f"{flag} {model_id}: the folder holds no *.safetensors; give a folder saved by save_pretrained")
-    try:
-        config = AutoConfig.from_pretrained(model_id, trust_remote_code=trust)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{flag} {model_id}: {explain_hub_error(str(error), folder)}") from None
+    config = load_config(model_id, flag, trust)
     names = config.architectures or []
     if not any(name.endswith("ForCausalLM") for name in names):
         raise UserError(f"{flag} {model_id}: not a causal language model ({', '.join(names) or config.model_type})")
@@ -2244,20 +2270,6 @@ def can_share(engine: str, config) -> bool:
     say("plan", f"ordinary padded batches: with Unsloth, only {', '.join(UNSLOTH_TREES)} share prefixes, and this is "
                 f"{config.model_type}; --engine transformers shares them, too")
     return False
-
-
-def explain_hub_error(message: str, folder: Path) -> str:
-    """Return what a user can do about a model that could not be loaded."""
-    text = message.lower()
-    if "trust_remote_code" in text:
-        return "brings Python code of its own, which is not run; if you know who wrote it, add --trust_remote_code"
-    if folder.is_dir():
-        return f"not a model folder: {message.splitlines()[0]}"
-    if "gated" in text or "401" in text or "403" in text:
-        return "gated or private; accept its terms on the Hub, then run `hf auth login`"
-    if "connect" in text or "offline" in text or "cached" in text or "resolve" in text:
-        return "no such folder, not in the cache, and the Hub cannot be reached; check the network, or give a folder"
-    return "no such folder and no such model on the Hub; check the spelling"
 
 
 def find_end_token(tokenizer) -> str | None:
@@ -2307,7 +2319,7 @@ def default_optim() -> str:
     """Return the optimizer of a run that names none."""
     import torch
 
-    return "adamw_8bit" if torch.cuda.is_available() else "adamw_torch"
+    return CUDA_OPTIM if torch.cuda.is_available() else "adamw_torch"
 
 
 def use_checkpointing(args: argparse.Namespace) -> bool:
@@ -3076,7 +3088,7 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
             self.held_out_batches = to_batches(held_out, self.streams) if held_out else []
             warn(f"out of GPU memory at step {self.state.global_step + 1:,} with a stream of {tokens:,} tokens: from "
                  f"here on each step is computed in {plan.accumulation * -(-plan.rows // size)} streams of at most "
-                 f"{size} row{'s' * (size > 1)}; the result is the same")
+                 f"{plural(size, 'row')}; the result is the same")
 
         def _get_grad_norm(self, model, grad_norm=None):
             norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -3482,7 +3494,7 @@ def lock_output(folder: str):
     return file
 
 
-def count_checkpoints(args: argparse.Namespace, train: list[Sequence], checkpoint: str | None) -> int:
+def count_checkpoints(args: argparse.Namespace, train: list[Sequence], checkpoint: str | None = None) -> int:
     """Return how many checkpoints this run will have on the disk at once, at most, beside those that are there."""
     steps, per_epoch = count_steps(args, train)
     written = math.ceil((steps - (to_step(checkpoint) if checkpoint else 0)) / (args.save_steps or per_epoch))
@@ -3544,16 +3556,27 @@ def count_final_bytes(args: argparse.Namespace, parameters: dict[str, int]) -> i
     return 0 if args.save_method == "lora" else math.ceil(sum(sizes) * whole) + SMALL_FILES
 
 
+def count_moment_bytes(optim: str) -> int:
+    """Return the bytes of Adam's two moments of one weight."""
+    return 2 if "8bit" in optim else 8
+
+
+def estimate_disk(args: argparse.Namespace, parameters: dict[str, int], optim: str, checkpoints: int) -> dict[str, int]:
+    """Return the bytes that the final model, the adapter and the checkpoints of a run take at most."""
+    trained = parameters["adapter"] or parameters["linear"] + parameters["other"]
+    return {"merged_model": count_final_bytes(args, parameters),
+            "adapter": (4 * parameters["adapter"] + SMALL_FILES) * bool(parameters["adapter"]),
+            "checkpoints": checkpoints * (trained * (4 + count_moment_bytes(optim)) + SMALL_FILES)}
+
+
 def check_disk(args: argparse.Namespace, config, checkpoints: int) -> None:
     """Refuse to start when adapter, checkpoints and merged model would not fit beside what is on their disks."""
     parameters = count_parameters(config, args.lora_rank, args.trust_remote_code, args.target_modules)
-    lora = parameters["adapter"]
-    trained = lora or parameters["linear"] + parameters["other"]
-    optimizer = 2 if "8bit" in (args.optim or default_optim()) else 8  # bytes of Adam's two moments per parameter
-    needs = [("--output_dir", args.output_dir, f"{'the adapter and ' if lora else ''}{checkpoints} checkpoints",
-              4 * lora + SMALL_FILES + checkpoints * ((4 + optimizer) * trained + SMALL_FILES)),
+    sizes, lora = estimate_disk(args, parameters, args.optim or default_optim(), checkpoints), parameters["adapter"]
+    needs = [("--output_dir", args.output_dir, "the adapter and " * bool(lora) + plural(checkpoints, "checkpoint"),
+              sizes["adapter"] + sizes["checkpoints"]),
              ("--final_model_dir", args.final_model_dir, f"the {'merged' if lora else 'trained'} model",
-              count_final_bytes(args, parameters))]
+              sizes["merged_model"])]
     disks: dict[int, list] = {}
     for need in needs:
         folder = find_existing(need[1])
@@ -4044,8 +4067,8 @@ def to_report(args, command, sequences, results, scores, verdicts, data, lengths
 
     last = list(results)[-1]
     shares = {name: count_per_tool(of_model) for name, of_model in verdicts.items()}
-    per_tool = {tool: {"support": row["support"], **{name: {"tool": shares[name][tool]["tool"],
-                "exact": shares[name][tool]["exact"]} for name in shares}} for tool, row in shares[last].items()}
+    per_tool = {tool: {"support": row["support"], **{name: {key: shares[name][tool][key] for key in ("tool", "exact")}
+                                                     for name in shares}} for tool, row in shares[last].items()}
     labels, counts = count_confusion(verdicts[last])
     before, got = results[next(iter(results))]["answers"], results[last]["answers"]
     failures = [{"where": sequence.where, "request": sequence.request, "expected": sequence.answer,
@@ -4071,30 +4094,19 @@ def find_versions() -> dict:
     """Return {library: version or None} of what a run depends on."""
     from importlib import metadata
 
-    versions = {"python": sys.version.split()[0]}
-    for name in ("torch", "transformers", "trl", "peft", "bitsandbytes", "unsloth"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    return versions
+    found = {str(library.name).lower(): library.version for library in metadata.distributions()}
+    names = ("torch", "transformers", "trl", "peft", "bitsandbytes", "unsloth")
+    return {"python": sys.version.split()[0], **{name: found.get(name) for name in names}}
 
 
 def find_commit() -> str | None:
     """Return the commit of the folder that the script is in, with "(changed)" where files differ from it, or None."""
-    git = partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True)
     try:
-        commit = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
-        changed = git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
+        return subprocess.run(["git", "describe", "--always", "--exclude=*", "--dirty= (changed)"], text=True,
+                              cwd=Path(__file__).parent, capture_output=True).stdout.strip() or None
     except OSError:  # no git here
         return None
-    return commit + (" (changed)" if changed else "") if commit else None
 
-
-SHOWN_CHARACTERS = 2000  # of any one text in the report; the rest is counted, not shown
-INVISIBLE = r"[\0-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ud800-\udfff\ufffe\uffff]"
-SCORE_NAMES = {"exact_match": "Exact match", "ast_match": "AST match", "tool_macro_f1": "Tool macro-F1",
-               "call_precision": "Call precision", "call_recall": "Call recall", "broken_json": "Broken JSON"}
 
 SHOWN_CHARACTERS = 2000  # of any one text in the report; the rest is counted, not shown
 INVISIBLE = r"[\0-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ud800-\udfff\ufffe\uffff]"
@@ -4408,6 +4420,8 @@ def write_card(folder: str, card: str) -> None:
 LISTED = 1000  # rows that audit.json names for each finding; all are counted
 SHOWN_PAIRS = 5  # rows that the screen names for each finding
 SHOWN_TOOLS = 8
+REPEATS = {"duplicates": "exact duplicates", "conflicts": "equal requests with different answers",
+           "held_out_in_training": "held-out rows that also occur in training"}
 # Held while training, measured with Unsloth on Qwen3-0.6B: GiB that no stream needs but every run has, and the work of
 # one layer as a multiple of what its backward pass keeps. A recorded graph frees nothing between its kernels.
 EAGER_MEMORY, RECORDED_MEMORY = (0.11, 0.7), (0.27, 1.25)
@@ -4432,31 +4446,16 @@ class Characters:
         return text + "<|im_start|>assistant\n" * add_generation_prompt
 
 
-def find_tokenizer(args: argparse.Namespace) -> tuple[object, str]:
-    """Return (tokenizer, ""), or what counts characters instead and why."""
+def find_model(args: argparse.Namespace) -> tuple:
+    """Return (tokenizer, or what counts characters instead; why so; the config, or None where there is none)."""
     try:
-        return load_tokenizer(args.model_id, args.trust_remote_code), ""
+        tokenizer = load_tokenizer(args.model_id, args.trust_remote_code)
     except UserError as error:
-        return Characters(), str(error)
-
-
-def find_config(args: argparse.Namespace):
-    """Return the config of a model, or None where there is none."""
-    from transformers import AutoConfig
-
+        return Characters(), str(error), None
     try:
-        return AutoConfig.from_pretrained(args.model_id, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError, KeyError):
-        return None
-
-
-def number_tool_lists(examples: list[Example]) -> dict[int, int]:
-    """Return {id of a row's list of tools: number of the distinct list that it is}; most rows share one object."""
-    lists, numbers = {}, {}
-    for example in examples:
-        if id(example.tools) not in numbers:
-            numbers[id(example.tools)] = lists.setdefault(json.dumps(example.tools, sort_keys=True), len(lists))
-    return numbers
+        return tokenizer, "", load_config(args.model_id, trust=args.trust_remote_code)
+    except UserError:
+        return tokenizer, "", None
 
 
 def list_calls(example: Example) -> list[list[str]]:
@@ -4467,8 +4466,8 @@ def list_calls(example: Example) -> list[list[str]]:
 
 def find_leaks(examples: list[Example], held_out: list[Example]) -> list[tuple[str, str]]:
     """Return (where, where in training) of each held-out row whose prompt also occurs in training."""
-    training = {find_prompt(example): example.where for example in reversed(examples)}
-    found = [(example.where, training.get(find_prompt(example))) for example in held_out]
+    training = {digest_prompt(example): example.where for example in reversed(examples)}
+    found = [(example.where, training.get(digest_prompt(example))) for example in held_out]
     return [(where, other) for where, other in found if other]
 
 
@@ -4487,30 +4486,27 @@ def audit_calls(examples: list[Example]) -> dict:
     """Return how many tools and calls the rows have, and the shares of rows without a call and with parallel calls."""
     calls = [list_calls(example) for example in examples]
     counts = Counter(name for turns in calls for names in turns for name in names)
-    numbers = number_tool_lists(examples)
-    tools = [tool for listed in {id(example.tools): example.tools for example in examples}.values() for tool in listed]
+    lists = {digest(example.tools): example.tools for example in examples}
+    tools = {digest(tool): tool["function"]["name"] for listed in lists.values() for tool in listed}
     return {"formats": dict(Counter(example.format for example in examples)),
-            "tools": {"distinct": len({json.dumps(tool, sort_keys=True) for tool in tools}),
-                      "lists": len(set(numbers.values()))},
+            "tools": {"distinct": len(tools), "lists": len(lists)},
             "calls_per_tool": dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))),
-            "never_called": sorted({tool["function"]["name"] for tool in tools} - counts.keys()),
+            "never_called": sorted({*tools.values()} - counts.keys()),
             "no_call_share": sum(not turns for turns in calls) / len(examples),
             "parallel_share": sum(any(len(names) > 1 for names in turns) for turns in calls) / len(examples)}
 
 
 def count_tool_tokens(tokenizer, examples: list[Example]) -> list[int]:
     """Return for each example how much longer its tools make the prompt; computed once for each list of tools."""
-    numbers, sizes, counts = number_tool_lists(examples), {}, []
-    for example in examples:
-        key = numbers[id(example.tools)], example.messages[0]["role"]
+    keys, sizes = [(digest(example.tools), example.messages[0]["role"]) for example in examples], {}
+    for example, key in zip(examples, keys):
         if key not in sizes:
             messages = example.messages[: find_first_answer(example)]
             prompts = [tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
                        for tools in (example.tools or None, None)]
             long, short = tokenizer(prompts, add_special_tokens=False)["input_ids"]
             sizes[key] = len(long) - len(short)
-        counts.append(sizes[key])
-    return counts
+    return [sizes[key] for key in keys]
 
 
 def summarise(values: list[int]) -> dict:
@@ -4538,27 +4534,24 @@ def audit_lengths(examples: list[Example], groups: list[list[Sequence]], limit: 
     return kept, {"max_seq_length": limit, "smallest": max(longest), "too_long": too_long}
 
 
+def list_some(found: list) -> dict:
+    """Return how many were found, and as many of them as audit.json lists."""
+    return {"count": len(found), "rows": found[:LISTED]}
+
+
 def audit_repeats(examples: list[Example], held_out: list[Example]) -> dict:
     """Return pairs of places: equal rows, equal requests with different first answers, requests on both sides."""
-    numbers, rows, requests = number_tool_lists([*examples, *held_out]), {}, {}
-    duplicates, conflicts = [], []
+    rows, requests, duplicates, conflicts = {}, {}, [], []
     for example in [*examples, *held_out]:
-        tools, prompt = numbers[id(example.tools)], find_prompt(example)
-        whole = json.dumps(example.messages, sort_keys=True)
-        answer = example.messages[find_first_answer(example)]
-        earlier = rows.setdefault((tools, whole), example)
+        tools, answer = digest(example.tools), example.messages[find_first_answer(example)]
+        earlier = rows.setdefault((tools, digest(example.messages)), example)
         if earlier is not example:
             duplicates.append((earlier.where, example.where))
-        where, expected = requests.setdefault((tools, prompt), (example.where, answer))
+        where, expected = requests.setdefault((tools, digest_prompt(example)), (example.where, answer))
         if answer != expected:
             conflicts.append((where, example.where))
     return {"duplicates": list_some(duplicates), "conflicts": list_some(conflicts),
             "held_out_in_training": list_some(find_leaks(examples, held_out))}
-
-
-def list_some(found: list) -> dict:
-    """Return how many were found, and as many of them as audit.json lists."""
-    return {"count": len(found), "rows": found[:LISTED]}
 
 
 def measure_batches(train: list[Sequence], plan: Plan, order: list[int]) -> list[int]:
@@ -4583,17 +4576,11 @@ def audit_plan(train: list[Sequence], args: argparse.Namespace, plan: Plan) -> d
     """Return steps, streams and checkpoints of the run; the sizes are those of all its streams, filled up."""
     sizes = [size for epoch in range(args.num_epochs)
              for size in measure_batches(train, plan, order_rows(plan, args.seed, epoch))]
-    per_epoch = math.ceil(math.ceil(len(train) / plan.rows) / plan.accumulation)
-    steps = args.max_steps or args.num_epochs * per_epoch
+    steps, per_epoch = count_steps(args, train)
     return {"rows_per_step": plan.rows * plan.accumulation, "streams_per_step": plan.accumulation,
             "steps_per_epoch": per_epoch, "steps": steps, "share_prefix": plan.share_prefix,
             "stream_sizes": {"min": min(sizes), "mean": round(sum(sizes) / len(sizes), 1), "max": max(sizes)},
             "checkpoints": [*range(args.save_steps or per_epoch, steps, args.save_steps or per_epoch), steps]}
-
-
-def count_moment_bytes(args: argparse.Namespace) -> int:
-    """Return the bytes of the optimizer's two moments of one weight, on CUDA."""
-    return 2 if "8bit" in (args.optim or "adamw_8bit") else 8
 
 
 def estimate_memory(args: argparse.Namespace, config, parameters: dict[str, int], tokens: int, plan: Plan) -> dict:
@@ -4617,18 +4604,10 @@ def estimate_memory(args: argparse.Namespace, config, parameters: dict[str, int]
     base = parameters["linear"] * (0.53 if args.load_in_4bit else 2) + 2 * parameters["other"]
     # Without an adapter all weights are trained in fp32, and "base" is their copy in 16 bits that autocast holds.
     trained = parameters["adapter"] or parameters["linear"] + parameters["other"]
-    parts = {"base": base / 2**30, "adapter": trained * (8 + count_moment_bytes(args)) / 2**30,
+    moments = count_moment_bytes(args.optim or CUDA_OPTIM)
+    parts = {"base": base / 2**30, "adapter": trained * (8 + moments) / 2**30,
              "longest_stream": activations / 2**30 + fixed}
     return {"total": round(sum(parts.values()), 2)} | {name: round(part, 2) for name, part in parts.items()}
-
-
-def audit_disk(args: argparse.Namespace, parameters: dict[str, int], checkpoints: int) -> dict:
-    """Return the GB that merged model and checkpoints take, and that are free now."""
-    trained = parameters["adapter"] or parameters["linear"] + parameters["other"]
-    checkpoint = trained * (4 + count_moment_bytes(args))
-    return {"merged_model": round(count_final_bytes(args, parameters) / 1e9, 2),
-            "checkpoints": round(checkpoints * checkpoint / 1e9, 2),
-            "free": round(shutil.disk_usage(find_existing(args.final_model_dir)).free / 1e9, 1)}
 
 
 def list_writes(args: argparse.Namespace, checkpoints: list[int]) -> dict:
@@ -4660,8 +4639,12 @@ def audit_run(args: argparse.Namespace, train: list[Sequence], config) -> dict:
     if config is None:
         return audit
     parameters = count_parameters(config, args.lora_rank, args.trust_remote_code, args.target_modules)
+    kept = count_checkpoints(args, train)
+    disk = {name: round(size / 1e9, 2)
+            for name, size in estimate_disk(args, parameters, args.optim or CUDA_OPTIM, kept).items()}
+    free = round(shutil.disk_usage(find_existing(args.final_model_dir)).free / 1e9, 1)
     return audit | {"memory_gib": estimate_memory(args, config, parameters, facts["stream_sizes"]["max"], plan),
-                    "disk_gb": audit_disk(args, parameters, len(facts["checkpoints"]))}
+                    "disk_gb": disk | {"free": free, "checkpoints_kept": kept}}
 
 
 def show_table(columns: list[str], rows: list[list]) -> None:
@@ -4681,46 +4664,31 @@ def show_table(columns: list[str], rows: list[list]) -> None:
 
 
 def show_data(audit: dict) -> None:
-    """Print what the rows are and what they call."""
-    rows, counts = audit["rows"], list(audit["calls_per_tool"].items())
+    """Print what the rows are, what they call, how long they are, and which repeat or contradict others."""
+    rows, tools, counts = audit["rows"], audit["tools"], audit["calls_per_tool"]
     formats = ", ".join(f"{count:,} {name}" for name, count in audit["formats"].items())
     say("rows", f"{rows['valid']:,} valid ({formats}), {rows['with_problems']:,} with problems; "
                 f"{rows['training']:,} for training, {rows['held_out']:,} held out")
-    say("calls", f"{sum(audit['calls_per_tool'].values()):,} in {audit['turns']:,} trained turns; "
-                 f"{audit['no_call_share']:.1%} of the rows without a call, {audit['parallel_share']:.1%} with "
-                 f"parallel calls; {audit['tools']['distinct']:,} tools in {audit['tools']['lists']:,} "
-                 f"list{'s' * (audit['tools']['lists'] != 1)}")
-    more = f", and {len(counts) - SHOWN_TOOLS} more tools" if len(counts) > SHOWN_TOOLS else ""
+    say("calls", f"{sum(counts.values()):,} in {audit['turns']:,} trained turns; {audit['no_call_share']:.1%} of the "
+                 f"rows without a call, {audit['parallel_share']:.1%} with parallel calls; "
+                 f"{plural(tools['distinct'], 'tool')} in {plural(tools['lists'], 'list')}")
     if counts:
-        say("", ", ".join(f"{name} {count:,}" for name, count in counts[:SHOWN_TOOLS]) + more)
-    if never := audit["never_called"]:
-        more = f", and {len(never) - SHOWN_TOOLS} more" if len(never) > SHOWN_TOOLS else ""
-        say("", f"never called: {', '.join(never[:SHOWN_TOOLS])}{more}")
-
-
-def show_sizes(audit: dict) -> None:
-    """Print how long the rows are, and which are too long."""
+        say("", list_first((f"{name} {count:,}" for name, count in counts.items()), SHOWN_TOOLS))
+    if audit["never_called"]:
+        say("", f"never called: {list_first(audit['never_called'], SHOWN_TOOLS)}")
     if audit["unit"] != "tokens":
         say("sizes", f"characters instead of tokens: {audit['tokenizer_missing']}")
     if audit["sizes"]:
         say("sizes", f"{audit['unit']} of a trained turn")
         show_table(["", *audit["sizes"]["all"]], [[name, *sizes.values()] for name, sizes in audit["sizes"].items()])
     if length := audit["length"]:
-        long = length["too_long"]
-        named = ", ".join(f"{where} ({size:,})" for where, size in long[:SHOWN_PAIRS])
-        more = ", ..." if len(long) > SHOWN_PAIRS else ""
-        say("length", f"{len(long):,} rows over --max_seq_length {length['max_seq_length']:,}"
-                      f"{': ' * bool(named)}{named}{more}; the smallest that loses nothing is {length['smallest']:,}")
-
-
-def show_repeats(audit: dict) -> None:
-    """Print how many rows repeat or contradict others, and the first of them."""
-    names = {"duplicates": "exact duplicates", "conflicts": "equal requests with different answers",
-             "held_out_in_training": "held-out rows that also occur in training"}
-    repeats = audit["repeats"]
-    say("repeats", ", ".join(f"{repeats[key]['count']:,} {name}" for key, name in names.items()))
-    for key, name in names.items():
-        for where, other in repeats[key]["rows"][:SHOWN_PAIRS]:
+        long = [f"{where} ({size:,})" for where, size in length["too_long"]]
+        say("length", f"{len(long):,} rows over --max_seq_length {length['max_seq_length']:,}{': ' * bool(long)}"
+                      f"{list_first(long, SHOWN_PAIRS)}; the smallest that loses nothing is {length['smallest']:,}")
+    found = {name: audit["repeats"][key] for key, name in REPEATS.items()}
+    say("repeats", ", ".join(f"{pairs['count']:,} {name}" for name, pairs in found.items()))
+    for name, pairs in found.items():
+        for where, other in pairs["rows"][:SHOWN_PAIRS]:
             say("", f"{name}: {where} and {other}")
 
 
@@ -4731,36 +4699,23 @@ def show_run(audit: dict) -> None:
                  f"{epoch['shared_prefix']:,} with shared prefix ({epoch['padded'] / epoch['shared_prefix']:.1f} times "
                  "fewer than padded)")
     name, sizes = "stream" if plan["share_prefix"] else "padded batch", plan["stream_sizes"]
-    span = f"{sizes['max']:,}" if sizes["min"] == sizes["max"] else f"{sizes['min']:,} to {sizes['max']:,}"
-    plural = "" if plan["streams_per_step"] == 1 else "s" if plan["share_prefix"] else "es"
+    span = " to ".join(f"{size:,}" for size in sorted({sizes["min"], sizes["max"]}))
     say("plan", f"{plan['steps']:,} steps, {plan['steps_per_epoch']:,} an epoch, of {plan['rows_per_step']:,} rows in "
-                f"{plan['streams_per_step']:,} {name}{plural} of {span} {unit}")
-    saved = f"{len(plan['checkpoints']):,} checkpoint{'s' * (len(plan['checkpoints']) > 1)}"
+                f"{plural(plan['streams_per_step'], name)} of {span} {unit}")
     if "memory_gib" in audit:
         memory, disk = audit["memory_gib"], audit["disk_gb"]
         say("memory", f"about {memory['total']:.2f} GiB of GPU memory (an estimate): base {memory['base']:.2f}, "
-                      f"trained weights and optimizer {memory['adapter']:.2f}, longest {name} "
+                       f"trained weights and optimizer {memory['adapter']:.2f}, longest {name} "
                       f"{memory['longest_stream']:.2f}")
         say("disk", f"{disk['merged_model']:.2f} GB for the final model, {disk['checkpoints']:.2f} GB for "
-                    f"{saved}; {disk['free']:,.1f} GB free")
+                    f"{plural(disk['checkpoints_kept'], 'checkpoint')}; {disk['free']:,.1f} GB free")
     else:
         say("memory", "not estimated, nor disk: that takes tokenizer and config.json of the model")
     written, replaced = audit["files"]["written"], audit["files"]["replaced"]
-    paths = [path for path in written if "checkpoint-" not in Path(path).name]
-    say("writes", f"{', '.join(paths)}, {saved}")
+    say("writes", ", ".join([path for path in written if "checkpoint-" not in Path(path).name]
+                            + [plural(len(plan["checkpoints"]), "checkpoint")]))
     if replaced:
-        say("", f"instead of: {', '.join(replaced[:SHOWN_PAIRS])}{', ...' if len(replaced) > SHOWN_PAIRS else ''}")
-
-
-def show_audit(audit: dict) -> None:
-    """Print the audit; its warnings go to stderr."""
-    show_data(audit)
-    show_sizes(audit)
-    show_repeats(audit)
-    if "plan" in audit:
-        show_run(audit)
-    for warning in audit["warnings"]:
-        warn(warning)
+        say("", f"instead of: {list_first(replaced, SHOWN_PAIRS)}")
 
 
 def write_audit(args: argparse.Namespace, audit: dict) -> Path:
@@ -4784,9 +4739,8 @@ def check_rows(args: argparse.Namespace, paths: list[str]) -> tuple[list[Example
         report_problems(problems, args.on_invalid, total)
         raise UserError(f"{' '.join(paths)}: no valid row is left")
     if changes:
-        shown = ", ".join(f"{change} {count:,}" for change, count in changes.most_common(SHOWN_CHANGES))
-        more = f", and {len(changes) - SHOWN_CHANGES} more" if len(changes) > SHOWN_CHANGES else ""
-        say("read", f"tools normalised: {shown.replace('->', '→')}{more}")
+        counts = (f"{change} {count:,}".replace("->", "→") for change, count in changes.most_common())
+        say("read", f"tools normalised: {list_first(counts, SHOWN_CHANGES)}")
     return examples, problems, total
 
 
@@ -4864,7 +4818,7 @@ def show_plan(train: list[Sequence], args: argparse.Namespace, plan: Plan) -> No
         say("plan", f"{len(step)} rows per step{devices} in {len(batches)} padded batches of about "
                     f"{padded // len(batches):,} tokens")
         return
-    say("plan", f"{len(step)} rows per step{devices} in {len(streams)} stream{'s' * (len(streams) > 1)} of about "
+    say("plan", f"{len(step)} rows per step{devices} in {plural(len(streams), 'stream')} of about "
                 f"{computed // len(streams):,} tokens instead of {len(batches)} batches of {padded // len(batches):,} "
                 f"({padded / computed:.1f} times fewer)")
 
@@ -4881,7 +4835,7 @@ def start_output(args: argparse.Namespace, checkpoint: str | None, train: list[S
     resumed = checkpoint is not None and Path(checkpoint).resolve().parent == output.resolve()
     for old in list_checkpoints(output):
         if not resumed or int(old.name[11:]) > to_step(checkpoint):
-            remove_folder(old)
+            shutil.rmtree(move_aside(old), ignore_errors=True)
     for leftover in (*output.glob(".*.partial"), *output.glob(".*.old")):
         shutil.rmtree(leftover, ignore_errors=True)
     write_run(args, output, training_rows=hash_rows(train), rows_per_step=plan.rows_per_step,
@@ -4941,11 +4895,11 @@ def train_model(trainer, checkpoint: str | None, train: list[Sequence], rows_per
 
 def count_padded(args: argparse.Namespace, train: list[Sequence], plan: Plan, facts: dict) -> int:
     """Return how many tokens padded batches of --batch_size would have computed in the steps that were made."""
-    rows, total = facts["steps"] * plan.rows_per_step, 0
-    for epoch in range(args.num_epochs):
-        order = order_rows(plan, args.seed, epoch)[: max(0, rows - epoch * len(train))]
-        batches = [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)]
-        total += sum(len(batch) * max(len(train[row].input_ids) for row in batch) for batch in batches)
+    padded, total = plan._replace(rows=args.batch_size, share_prefix=False), 0
+    steps, per_epoch = facts["steps"], count_steps(args, train)[1]
+    for epoch in range(math.ceil(steps / per_epoch)):
+        made = (steps - epoch * per_epoch) * plan.rows_per_step  # the last step of an epoch may be shorter
+        total += sum(measure_batches(train, padded, order_rows(plan, args.seed, epoch)[:made]))
     return total
 
 
@@ -4957,7 +4911,7 @@ def dry_run(args: argparse.Namespace) -> dict:
     both, total = [*examples, *held_out], total + more_total
     shown = find_shown(args, both)
     quiet_libraries()
-    tokenizer, missing = find_tokenizer(args)
+    tokenizer, missing, config = find_model(args)
     limit = sys.maxsize if missing else args.max_seq_length  # a limit in tokens says nothing about characters
     groups, unrendered = render_examples(tokenizer, both, sys.maxsize)
     kept, lengths = audit_lengths(both, groups, limit)
@@ -4971,8 +4925,12 @@ def dry_run(args: argparse.Namespace) -> dict:
         "repeats": audit_repeats(examples, held_out), "warnings": find_warnings(examples, held_out)}
     if sides[0]:
         limited = argparse.Namespace(**{**vars(args), "max_seq_length": limit})
-        audit |= audit_run(limited, sides[0], None if missing else find_config(args))
-    show_audit(audit)
+        audit |= audit_run(limited, sides[0], config)
+    show_data(audit)
+    if "plan" in audit:
+        show_run(audit)
+    for warning in audit["warnings"]:
+        warn(warning)
     if shown and missing:
         warn("--show_row: without the tokenizer a row cannot be shown as the model sees it")
     elif shown:
@@ -5186,16 +5144,16 @@ def run_command_line() -> int:
         if is_main():
             print(explain_interrupt(args, argv, stop.args[0], began), file=sys.stderr)
         return 128 + stop.args[0]
-    except MemoryError:
-        lines = ["out of memory; lower --batch_size or --max_seq_length"]
     except OSError as error:
         if not is_disk_full(error):
             raise
         lines = [f"{error.filename or 'output'}: the disk is full; free some space and run again"]
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, named so that torch need not be imported here
+    except (MemoryError, RuntimeError) as error:
+        kinds = {"MemoryError": "memory", "OutOfMemoryError": "GPU memory"}  # torch's by its name, without its import
+        if type(error).__name__ not in kinds:
             raise
-        lines = ["out of GPU memory; lower --batch_size or --max_seq_length, or choose a smaller --model_id"]
+        lines = [f"out of {kinds[type(error).__name__]}; lower --batch_size or --max_seq_length (while answers are "
+                 "written, --eval_batch_size), or choose a smaller --model_id"]
     for line in lines:
         print(f"error: {hide_secrets(line)}", file=sys.stderr)
     return code

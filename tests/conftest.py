@@ -1,5 +1,7 @@
 """Paths and small helpers that several test files share."""
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the libraries are imported
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "models" / "tiny-qwen3"
 REAL_TOKENIZER = ROOT.parent / "shared" / "qwen3-tokenizer"  # the stock Qwen3 tokenizer, where there is one
@@ -46,6 +49,22 @@ def run_script(*arguments: object, timeout: int = 240, **environment: str) -> su
         environment = {"OMP_NUM_THREADS": "1", **environment}
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", **environment}
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=ROOT)
+
+
+def run_here(*arguments: object) -> subprocess.CompletedProcess:
+    """Run the command line in this process: for what trains nothing, importing torch again would take the longest."""
+    import train_qwen3_tool_calling as script
+
+    out, err, former = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = ["train_qwen3_tool_calling.py", *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.chdir(ROOT):
+            code = script.run_command_line()
+    except SystemExit as error:
+        code = error.code
+    finally:
+        sys.argv = former
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import yaml
-from conftest import ALARM, ROOT, TINY, WEATHER, native, run_script, write_jsonl
+from conftest import ALARM, ROOT, TINY, WEATHER, native, run_here, run_script, write_jsonl
 
 import train_qwen3_tool_calling as script
 
@@ -24,13 +24,12 @@ ROWS = [native("rain in Rome?", ROME),
 NO_REFUSAL = "warning: no row without a call: a model so trained forgets to refuse\n"
 
 
-def audit(folder, *flags, rows=ROWS, tools=(WEATHER, ALARM, TIMER), **environment):
+def audit(folder, *flags, rows=ROWS, tools=(WEATHER, ALARM, TIMER), run=run_here):
     """Return (audit or None, result) of a dry run on these rows, all of them for training."""
     (folder / "tools.json").write_text(json.dumps(tools))
     path = write_jsonl(folder / "rows.jsonl", rows)
-    result = run_script("--dry_run", "--dataset_path", path, "--tools_path", folder / "tools.json", "--model_id", TINY,
-                        "--output_dir", folder / "out", "--final_model_dir", folder / "final", "--train_test_split", 0,
-                        *flags, **environment)
+    result = run("--dry_run", "--dataset_path", path, "--tools_path", folder / "tools.json", "--model_id", TINY,
+                 "--output_dir", folder / "out", "--final_model_dir", folder / "final", "--train_test_split", 0, *flags)
     assert "Traceback" not in result.stderr
     written = folder / "out" / "audit.json"
     return json.loads(written.read_text()) if written.exists() else None, result
@@ -38,9 +37,9 @@ def audit(folder, *flags, rows=ROWS, tools=(WEATHER, ALARM, TIMER), **environmen
 
 @pytest.fixture(scope="module")
 def dry(tmp_path_factory):
-    """The audit of ROWS: (folder, audit, result)."""
+    """The audit of ROWS by the real command line: (folder, audit, result)."""
     folder = tmp_path_factory.mktemp("dry")
-    return folder, *audit(folder)
+    return folder, *audit(folder, run=run_script)
 
 
 def spread(values):
@@ -137,8 +136,19 @@ def test_batches_are_counted_as_the_run_orders_them():
     assert script.audit_epoch(rows, args, plan) == {"padded": padded, "packed": 18, "shared_prefix": 15}
     facts = script.audit_plan(rows, args, plan)
     assert facts["steps_per_epoch"] == 2 and facts["steps"] == 4 and facts["checkpoints"] == [2, 4]
+    assert script.count_padded(args, rows, plan, {"steps": 1}) == 2 * max(len(first.input_ids), len(second.input_ids))
+    assert script.count_padded(args, rows, plan, {"steps": 2}) == padded
     args.max_steps, args.save_steps = 3, 2
     assert script.audit_plan(rows, args, plan)["checkpoints"] == [2, 3]
+
+
+def test_disk_is_estimated_for_the_checkpoints_that_are_kept(tmp_path):
+    rows = [script.Sequence(f"x:{n}", [1, 2, 3, n, 9], 4) for n in range(20)]
+    args = script.parse_args(["--save_total_limit", "1", "--output_dir", str(tmp_path)])
+    found = script.audit_run(args, rows, script.load_config(str(TINY)))
+    assert found["plan"]["checkpoints"] == [3, 6, 9] and found["disk_gb"]["checkpoints_kept"] == 2
+    adapter = 8 * 16 * (4 * (320 + 320) + 3 * (320 + 896))
+    assert found["disk_gb"]["checkpoints"] == round(2 * adapter * (4 + 2) / 1e9, 2) == 0.01
 
 
 def test_only_the_audit_and_the_marker_are_written(dry):
@@ -190,7 +200,7 @@ def test_problems_are_listed_and_the_other_rows_audited(tmp_path):
 def test_without_a_valid_row_there_is_no_audit(tmp_path):
     found, result = audit(tmp_path, rows=[native("alarm", ("set_alarm", {}))])
     assert result.returncode == 1 and found is None and not (tmp_path / "out").exists()
-    assert result.stderr.splitlines()[-1].startswith("error: 1 problems in 1 of 1 rows;")
+    assert result.stderr.splitlines()[-1].startswith("error: 1 problem in 1 of 1 row;")
 
 
 def test_rows_that_are_too_long_are_named(tmp_path, dry):
@@ -313,7 +323,7 @@ def test_a_run_shows_the_chosen_row_and_not_the_first_two(tokenizer, capsys):
 
 @pytest.mark.parametrize("flags", [["--dry_run"], ["--show_row", "1"]])
 def test_eval_only_has_nothing_to_audit(flags):
-    result = run_script("--eval_only", "x", *flags)
+    result = run_here("--eval_only", "x", *flags)
     assert result.returncode == 2 and "--eval_only trains nothing: leave out --dry_run and --show_row" in result.stderr
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ALARM, ROOT, TINY, WEATHER, native, run_script, write_jsonl
+from conftest import ALARM, ROOT, TINY, WEATHER, native, run_here, run_script, write_jsonl
 
 import train_qwen3_tool_calling as script
 
@@ -242,7 +242,7 @@ def test_checks_need_no_heavy_library():
      "--metric_for_best keeps a checkpoint by its score: --save_steps must be a multiple of --eval_steps"),
 ])
 def test_a_wrong_flag_exits_with_2(flags, message):
-    result = run_script(*flags)
+    result = run_here(*flags)
     assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
 
 
@@ -266,10 +266,10 @@ def test_help_names_every_flag_with_its_default():
     assert len(flags) > 25 and not [flag for flag in flags if flag not in readme]
 
 
-def small_job(tmp_path, tools_path, *more) -> subprocess.CompletedProcess:
+def small_job(tmp_path, tools_path, *more, run=run_here) -> subprocess.CompletedProcess:
     path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
-    return run_script("--dataset_path", path, "--tools_path", tools_path, "--model_id", TINY,
-                      "--output_dir", tmp_path / "out", "--final_model_dir", tmp_path / "final", *more)
+    return run("--dataset_path", path, "--tools_path", tools_path, "--model_id", TINY, "--engine", "transformers",
+               "--output_dir", tmp_path / "out", "--final_model_dir", tmp_path / "final", *more)
 
 
 def test_a_foreign_folder_is_not_touched(tmp_path, tools_path):
@@ -306,8 +306,8 @@ def test_a_model_that_cannot_be_had_is_one_line(tmp_path, tools_path):
                          "folder",
         str(empty): "the folder holds no *.safetensors; give a folder saved by save_pretrained",
         str(bert): "not a causal language model (BertForMaskedLM)"}
-    for model_id, message in expected.items():
-        result = small_job(tmp_path, tools_path, "--model_id", model_id)
+    for run, (model_id, message) in zip((run_script, run_here, run_here), expected.items()):
+        result = small_job(tmp_path, tools_path, "--model_id", model_id, run=run)
         assert result.returncode == 1
         assert errors(result) == [f"error: --model_id {model_id}: {message}"]
     assert not (tmp_path / "out").exists()
@@ -321,7 +321,7 @@ def test_a_tracker_that_is_not_there_is_one_line(tmp_path, tools_path):
 
 
 def test_unsloth_without_a_gpu_is_one_line(tmp_path, tools_path):
-    result = small_job(tmp_path, tools_path, "--engine", "unsloth")
+    result = small_job(tmp_path, tools_path, "--engine", "unsloth", run=run_script)
     assert errors(result) == ["error: --engine unsloth needs a CUDA GPU, and torch sees none; "
                               "use --engine transformers"]
 

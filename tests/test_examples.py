@@ -195,7 +195,7 @@ def test_a_bad_tools_file_names_the_line(tmp_path):
         script.read_tools(str(path))
     assert str(error.value).splitlines() == [
         f'{path}:4: tool 2: expected {{"type": "function", "function": {{"name": ...}}}}, got {{"title": "g"}}',
-        "1 problems in 1 of 2 tools"]
+        "1 problem in 1 of 2 tools"]
 
 
 def test_problems_are_counted_and_the_first_twenty_shown():

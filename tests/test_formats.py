@@ -311,7 +311,11 @@ def test_replies_answer_the_open_calls(call_ids, reply_ids, expected):
     ("Union[int, List[str]]", {"anyOf": [{"type": "integer"}, {"type": "array", "items": {"type": "string"}}]}),
     ("Tuple[float, ...]", {"type": "array", "items": {"type": "number"}}),
     ("str, optional", {"type": "string"}), ("List[int], optional", {"type": "array", "items": {"type": "integer"}}),
-    ("Callable[[float], float]", None), ("List[", None), ("", None), ("Dict[int, str]", None), ("file", None),
+    ("Optional[Union[int, str]]", {"type": ["integer", "string", "null"]}), ("Tuple[()]", None),
+    ("int | List[str] | None", {"anyOf": [{"type": "integer"}, {"type": "array", "items": {"type": "string"}},
+                                          {"type": "null"}]}),
+    ("Callable[[float], float]", None), ("__import__('os').getcwd()", None), ("a\0b", None), ("(" * 999, None),
+    ("List[", None), ("", None), ("Dict[int, str]", None), ("file", None),
 ])
 def test_a_type_is_read_only_where_it_is_clear(text, expected):
     assert script.parse_type(text) == expected

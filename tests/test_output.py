@@ -400,8 +400,8 @@ def test_disk_and_memory_are_reckoned_for_what_is_trained_and_saved(tmp_path):
     plan = script.Plan(8, 1, [], (), True)
     memory = script.estimate_memory(args, config, parameters, 1000, plan)  # weights, gradients and moments in fp32
     assert (memory["base"], memory["adapter"]) == (round(2 * whole / 2**30, 2), round(16 * whole / 2**30, 2))
-    assert script.audit_disk(args, parameters, 3)["checkpoints"] == round(3 * 12 * whole / 1e9, 2)
-    with pytest.raises(script.UserError, match="3000 checkpoints and the trained model need 4"):
+    assert script.estimate_disk(args, parameters, "adamw_torch", 3)["checkpoints"] == 3 * (12 * whole + script.SMALL_FILES)
+    with pytest.raises(script.UserError, match="3,000 checkpoints and the trained model need 4"):
         script.check_disk(args, config, 3000)
     written = script.list_writes(args, [3])["written"]
     assert not [path for path in written if path.endswith("adapter")] and written[-1] == str(tmp_path)

@@ -157,6 +157,18 @@ def test_the_self_check_takes_fewer_rows_when_memory_is_short(tmp_path, tokenize
         script.check_sharing(args, trainer.model, TRAIN, plan, "transformers")
 
 
+@pytest.mark.parametrize("error, kind", [(MemoryError(), "memory"), (torch.OutOfMemoryError("x"), "GPU memory")])
+def test_memory_that_runs_out_elsewhere_is_one_line(monkeypatch, capsys, error, kind):
+    def run_out():
+        raise error
+
+    monkeypatch.setattr(script, "main", run_out)
+    assert script.run_command_line() == 1
+    assert capsys.readouterr().err == (
+        f"error: out of {kind}; lower --batch_size or --max_seq_length (while answers are written, --eval_batch_size), "
+        "or choose a smaller --model_id\n")
+
+
 def test_recorded_graphs_are_dropped_when_memory_runs_out():
     decoder = torch.nn.Linear(1, 1)
     decoder.graphs = {128: "a graph"}
@@ -337,8 +349,11 @@ def test_secrets_are_written_nowhere(tmp_path, monkeypatch, capsys):
     script.write_run(args, tmp_path)
     script.write_report(str(tmp_path), {"args": vars(args), "command": "python x.py --run_name hf_abcdefghij"})
     script.say("read", "from https://me:hf_other@hub.example/x")
-    printed = capsys.readouterr().out
-    assert printed == "read     from https://hub.example/x\n"
+    script.warn("hf_abcdefghij in https://me:hf_other@hub.example/x")
+    script.report_problems([("x:1", "holds hf_abcdefghij")], "skip", 1)
+    assert capsys.readouterr() == (
+        "read     from https://hub.example/x\nskip     1 of 1 row, named above\n",
+        "warning: $HF_TOKEN in https://hub.example/x\nskipped: x:1: holds $HF_TOKEN\n")
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["args"]["model_id"] == "https://hub.example/x" and report["args"]["run_name"] == "$HF_TOKEN, short"
     for name in ("run.yaml", "report.json", "report.html"):
