@@ -3553,7 +3553,7 @@ def count_final_bytes(args: argparse.Namespace, parameters: dict[str, int]) -> i
     if not set(names) <= set(CONVERTED_GGUF):
         sizes.append(2)  # what the others are made from
     sizes += [{"f32": 4, "f16": 2, "bf16": 2}.get(name, 1.1) for name in names]
-    return 0 if args.save_method == "lora" else math.ceil(sum(sizes) * whole) + SMALL_FILES
+    return 0 if args.save_method == "lora" else math.ceil(sum(sizes) * whole)
 
 
 def count_moment_bytes(optim: str) -> int:
@@ -3562,11 +3562,10 @@ def count_moment_bytes(optim: str) -> int:
 
 
 def estimate_disk(args: argparse.Namespace, parameters: dict[str, int], optim: str, checkpoints: int) -> dict[str, int]:
-    """Return the bytes that the final model, the adapter and the checkpoints of a run take at most."""
+    """Return the bytes of the weights that a run saves at most, without the SMALL_FILES beside each."""
     trained = parameters["adapter"] or parameters["linear"] + parameters["other"]
     return {"merged_model": count_final_bytes(args, parameters),
-            "adapter": (4 * parameters["adapter"] + SMALL_FILES) * bool(parameters["adapter"]),
-            "checkpoints": checkpoints * (trained * (4 + count_moment_bytes(optim)) + SMALL_FILES)}
+            "adapter": 4 * parameters["adapter"], "checkpoints": checkpoints * trained * (4 + count_moment_bytes(optim))}
 
 
 def check_disk(args: argparse.Namespace, config, checkpoints: int) -> None:
@@ -3574,9 +3573,9 @@ def check_disk(args: argparse.Namespace, config, checkpoints: int) -> None:
     parameters = count_parameters(config, args.lora_rank, args.trust_remote_code, args.target_modules)
     sizes, lora = estimate_disk(args, parameters, args.optim or default_optim(), checkpoints), parameters["adapter"]
     needs = [("--output_dir", args.output_dir, "the adapter and " * bool(lora) + plural(checkpoints, "checkpoint"),
-              sizes["adapter"] + sizes["checkpoints"]),
+              sizes["adapter"] + sizes["checkpoints"] + (1 + checkpoints) * SMALL_FILES),
              ("--final_model_dir", args.final_model_dir, f"the {'merged' if lora else 'trained'} model",
-              sizes["merged_model"])]
+              sizes["merged_model"] + SMALL_FILES)]
     disks: dict[int, list] = {}
     for need in needs:
         folder = find_existing(need[1])
@@ -5126,13 +5125,25 @@ def explain_interrupt(args: argparse.Namespace, argv: list[str], number: int, be
     return f"interrupted by {name} before a checkpoint was written; start again with the same command"
 
 
+def unwrap_interrupt(error: BaseException | None) -> None:
+    """Raise the Interrupted that a library has turned into this error of its own, if there is one."""
+    while error is not None:
+        if isinstance(error, Interrupted):
+            raise error
+        error = error.__cause__ or error.__context__
+
+
 def run_command_line() -> int:
     """Run main; return 0, or 1 (2 for flags) with one line per problem, or 128 + the signal that ended the run."""
     began, argv, code = time.time(), sys.argv[1:], 1
     try:
         args = parse_args(argv)  # as they are now: a file of settings may change while the run lasts
         with handle_signals(raise_interrupted):
-            main(argv)
+            try:
+                main(argv)
+            except Exception as error:
+                unwrap_interrupt(error)
+                raise
         return 0
     except UserError as error:
         if not is_main():  # the first process has as a rule found the same, says so, and ends all

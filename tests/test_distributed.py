@@ -27,7 +27,7 @@ def train(folder, devices, *more):
     if not (folder / "base").exists():
         make_base(folder / "base")
     launcher = TORCHRUN if devices == 2 else []
-    result = wait(start(*launcher, *SMALL, folder, 0, 0, *FLAGS, "--gradient_accumulation_steps", 2 // devices, *more))
+    result = wait(start(*launcher, *SMALL, folder, 0, *FLAGS, "--gradient_accumulation_steps", 2 // devices, *more))
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -41,7 +41,7 @@ def difference(one, other):
 
 def logs(folder, step):
     state = json.loads((folder / "out" / f"checkpoint-{step}" / "trainer_state.json").read_text())
-    return [log.get("loss", log.get("eval_loss")) for log in state["log_history"]]
+    return [log["loss"] for log in state["log_history"] if "loss" in log]
 
 
 def test_two_devices_do_what_one_does_and_go_on_from_each_others_checkpoints(tmp_path):
@@ -49,7 +49,7 @@ def test_two_devices_do_what_one_does_and_go_on_from_each_others_checkpoints(tmp
     train(one, 1)
     output = train(two, 2)
     assert [int(step) for step in re.findall(r"step +(\d+) of 6  loss", output)] == [1, 2, 3, 4, 5, 6]  # said once
-    assert logs(two, 6) == pytest.approx(logs(one, 6), rel=1e-5) and len(logs(one, 6)) == 6 + 2
+    assert logs(two, 6) == pytest.approx(logs(one, 6), rel=1e-5) and len(logs(one, 6)) == 6
     assert difference(two, one) < 1e-4  # fp32 sums in another order, after six steps of Adam
     assert (two / "out" / "checkpoint-6" / "rng_state_1.pth").is_file() and script.find_damage(
         two / "out" / "checkpoint-6") is None
@@ -118,7 +118,7 @@ def test_the_command_line_on_two_processes_speaks_once_stops_together_and_goes_o
     assert result.stdout.count("\nplan     ") == result.stdout.count("\ncheck    ") == 1
     assert " rows per step on 2 devices in " in result.stdout
     assert names(tmp_path) == ["final", "out"] and names(tmp_path / "final") == FINAL_FILES
-    assert result.stdout.splitlines()[-1] == f"done     merged model: {tmp_path / 'final'}"
+    assert result.stdout.splitlines()[-2] == f"done     merged model: {tmp_path / 'final'}"
 
 
 def test_a_mistake_in_the_data_is_said_once(command, tmp_path):
@@ -129,5 +129,5 @@ def test_a_mistake_in_the_data_is_said_once(command, tmp_path):
     assert result.returncode == 1
     said = [line for line in result.stderr.splitlines() if line.startswith("error: ")]  # torchrun adds a traceback
     assert said == [f'error: {rows}:1: call 1 "get_weather": arguments.city must be a string, got 7',
-                              "error: 1 problems in 1 of 1 rows; fix them or use --on_invalid skip"]
+                              "error: 1 problem in 1 of 1 row; mend them, or leave them out with --on_invalid skip"]
     assert names(tmp_path) == ["wrong.jsonl"]

@@ -244,8 +244,7 @@ def test_a_mixture_of_experts_is_merged_with_its_experts(tmp_path):
     folder, ids = make_model("qwen3-moe", tmp_path / "base"), torch.arange(30)[None]
     args = script.parse_args(["--model_id", str(folder), "--no-load_in_4bit", "--output_dir", str(tmp_path / "out"),
                               "--final_model_dir", str(tmp_path / "final"), "--max_steps", "2",
-                              "--learning_rate", "0.05",
-                              "--warmup_steps", "0", "--lora_rank", "4"])
+                              "--learning_rate", "0.05", "--warmup_steps", "0", "--lora_rank", "4"])
     script.check_dropout(args, script.check_model(str(folder)))
     tokenizer = script.load_tokenizer(str(folder))
     rows = to_sequences(tokenizer)

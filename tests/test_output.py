@@ -390,9 +390,9 @@ def test_disk_and_memory_are_reckoned_for_what_is_trained_and_saved(tmp_path):
     assert parameters["adapter"] == 0 and whole == 11_475_264
 
     def count(*flags):
-        return script.count_final_bytes(script.parse_args([*flags]), parameters) - script.SMALL_FILES
+        return script.count_final_bytes(script.parse_args([*flags]), parameters)
 
-    assert count() == 2 * whole and count("--save_method", "lora") == -script.SMALL_FILES
+    assert count() == 2 * whole and count("--save_method", "lora") == 0
     assert count("--save_method", "merged_4bit") == pytest.approx(2 * whole + 0.53 * linear + 2 * parameters["other"], abs=1)
     assert count("--save_gguf", "q8_0") == pytest.approx(3.1 * whole, abs=1)
     assert count("--save_gguf", "f16,q4_k_m") == pytest.approx((2 + 2 + 2 + 1.1) * whole, abs=1)
@@ -400,7 +400,7 @@ def test_disk_and_memory_are_reckoned_for_what_is_trained_and_saved(tmp_path):
     plan = script.Plan(8, 1, [], (), True)
     memory = script.estimate_memory(args, config, parameters, 1000, plan)  # weights, gradients and moments in fp32
     assert (memory["base"], memory["adapter"]) == (round(2 * whole / 2**30, 2), round(16 * whole / 2**30, 2))
-    assert script.estimate_disk(args, parameters, "adamw_torch", 3)["checkpoints"] == 3 * (12 * whole + script.SMALL_FILES)
+    assert script.estimate_disk(args, parameters, "adamw_torch", 3)["checkpoints"] == 3 * 12 * whole
     with pytest.raises(script.UserError, match="3,000 checkpoints and the trained model need 4"):
         script.check_disk(args, config, 3000)
     written = script.list_writes(args, [3])["written"]

@@ -64,14 +64,14 @@ SMALL_FLAGS = ["--num_epochs", "10", "--save_steps", "1", "--batch_size", "2", "
                "--max_seq_length", "16", "--lora_dropout", "0.1", "--warmup_steps", "3", "--learning_rate", "0.01"]
 
 
-def train_small(folder: Path, kills: int, seconds: float, *flags: str) -> subprocess.CompletedProcess:
-    return wait(start(ROOT / "tests" / "train_small.py", folder, kills, seconds, *flags), 180)
+def train_small(folder: Path, kills: int, *flags: str) -> subprocess.CompletedProcess:
+    return wait(start(ROOT / "tests" / "train_small.py", folder, kills, *flags), 180)
 
 
 def test_20_kills_at_random_moments_change_no_bit(tmp_path):
-    whole = train_small(tmp_path / "whole", 0, 0, *SMALL_FLAGS)
+    whole = train_small(tmp_path / "whole", 0, *SMALL_FLAGS)
     assert whole.returncode == 0 and "Traceback" not in whole.stderr, whole.stderr
-    killed = train_small(tmp_path / "killed", 20, 1.2, *SMALL_FLAGS)
+    killed = train_small(tmp_path / "killed", 20, *SMALL_FLAGS)
     assert killed.returncode == 0 and "Traceback" not in killed.stderr, killed.stderr
     assert sum(line.startswith("killed") for line in killed.stdout.splitlines()) == 20
     assert "warning" not in killed.stderr  # no checkpoint was ever found damaged
@@ -87,9 +87,9 @@ def test_20_kills_at_random_moments_change_no_bit(tmp_path):
 def test_early_stopping_and_the_best_checkpoint_survive_kills(tmp_path):
     flags = [*SMALL_FLAGS, "--metric_for_best", "loss", "--eval_steps", "1", "--early_stopping_patience", "6",
              "--save_total_limit", "2", "--learning_rate", "0.3"]
-    whole = train_small(tmp_path / "whole", 0, 0, *flags)
+    whole = train_small(tmp_path / "whole", 0, *flags)
     assert whole.returncode == 0, whole.stderr
-    killed = train_small(tmp_path / "killed", 4, 1.2, *flags)
+    killed = train_small(tmp_path / "killed", 4, *flags)
     assert killed.returncode == 0, killed.stderr
     assert read_adapter(tmp_path / "killed") == read_adapter(tmp_path / "whole")
     kept = [path.name for path in script.list_checkpoints(tmp_path / "whole" / "out")]
@@ -181,7 +181,7 @@ def test_sigkill_of_the_real_command_changes_no_bit(job, tmp_path):
 def test_a_second_signal_stops_at_once(tmp_path):
     """One step takes a minute here; the first signal waits for its end, the second does not."""
     flags = [*SMALL_FLAGS, "--slow_from", "4"]
-    process = start(ROOT / "tests" / "train_small.py", tmp_path, 0, 0, *flags)
+    process = start(ROOT / "tests" / "train_small.py", tmp_path, 0, *flags)
     wait_for(lambda: (tmp_path / "out" / "checkpoint-3").is_dir())
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)

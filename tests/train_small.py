@@ -1,7 +1,7 @@
-"""Train a very small random Qwen3 in FOLDER, in one or many lives: python train_small.py FOLDER KILLS SECONDS FLAGS...
+"""Train a very small random Qwen3 in FOLDER, in one or many lives: python train_small.py FOLDER KILLS FLAGS...
 
 A life is what the command line does from the checkpoint to the adapter. The first KILLS lives are ended by SIGKILL,
-each at a random moment within SECONDS; the last one goes on to the end. Each life is a fork, so that the libraries
+each at a random moment before twice the time that the first needs for a checkpoint; the last one goes on to the end. Each life is a fork, so that the libraries
 are loaded once. With the flag --slow_from N, which must be the last, that step takes a minute.
 """
 
@@ -78,7 +78,7 @@ def main() -> int:
     import peft  # noqa: F401
     import trl  # noqa: F401
 
-    folder, kills, seconds, flags = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4:]
+    folder, kills, flags = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     if not (folder / "base").is_dir():
         make_base(folder / "base")
     if "--slow_from" in flags:
@@ -86,11 +86,17 @@ def main() -> int:
         flags.pop()
     sys.argv[1:] = ["--output_dir", str(folder / "out"), *flags]  # what the interrupted command line looks at
     script.main = lambda argv: live(folder, flags)
+    seconds = None
     while kills:
-        child = os.fork()
+        began, child = time.monotonic(), os.fork()
         if child == 0:
             os._exit(script.run_command_line())
-        time.sleep(random.uniform(0, seconds))
+        if seconds is None:
+            while not (folder / "out" / "checkpoint-1").is_dir():
+                time.sleep(0.01)
+            seconds = 2 * (time.monotonic() - began)
+        else:
+            time.sleep(random.uniform(0, seconds))
         os.kill(child, signal.SIGKILL)
         killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
         kills -= killed  # a life that came to its end by itself does not count
