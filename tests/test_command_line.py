@@ -354,13 +354,14 @@ def test_a_full_disk_is_seen_before_training(tmp_path, monkeypatch):
 def test_a_merge_that_went_wrong_keeps_the_adapter_and_no_folder(tmp_path):
     args = script.parse_args(["--final_model_dir", str(tmp_path / "final")])
 
-    def check(merged_loss, merged_exact=0.9, answers=("a", "b"), loss=0.1):
+    def check(merged_loss, merged_exact=0.9, different=0, loss=0.1, rows=100):
         script.partial_folder(args.final_model_dir).mkdir(exist_ok=True)
-        results = {"adapter": {"loss": loss, "answers": ["a", "b"]}, "merged": {"loss": merged_loss, "answers": [*answers]}}
+        answers = ["b"] * different + ["a"] * (rows - different)
+        results = {"adapter": {"loss": loss, "answers": ["a"] * rows}, "merged": {"loss": merged_loss, "answers": answers}}
         scores = {"adapter": {"exact_match": 0.9}, "merged": {"exact_match": merged_exact}}
         script.check_merged(args, "out/adapter", results, scores)
 
-    check(0.119, answers=("a", "c"))  # 4-bit: loss and score decide
+    check(0.119, different=50)  # 4-bit: loss and score decide
     check(8.15, loss=8.0)  # 2 % of a large loss, 0.02 of a small one
     check(0.1, merged_exact=0.885)
     with pytest.raises(script.UserError, match="held-out loss 0.1210, adapter 0.1000; .*the adapter is safe in out/adapter"):
@@ -372,8 +373,12 @@ def test_a_merge_that_went_wrong_keeps_the_adapter_and_no_folder(tmp_path):
         check(float("nan"))
     args.load_in_4bit = False
     check(0.119)
-    with pytest.raises(script.UserError, match="50.0% of the answers differ"):  # 16-bit: the same model, the same answers
-        check(0.1, answers=("a", "c"))
+    check(0.1, different=2)
+    with pytest.raises(script.UserError, match="3.0% of the answers differ"):  # 16-bit: the same model, the same answers
+        check(0.1, different=3)
+    check(0.1, merged_exact=0.9 - 1 / 6, different=1, rows=6)
+    with pytest.raises(script.UserError, match="33.3% of the answers differ"):
+        check(0.1, different=2, rows=6)
 
 
 def test_a_final_folder_is_replaced_whole(tmp_path):
