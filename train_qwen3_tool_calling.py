@@ -434,6 +434,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                        help="compute what rows have in common once per stream")
     train.add_argument("--cuda_graphs", action=argparse.BooleanOptionalAction, default=True,
                        help="record the step and replay it with a few launches (Unsloth)")
+    train.add_argument("--fsdp", action=argparse.BooleanOptionalAction, default=False,
+                       help="split the frozen base over all GPUs (FSDP2), for models too large for one")
     train.add_argument("--seed", type=number(int, 0), default=SEED, help="seed of everything random")
     train.add_argument("--logging_steps", type=count, default=1, metavar="N", help="steps from one loss to the next")
     train.add_argument("--save_steps", type=count, metavar="N", default=argparse.SUPPRESS,
@@ -498,6 +500,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.engine = "transformers"  # Unsloth's full fine-tuning runs on classes that take no streams
     if args.load_in_4bit is None:
         args.load_in_4bit = args.lora_rank > 0
+    if args.fsdp:
+        if count_devices() == 1 or not args.lora_rank or args.engine == "unsloth":
+            parser.error("--fsdp splits the frozen base of an adapter over several GPUs, with Transformers: start it "
+                         "with torchrun, and leave out --lora_rank 0 and --engine unsloth")
+        args.engine = "transformers"  # Unsloth's kernels take whole weights only
     args.learning_rate = args.learning_rate or LEARNING_RATE / (1 if args.lora_rank else 10)
     if args.save_gguf and args.save_method != "merged_16bit":
         parser.error(f"--save_gguf is made from the 16-bit model: leave out --save_method {args.save_method}")
@@ -2398,10 +2405,12 @@ def attend_in_blocks(module, query, key, value, attention_mask, scaling=None, ke
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
-def load_base(model_id: str, load_in_4bit: bool, trust: bool = False, dtype=None):
-    """Return a model with plain Transformers, in 4 bits if asked, on the GPU if there is one.
+def load_base(model_id: str, load_in_4bit: bool, trust: bool = False, dtype=None, place: str | None = None,
+              storage=None):
+    """Return a model with plain Transformers, in 4 bits if asked, on the GPU if there is one or where `place` says.
 
-    Here as in every load, weights are read from safetensors alone, because a pickle can run code.
+    4-bit numbers are held as bytes, or several of them in a number of the type `storage`. Here as in every load,
+    weights are read from safetensors alone, because a pickle can run code.
     """
     import torch
     from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, BitsAndBytesConfig
@@ -2410,12 +2419,12 @@ def load_base(model_id: str, load_in_4bit: bool, trust: bool = False, dtype=None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = dtype or to_dtype(device)
     four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                                  bnb_4bit_compute_dtype=dtype)
+                                  bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=storage)
     AttentionInterface.register("blocks", attend_in_blocks)
     AttentionMaskInterface.register("blocks", sdpa_mask)
     quantised = {"quantization_config": four_bit} if load_in_4bit else {}  # None would undo that of the folder
     model = AutoModelForCausalLM.from_pretrained(
-        model_id, dtype=dtype, attn_implementation="blocks", device_map=device, use_safetensors=True,
+        model_id, dtype=dtype, attn_implementation="blocks", device_map=place or device, use_safetensors=True,
         trust_remote_code=trust, **quantised)
     for module in model.modules():
         # On CPU, the first inference makes bitsandbytes repack 4-bit weights for bf16, in training from then on too.
@@ -2455,12 +2464,45 @@ def load_model(args: argparse.Namespace, engine: str, plan: Plan):
 
     from peft import LoraConfig, get_peft_model
 
+    split = {}
+    if args.fsdp:  # from the CPU; but to quantise there takes minutes, so a 4-bit base is on each GPU whole at first
+        cuda = torch.cuda.is_available()
+        split = {"place": None if args.load_in_4bit and cuda else "cpu", "storage": to_dtype("cuda" if cuda else "cpu")}
     model = load_base(args.model_id, args.load_in_4bit, args.trust_remote_code,
-                      None if args.lora_rank else torch.float32)
+                      None if args.lora_rank else torch.float32, **split)
     model.config.use_cache = False
     if not args.lora_rank:
         return model
-    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
+    return shard_base(model) if args.fsdp else model
+
+
+def shard_base(model):
+    """Return the model with its frozen weights split over all devices (FSDP2), which must be floats or stored as such.
+
+    Each device gathers a layer when it computes it, and then lets it go. The adapter, which is small, stays whole on
+    each device, and its gradients are averaged as those of a whole model would be (DDP, told to leave the rest alone).
+    So checkpoints, resuming and results are those of a run without FSDP.
+    """
+    import torch
+    from accelerate import PartialState
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    if any(not weight.is_floating_point() for weight in model.parameters()):
+        raise UserError("--fsdp splits floating-point weights, and those of --model_id are quantised; use the 16-bit "
+                        "original")
+    state = PartialState(cpu=not torch.cuda.is_available())
+    mesh = init_device_mesh(state.device.type, (state.num_processes,))
+    trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    for parameter in trained:
+        parameter.data = parameter.data.to(state.device)
+    for module in (*model.get_base_model().model.layers, model):
+        # After forward too, or the one device that saves a checkpoint after an evaluation would let go alone.
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
+    model._ddp_params_and_buffers_to_ignore = [name for name, weight in model.named_parameters()
+                                               if not weight.requires_grad]
+    return model
 
 
 def to_prefix_seg_info(subtree_end):
@@ -2580,7 +2622,7 @@ def compute_token_losses(model, batch: dict, engine: str):
     if "subtree_end" in batch:
         inputs["attention_mask"] = to_attention_mask(batch["subtree_end"][0])
         inputs["key_blocks"] = to_key_blocks(inputs["attention_mask"])
-    columns = supervised.any(dim=0).nonzero()[:, 0]
+    columns = supervised.any(dim=0).nonzero()[:, 0].tolist()  # a tensor would be on another GPU if layers are spread
     logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits[supervised[:, columns]]
     losses = torch.nn.functional.cross_entropy(logits.float(), labels[supervised], reduction="none")
     return losses, logits.detach().argmax(dim=-1) == labels[supervised]
@@ -2622,19 +2664,21 @@ def generate_tokens(model, prompts: list[list[int]], stops: list[int], max_new_t
     # Padding sees itself, so that no token sees nothing; nothing else sees padding.
     mask = (filled[:, None, :].bool() & torch.ones(width, width, dtype=torch.bool, device=ids.device).tril())
     mask = (mask | torch.eye(width, dtype=torch.bool, device=ids.device))[:, None]
-    answers, open_rows = [[] for _ in prompts], torch.arange(len(prompts))
+    answers, open_rows = [[] for _ in prompts], range(len(prompts))
     for _ in range(max_new_tokens):
         logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
                        prefix_cache=prefix if shared else None, logits_to_keep=1).logits
         tokens = logits[:, -1].argmax(dim=-1)
-        for row, token in zip(open_rows.tolist(), tokens.tolist()):
-            answers[row] += [token] if token not in stops else []
-        going = (~torch.isin(tokens, torch.tensor(stops, device=tokens.device))).nonzero()[:, 0]
-        if not len(going):
+        going = []  # on the CPU, whence it can index the caches of layers on any GPU
+        for index, (row, token) in enumerate(zip(open_rows, tokens.tolist())):
+            if token not in stops:
+                answers[row].append(token)
+                going.append(index)
+        if not going:
             break
         if len(going) < len(tokens):
-            cache.batch_select_indices(going)
-            open_rows, filled = open_rows[going.cpu()], filled[going]
+            cache.batch_select_indices(torch.tensor(going))
+            open_rows, filled = [open_rows[index] for index in going], filled[going]
         ids, positions = tokens[going, None], positions[going, -1:] + 1
         filled = torch.cat([filled, torch.ones_like(ids)], dim=1)
         mask = filled[:, None, None, :].bool()
@@ -3006,7 +3050,7 @@ def to_sft_config(args: argparse.Namespace, plan: Plan, evaluate: bool):
         ddp_find_unused_parameters=False, ddp_broadcast_buffers=False, accelerator_config={"even_batches": False},
         dataset_kwargs={"skip_prepare_dataset": True})
     if not cuda:
-        config.__dict__["_setup_devices"] = torch.device("cpu")  # with two processes "cpu:0", to which torch loads nothing
+        config.__dict__["_setup_devices"] = torch.device("cpu")  # of several processes "cpu:0": torch loads nothing there
     return config
 
 
@@ -3035,6 +3079,15 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
             sampler = StreamSampler(plan, args, len(train), lambda: int(self.state.epoch or 0))
             return self.accelerator.prepare(torch.utils.data.DataLoader(
                 range(len(arrays)), batch_sampler=sampler, collate_fn=collate, pin_memory=self.args.dataloader_pin_memory))
+
+        def _wrap_model(self, model, training=True, dataloader=None):
+            """Return the model with averaged gradients; of one with a split base, accelerate would refuse to do it."""
+            if args.fsdp and training and model is self.model:
+                return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+            return super()._wrap_model(model, training, dataloader)
+
+        def autocast_smart_context_manager(self, cache_enabled=True):
+            return autocast(self.model) if args.fsdp else super().autocast_smart_context_manager(cache_enabled)
 
         def get_batch_samples(self, epoch_iterator, num_batches, device):
             """Return the micro-batches of a step, and how many tokens all devices supervise in it."""
@@ -3110,7 +3163,10 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
             """Return the held-out loss as a mean over tokens (the library's is one over batches), and exact match."""
             from transformers.trainer_utils import EvalLoopOutput
 
-            share = self.held_out_batches[self.accelerator.process_index :: self.accelerator.num_processes]
+            devices, batches = self.accelerator.num_processes, self.held_out_batches
+            # With --fsdp all devices must compute as often, so that some get a batch that supervises nothing.
+            batches = [*batches, *[build_batch(arrays[-1:], plan)] * (-len(batches) % devices)]
+            share = batches[self.accelerator.process_index :: devices]
             scores = self.accelerator.reduce(score_batches(self.model, share, engine), "sum")
             metrics = {f"{metric_key_prefix}_{name}": value for name, value in to_metrics(scores).items()}
             return EvalLoopOutput(None, None, metrics, num_samples=len(held_out))
@@ -3661,6 +3717,11 @@ def refuse_unchanged(sums: dict[str, float], model) -> None:
                         "train longer or raise --learning_rate")
 
 
+def find_place(args: argparse.Namespace) -> str | None:
+    """Return the device map of a trained model: a base that was split for training is spread over all GPUs here too."""
+    return "auto" if args.fsdp else None
+
+
 def merge_adapter(args: argparse.Namespace, base_id: str, adapter: str) -> Path:
     """Merge the adapter into the 16-bit base, save the model whole, and return its folder, not yet the final one."""
     import torch
@@ -3668,26 +3729,26 @@ def merge_adapter(args: argparse.Namespace, base_id: str, adapter: str) -> Path:
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(
-        base_id, dtype="auto", device_map="cuda" if torch.cuda.is_available() else "cpu", use_safetensors=True,
-        trust_remote_code=args.trust_remote_code)
+        base_id, dtype="auto", device_map=find_place(args) or ("cuda" if torch.cuda.is_available() else "cpu"),
+        use_safetensors=True, trust_remote_code=args.trust_remote_code)
     sums = sum_weights(base)
     merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
     refuse_unchanged(sums, merged)
     return save_whole(args, merged)
 
 
-def quantise_folder(folder: Path, trust: bool = False) -> None:
+def quantise_folder(folder: Path, trust: bool = False, place: str | None = None) -> None:
     """Put the model of a folder, saved in 16 bits, into 4 bits as bitsandbytes has them; the rest stays as it was."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
-    model = load_base(str(folder), True, trust, config.dtype)
+    model = load_base(str(folder), True, trust, config.dtype, place)
     for file in folder.glob("model*.safetensors*"):  # the model may still read it: removed, not written over
         file.unlink()
     model.save_pretrained(folder)
 
 
-def read_back(folder: Path, trust: bool = False):
+def read_back(folder: Path, trust: bool = False, place: str | None = None):
     """Return the saved model, loaded with plain Transformers and checked: no stray weights, all finite."""
     from transformers import AutoModelForCausalLM
 
@@ -3699,7 +3760,7 @@ def read_back(folder: Path, trust: bool = False):
     if bad := [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]:
         raise UserError(f"{folder}: weights that are not finite: {', '.join(bad[:5])}")
     del model
-    return load_base(str(folder), False, trust)
+    return load_base(str(folder), False, trust, place=place)
 
 
 def merge_and_score(args: argparse.Namespace, base_id: str, adapter: str | None, sequences: list[Sequence],
@@ -3713,7 +3774,7 @@ def merge_and_score(args: argparse.Namespace, base_id: str, adapter: str | None,
     quiet_libraries()
     from peft import PeftModel
 
-    trust = args.trust_remote_code
+    trust, place = args.trust_remote_code, find_place(args)
     tokenizer, results = load_tokenizer(args.model_id, trust), {}
     batches = to_batches(sequences[:READ_BACK_ROWS], plan)
 
@@ -3721,25 +3782,25 @@ def merge_and_score(args: argparse.Namespace, base_id: str, adapter: str | None,
         results[name] = {"answers": generate_answers(model, tokenizer, sequences, args, name),
                          "loss": to_metrics(score_batches(model, batches, "transformers"))["loss"]}
 
-    base = load_base(base_id, False, trust)
+    base = load_base(base_id, False, trust, place=place)
     results["base"] = {"answers": generate_answers(base, tokenizer, sequences, args, "base")}
     sums = {} if adapter else sum_weights(base)
     if adapter:
         if args.load_in_4bit:
             del base
-            base = load_base(args.model_id, True, trust)
+            base = load_base(args.model_id, True, trust, place=place)
         score("adapter", PeftModel.from_pretrained(base, adapter))
     del base
     free_gpu()
     if args.save_method == "lora":
         return results
     folder = merge_adapter(args, base_id, adapter) if adapter else partial_folder(args.final_model_dir)
-    model = read_back(folder, trust)
+    model = read_back(folder, trust, place)
     refuse_unchanged(sums, model)
     if args.save_method == "merged_4bit":
         del model
-        quantise_folder(folder, trust)
-        model = read_back(folder, trust)
+        quantise_folder(folder, trust, place)
+        model = read_back(folder, trust, place)
     score("merged" if adapter else "trained", model)
     return results
 
@@ -4603,6 +4664,7 @@ def estimate_memory(args: argparse.Namespace, config, parameters: dict[str, int]
     else:
         activations = inputs + working * kept
     base = parameters["linear"] * (0.53 if args.load_in_4bit else 2) + 2 * parameters["other"]
+    base /= plan.devices if args.fsdp else 1
     # Without an adapter all weights are trained in fp32, and "base" is their copy in 16 bits that autocast holds.
     trained = parameters["adapter"] or parameters["linear"] + parameters["other"]
     moments = count_moment_bytes(args.optim or CUDA_OPTIM)

@@ -55,9 +55,27 @@ def test_two_devices_do_what_one_does_and_go_on_from_each_others_checkpoints(tmp
         two / "out" / "checkpoint-6") is None
     train(mixed, 2, "--max_steps", 3)  # in the middle of the second epoch
     assert "resume   from" in train(mixed, 1, "--max_steps", 4)
-    assert "resume   from" in train(mixed, 2)
+    output = train(mixed, 2, "--fsdp")
+    assert "resume   from" in output and "holds 0.5" in output
     assert difference(mixed, one) < 1e-4
     assert logs(mixed, 6) == pytest.approx(logs(one, 6), rel=1e-5)
+
+
+def test_a_4_bit_base_split_over_two_devices_trains_the_same_adapter(tmp_path):
+    one, split = tmp_path / "one", tmp_path / "split"
+    assert "holds 1.00 of the weights" in train(one, 1, "--load_in_4bit")
+    held = re.search("holds (.*) of the weights", train(split, 2, "--load_in_4bit", "--fsdp"))
+    assert 0.5 < float(held[1]) < 0.6  # half of the base, the whole adapter
+    assert difference(split, one) < 1e-4
+    assert logs(split, 6) == pytest.approx(logs(one, 6), rel=1e-5)
+
+
+def test_fsdp_needs_several_devices_an_adapter_and_transformers(monkeypatch):
+    for devices, more in ((1, []), (2, ["--lora_rank", "0"]), (2, ["--engine", "unsloth"])):
+        monkeypatch.setenv("WORLD_SIZE", str(devices))
+        with pytest.raises(script.FlagError, match="--fsdp splits the frozen base of an adapter over several GPUs"):
+            script.parse_args(["--fsdp", *more])
+    assert script.parse_args(["--fsdp"]).engine == "transformers"
 
 
 def test_another_effective_batch_is_refused(tmp_path, monkeypatch):
@@ -104,7 +122,7 @@ def command(tmp_path_factory):
             "--learning_rate", 0.01, "--max_new_tokens", 4]
 
 
-def test_the_command_line_on_two_processes_speaks_once_stops_together_and_goes_on(command, tmp_path):
+def test_the_command_line_on_two_processes_speaks_once_stops_together_and_goes_on_with_a_split_base(command, tmp_path):
     command = [*command, "--output_dir", tmp_path / "out", "--final_model_dir", tmp_path / "final", "--num_epochs", 200]
     process = start(*command)
     wait_for(lambda: "  loss " in process.stdout.readline())
@@ -113,7 +131,7 @@ def test_the_command_line_on_two_processes_speaks_once_stops_together_and_goes_o
     assert result.returncode != 0 and result.stderr.count(STOPPING) == 1
     assert result.stderr.count("interrupted by SIGTERM; go on with: torchrun --nproc_per_node 2 ") == 1
     step = script.to_step(script.list_checkpoints(tmp_path / "out")[-1])
-    result = wait(start(*command, "--resume_from_checkpoint", "--max_steps", step + 2))
+    result = wait(start(*command, "--resume_from_checkpoint", "--max_steps", step + 2, "--fsdp"))
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("\nplan     ") == result.stdout.count("\ncheck    ") == 1
     assert " rows per step on 2 devices in " in result.stdout

@@ -1,8 +1,8 @@
 """Train a very small random Qwen3 in FOLDER, in one or many lives: python train_small.py FOLDER KILLS FLAGS...
 
 A life is what the command line does from the checkpoint to the adapter. The first KILLS lives are ended by SIGKILL,
-each at a random moment before twice the time that the first needs for a checkpoint; the last one goes on to the end. Each life is a fork, so that the libraries
-are loaded once. With the flag --slow_from N, which must be the last, that step takes a minute.
+each at a random moment before twice the time that the first needs for a checkpoint; the last one goes on to the end.
+Each life is a fork, so that the libraries are loaded once. With the flag --slow_from N, which must be the last, that step takes a minute.
 """
 
 import os
@@ -52,8 +52,11 @@ def live(folder: Path, flags: list[str]) -> None:
     script.check_resume(args, checkpoint, former, train)
     script.start_engine(args)
     plan = script.plan_streams(train, args, "transformers")
-    trainer = script.build_trainer(args, "transformers", script.load_model(args, "transformers", plan),
-                                   script.load_tokenizer(args.model_id), train, held_out, plan)
+    model = script.load_model(args, "transformers", plan)
+    held = sum(getattr(weight, "to_local", lambda: weight)().numel() for weight in model.parameters())
+    print(f"holds {held / sum(weight.numel() for weight in model.parameters()):.2f} of the weights")
+    trainer = script.build_trainer(args, "transformers", model, script.load_tokenizer(args.model_id), train, held_out,
+                                   plan)
     script.start_output(args, checkpoint, train, plan)
     complete = checkpoint is not None and script.is_complete(args, checkpoint, train)
     script.train_model(trainer, checkpoint, train, plan.rows_per_step, complete)
