@@ -3050,7 +3050,7 @@ def to_sft_config(args: argparse.Namespace, plan: Plan, evaluate: bool):
         ddp_find_unused_parameters=False, ddp_broadcast_buffers=False, accelerator_config={"even_batches": False},
         dataset_kwargs={"skip_prepare_dataset": True})
     if not cuda:
-        config.__dict__["_setup_devices"] = torch.device("cpu")  # of several processes "cpu:0": torch loads nothing there
+        config.__dict__["_setup_devices"] = torch.device("cpu")  # of several processes "cpu:0", to which torch cannot load
     return config
 
 
@@ -3078,7 +3078,8 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
         def get_train_dataloader(self):
             sampler = StreamSampler(plan, args, len(train), lambda: int(self.state.epoch or 0))
             return self.accelerator.prepare(torch.utils.data.DataLoader(
-                range(len(arrays)), batch_sampler=sampler, collate_fn=collate, pin_memory=self.args.dataloader_pin_memory))
+                range(len(arrays)), batch_sampler=sampler, collate_fn=collate,
+                pin_memory=self.args.dataloader_pin_memory))
 
         def _wrap_model(self, model, training=True, dataloader=None):
             """Return the model with averaged gradients; of one with a split base, accelerate would refuse to do it."""
@@ -3621,7 +3622,8 @@ def estimate_disk(args: argparse.Namespace, parameters: dict[str, int], optim: s
     """Return the bytes of the weights that a run saves at most, without the SMALL_FILES beside each."""
     trained = parameters["adapter"] or parameters["linear"] + parameters["other"]
     return {"merged_model": count_final_bytes(args, parameters),
-            "adapter": 4 * parameters["adapter"], "checkpoints": checkpoints * trained * (4 + count_moment_bytes(optim))}
+            "adapter": 4 * parameters["adapter"],
+            "checkpoints": checkpoints * trained * (4 + count_moment_bytes(optim))}
 
 
 def check_disk(args: argparse.Namespace, config, checkpoints: int) -> None:
