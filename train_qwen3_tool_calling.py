@@ -3050,7 +3050,7 @@ def to_sft_config(args: argparse.Namespace, plan: Plan, evaluate: bool):
         ddp_find_unused_parameters=False, ddp_broadcast_buffers=False, accelerator_config={"even_batches": False},
         dataset_kwargs={"skip_prepare_dataset": True})
     if not cuda:
-        config.__dict__["_setup_devices"] = torch.device("cpu")  # of several processes "cpu:0", to which torch cannot load
+        config.__dict__["_setup_devices"] = torch.device("cpu")  # of several "cpu:0", which torch cannot load to
     return config
 
 
