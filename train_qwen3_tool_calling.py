@@ -94,10 +94,7 @@ AGREED = ("model_id", "load_in_4bit", "lora_rank", "lora_alpha", "lora_dropout",
           "thinking", "share_prefix", "learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio",
           "weight_decay", "optim", "seed", "metric_for_best", "early_stopping_patience")
 ONCE = ("resume_from_checkpoint", "dry_run", "show_row")  # not in run.yaml: who repeats a run wants none of these
-# As the command line is shown.
-PROGRAM = sys.argv[0] if __name__ == "__main__" else __file__
-LAUNCHER = (["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
-            if os.environ.get("WORLD_SIZE", "1") != "1" else ["python"])
+PROGRAM = sys.argv[0] if __name__ == "__main__" else __file__  # as the command line is shown
 
 
 class UserError(Exception):
@@ -149,6 +146,16 @@ def is_main() -> bool:
 def count_devices() -> int:
     """Return how many processes share the rows of a step: as many as torchrun or accelerate started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def find_launcher() -> list[str]:
+    """Return the words that started this process, as a command line shows them."""
+    devices, here = count_devices(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    nodes = ["--nnodes", str(devices // here)] if devices > here else []
+    return ["torchrun", *nodes, "--nproc_per_node", str(here)] if devices > 1 else ["python"]
+
+
+LAUNCHER = find_launcher()  # now, because leave_group forgets it
 
 
 def say(stage: str, text: str) -> None:

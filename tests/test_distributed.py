@@ -78,6 +78,14 @@ def test_fsdp_needs_several_devices_an_adapter_and_transformers(monkeypatch):
     assert script.parse_args(["--fsdp"]).engine == "transformers"
 
 
+@pytest.mark.parametrize("devices, here, words", [
+    (1, 1, "python"), (4, 4, "torchrun --nproc_per_node 4"), (16, 8, "torchrun --nnodes 2 --nproc_per_node 8")])
+def test_the_command_to_go_on_is_started_as_this_one_was(monkeypatch, devices, here, words):
+    monkeypatch.setenv("WORLD_SIZE", str(devices))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
+    assert " ".join(script.find_launcher()) == words
+
+
 def test_another_effective_batch_is_refused(tmp_path, monkeypatch):
     (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "checkpoint-3" / "trainer_state.json").write_text('{"global_step": 3}')

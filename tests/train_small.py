@@ -1,8 +1,9 @@
 """Train a very small random Qwen3 in FOLDER, in one or many lives: python train_small.py FOLDER KILLS FLAGS...
 
 A life is what the command line does from the checkpoint to the adapter. The first KILLS lives are ended by SIGKILL,
-each at a random moment before twice the time that the first needs for a checkpoint; the last one goes on to the end.
-Each life is a fork, so that the libraries are loaded once. With the flag --slow_from N, which must be the last, that step takes a minute.
+each at a random moment before twice the time that the first needs for a checkpoint and soon after its second one, so
+that none comes to the end; the last one does. Each life is a fork, so that the libraries are loaded once. With the
+flag --slow_from N, which must be the last, that step takes a minute.
 """
 
 import os
@@ -76,6 +77,11 @@ def slow_down(step: int) -> None:
     script.compute_token_losses = compute_slowly
 
 
+def newest_step(folder: Path) -> int:
+    """Return the step of the newest checkpoint, 0 if there is none."""
+    return max((int(path.name[11:]) for path in script.list_checkpoints(folder / "out")), default=0)
+
+
 def main() -> int:
     import datasets  # noqa: F401
     import peft  # noqa: F401
@@ -94,16 +100,21 @@ def main() -> int:
         began, child = time.monotonic(), os.fork()
         if child == 0:
             os._exit(script.run_command_line())
+        step = newest_step(folder)
         if seconds is None:
-            while not (folder / "out" / "checkpoint-1").is_dir():
+            while newest_step(folder) == step:
                 time.sleep(0.01)
             seconds = 2 * (time.monotonic() - began)
         else:
-            time.sleep(random.uniform(0, seconds))
+            end = began + random.uniform(0, seconds)
+            while time.monotonic() < end and newest_step(folder) < step + 2:
+                time.sleep(0.002)
+            time.sleep(random.uniform(0, 0.1))
         os.kill(child, signal.SIGKILL)
         killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
         kills -= killed  # a life that came to its end by itself does not count
-        print("killed" if killed else "ended", *sorted(path.name for path in (folder / "out").glob("checkpoint-*")))
+        # On a line of its own, even if the killed one was about to end its line.
+        print("\nkilled" if killed else "\nended", *sorted(path.name for path in (folder / "out").glob("checkpoint-*")))
         sys.stdout.flush()
     return script.run_command_line()
 
