@@ -2262,8 +2262,8 @@ def check_model(model_id: str, flag: str = "--model_id", trust: bool = False):
     names = config.architectures or []
     if not any(name.endswith("ForCausalLM") for name in names):
         raise UserError(f"{flag} {model_id}: not a causal language model ({', '.join(names) or config.model_type})")
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
-    window = getattr(config, "sliding_window", None) if not getattr(config, "layer_types", None) else None
+    layers = getattr(config, "layer_types", None) or []
+    kinds, window = {*layers} - {"full_attention"}, not layers and getattr(config, "sliding_window", None)
     if kinds or window and window < getattr(config, "max_position_embeddings", math.inf):
         raise UserError(f"{flag} {model_id}: has layers of {', '.join(sorted(kinds)) or 'sliding_attention'}, which do "
                         "not look back on all tokens; expected full attention in every layer")
@@ -3534,7 +3534,10 @@ def lock_output(folder: str):
     """Return the locked file in the output folder, to be kept until the run ends; a folder in use is a UserError.
 
     The lock dies with the process that holds it. Where there are no such locks, as on Windows, the run does without.
+    Of several processes only the one that writes locks.
     """
+    if not is_main():
+        return None
     try:
         import fcntl
     except ImportError:
@@ -3726,20 +3729,21 @@ def refuse_unchanged(sums: dict[str, float], model) -> None:
                         "train longer or raise --learning_rate")
 
 
-def find_place(args: argparse.Namespace) -> str | None:
+def find_place(args: argparse.Namespace) -> str:
     """Return the device map of a trained model: a base that was split for training is spread over all GPUs here too."""
-    return "auto" if args.fsdp else None
+    import torch
+
+    return "auto" if args.fsdp else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def merge_adapter(args: argparse.Namespace, base_id: str, adapter: str) -> Path:
     """Merge the adapter into the 16-bit base, save the model whole, and return its folder, not yet the final one."""
-    import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(
-        base_id, dtype="auto", device_map=find_place(args) or ("cuda" if torch.cuda.is_available() else "cpu"),
-        use_safetensors=True, trust_remote_code=args.trust_remote_code)
+        base_id, dtype="auto", device_map=find_place(args), use_safetensors=True,
+        trust_remote_code=args.trust_remote_code)
     sums = sum_weights(base)
     merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
     refuse_unchanged(sums, merged)
@@ -4529,6 +4533,13 @@ def find_model(args: argparse.Namespace) -> tuple:
         return tokenizer, "", None
 
 
+def digest_tools(examples: list[Example]) -> list[str]:
+    """Return the digest of each example's tools; most examples share one list, which is digested once."""
+    lists = {id(example.tools): example.tools for example in examples}
+    digests = {key: digest(tools) for key, tools in lists.items()}
+    return [digests[id(example.tools)] for example in examples]
+
+
 def list_calls(example: Example) -> list[list[str]]:
     """Return the names of the tools that each turn of a row calls; turns without a call are left out."""
     turns = [[call["function"]["name"] for call in message.get("tool_calls", [])] for message in example.messages]
@@ -4557,7 +4568,7 @@ def audit_calls(examples: list[Example]) -> dict:
     """Return how many tools and calls the rows have, and the shares of rows without a call and with parallel calls."""
     calls = [list_calls(example) for example in examples]
     counts = Counter(name for turns in calls for names in turns for name in names)
-    lists = {digest(example.tools): example.tools for example in examples}
+    lists = dict(zip(digest_tools(examples), (example.tools for example in examples)))
     tools = {digest(tool): tool["function"]["name"] for listed in lists.values() for tool in listed}
     return {"formats": dict(Counter(example.format for example in examples)),
             "tools": {"distinct": len(tools), "lists": len(lists)},
@@ -4569,7 +4580,7 @@ def audit_calls(examples: list[Example]) -> dict:
 
 def count_tool_tokens(tokenizer, examples: list[Example]) -> list[int]:
     """Return for each example how much longer its tools make the prompt; computed once for each list of tools."""
-    keys, sizes = [(digest(example.tools), example.messages[0]["role"]) for example in examples], {}
+    keys, sizes = [*zip(digest_tools(examples), (example.messages[0]["role"] for example in examples))], {}
     for example, key in zip(examples, keys):
         if key not in sizes:
             messages = example.messages[: find_first_answer(example)]
@@ -4612,9 +4623,9 @@ def list_some(found: list) -> dict:
 
 def audit_repeats(examples: list[Example], held_out: list[Example]) -> dict:
     """Return pairs of places: equal rows, equal requests with different first answers, requests on both sides."""
-    rows, requests, duplicates, conflicts = {}, {}, [], []
-    for example in [*examples, *held_out]:
-        tools, answer = digest(example.tools), example.messages[find_first_answer(example)]
+    rows, requests, duplicates, conflicts, both = {}, {}, [], [], [*examples, *held_out]
+    for example, tools in zip(both, digest_tools(both)):
+        answer = example.messages[find_first_answer(example)]
         earlier = rows.setdefault((tools, digest(example.messages)), example)
         if earlier is not example:
             duplicates.append((earlier.where, example.where))
@@ -4648,7 +4659,7 @@ def audit_plan(train: list[Sequence], args: argparse.Namespace, plan: Plan) -> d
     sizes = [size for epoch in range(args.num_epochs)
              for size in measure_batches(train, plan, order_rows(plan, args.seed, epoch))]
     steps, per_epoch = count_steps(args, train)
-    return {"rows_per_step": plan.rows * plan.accumulation, "streams_per_step": plan.accumulation,
+    return {"rows_per_step": plan.rows_per_step, "streams_per_step": plan.accumulation,
             "steps_per_epoch": per_epoch, "steps": steps, "share_prefix": plan.share_prefix,
             "stream_sizes": {"min": min(sizes), "mean": round(sum(sizes) / len(sizes), 1), "max": max(sizes)},
             "checkpoints": [*range(args.save_steps or per_epoch, steps, args.save_steps or per_epoch), steps]}
@@ -4777,7 +4788,7 @@ def show_run(audit: dict) -> None:
     if "memory_gib" in audit:
         memory, disk = audit["memory_gib"], audit["disk_gb"]
         say("memory", f"about {memory['total']:.2f} GiB of GPU memory (an estimate): base {memory['base']:.2f}, "
-                       f"trained weights and optimizer {memory['adapter']:.2f}, longest {name} "
+                      f"trained weights and optimizer {memory['adapter']:.2f}, longest {name} "
                       f"{memory['longest_stream']:.2f}")
         say("disk", f"{disk['merged_model']:.2f} GB for the final model, {disk['checkpoints']:.2f} GB for "
                     f"{plural(disk['checkpoints_kept'], 'checkpoint')}; {disk['free']:,.1f} GB free")
@@ -5096,7 +5107,7 @@ def main(argv: list[str] | None = None) -> dict | None:
         return evaluate_only(args, command)
     if args.save_method != "lora":
         check_folder(args.final_model_dir, "--final_model_dir")
-    lock = lock_output(args.output_dir) if is_main() and Path(args.output_dir).is_dir() else None  # until the run ends
+    lock = lock_output(args.output_dir) if Path(args.output_dir).is_dir() else None  # held until the run ends
     checkpoint = find_checkpoint(args)
     if args.dry_run:
         return dry_run(args)
@@ -5129,7 +5140,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     plan = plan_streams(train, args, engine)
     show_plan(train, args, plan)
 
-    lock = lock or (lock_output(args.output_dir) if is_main() else None)
+    lock = lock or lock_output(args.output_dir)
     model = load_model(args, engine, plan)
     report_gpu("gpu")
     trainer = build_trainer(args, engine, model, tokenizer, train, held_out, plan)

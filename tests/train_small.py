@@ -45,7 +45,7 @@ def live(folder: Path, flags: list[str]) -> None:
         sys.stdout = open(os.devnull, "w")
     args = script.parse_args(["--output_dir", str(folder / "out"), "--model_id", str(folder / "base"),
                               "--no-load_in_4bit", "--engine", "transformers", *flags])
-    lock = script.lock_output(args.output_dir) if script.is_main() else None  # noqa: F841
+    lock = script.lock_output(args.output_dir)  # noqa: F841
     if script.list_checkpoints(args.output_dir):
         args.resume_from_checkpoint = "newest"
     checkpoint, train, held_out = script.find_checkpoint(args), make_rows(23, seed=2), make_rows(4, seed=3)
