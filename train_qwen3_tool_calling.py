@@ -236,9 +236,12 @@ def is_disk_full(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def discard_partial(final: str | Path):
-    """Yield the partial folder of `final`; whatever happens, nothing of it stays, and a full disk is a UserError."""
-    partial = partial_folder(final)
-    shutil.rmtree(partial, ignore_errors=True)
+    """Yield the partial folder of `final`; whatever happens, nothing of it stays, and a full disk is a UserError.
+
+    Of several processes, the first one looks after the folder.
+    """
+    partial, main = partial_folder(final), is_main()
+    shutil.rmtree(partial, ignore_errors=True) if main else None
     try:
         yield partial
     except Exception as error:
@@ -247,7 +250,7 @@ def discard_partial(final: str | Path):
                             "--resume_from_checkpoint") from None
         raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True) if main else None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -356,11 +359,8 @@ def read_config(parser: Parser, path: str) -> list[str]:
     return together
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Return the settings of a run: of the command line, else of the file of --config, else the defaults.
-
-    A wrong flag is a FlagError; --help ends the program.
-    """
+def build_parser() -> Parser:
+    """Return the declaration of all flags. Those with argparse.SUPPRESS have no default: --help would show None."""
     parser = Parser(
         description="Fine-tune a Qwen3 model to call your tools, and save it merged in safetensors.",
         formatter_class=partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=34, width=120),
@@ -442,7 +442,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     train.add_argument("--cuda_graphs", action=argparse.BooleanOptionalAction, default=True,
                        help="record the step and replay it with a few launches (Unsloth)")
     train.add_argument("--fsdp", action=argparse.BooleanOptionalAction, default=False,
-                       help="split the frozen base over all GPUs (FSDP2), for models too large for one")
+                       help="split the weights over all GPUs (FSDP2), for models too large for one")
     train.add_argument("--seed", type=number(int, 0), default=SEED, help="seed of everything random")
     train.add_argument("--logging_steps", type=count, default=1, metavar="N", help="steps from one loss to the next")
     train.add_argument("--save_steps", type=count, metavar="N", default=argparse.SUPPRESS,
@@ -479,11 +479,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     output.add_argument("--report_to", default="none", metavar="NAME", help="tensorboard, wandb, ... or none")
     output.add_argument("--run_name", metavar="NAME", default=argparse.SUPPRESS, help="the run's name there")
 
-    # SUPPRESS above keeps "(default: None)" out of --help; here those settings get their value.
-    unset = ("max_samples", "eval_dataset_path", "convert_to", "dry_run", "show_row", "merge_model_id", "max_steps",
-             "warmup_ratio", "optim", "save_steps", "save_total_limit", "eval_steps", "metric_for_best",
-             "early_stopping_patience", "eval_only", "resume_from_checkpoint", "run_name", "load_in_4bit",
-             "learning_rate", "save_gguf", "push_to_hub")
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the settings of a run: of the command line, else of the file of --config, else the defaults.
+
+    A wrong flag is a FlagError; --help ends the program.
+    """
+    parser = build_parser()
+    unset = [action.dest for action in parser._actions if action.default == argparse.SUPPRESS]
     args = argparse.Namespace(**dict.fromkeys(unset))
     config = getattr(parser.parse_args(argv), "config", None)
     for words in (read_config(parser, config) if config else [], argv):
@@ -491,7 +496,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.parse_args(words, namespace=args)
         if None not in (args.warmup_ratio, args.warmup_steps):  # the later of the two counts
             setattr(args, "warmup_steps" if share is None else "warmup_ratio", None)
-    vars(args).pop("config", None)
+    del args.config, args.help
     if isinstance(args.dataset_path, str):
         args.dataset_path = [args.dataset_path]  # a list as default would look like Python in --help
     if isinstance(args.target_modules, str):
@@ -508,9 +513,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.load_in_4bit is None:
         args.load_in_4bit = args.lora_rank > 0
     if args.fsdp:
-        if count_devices() == 1 or not args.lora_rank or args.engine == "unsloth":
-            parser.error("--fsdp splits the frozen base of an adapter over several GPUs, with Transformers: start it "
-                         "with torchrun, and leave out --lora_rank 0 and --engine unsloth")
+        if count_devices() == 1 or args.engine == "unsloth":
+            parser.error("--fsdp splits the weights over several GPUs, with Transformers: start it with torchrun, and "
+                         "leave out --engine unsloth")
+        if not args.lora_rank and args.optim and not args.optim.startswith("adamw_torch"):
+            parser.error(f"--fsdp --lora_rank 0 splits the optimizer too, as PyTorch's alone can: leave out --optim "
+                         f"{args.optim}, or give adamw_torch or adamw_torch_fused")
         args.engine = "transformers"  # Unsloth's kernels take whole weights only
     args.learning_rate = args.learning_rate or LEARNING_RATE / (1 if args.lora_rank else 10)
     if args.save_gguf and args.save_method != "merged_16bit":
@@ -2101,6 +2109,26 @@ class StreamSampler:
         return iter([stream or [self.rows] for stream in cut_streams(self.plan, self.args, self.find_epoch())])
 
 
+def measure_batches(sequences: list[Sequence], plan: Plan, batches: list[list[int]]) -> list[int]:
+    """Return how many tokens are computed for each batch, given as the indices of its rows; empty ones are left out."""
+    batches = [[sequences[i] for i in batch] for batch in batches if batch]
+    if not plan.share_prefix:
+        return [len(batch) * max(len(row.input_ids) for row in batch) for batch in batches]
+    sizes = [count_tokens(batch) for batch in batches]
+    return [next((length for length in plan.lengths if length >= size), size) for size in sizes]
+
+
+def measure_run(sequences: list[Sequence], plan: Plan, args: argparse.Namespace) -> list[int]:
+    """Return how many tokens are computed for each stream of all epochs of a run."""
+    return [size for epoch in range(args.num_epochs)
+            for size in measure_batches(sequences, plan, cut_streams(plan, args, epoch))]
+
+
+def to_padded(plan: Plan, args: argparse.Namespace) -> Plan:
+    """Return the plan of the same steps in ordinary batches of --batch_size."""
+    return plan._replace(rows=args.batch_size, accumulation=args.gradient_accumulation_steps, share_prefix=False)
+
+
 def plan_streams(sequences: list[Sequence], args: argparse.Namespace, engine: str) -> Plan:
     """Fuse accumulation steps into one stream as far as the flags' memory allows, for every stream of the run.
 
@@ -2112,10 +2140,8 @@ def plan_streams(sequences: list[Sequence], args: argparse.Namespace, engine: st
         return plan
     for fused in range(steps, 0, -1):
         if steps % fused == 0:
-            plan, sizes = plan._replace(rows=batch_size * fused, accumulation=steps // fused), []
-            for epoch in range(args.num_epochs):
-                streams = cut_streams(plan, args, epoch)
-                sizes += [count_tokens([sequences[i] for i in stream]) for stream in streams if stream]
+            plan = plan._replace(rows=batch_size * fused, accumulation=steps // fused)
+            sizes = measure_run(sequences, plan, args)
             if fused == 1 or max(sizes) <= batch_size * args.max_seq_length:
                 return plan._replace(lengths=choose_lengths(sizes)) if engine == "unsloth" else plan
 
@@ -2329,11 +2355,14 @@ def to_dtype(device: str):
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
-def default_optim() -> str:
-    """Return the optimizer of a run that names none."""
+def find_optim(args: argparse.Namespace, cuda: bool | None = None) -> str:
+    """Return the optimizer of a run, on CUDA or not (None: as it is here), also if it names none."""
     import torch
 
-    return CUDA_OPTIM if torch.cuda.is_available() else "adamw_torch"
+    if args.optim:
+        return args.optim
+    split = args.fsdp and not args.lora_rank  # bitsandbytes' optimizers cannot hold moments that are split
+    return CUDA_OPTIM if (torch.cuda.is_available() if cuda is None else cuda) and not split else "adamw_torch"
 
 
 def use_checkpointing(args: argparse.Namespace) -> bool:
@@ -2471,45 +2500,90 @@ def load_model(args: argparse.Namespace, engine: str, plan: Plan):
 
     from peft import LoraConfig, get_peft_model
 
-    split = {}
+    dtype, split = None if args.lora_rank else torch.float32, {}
     if args.fsdp:  # from the CPU; but to quantise there takes minutes, so a 4-bit base is on each GPU whole at first
         cuda = torch.cuda.is_available()
         split = {"place": None if args.load_in_4bit and cuda else "cpu", "storage": to_dtype("cuda" if cuda else "cpu")}
-    model = load_base(args.model_id, args.load_in_4bit, args.trust_remote_code,
-                      None if args.lora_rank else torch.float32, **split)
+        if not args.lora_rank:  # whole, it is held in the type that it was saved in
+            dtype = load_config(args.model_id, trust=args.trust_remote_code).dtype
+    model = load_base(args.model_id, args.load_in_4bit, args.trust_remote_code, dtype, **split)
     model.config.use_cache = False
-    if not args.lora_rank:
-        return model
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
-    return shard_base(model) if args.fsdp else model
+    if args.lora_rank:
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
+    return split_model(model) if args.fsdp else model
 
 
-def shard_base(model):
-    """Return the model with its frozen weights split over all devices (FSDP2), which must be floats or stored as such.
+def split_model(model):
+    """Return the model with its weights split over all devices (FSDP2); they must be floats or stored as such.
 
-    Each device gathers a layer when it computes it, and then lets it go. The adapter, which is small, stays whole on
+    Each device gathers a layer when it computes it, and then lets it go. An adapter, which is small, stays whole on
     each device, and its gradients are averaged as those of a whole model would be (DDP, told to leave the rest alone).
-    So checkpoints, resuming and results are those of a run without FSDP.
+    Without an adapter all weights are trained in fp32, and what belongs to them is split like them: gradients, which
+    FSDP averages, and the optimizer's moments. What is saved is whole, and what is loaded may be: so checkpoints,
+    resuming and results are those of a run without FSDP.
     """
     import torch
     from accelerate import PartialState
+    from peft import PeftModel
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     if any(not weight.is_floating_point() for weight in model.parameters()):
         raise UserError("--fsdp splits floating-point weights, and those of --model_id are quantised; use the 16-bit "
                         "original")
     state = PartialState(cpu=not torch.cuda.is_available())
-    mesh = init_device_mesh(state.device.type, (state.num_processes,))
-    trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
-    for parameter in trained:
-        parameter.data = parameter.data.to(state.device)
-    for module in (*model.get_base_model().model.layers, model):
-        # After forward too, or the one device that saves a checkpoint after an evaluation would let go alone.
-        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
+    # After forward too, or the one device that saves a checkpoint after an evaluation would let go alone.
+    how = {"mesh": init_device_mesh(state.device.type, (state.num_processes,)), "reshard_after_forward": True}
+    adapter = isinstance(model, PeftModel)
+    if adapter:
+        how["ignored_params"] = {parameter for parameter in model.parameters() if parameter.requires_grad}
+        for parameter in how["ignored_params"]:
+            parameter.data = parameter.data.to(state.device)
+    else:
+        how["mp_policy"] = MixedPrecisionPolicy(to_dtype(state.device.type), torch.float32)  # computed in, averaged in
+        model.register_load_state_dict_pre_hook(split_weights)
+    for module in (*(model.get_base_model() if adapter else model).model.layers, model):
+        fully_shard(module if adapter else module.float(), **how)
     model._ddp_params_and_buffers_to_ignore = [name for name, weight in model.named_parameters()
                                                if not weight.requires_grad]
     return model
+
+
+def split_as(weight, value):
+    """Return a whole tensor split over the devices as a weight of its shape is; others as they are."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(weight, DTensor) or weight.shape != value.shape:
+        return value
+    return distribute_tensor(value, weight.device_mesh, weight.placements, src_data_rank=None)  # each has the whole
+
+
+def split_weights(model, weights: dict, *_) -> None:
+    """Split whole weights as the model's are, before it loads them (a hook of load_state_dict)."""
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        if name in weights:
+            weights[name] = split_as(weight, weights[name])
+
+
+def gather_whole(state):
+    """Return a state of split tensors with each of them whole, on the CPU of the first process; all must call this."""
+    from torch.distributed.tensor import DTensor
+    from torch.utils._pytree import tree_map_only
+
+    def gather(tensor):
+        whole = tensor.full_tensor()
+        return whole.cpu() if is_main() else None
+
+    return tree_map_only(DTensor, gather, state)
+
+
+def gather_weights(model) -> dict:
+    """Return a split model's weights by name, as gather_whole does; one that has two names stands there once."""
+    once, weights = dict(model.named_parameters()), model.state_dict()
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        if name not in once:
+            del weights[name]
+    return gather_whole(weights)
 
 
 def to_prefix_seg_info(subtree_end):
@@ -2766,9 +2840,13 @@ def make_room(model) -> None:
 def compute_gradient(model, batches: list[dict], engine: str):
     """Return (loss summed over the supervised tokens, its gradient as one fp32 vector on the CPU) of the batches.
 
-    Of a large model's gradient, every n-th number: its errors are not in a few of them.
+    Of a large model's gradient, every n-th number: its errors are not in a few of them. Of a split one, the part that
+    is here.
     """
     import torch
+
+    def held(gradient):
+        return gradient.to_local() if hasattr(gradient, "to_local") else gradient
 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     step = -(-sum(parameter.numel() for parameter in parameters) // COMPARED_NUMBERS)
@@ -2780,7 +2858,7 @@ def compute_gradient(model, batches: list[dict], engine: str):
         loss.backward()
         total += loss.item()
         # Added here and not in .grad, where a CUDA graph writes the next gradient over the last.
-        gradient += torch.cat([parameter.grad.flatten()[::step].float() for parameter in parameters]).cpu()
+        gradient += torch.cat([held(parameter.grad).flatten()[::step].float() for parameter in parameters]).cpu()
     model.zero_grad()
     return total, gradient
 
@@ -2856,11 +2934,9 @@ def explain_memory(row: Sequence, step: int) -> str:
 def explain_numbers(step: int, loss: float, norm: float, rows: list[Sequence]) -> str:
     """Return what is not finite in a step, its rows, and what to do."""
     wrong = f"the norm of the gradient is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
-    names = list(dict.fromkeys(row.where for row in rows))
-    more = f" and {len(names) - NAMED_ROWS} more" if len(names) > NAMED_ROWS else ""
+    names = dict.fromkeys(row.where for row in rows)
     return (f"step {step:,}: {wrong}; expected a finite number. Nothing of it is saved, and a checkpoint written "
-            f"before is good. Lower --learning_rate, or look at the rows of this step: "
-            f"{', '.join(names[:NAMED_ROWS])}{more}")
+            f"before is good. Lower --learning_rate, or look at the rows of this step: {list_first(names, NAMED_ROWS)}")
 
 
 def find_overfitting(history: list[dict]) -> str | None:
@@ -3044,7 +3120,7 @@ def to_sft_config(args: argparse.Namespace, plan: Plan, evaluate: bool):
         gradient_accumulation_steps=plan.accumulation, num_train_epochs=args.num_epochs, max_steps=args.max_steps or -1,
         learning_rate=args.learning_rate, lr_scheduler_type=args.lr_scheduler_type,
         warmup_steps=args.warmup_steps if args.warmup_ratio is None else args.warmup_ratio,  # below 1: a share
-        weight_decay=args.weight_decay, optim=args.optim or default_optim(), seed=args.seed,
+        weight_decay=args.weight_decay, optim=find_optim(args), seed=args.seed,
         bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, gradient_checkpointing=use_checkpointing(args),
         logging_steps=args.logging_steps, report_to=args.report_to, run_name=args.run_name, disable_tqdm=True,
         save_strategy="steps" if args.save_steps else "epoch", save_steps=args.save_steps or 500,
@@ -3061,159 +3137,209 @@ def to_sft_config(args: argparse.Namespace, plan: Plan, evaluate: bool):
     return config
 
 
-def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train, held_out, plan: Plan):
-    """Return TRL's SFTTrainer over the pre-tokenised sequences, batched as planned.
+class StreamTrainer:
+    """What this script does otherwise than TRL's SFTTrainer, which goes behind it in build_trainer.
 
-    The rows go in as token ids: TRL would otherwise render and truncate them in its own way, and Unsloth's replacement
-    of that step rejects conversations. The dataset holds indices; the collator looks the sequences up.
+    It is no subclass here, because Unsloth must change TRL's classes before they are imported.
     """
-    import numpy as np
-    import torch
-    from accelerate.utils import gather_object
+
+    def __init__(self, run: argparse.Namespace, engine: str, plan: Plan, train, held_out, **settings):
+        import numpy as np
+
+        self.run, self.engine, self.plan, self.train_rows, self.held_out_rows = run, engine, plan, train, held_out
+        self.streams = plan  # what is computed at once: as planned, or smaller streams once that did not fit in memory
+        self.held_out_batches = to_batches(held_out, plan) if held_out else []
+        self.step_rows, self.step_loss, self.step_norm = [], 0.0, 0.0  # of the optimizer step in hand
+        self.tokens_computed, self.staging = 0, None
+        # As arrays: lists would be turned into arrays anew in every step.
+        self.arrays = [row._replace(input_ids=np.asarray(row.input_ids)) for row in train]
+        last = self.arrays[0]
+        self.arrays.append(last._replace(prompt_length=len(last.input_ids)))  # trains nothing: see StreamSampler
+        super().__init__(data_collator=self.collate, **settings)
+
+    def collate(self, indices):
+        return {**build_batch([self.arrays[index] for index in indices], self.plan), "rows": indices}
+
+    def get_train_dataloader(self):
+        import torch
+
+        sampler = StreamSampler(self.plan, self.run, len(self.train_rows), lambda: int(self.state.epoch or 0))
+        return self.accelerator.prepare(torch.utils.data.DataLoader(
+            range(len(self.arrays)), batch_sampler=sampler, collate_fn=self.collate,
+            pin_memory=self.args.dataloader_pin_memory))
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Return the micro-batches of a step, and how many tokens all devices supervise in it."""
+        batches = list(islice(epoch_iterator, num_batches))
+        tokens = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
+        return batches, self.accelerator.reduce(tokens, "sum")
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Return the micro-batch's share of the mean over all supervised tokens of the optimizer step.
+
+        Gradients become the mean over the devices, hence the factor: they are to be the sum.
+        """
+        self.tokens_computed += inputs["input_ids"].numel()
+        loss = compute_token_losses(model, inputs, self.engine)[0].sum() / num_items_in_batch
+        return loss * self.accelerator.num_processes
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Return the loss of a micro-batch, its gradient added to what was there.
+
+        If memory runs out, the rows are computed anew in smaller streams, each divided by the same number of items:
+        loss and gradient are sums over the streams, so they stay what they are.
+        """
+        import torch
+
+        rows = [self.arrays[index] for index in inputs.pop("rows")]
+        before, loss = copy_gradients(model) if self.step_rows else [], None
+        while loss is None:
+            whole, losses = self.streams is self.plan, []
+            try:
+                for part in [rows] if whole else split_rows(rows, self.streams.rows):
+                    batch = inputs if whole else build_batch(part, self.streams)
+                    losses.append(super().training_step(model, batch, num_items_in_batch))
+                loss = sum(losses)
+            except torch.OutOfMemoryError:
+                pass  # here the failed computation is still held; below it is let go
+            if loss is None:
+                self.divide_streams(part, batch["input_ids"].numel())
+                model.zero_grad()
+                put_gradients(before)
+        self.step_rows, self.step_loss = [*self.step_rows, *rows], self.step_loss + loss
+        return loss
+
+    def divide_streams(self, rows, tokens):
+        """Halve the streams after one of these rows did not fit into memory; a row alone is a UserError."""
+        step = self.state.global_step + 1
+        make_room(self.model)
+        if len(rows) == 1:
+            raise UserError(explain_memory(rows[0], step))
+        if self.accelerator.num_processes > 1:  # the others wait for one gradient, not for two halves
+            raise UserError(f"out of GPU memory at step {step:,} with a stream of {tokens:,} tokens; lower "
+                            "--batch_size and raise --gradient_accumulation_steps as much")
+        size = -(-len(rows) // 2)
+        self.streams = divide_plan(self.plan, size, self.train_rows, self.run)
+        self.held_out_batches = to_batches(self.held_out_rows, self.streams) if self.held_out_rows else []
+        warn(f"out of GPU memory at step {step:,} with a stream of {tokens:,} tokens: from here on each step is "
+             f"computed in {self.plan.accumulation * -(-self.plan.rows // size)} streams of at most "
+             f"{plural(size, 'row')}; the result is the same")
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of split weights
+        # With fp16, gradients that overflow are nothing special: the scaler leaves such a step out.
+        self.step_norm = norm if self.accelerator.scaler is None else 0.0
+        return norm
+
+    def _maybe_log_save_evaluate(self, *arguments, **more):
+        """Look at the step's numbers before anything of it is saved; to look earlier, the GPU would stand still."""
+        from accelerate.utils import gather_object
+
+        loss, norm, rows = self.step_loss, self.step_norm, self.step_rows
+        self.step_rows, self.step_loss = [], 0.0
+        if not math.isfinite(loss + norm):
+            if self.accelerator.scaler is None:  # or else only the loss of one device may be wrong
+                rows = gather_object(rows)
+            raise UserError(explain_numbers(self.state.global_step, float(loss), float(norm), rows))
+        super()._maybe_log_save_evaluate(*arguments, **more)
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
+        """Return the held-out loss as a mean over tokens (the library's is one over batches), and exact match."""
+        from transformers.trainer_utils import EvalLoopOutput
+
+        devices, batches = self.accelerator.num_processes, self.held_out_batches
+        # With --fsdp all devices must compute as often, so that some get a batch that supervises nothing.
+        batches = [*batches, *[build_batch(self.arrays[-1:], self.plan)] * (-len(batches) % devices)]
+        share = batches[self.accelerator.process_index :: devices]
+        scores = self.accelerator.reduce(score_batches(self.model, share, self.engine), "sum")
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in to_metrics(scores).items()}
+        return EvalLoopOutput(None, None, metrics, num_samples=len(self.held_out_rows))
+
+    def _get_output_dir(self, trial):
+        return str(self.staging or self.run.output_dir)
+
+    def _save_checkpoint(self, model, trial):
+        """Write a checkpoint out of sight, and give it its name when it is whole; then remove what is too many."""
+        from transformers.trainer_utils import rotate_checkpoints
+
+        output, state, wait = Path(self.run.output_dir), self.state, self.accelerator.wait_for_everyone
+        final, best = (output / f"checkpoint-{step}" for step in (state.global_step, state.best_global_step))
+        with discard_partial(final) as self.staging:
+            wait()
+            super()._save_checkpoint(model, trial)
+            wait()
+            if best == final or best.is_dir():  # where it will be, not where it is being written
+                state.best_model_checkpoint = str(best)
+            if is_main():
+                state.save_to_json(str(self.staging / final.name / "trainer_state.json"))
+                write_manifest(self.staging / final.name)
+                put_in_place(final, self.staging / final.name)
+        self.staging = None
+        if is_main():
+            rotate_checkpoints(output, self.run.save_total_limit, state.best_model_checkpoint)
+        wait()
+
+
+class SplitTrainer:
+    """What StreamTrainer does otherwise with --fsdp: the model comes split (see split_model), and is saved whole."""
+
+    def _wrap_model(self, model, training=True, dataloader=None):
+        """Return the model with averaged gradients; without an adapter, FSDP has averaged them."""
+        import torch
+
+        if not training or model is not self.model:
+            return super()._wrap_model(model, training, dataloader)
+        model._is_accelerate_prepared = True  # it would refuse a model that is split in part, or average once more
+        if not self.run.lora_rank:
+            return model
+        return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+
+    def autocast_smart_context_manager(self, cache_enabled=True):
+        return autocast(self.model)
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        weights = None if self.run.lora_rank else gather_weights(self.model)
+        if is_main():
+            self._save(output_dir, state_dict=weights)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        import torch
+
+        whole = gather_whole(self.optimizer.state_dict())
+        if is_main():
+            torch.save(whole, Path(output_dir) / "optimizer.pt")
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        """Load what was saved whole; each device takes its part from the file, so that none needs to hold all."""
+        import torch
+
+        if checkpoint is None:
+            return
+        state = torch.load(Path(checkpoint) / "optimizer.pt", map_location="cpu", mmap=True, weights_only=True)
+        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        state["state"] = {number: {name: split_as(weights[number], value) for name, value in moments.items()}
+                          for number, moments in state["state"].items()}
+        self.optimizer.load_state_dict(state)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+
+
+def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train, held_out, plan: Plan):
+    """Return a StreamTrainer on TRL's SFTTrainer over the pre-tokenised sequences, batched as planned.
+
+    TRL would render and truncate conversations in its own way, and it asks for a dataset: it is given the numbers of
+    the rows.
+    """
     from datasets import Dataset
     from transformers import EarlyStoppingCallback, PrinterCallback
-    from transformers.trainer_utils import rotate_checkpoints
     from trl import SFTTrainer
 
-    class StreamTrainer(SFTTrainer):
-        tokens_computed = 0
-        streams = plan  # what is computed at once: as planned, or smaller streams once that did not fit into memory
-        held_out_batches = to_batches(held_out, plan) if held_out else []
-        step_rows, step_loss, step_norm = [], 0.0, 0.0  # of the optimizer step in hand
-        staging = None
-
-        def get_train_dataloader(self):
-            sampler = StreamSampler(plan, args, len(train), lambda: int(self.state.epoch or 0))
-            return self.accelerator.prepare(torch.utils.data.DataLoader(
-                range(len(arrays)), batch_sampler=sampler, collate_fn=collate,
-                pin_memory=self.args.dataloader_pin_memory))
-
-        def _wrap_model(self, model, training=True, dataloader=None):
-            """Return the model with averaged gradients; of one with a split base, accelerate would refuse to do it."""
-            if args.fsdp and training and model is self.model:
-                return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-            return super()._wrap_model(model, training, dataloader)
-
-        def autocast_smart_context_manager(self, cache_enabled=True):
-            return autocast(self.model) if args.fsdp else super().autocast_smart_context_manager(cache_enabled)
-
-        def get_batch_samples(self, epoch_iterator, num_batches, device):
-            """Return the micro-batches of a step, and how many tokens all devices supervise in it."""
-            batches = list(islice(epoch_iterator, num_batches))
-            tokens = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
-            return batches, self.accelerator.reduce(tokens, "sum")
-
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            """Return the micro-batch's share of the mean over all supervised tokens of the optimizer step.
-
-            Gradients become the mean over the devices, hence the factor: they are to be the sum.
-            """
-            self.tokens_computed += inputs["input_ids"].numel()
-            loss = compute_token_losses(model, inputs, engine)[0].sum() / num_items_in_batch
-            return loss * self.accelerator.num_processes
-
-        def training_step(self, model, inputs, num_items_in_batch=None):
-            """Return the loss of a micro-batch, its gradient added to what was there.
-
-            If memory runs out, the rows are computed anew in smaller streams, each divided by the same number of items:
-            loss and gradient are sums over the streams, so they stay what they are.
-            """
-            rows = [arrays[index] for index in inputs.pop("rows")]
-            before, loss = copy_gradients(model) if self.step_rows else [], None
-            while loss is None:
-                whole, losses = self.streams is plan, []
-                try:
-                    for part in [rows] if whole else split_rows(rows, self.streams.rows):
-                        batch = inputs if whole else build_batch(part, self.streams)
-                        losses.append(super().training_step(model, batch, num_items_in_batch))
-                    loss = sum(losses)
-                except torch.OutOfMemoryError:
-                    pass  # here the failed computation is still held; below it is let go
-                if loss is None:
-                    self.divide_streams(part, batch["input_ids"].numel())
-                    model.zero_grad()
-                    put_gradients(before)
-            self.step_rows, self.step_loss = [*self.step_rows, *rows], self.step_loss + loss
-            return loss
-
-        def divide_streams(self, rows, tokens):
-            """Halve the streams after one of these rows did not fit into memory; a row alone is a UserError."""
-            make_room(self.model)
-            if len(rows) == 1:
-                raise UserError(explain_memory(rows[0], self.state.global_step + 1))
-            if self.accelerator.num_processes > 1:  # the others wait for one gradient, not for two halves
-                raise UserError(f"out of GPU memory at step {self.state.global_step + 1:,} with a stream of {tokens:,} "
-                                "tokens; lower --batch_size and raise --gradient_accumulation_steps as much")
-            size = -(-len(rows) // 2)
-            self.streams = divide_plan(plan, size, train, args)
-            self.held_out_batches = to_batches(held_out, self.streams) if held_out else []
-            warn(f"out of GPU memory at step {self.state.global_step + 1:,} with a stream of {tokens:,} tokens: from "
-                 f"here on each step is computed in {plan.accumulation * -(-plan.rows // size)} streams of at most "
-                 f"{plural(size, 'row')}; the result is the same")
-
-        def _get_grad_norm(self, model, grad_norm=None):
-            norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-            # With fp16, gradients that overflow are nothing special: the scaler leaves such a step out.
-            self.step_norm = norm if self.accelerator.scaler is None else 0.0
-            return norm
-
-        def _maybe_log_save_evaluate(self, *arguments, **more):
-            """Look at the step's numbers before anything of it is saved; to look earlier, the GPU would stand still."""
-            loss, norm, rows = self.step_loss, self.step_norm, self.step_rows
-            self.step_rows, self.step_loss = [], 0.0
-            if not math.isfinite(loss + norm):
-                if self.accelerator.scaler is None:  # or else only the loss of one device may be wrong
-                    rows = gather_object(rows)
-                raise UserError(explain_numbers(self.state.global_step, float(loss), float(norm), rows))
-            super()._maybe_log_save_evaluate(*arguments, **more)
-
-        def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
-            """Return the held-out loss as a mean over tokens (the library's is one over batches), and exact match."""
-            from transformers.trainer_utils import EvalLoopOutput
-
-            devices, batches = self.accelerator.num_processes, self.held_out_batches
-            # With --fsdp all devices must compute as often, so that some get a batch that supervises nothing.
-            batches = [*batches, *[build_batch(arrays[-1:], plan)] * (-len(batches) % devices)]
-            share = batches[self.accelerator.process_index :: devices]
-            scores = self.accelerator.reduce(score_batches(self.model, share, engine), "sum")
-            metrics = {f"{metric_key_prefix}_{name}": value for name, value in to_metrics(scores).items()}
-            return EvalLoopOutput(None, None, metrics, num_samples=len(held_out))
-
-        def _get_output_dir(self, trial):
-            return str(self.staging or args.output_dir)
-
-        def _save_checkpoint(self, model, trial):
-            """Write a checkpoint out of sight, and give it its name when it is whole; then remove what is too many."""
-            output, state, wait = Path(args.output_dir), self.state, self.accelerator.wait_for_everyone
-            final, best = (output / f"checkpoint-{step}" for step in (state.global_step, state.best_global_step))
-            self.staging = partial_folder(final)
-            with discard_partial(final) if is_main() else contextlib.nullcontext():
-                wait()
-                super()._save_checkpoint(model, trial)
-                wait()
-                if best == final or best.is_dir():  # where it will be, not where it is being written
-                    state.best_model_checkpoint = str(best)
-                if is_main():
-                    state.save_to_json(str(self.staging / final.name / "trainer_state.json"))
-                    write_manifest(self.staging / final.name)
-                    put_in_place(final, self.staging / final.name)
-            self.staging = None
-            if is_main():
-                rotate_checkpoints(args.output_dir, args.save_total_limit, state.best_model_checkpoint)
-            wait()
-
-    def to_dataset(sequences):
-        return Dataset.from_dict({"index": range(len(sequences))}) if sequences else None
-
-    def collate(indices):
-        return {**build_batch([arrays[index] for index in indices], plan), "rows": indices}
-
-    # As arrays: lists would be turned into arrays anew in every step.
-    arrays = [sequence._replace(input_ids=np.asarray(sequence.input_ids)) for sequence in train]
-    arrays.append(arrays[0]._replace(prompt_length=len(arrays[0].input_ids)))  # trains nothing: see StreamSampler
-    trainer = StreamTrainer(
-        model=model, args=to_sft_config(args, plan, bool(held_out)), processing_class=tokenizer, data_collator=collate,
-        train_dataset=to_dataset(train), eval_dataset=to_dataset(held_out))
+    classes = (*[SplitTrainer] * args.fsdp, StreamTrainer, SFTTrainer)
+    numbers = [Dataset.from_dict({"index": range(len(rows))}) if rows else None for rows in (train, held_out)]
+    trainer = type("StreamTrainer", classes, {})(
+        args, engine, plan, train, held_out, model=model, args=to_sft_config(args, plan, bool(held_out)),
+        processing_class=tokenizer, train_dataset=numbers[0], eval_dataset=numbers[1])
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(build_progress())
     if args.early_stopping_patience:
@@ -3290,8 +3416,10 @@ def check_resume(args: argparse.Namespace, checkpoint: str | None, former: dict,
     """Refuse to go on from a checkpoint of a run with other rows or settings: the result would be of neither run."""
     if checkpoint is None:
         return
-    problems = [f"--{name} is {getattr(args, name)}, and {former.get(name)} in the run that {checkpoint} is from; "
-                "expected the same" for name in AGREED if getattr(args, name) != former.get(name)]
+    settings = vars(args) | {"optim": find_optim(args)}
+    former = former | {"optim": former.get("optimizer") or former.get("optim") or settings["optim"]}
+    problems = [f"--{name} is {settings[name]}, and {former.get(name)} in the run that {checkpoint} is from; "
+                "expected the same" for name in AGREED if settings[name] != former.get(name)]
     if former.get("rows_per_step") != count_rows(args):
         problems.append(f"--batch_size x --gradient_accumulation_steps x devices is {count_rows(args)}, and "
                         f"{former.get('rows_per_step')} in the run that {checkpoint} is from; expected the same")
@@ -3639,7 +3767,7 @@ def estimate_disk(args: argparse.Namespace, parameters: dict[str, int], optim: s
 def check_disk(args: argparse.Namespace, config, checkpoints: int) -> None:
     """Refuse to start when adapter, checkpoints and merged model would not fit beside what is on their disks."""
     parameters = count_parameters(config, args.lora_rank, args.trust_remote_code, args.target_modules)
-    sizes, lora = estimate_disk(args, parameters, args.optim or default_optim(), checkpoints), parameters["adapter"]
+    sizes, lora = estimate_disk(args, parameters, find_optim(args), checkpoints), parameters["adapter"]
     needs = [("--output_dir", args.output_dir, "the adapter and " * bool(lora) + plural(checkpoints, "checkpoint"),
               sizes["adapter"] + sizes["checkpoints"] + (1 + checkpoints) * SMALL_FILES),
              ("--final_model_dir", args.final_model_dir, f"the {'merged' if lora else 'trained'} model",
@@ -3894,19 +4022,33 @@ def check_merged(args: argparse.Namespace, adapter: str, results: dict, scores: 
                         f"differ; nothing was written to {args.final_model_dir}, the adapter is safe in {adapter}")
 
 
+def gather_model(model, dtype, trust: bool = False):
+    """Return a split model whole, in `dtype` and on the CPU, on the first process; all must call this."""
+    weights = gather_weights(model)
+    if not is_main():
+        return None
+    whole = build_skeleton(model.config, trust)
+    whole.load_state_dict(weights, strict=False, assign=True)
+    whole.tie_weights()
+    whole.generation_config = model.generation_config
+    return whole.to(dtype)
+
+
 def save_trained(args: argparse.Namespace, model, dtype, batches: list[dict], engine: str) -> float:
     """Save fully trained fp32 weights in the type of their base; return the held-out loss that they have in that type.
 
-    In a short run with a low rate, 16 bits may not hold what the steps changed: that is warned of.
+    In a short run with a low rate, 16 bits may not hold what the steps changed: that is warned of. All processes must
+    call this.
     """
     before, dtype = to_metrics(score_batches(model, batches, engine))["loss"], dtype or model.dtype
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype).float()
+        parameter.data.copy_(parameter.data.to(dtype))
     after = to_metrics(score_batches(model, batches, engine))["loss"]
     if is_worse(after, before):
         warn(f"{dtype} holds less than training changed: held-out loss {after:.4f}, in 32 bits {before:.4f}; train "
              "longer or raise --learning_rate")
-    save_whole(args, model.to(dtype))
+    whole = gather_model(model, dtype, args.trust_remote_code) if args.fsdp else model.to(dtype)
+    save_whole(args, whole) if is_main() else None
     return after
 
 
@@ -4636,28 +4778,18 @@ def audit_repeats(examples: list[Example], held_out: list[Example]) -> dict:
             "held_out_in_training": list_some(find_leaks(examples, held_out))}
 
 
-def measure_batches(train: list[Sequence], plan: Plan, order: list[int]) -> list[int]:
-    """Return how many tokens each micro-batch computes when the rows come in this order."""
-    batches = [[train[row] for row in order[i : i + plan.rows]] for i in range(0, len(order), plan.rows)]
-    if not plan.share_prefix:
-        return [len(batch) * max(len(row.input_ids) for row in batch) for batch in batches]
-    sizes = [count_tokens(batch) for batch in batches]
-    return [next((length for length in plan.lengths if length >= size), size) for size in sizes]
-
-
 def audit_epoch(train: list[Sequence], args: argparse.Namespace, plan: Plan) -> dict:
     """Return how many tokens the first epoch computes as padded batches, as rows without padding, and as streams."""
-    order = order_rows(plan, args.seed, epoch=0)
-    padded = plan._replace(rows=args.batch_size, share_prefix=False)
-    return {"padded": sum(measure_batches(train, padded, order)),
-            "packed": sum(len(row.input_ids) for row in train),
-            "shared_prefix": sum(measure_batches(train, plan._replace(lengths=(), share_prefix=True), order))}
+    def measure(plan):
+        return sum(measure_batches(train, plan, cut_streams(plan, args, epoch=0)))
+
+    return {"padded": measure(to_padded(plan, args)), "packed": sum(len(row.input_ids) for row in train),
+            "shared_prefix": measure(plan._replace(lengths=(), share_prefix=True))}
 
 
 def audit_plan(train: list[Sequence], args: argparse.Namespace, plan: Plan) -> dict:
     """Return steps, streams and checkpoints of the run; the sizes are those of all its streams, filled up."""
-    sizes = [size for epoch in range(args.num_epochs)
-             for size in measure_batches(train, plan, order_rows(plan, args.seed, epoch))]
+    sizes = measure_run(train, plan, args)
     steps, per_epoch = count_steps(args, train)
     return {"rows_per_step": plan.rows_per_step, "streams_per_step": plan.accumulation,
             "steps_per_epoch": per_epoch, "steps": steps, "share_prefix": plan.share_prefix,
@@ -4684,11 +4816,12 @@ def estimate_memory(args: argparse.Namespace, config, parameters: dict[str, int]
     else:
         activations = inputs + working * kept
     base = parameters["linear"] * (0.53 if args.load_in_4bit else 2) + 2 * parameters["other"]
-    base /= plan.devices if args.fsdp else 1
     # Without an adapter all weights are trained in fp32, and "base" is their copy in 16 bits that autocast holds.
     trained = parameters["adapter"] or parameters["linear"] + parameters["other"]
-    moments = count_moment_bytes(args.optim or CUDA_OPTIM)
-    parts = {"base": base / 2**30, "adapter": trained * (8 + moments) / 2**30,
+    trained *= 8 + count_moment_bytes(find_optim(args, cuda=True))
+    if args.fsdp:
+        base, trained = base / plan.devices, trained / (1 if args.lora_rank else plan.devices)
+    parts = {"base": base / 2**30, "adapter": trained / 2**30,
              "longest_stream": activations / 2**30 + fixed}
     return {"total": round(sum(parts.values()), 2)} | {name: round(part, 2) for name, part in parts.items()}
 
@@ -4922,7 +5055,7 @@ def start_output(args: argparse.Namespace, checkpoint: str | None, train: list[S
     for leftover in (*output.glob(".*.partial"), *output.glob(".*.old")):
         shutil.rmtree(leftover, ignore_errors=True)
     write_run(args, output, training_rows=hash_rows(train), rows_per_step=plan.rows_per_step,
-              **({"prompt_date": date} if date else {}))
+              optimizer=find_optim(args), **({"prompt_date": date} if date else {}))
 
 
 def leave_group() -> bool:
@@ -4978,11 +5111,11 @@ def train_model(trainer, checkpoint: str | None, train: list[Sequence], rows_per
 
 def count_padded(args: argparse.Namespace, train: list[Sequence], plan: Plan, facts: dict) -> int:
     """Return how many tokens padded batches of --batch_size would have computed in the steps that were made."""
-    padded, total = plan._replace(rows=args.batch_size, share_prefix=False), 0
+    padded, total = to_padded(plan, args), 0
     steps, per_epoch = facts["steps"], count_steps(args, train)[1]
     for epoch in range(math.ceil(steps / per_epoch)):
-        made = (steps - epoch * per_epoch) * plan.rows_per_step  # the last step of an epoch may be shorter
-        total += sum(measure_batches(train, padded, order_rows(plan, args.seed, epoch)[:made]))
+        made = (steps - epoch * per_epoch) * padded.accumulation * padded.devices  # the last step may have fewer
+        total += sum(measure_batches(train, padded, cut_streams(padded, args, epoch)[:made]))
     return total
 
 
@@ -5153,18 +5286,16 @@ def main(argv: list[str] | None = None) -> dict | None:
     facts = train_model(trainer, checkpoint, train, plan.rows_per_step, complete)
     facts["tokens_padded"] = count_padded(args, train, plan, facts)
     report_gpu("gpu")
-    if not leave_group():
-        return
-    adapter = save_adapter(trainer.model, args.output_dir) if args.lora_rank else None
-    if adapter:
-        say("save", f"adapter: {adapter}")
-    plan = trainer.streams
 
-    tested = (held_out or train)[: args.eval_samples]
+    plan, tested = trainer.streams, (held_out or train)[: args.eval_samples]
     start = time.perf_counter()
     with discard_partial(args.final_model_dir):
         batches = to_batches(tested[:READ_BACK_ROWS], plan)
-        before = None if adapter else save_trained(args, trainer.model, config.dtype, batches, engine)
+        before = None if args.lora_rank else save_trained(args, trainer.model, config.dtype, batches, engine)
+        if not leave_group():
+            return
+        adapter = save_adapter(trainer.model, args.output_dir) if args.lora_rank else None
+        say("save", f"adapter: {adapter}") if adapter else None
         del trainer, model
         free_gpu()
         results = run_fresh(merge_and_score, args, merge_base, adapter, tested, plan)

@@ -129,8 +129,8 @@ def test_batches_are_counted_as_the_run_orders_them():
     rows = [row._replace(prompt_length=4) for row in rows]
     args = script.parse_args(["--batch_size", "2", "--gradient_accumulation_steps", "1", "--num_epochs", "2"])
     plan = script.Plan(2, 1, [[[0], [1], [2]]], lengths=(8, 16))
-    assert script.measure_batches(rows, plan, [0, 1, 2]) == [8, 8]  # 5 + 6 - 3 = 8; 7 is filled up to 8
-    assert script.measure_batches(rows, plan._replace(share_prefix=False), [0, 1, 2]) == [12, 7]
+    assert script.measure_batches(rows, plan, [[0, 1], [2], []]) == [8, 8]  # 5 + 6 - 3 = 8; 7 is filled up to 8
+    assert script.measure_batches(rows, plan._replace(share_prefix=False), [[0, 1], [2]]) == [12, 7]
     first, second, third = (rows[i] for i in script.order_rows(plan, args.seed, 0))
     padded = 2 * max(len(first.input_ids), len(second.input_ids)) + len(third.input_ids)
     assert script.audit_epoch(rows, args, plan) == {"padded": padded, "packed": 18, "shared_prefix": 15}

@@ -311,7 +311,7 @@ def test_main_returns_its_report_and_a_run_yaml_repeats_its_run(tmp_path):
     rates = [log["learning_rate"] for log in history if "learning_rate" in log]
     assert rates == pytest.approx([0, 0.1 / 3, 0.2 / 3, 0.1, 0.075, 0.025])  # 6 steps, half of them to warm up
     run = yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())
-    assert run["facts"].keys() == {"training_rows", "rows_per_step"} and not run.keys() & set(script.ONCE)
+    assert run["facts"].keys() == {"training_rows", "rows_per_step", "optimizer"} and not run.keys() & set(script.ONCE)
 
 
 def test_rslora_scales_by_the_root_of_the_rank(tmp_path):

@@ -32,9 +32,9 @@ def train(folder, devices, *more):
     return result.stdout
 
 
-def difference(one, other):
-    """Return the largest difference of two adapters, as a share of the largest weight of each tensor."""
-    weights, others = (load_file(folder / "out" / "adapter" / "adapter_model.safetensors") for folder in (one, other))
+def difference(one, other, file="out/adapter/adapter_model.safetensors"):
+    """Return the largest difference of two adapters or models, as a share of the largest weight of each tensor."""
+    weights, others = (load_file(folder / file) for folder in (one, other))
     assert weights.keys() == others.keys()
     return max(numpy.abs(weights[name] - others[name]).max() / numpy.abs(weights[name]).max() for name in weights)
 
@@ -70,12 +70,38 @@ def test_a_4_bit_base_split_over_two_devices_trains_the_same_adapter(tmp_path):
     assert logs(split, 6) == pytest.approx(logs(one, 6), rel=1e-5)
 
 
-def test_fsdp_needs_several_devices_an_adapter_and_transformers(monkeypatch):
-    for devices, more in ((1, []), (2, ["--lora_rank", "0"]), (2, ["--engine", "unsloth"])):
+def test_full_fine_tuning_with_all_weights_split_is_that_of_whole_models(tmp_path):
+    """Against two whole models: against one, a gradient of 1e-8 has other rounding, which Adam makes a step of."""
+    whole, split, mixed = (tmp_path / name for name in ("whole", "split", "mixed"))
+    full = ["--lora_rank", 0, "--optim", "adamw_torch", "--metric_for_best", "loss", "--save_steps", 1,
+            "--eval_steps", 1]
+    train(whole, 2, *full)
+    assert "holds 0.50 of the weights" in train(split, 2, *full, "--fsdp")
+    assert difference(split, whole, "final/model.safetensors") < 1e-4
+    assert difference(split, whole, "out/checkpoint-6/model.safetensors") < 1e-4
+    assert (split / "final" / "config.json").read_text() == (whole / "final" / "config.json").read_text()
+    train(mixed, 2, *full, "--fsdp", "--max_steps", 3)
+    assert "resume   from" in train(mixed, 1, *full, "--max_steps", 4)
+    assert "resume   from" in train(mixed, 2, *full, "--fsdp")
+    assert logs(mixed, 6) == pytest.approx(logs(whole, 6), rel=1e-5) and len(logs(mixed, 6)) == 6
+    saved = (mixed / "final" / "model.safetensors").read_bytes()
+    output = train(mixed, 2, *full, "--fsdp")
+    assert ", where training had ended" in output and "\ntrain " not in output
+    assert (mixed / "final" / "model.safetensors").read_bytes() == saved
+
+
+def test_fsdp_needs_several_devices_transformers_and_an_optimizer_that_can_be_split(monkeypatch):
+    for devices, more in ((1, []), (2, ["--engine", "unsloth"])):
         monkeypatch.setenv("WORLD_SIZE", str(devices))
-        with pytest.raises(script.FlagError, match="--fsdp splits the frozen base of an adapter over several GPUs"):
+        with pytest.raises(script.FlagError, match="--fsdp splits the weights over several GPUs, with Transformers"):
             script.parse_args(["--fsdp", *more])
-    assert script.parse_args(["--fsdp"]).engine == "transformers"
+    args = script.parse_args(["--fsdp"])
+    assert args.engine == "transformers" and script.find_optim(args, cuda=True) == "adamw_8bit"
+    full = ["--fsdp", "--lora_rank", "0"]
+    assert script.find_optim(script.parse_args(full), cuda=True) == "adamw_torch"
+    assert script.parse_args([*full, "--optim", "adamw_torch_fused"]).optim == "adamw_torch_fused"
+    with pytest.raises(script.FlagError, match="leave out --optim adamw_8bit, or give adamw_torch"):
+        script.parse_args([*full, "--optim", "adamw_8bit"])
 
 
 @pytest.mark.parametrize("devices, here, words", [
@@ -145,6 +171,16 @@ def test_the_command_line_on_two_processes_speaks_once_stops_together_and_goes_o
     assert " rows per step on 2 devices in " in result.stdout
     assert names(tmp_path) == ["final", "out"] and names(tmp_path / "final") == FINAL_FILES
     assert result.stdout.splitlines()[-2] == f"done     merged model: {tmp_path / 'final'}"
+
+
+def test_the_command_line_trains_all_weights_split_and_proves_the_model_that_it_saves(command, tmp_path):
+    result = wait(start(*command, "--output_dir", tmp_path / "out", "--final_model_dir", tmp_path / "final", "--fsdp",
+                        "--lora_rank", 0, "--num_epochs", 2))
+    assert result.returncode == 0, result.stderr
+    saved = re.search(r"16-bit, read back by a fresh process: held-out loss (\S+), before saving (\S+) ", result.stdout)
+    assert float(saved[1]) == pytest.approx(float(saved[2]), rel=1e-3)
+    assert names(tmp_path) == ["final", "out"] and names(tmp_path / "final") == FINAL_FILES
+    assert result.stdout.splitlines()[-2] == f"done     trained model: {tmp_path / 'final'}"
 
 
 def test_a_mistake_in_the_data_is_said_once(command, tmp_path):

@@ -214,7 +214,7 @@ def test_a_number_that_is_not_finite_ends_the_run_before_anything_is_saved(
     assert str(error.value) == (
         f"step 2: {wrong}; expected a finite number. Nothing of it is saved, and a checkpoint written "
         "before is good. Lower --learning_rate, or look at the rows of this step: " + ", ".join(rows[:8])
-        + " and 2 more")
+        + ", and 2 more")
     assert [name for name in names(tmp_path / "out") if name.startswith("checkpoint")] == ["checkpoint-1"]
     file = Path("checkpoint-1", "adapter_model.safetensors")
     assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "one" / file).read_bytes()

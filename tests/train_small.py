@@ -1,9 +1,9 @@
 """Train a very small random Qwen3 in FOLDER, in one or many lives: python train_small.py FOLDER KILLS FLAGS...
 
-A life is what the command line does from the checkpoint to the adapter. The first KILLS lives are ended by SIGKILL,
-each at a random moment before twice the time that the first needs for a checkpoint and soon after its second one, so
-that none comes to the end; the last one does. Each life is a fork, so that the libraries are loaded once. With the
-flag --slow_from N, which must be the last, that step takes a minute.
+A life is what the command line does from the checkpoint to the adapter, or with --lora_rank 0 to the trained model. The
+first KILLS lives are ended by SIGKILL, each at a random moment before twice the time that the first needs for a
+checkpoint and soon after its second one, so that none comes to the end; the last one does. Each life is a fork, so that
+the libraries are loaded once. With the flag --slow_from N, which must be the last, that step takes a minute.
 """
 
 import os
@@ -43,8 +43,9 @@ def live(folder: Path, flags: list[str]) -> None:
     """Go from the newest whole checkpoint in `folder`/out, or from the start, to the adapter."""
     if not script.is_main():
         sys.stdout = open(os.devnull, "w")
-    args = script.parse_args(["--output_dir", str(folder / "out"), "--model_id", str(folder / "base"),
-                              "--no-load_in_4bit", "--engine", "transformers", *flags])
+    args = script.parse_args(["--output_dir", str(folder / "out"), "--final_model_dir", str(folder / "final"),
+                              "--model_id", str(folder / "base"), "--no-load_in_4bit", "--engine", "transformers",
+                              *flags])
     lock = script.lock_output(args.output_dir)  # noqa: F841
     if script.list_checkpoints(args.output_dir):
         args.resume_from_checkpoint = "newest"
@@ -61,8 +62,13 @@ def live(folder: Path, flags: list[str]) -> None:
     script.start_output(args, checkpoint, train, plan)
     complete = checkpoint is not None and script.is_complete(args, checkpoint, train)
     script.train_model(trainer, checkpoint, train, plan.rows_per_step, complete)
+    if not args.lora_rank:
+        script.save_trained(args, trainer.model, None, script.to_batches(held_out, plan), "transformers")
     if script.leave_group():
-        script.save_adapter(trainer.model, args.output_dir)
+        if args.lora_rank:
+            script.save_adapter(trainer.model, args.output_dir)
+        else:
+            script.put_in_place(args.final_model_dir)
 
 
 def slow_down(step: int) -> None:
