@@ -2503,7 +2503,8 @@ def load_model(args: argparse.Namespace, engine: str, plan: Plan):
     dtype, split = None if args.lora_rank else torch.float32, {}
     if args.fsdp:  # from the CPU; but to quantise there takes minutes, so a 4-bit base is on each GPU whole at first
         cuda = torch.cuda.is_available()
-        split = {"place": None if args.load_in_4bit and cuda else "cpu", "storage": to_dtype("cuda" if cuda else "cpu")}
+        # Held as fp32: PyTorch gathers bf16 through fp32, by which 4-bit numbers that look like NaN become others.
+        split = {"place": None if args.load_in_4bit and cuda else "cpu", "storage": torch.float32}
         if not args.lora_rank:  # whole, it is held in the type that it was saved in
             dtype = load_config(args.model_id, trust=args.trust_remote_code).dtype
     model = load_base(args.model_id, args.load_in_4bit, args.trust_remote_code, dtype, **split)
@@ -3417,7 +3418,7 @@ def check_resume(args: argparse.Namespace, checkpoint: str | None, former: dict,
     if checkpoint is None:
         return
     settings = vars(args) | {"optim": find_optim(args)}
-    former = former | {"optim": former.get("optimizer") or former.get("optim") or settings["optim"]}
+    former = former | {"optim": former.get("optimizer") or find_optim(argparse.Namespace(**former))}
     problems = [f"--{name} is {settings[name]}, and {former.get(name)} in the run that {checkpoint} is from; "
                 "expected the same" for name in AGREED if settings[name] != former.get(name)]
     if former.get("rows_per_step") != count_rows(args):
