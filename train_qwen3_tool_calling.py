@@ -434,7 +434,7 @@ def build_parser() -> Parser:
                         help="the same as a share of all steps, instead of --warmup_steps")
     train.add_argument("--weight_decay", type=number(float, 0), default=WEIGHT_DECAY, metavar="W", help="AdamW's decay")
     train.add_argument("--optim", metavar="NAME", default=argparse.SUPPRESS,
-                       help="optimizer (default: adamw_8bit on CUDA, adamw_torch elsewhere)")
+                       help="optimizer (default: adamw_8bit on CUDA; adamw_torch elsewhere, and with --fsdp --lora_rank 0)")
     train.add_argument("--gradient_checkpointing", choices=["auto", "on", "off"], default="auto",
                        help="compute activations twice instead of keeping them; auto: on with CUDA")
     train.add_argument("--share_prefix", action=argparse.BooleanOptionalAction, default=True,
@@ -3291,7 +3291,7 @@ class SplitTrainer:
 
         if not training or model is not self.model:
             return super()._wrap_model(model, training, dataloader)
-        model._is_accelerate_prepared = True  # it would refuse a model that is split in part, or average once more
+        model._is_accelerate_prepared = True  # accelerate would refuse a model split in part, and average once more
         if not self.run.lora_rank:
             return model
         return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
