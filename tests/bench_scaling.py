@@ -1,39 +1,124 @@
-"""Steady speed and memory of this script for one model on one or several GPUs: one line of a table.
+"""Steady speed and memory of this script: models of all sizes, in 4 and 16 bits, on one or several GPUs; one table.
 
-    python tests/bench_scaling.py --model_id Qwen/Qwen3-8B --batch_size 64 --gradient_accumulation_steps 1
-    torchrun --nproc_per_node 4 tests/bench_scaling.py --model_id Qwen/Qwen3-8B --batch_size 64 ...
+    python tests/bench_scaling.py Qwen/Qwen3-0.6B Qwen/Qwen3-8B --gpus 1 2 4
+    python tests/bench_scaling.py Qwen/Qwen3-8B --gpus 2 --flags="--engine transformers --fsdp"
 
-Takes the flags of train_qwen3_tool_calling.py; trains 10 steps that are not counted and 15 that are.
+Every GPU computes --rows rows per step, in one stream. All measurements load side by side, spread over the GPUs, which
+must hold them all; then they are timed one after the other, with nothing else running. Small models make 60 steps and
+large ones 25, of which the last 15 are timed: the first ones are slower, above all on several GPUs.
 """
 
+import argparse
+import json
+import os
+import re
+import shlex
+import subprocess
 import sys
 import tempfile
-import types
+import time
+from pathlib import Path
 
 from bench_throughput import make_rows, script, time_steps
 
-WARM_UP, STEPS = 10, 15
+TIMED_STEPS = 15
+COLUMNS = ("model", "bits", "GPUs", "rows per step", "samples/s", "ms per step", "of one GPU's", "GiB after loading",
+           "peak GiB")
+
+
+def count_bytes(model: str) -> int:
+    """Return how large the weights of a model's folder are; 0 if it is not a folder."""
+    return sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
+
+
+def measure(words: list[str], name: Path, steps: int) -> None:
+    """Load, wait for the turn, train, and write what was measured; in each process of one measurement."""
+    import torch
+
+    args = script.parse_args([*words, "--max_steps", str(steps), "--output_dir", tempfile.mkdtemp()])
+    engine = script.start_engine(args)
+    tokenizer = script.load_tokenizer(args.model_id)
+    train = make_rows(args, tokenizer, None)
+    args.num_epochs = -(-steps * script.count_rows(args) // len(train))
+    plan = script.plan_streams(train, args, engine)
+    model = script.load_model(args, engine, plan)
+    loaded = torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else 0.0
+    trainer = script.build_trainer(args, engine, model, tokenizer, train, [], plan)
+    if not script.check_sharing(args, trainer.model, train, plan, engine):
+        raise RuntimeError("sharing is switched off")
+    if script.is_main():
+        name.with_suffix(".ready").touch()
+    while not name.with_suffix(".go").exists():  # no collective: that would keep the GPU busy
+        time.sleep(0.05)
+    result = time_steps(trainer, steps - TIMED_STEPS)
+    if script.is_main():
+        facts = {"rows": plan.rows_per_step, "seconds": result["seconds"], "peak": result["peak"], "loaded": loaded}
+        name.with_suffix(".json").write_text(json.dumps(facts))
+    script.leave_group()
+
+
+def spread(jobs: list[tuple]) -> list[str]:
+    """Return for each job (model, bits, gpus) the GPUs that it shall use: those with the fewest bytes so far."""
+    import torch
+
+    load, places = [0.0] * max(1, torch.cuda.device_count()), {}
+    for index in sorted(range(len(jobs)), key=lambda index: -count_bytes(jobs[index][0])):
+        model, bits, gpus = jobs[index]
+        chosen = sorted(range(len(load)), key=load.__getitem__)[:gpus]
+        for gpu in chosen:
+            load[gpu] += count_bytes(model) * bits / 16 + 2e9
+        places[index] = ",".join(map(str, sorted(chosen)))
+    return [places[index] for index in range(len(jobs))]
+
+
+def run_in_turn(options, jobs: list[tuple]) -> None:
+    """Start all jobs, let one at a time train, and print a line of the table for each."""
+    folder, running, speeds = Path(tempfile.mkdtemp()), [], {}
+    for index, ((model, bits, gpus), place) in enumerate(zip(jobs, spread(jobs))):
+        words = ["--model_id", model, "--batch_size", str(options.rows), "--gradient_accumulation_steps", "1",
+                 "--load_in_4bit" if bits == 4 else "--no-load_in_4bit", *shlex.split(options.flags)]
+        name, log = folder / str(index), open(folder / f"{index}.log", "w")
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)] if gpus > 1 else []
+        steps = options.steps or (60 if count_bytes(model) < 10e9 else 25)
+        command = [sys.executable, *launcher, __file__, model, "--words", json.dumps(words), "--name", str(name),
+                   "--steps", str(steps)]
+        running.append((subprocess.Popen(command, stdout=log, stderr=log,
+                                         env={**os.environ, "CUDA_VISIBLE_DEVICES": place}), name))
+    while any(process.poll() is None and not name.with_suffix(".ready").exists() for process, name in running):
+        time.sleep(0.1)
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
+    for (model, bits, gpus), (process, name) in zip(jobs, running):
+        name.with_suffix(".go").touch()
+        process.wait()
+        if not name.with_suffix(".json").exists():
+            log = name.with_suffix(".log").read_text().splitlines()
+            lines = [line for line in log if re.match(r"[\w.]*Error\b", line.removeprefix("[rank0]: "))] or log[-1:]
+            print(f"{model}, {bits} bits, {gpus} GPUs failed: {' '.join(lines[:1])[:300]}", flush=True)
+            continue
+        facts = json.loads(name.with_suffix(".json").read_text())
+        speed = facts["rows"] / facts["seconds"]
+        share = speed / gpus / speeds.setdefault((model, bits), speed / gpus)
+        milliseconds = 1000 * facts["seconds"]
+        print(f"| {Path(model).name} | {bits} | {gpus} | {facts['rows']} | {speed:,.1f} | {milliseconds:,.0f} "
+              f"| {share:.0%} | {facts['loaded']:.2f} | {facts['peak']:.2f} |", flush=True)
 
 
 def main() -> None:
-    import torch
-
-    args = script.parse_args([*sys.argv[1:], "--max_steps", str(WARM_UP + STEPS), "--output_dir", tempfile.mkdtemp()])
-    engine = script.start_engine(args)
-    train = make_rows(args, script.load_tokenizer(args.model_id), None)
-    args.num_epochs = -(-args.max_steps * script.count_rows(args) // len(train))
-    plan = script.plan_streams(train, args, engine)
-    model = script.load_model(args, engine, plan)
-    loaded = torch.cuda.max_memory_reserved() / 2**30
-    trainer = script.build_trainer(args, engine, model, script.load_tokenizer(args.model_id), train, [], plan)
-    if not script.check_sharing(args, trainer.model, train, plan, engine):
-        raise RuntimeError("sharing is switched off")
-    result = types.SimpleNamespace(**time_steps(trainer, WARM_UP))
-    if script.is_main():
-        bits = 4 if args.load_in_4bit else 16
-        print(f"| {args.model_id.rstrip('/').split('/')[-1]} | {plan.devices} | {bits}-bit | {plan.rows_per_step} | "
-              f"{plan.rows_per_step / result.seconds:.1f} | {1000 * result.seconds:.0f} | {result.peak:.2f} | {loaded:.2f} |")
-    script.leave_group()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", help="Hub ids or folders")
+    parser.add_argument("--gpus", nargs="+", type=int, default=[1], help="numbers of GPUs, the smallest first")
+    parser.add_argument("--bits", nargs="+", type=int, choices=[4, 16], default=[4])
+    parser.add_argument("--rows", type=int, default=64, help="rows per GPU and step")
+    parser.add_argument("--steps", type=int, help="steps of each measurement, instead of 60 or 25")
+    parser.add_argument("--flags", default="", help="more flags of train_qwen3_tool_calling.py")
+    for hidden in ("--words", "--name"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.words:
+        measure(json.loads(options.words), Path(options.name), options.steps)
+    else:
+        run_in_turn(options, [(model, bits, gpus) for model in options.models for bits in options.bits
+                              for gpus in options.gpus])
 
 
 if __name__ == "__main__":
