@@ -72,6 +72,7 @@ HELD_SCORES = 2**28  # attention scores held at once when answers are written: 1
 RECORDED_BYTES = 2**30  # a stream whose layers' inputs take more than this is not recorded as a CUDA graph
 READ_BACK_ROWS = 64  # held-out rows on which the losses of merged model and adapter are compared
 MERGE_SLACK = 0.02  # nats per token, and share of the rows, by which the merged model may be worse than the adapter
+ROUNDED_WEIGHTS = 2**26  # of a weight, so many numbers are rounded at a time: random bits take as much memory again
 COMPARED_NUMBERS = 2**27  # of a gradient of more numbers, every n-th is compared: half a GiB each time it is held
 SHOWN_PROBLEMS = 20
 CHECK_SECONDS = 2  # the longest that a call may take to check
@@ -434,7 +435,7 @@ def build_parser() -> Parser:
                         help="the same as a share of all steps, instead of --warmup_steps")
     train.add_argument("--weight_decay", type=number(float, 0), default=WEIGHT_DECAY, metavar="W", help="AdamW's decay")
     train.add_argument("--optim", metavar="NAME", default=argparse.SUPPRESS,
-                       help="optimizer (default: adamw_8bit on CUDA; adamw_torch elsewhere, and with --fsdp --lora_rank 0)")
+                       help="optimizer (default: adamw_8bit on CUDA, adamw_torch elsewhere and if split by --fsdp)")
     train.add_argument("--gradient_checkpointing", choices=["auto", "on", "off"], default="auto",
                        help="compute activations twice instead of keeping them; auto: on with CUDA")
     train.add_argument("--share_prefix", action=argparse.BooleanOptionalAction, default=True,
@@ -3865,8 +3866,39 @@ def find_place(args: argparse.Namespace) -> str:
     return "auto" if args.fsdp else "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def round_at_random(weights) -> None:
+    """Round fp32 weights in place to numbers that bf16 has: up or down at random, the likelier the nearer.
+
+    What training adds to a weight is often less than half the way to bf16's next number. Rounded to the nearest it is
+    lost in all weights alike; at random, their sum keeps it. A number that bf16 has stays as it is.
+    """
+    import torch
+
+    for part in weights.view(-1).split(ROUNDED_WEIGHTS):
+        bits = part.view(torch.int32)  # bf16 is the upper half of fp32, and the lower half decides how often it carries
+        bits.add_(torch.randint_like(bits, 2**16)).bitwise_and_(-(2**16))
+
+
+def merge_layers(model) -> None:
+    """Merge the adapter into each layer in fp32; then bf16 weights are rounded at random, others to the nearest."""
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in [module for module in model.modules() if isinstance(module, BaseTunerLayer)]:
+        weights = [*layer.get_base_layer().parameters(recurse=False)]
+        types = [weight.dtype for weight in weights]
+        for weight in weights:
+            weight.data = weight.data.float()
+        layer.merge()
+        for weight, dtype in zip(weights, types):
+            if dtype == torch.bfloat16:
+                round_at_random(weight.data)
+            weight.data = weight.data.to(dtype)
+
+
 def merge_adapter(args: argparse.Namespace, base_id: str, adapter: str) -> Path:
     """Merge the adapter into the 16-bit base, save the model whole, and return its folder, not yet the final one."""
+    import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -3874,7 +3906,10 @@ def merge_adapter(args: argparse.Namespace, base_id: str, adapter: str) -> Path:
         base_id, dtype="auto", device_map=find_place(args), use_safetensors=True,
         trust_remote_code=args.trust_remote_code)
     sums = sum_weights(base)
-    merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
+    model = PeftModel.from_pretrained(base, adapter)
+    torch.manual_seed(args.seed)
+    merge_layers(model)
+    merged = model.unload()
     refuse_unchanged(sums, merged)
     return save_whole(args, merged)
 
@@ -4041,8 +4076,13 @@ def save_trained(args: argparse.Namespace, model, dtype, batches: list[dict], en
     In a short run with a low rate, 16 bits may not hold what the steps changed: that is warned of. All processes must
     call this.
     """
+    import torch
+
     before, dtype = to_metrics(score_batches(model, batches, engine))["loss"], dtype or model.dtype
+    torch.manual_seed(args.seed)
     for parameter in model.parameters():
+        if dtype == torch.bfloat16:
+            round_at_random(parameter.data.to_local() if hasattr(parameter, "to_local") else parameter.data)
         parameter.data.copy_(parameter.data.to(dtype))
     after = to_metrics(score_batches(model, batches, engine))["loss"]
     if is_worse(after, before):

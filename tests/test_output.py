@@ -256,6 +256,51 @@ def test_of_a_large_gradient_every_nth_number_is_compared(tmp_path, monkeypatch)
     assert again == loss and torch.equal(part, torch.cat([piece[::step] for piece in whole.split(sizes)]))
 
 
+def test_rounding_at_random_keeps_sums(monkeypatch):
+    monkeypatch.setattr(script, "ROUNDED_WEIGHTS", 1000)
+    torch.manual_seed(0)
+    held = torch.tensor([0.0, -0.0, 1.0, -1.0078125, 3.3895314e38, float("inf"), 1e-40]).bfloat16().float()
+    same = held.clone()
+    script.round_at_random(same)
+    assert torch.equal(same, held)  # what bf16 has
+    weights = torch.full((2**18,), 1 + 2**-10)  # an eighth of the way from 1 to the next
+    script.round_at_random(weights)
+    assert {*weights.unique().tolist()} == {1.0, 1.0078125} and torch.equal(weights, weights.bfloat16().float())
+    assert (weights > 1).float().mean().item() == pytest.approx(1 / 8, abs=4 * (7 / 64 / 2**18) ** 0.5)
+    downwards = torch.full((2**18,), -1 - 2**-10).view(512, 512)
+    script.round_at_random(downwards)
+    assert downwards.double().mean().item() == pytest.approx(-1 - 2**-10, abs=4 * 2**-7 * (7 / 64 / 2**18) ** 0.5)
+
+
+def test_a_merge_keeps_what_is_less_than_a_step_of_bf16(tmp_path):
+    """An adapter a hundredth of what was trained: to the nearest number of bf16, most of it would be lost."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    base = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.bfloat16)
+    before = {name: weight.detach().clone() for name, weight in base.named_parameters()}
+    torch.manual_seed(0)
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "down_proj"]))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(std=1e-5)
+    model.save_pretrained(tmp_path / "adapter")
+    args = script.parse_args(["--model_id", str(TINY), "--final_model_dir", str(tmp_path / "final")])
+    saved, again = (AutoModelForCausalLM.from_pretrained(script.merge_adapter(args, str(TINY), str(tmp_path / "adapter")))
+                    for _ in range(2))
+    exact = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32),
+                                      tmp_path / "adapter").merge_and_unload()
+    kept = nearest = wanted = 0.0
+    for (name, weight), other, whole in zip(saved.named_parameters(), again.parameters(), exact.parameters()):
+        assert weight.dtype == torch.bfloat16 and torch.equal(weight, other)  # the seed decides
+        delta, old = (whole - before[name].float()).detach(), before[name].float()
+        assert delta.any() == name.endswith(("q_proj.weight", "down_proj.weight"))
+        assert delta.any() or torch.equal(weight, before[name])
+        kept += ((weight.float() - old) * delta).sum().item()
+        nearest += ((whole.bfloat16().float() - old) * delta).sum().item()
+        wanted += (delta * delta).sum().item()
+    assert kept / wanted == pytest.approx(1, abs=0.1) and nearest / wanted < 0.5
+
+
 def test_training_that_16_bits_do_not_hold_is_warned_of(tmp_path, monkeypatch, capsys):
     losses = iter([1.0, 2.0])  # of ten tokens
     monkeypatch.setattr(script, "score_batches", lambda *arguments: torch.tensor([next(losses), 10, 0, 1]))
