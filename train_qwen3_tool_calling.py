@@ -30,6 +30,7 @@ import threading
 import time
 import warnings
 from collections import Counter
+from datetime import timedelta
 from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
@@ -76,6 +77,7 @@ ROUNDED_WEIGHTS = 2**26  # of a weight, so many numbers are rounded at a time: r
 COMPARED_NUMBERS = 2**27  # of a gradient of more numbers, every n-th is compared: half a GiB each time it is held
 SHOWN_PROBLEMS = 20
 CHECK_SECONDS = 2  # the longest that a call may take to check
+PATIENCE = 3600  # seconds that processes wait for each other, as for the one that writes a large checkpoint
 NAMED_ROWS = 8  # so many rows of a step that failed are named
 CLEAR_RISE = 0.02  # nats by which, beside a tenth, the held-out loss must rise to be pointed out
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")  # their values are written nowhere
@@ -517,7 +519,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if count_devices() == 1 or args.engine == "unsloth":
             parser.error("--fsdp splits the weights over several GPUs, with Transformers: start it with torchrun, and "
                          "leave out --engine unsloth")
-        if not args.lora_rank and args.optim and not args.optim.startswith("adamw_torch"):
+        if not args.lora_rank and args.optim not in (None, "adamw_torch", "adamw_torch_fused"):
             parser.error(f"--fsdp --lora_rank 0 splits the optimizer too, as PyTorch's alone can: leave out --optim "
                          f"{args.optim}, or give adamw_torch or adamw_torch_fused")
         args.engine = "transformers"  # Unsloth's kernels take whole weights only
@@ -2522,7 +2524,7 @@ def split_model(model):
     each device, and its gradients are averaged as those of a whole model would be (DDP, told to leave the rest alone).
     Without an adapter all weights are trained in fp32, and what belongs to them is split like them: gradients, which
     FSDP averages, and the optimizer's moments. What is saved is whole, and what is loaded may be: so checkpoints,
-    resuming and results are those of a run without FSDP.
+    resuming and results are those of a run without FSDP (up to rounding: norms, too, are then computed in 16 bits).
     """
     import torch
     from accelerate import PartialState
@@ -2533,7 +2535,7 @@ def split_model(model):
     if any(not weight.is_floating_point() for weight in model.parameters()):
         raise UserError("--fsdp splits floating-point weights, and those of --model_id are quantised; use the 16-bit "
                         "original")
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=PATIENCE))
     # After forward too, or the one device that saves a checkpoint after an evaluation would let go alone.
     how = {"mesh": init_device_mesh(state.device.type, (state.num_processes,)), "reshard_after_forward": True}
     adapter = isinstance(model, PeftModel)
@@ -2866,8 +2868,11 @@ def compute_gradient(model, batches: list[dict], engine: str):
 
 
 def relative_difference(gradient, other) -> float:
-    """Return how much a gradient differs from another, as a share of the other's norm."""
-    return ((gradient - other).norm() / other.norm()).item()
+    """Return how much a gradient differs from another, as a share of the other's norm; of all devices' parts."""
+    from accelerate.utils import gather_object
+
+    norms = gather_object([((gradient - other).norm().item(), other.norm().item())])
+    return math.hypot(*(norm for norm, _ in norms)) / max(math.hypot(*(norm for _, norm in norms)), sys.float_info.min)
 
 
 def compare_sharing(model, rows: list[Sequence], lengths: tuple[int, ...], engine: str) -> tuple[float, float, float]:
@@ -2904,7 +2909,7 @@ def check_sharing(args: argparse.Namespace, model, train: list[Sequence], plan: 
             loss, gradient, limit = compare_sharing(model, rows, lengths, engine)
             break
         except torch.OutOfMemoryError:
-            if len(rows) == 1:
+            if len(rows) == 1 or args.fsdp:  # one device alone cannot try again
                 raise
         make_room(model)  # not above, where the failed computation is still held
         rows = rows[: len(rows) // 2]
@@ -3132,7 +3137,8 @@ def to_sft_config(args: argparse.Namespace, plan: Plan, evaluate: bool):
         logging_nan_inf_filter=False,  # it hides what StreamTrainer looks for
         router_aux_loss_coef=0.0,  # routers of experts are not trained, and the loss is that of the answers alone
         restore_callback_states_from_checkpoint=True, max_length=None, remove_unused_columns=False,
-        ddp_find_unused_parameters=False, ddp_broadcast_buffers=False, accelerator_config={"even_batches": False},
+        ddp_timeout=PATIENCE, ddp_find_unused_parameters=False, ddp_broadcast_buffers=False,
+        accelerator_config={"even_batches": False},
         dataset_kwargs={"skip_prepare_dataset": True})
     if not cuda:
         config.__dict__["_setup_devices"] = torch.device("cpu")  # of several "cpu:0", which torch cannot load to
@@ -3346,6 +3352,8 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
     trainer.add_callback(build_progress())
     if args.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+    if not args.lora_rank:  # checkpoints hold weights as the model names them: experts as one, not one by one
+        model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
     # TRL makes the adapter of a 4-bit base bf16, in which late, small updates round to nothing.
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
@@ -3841,15 +3849,16 @@ def save_whole(args: argparse.Namespace, model) -> Path:
     model.config.use_cache = True  # off during training only
     tokenizer = load_tokenizer(args.model_id, args.trust_remote_code)
     model.generation_config.eos_token_id = find_stop_tokens(model, tokenizer)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_original_format=True)
     tokenizer.save_pretrained(folder)
     write_run(args, folder)
     return folder
 
 
 def sum_weights(model) -> dict[str, float]:
-    """Return the sum of each of a model's weights by name."""
-    return {name: parameter.double().sum().item() for name, parameter in model.named_parameters()}
+    """Return the sum of each of a model's weights by name, of those that are in memory."""
+    return {name: parameter.double().sum().item() for name, parameter in model.named_parameters()
+            if parameter.device.type != "meta"}
 
 
 def refuse_unchanged(sums: dict[str, float], model) -> None:
@@ -3876,7 +3885,8 @@ def round_at_random(weights) -> None:
 
     for part in weights.view(-1).split(ROUNDED_WEIGHTS):
         bits = part.view(torch.int32)  # bf16 is the upper half of fp32, and the lower half decides how often it carries
-        bits.add_(torch.randint_like(bits, 2**16)).bitwise_and_(-(2**16))
+        carry = torch.randint_like(bits, 2**16).masked_fill_(~part.isfinite(), 0)
+        bits.add_(carry).bitwise_and_(-(2**16))
 
 
 def merge_layers(model) -> None:
@@ -3902,9 +3912,13 @@ def merge_adapter(args: argparse.Namespace, base_id: str, adapter: str) -> Path:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(
-        base_id, dtype="auto", device_map=find_place(args), use_safetensors=True,
-        trust_remote_code=args.trust_remote_code)
+    def load(place):
+        return AutoModelForCausalLM.from_pretrained(base_id, dtype="auto", device_map=place, use_safetensors=True,
+                                                    trust_remote_code=args.trust_remote_code)
+
+    base = load(find_place(args))
+    if any(weight.device.type == "meta" for weight in base.parameters()):  # more than the GPUs hold
+        base = load("cpu")
     sums = sum_weights(base)
     model = PeftModel.from_pretrained(base, adapter)
     torch.manual_seed(args.seed)
@@ -4070,11 +4084,11 @@ def gather_model(model, dtype, trust: bool = False):
     return whole.to(dtype)
 
 
-def save_trained(args: argparse.Namespace, model, dtype, batches: list[dict], engine: str) -> float:
-    """Save fully trained fp32 weights in the type of their base; return the held-out loss that they have in that type.
+def round_trained(args: argparse.Namespace, model, dtype, batches: list[dict], engine: str) -> tuple:
+    """Put fully trained fp32 weights into the type of their base; return (the model whole, the held-out loss it has).
 
     In a short run with a low rate, 16 bits may not hold what the steps changed: that is warned of. All processes must
-    call this.
+    call this, and the first one gets the model.
     """
     import torch
 
@@ -4088,9 +4102,7 @@ def save_trained(args: argparse.Namespace, model, dtype, batches: list[dict], en
     if is_worse(after, before):
         warn(f"{dtype} holds less than training changed: held-out loss {after:.4f}, in 32 bits {before:.4f}; train "
              "longer or raise --learning_rate")
-    whole = gather_model(model, dtype, args.trust_remote_code) if args.fsdp else model.to(dtype)
-    save_whole(args, whole) if is_main() else None
-    return after
+    return gather_model(model, dtype, args.trust_remote_code) if args.fsdp else model.to(dtype), after
 
 
 def check_trained(args: argparse.Namespace, loss: float, expected: float) -> None:
@@ -4898,7 +4910,7 @@ def audit_run(args: argparse.Namespace, train: list[Sequence], config) -> dict:
     parameters = count_parameters(config, args.lora_rank, args.trust_remote_code, args.target_modules)
     kept = count_checkpoints(args, train)
     disk = {name: round(size / 1e9, 2)
-            for name, size in estimate_disk(args, parameters, args.optim or CUDA_OPTIM, kept).items()}
+            for name, size in estimate_disk(args, parameters, find_optim(args, cuda=True), kept).items()}
     free = round(shutil.disk_usage(find_existing(args.final_model_dir)).free / 1e9, 1)
     return audit | {"memory_gib": estimate_memory(args, config, parameters, facts["stream_sizes"]["max"], plan),
                     "disk_gb": disk | {"free": free, "checkpoints_kept": kept}}
@@ -5150,13 +5162,13 @@ def train_model(trainer, checkpoint: str | None, train: list[Sequence], rows_per
     return facts
 
 
-def count_padded(args: argparse.Namespace, train: list[Sequence], plan: Plan, facts: dict) -> int:
-    """Return how many tokens padded batches of --batch_size would have computed in the steps that were made."""
-    padded, total = to_padded(plan, args), 0
-    steps, per_epoch = facts["steps"], count_steps(args, train)[1]
-    for epoch in range(math.ceil(steps / per_epoch)):
-        made = (steps - epoch * per_epoch) * padded.accumulation * padded.devices  # the last step may have fewer
-        total += sum(measure_batches(train, padded, cut_streams(padded, args, epoch)[:made]))
+def count_padded(args: argparse.Namespace, train: list[Sequence], plan: Plan, steps: range) -> int:
+    """Return how many tokens padded batches of --batch_size would have computed in these steps of the run."""
+    padded, total, per_epoch = to_padded(plan, args), 0, count_steps(args, train)[1]
+    for epoch in range(steps.start // per_epoch, -(-steps.stop // per_epoch)):
+        made = (padded.accumulation * padded.devices * max(0, step - epoch * per_epoch)  # the last step may have fewer
+                for step in (steps.start, min(steps.stop, (epoch + 1) * per_epoch)))
+        total += sum(measure_batches(train, padded, cut_streams(padded, args, epoch)[slice(*made)]))
     return total
 
 
@@ -5325,19 +5337,21 @@ def main(argv: list[str] | None = None) -> dict | None:
     start_output(args, checkpoint, train, plan, date)
     complete = checkpoint is not None and is_complete(args, checkpoint, train)
     facts = train_model(trainer, checkpoint, train, plan.rows_per_step, complete)
-    facts["tokens_padded"] = count_padded(args, train, plan, facts)
+    end = trainer.state.global_step
+    facts["tokens_padded"] = count_padded(args, train, plan, range(end - facts["steps"], end))
     report_gpu("gpu")
 
     plan, tested = trainer.streams, (held_out or train)[: args.eval_samples]
     start = time.perf_counter()
     with discard_partial(args.final_model_dir):
         batches = to_batches(tested[:READ_BACK_ROWS], plan)
-        before = None if args.lora_rank else save_trained(args, trainer.model, config.dtype, batches, engine)
+        trained, before = ((None, None) if args.lora_rank else
+                           round_trained(args, trainer.model, config.dtype, batches, engine))
         if not leave_group():
             return
         adapter = save_adapter(trainer.model, args.output_dir) if args.lora_rank else None
-        say("save", f"adapter: {adapter}") if adapter else None
-        del trainer, model
+        say("save", f"adapter: {adapter}") if adapter else save_whole(args, trained)
+        del trainer, model, trained
         free_gpu()
         results = run_fresh(merge_and_score, args, merge_base, adapter, tested, plan)
         scores, verdicts = score_results(tested, results)

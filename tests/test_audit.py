@@ -136,8 +136,12 @@ def test_batches_are_counted_as_the_run_orders_them():
     assert script.audit_epoch(rows, args, plan) == {"padded": padded, "packed": 18, "shared_prefix": 15}
     facts = script.audit_plan(rows, args, plan)
     assert facts["steps_per_epoch"] == 2 and facts["steps"] == 4 and facts["checkpoints"] == [2, 4]
-    assert script.count_padded(args, rows, plan, {"steps": 1}) == 2 * max(len(first.input_ids), len(second.input_ids))
-    assert script.count_padded(args, rows, plan, {"steps": 2}) == padded
+    assert script.count_padded(args, rows, plan, range(1)) == 2 * max(len(first.input_ids), len(second.input_ids))
+    assert script.count_padded(args, rows, plan, range(2)) == padded
+    assert script.count_padded(args, rows, plan, range(1, 2)) == len(third.input_ids)  # resumed
+    whole = script.count_padded(args, rows, plan, range(4))
+    assert whole == sum(script.count_padded(args, rows, plan, range(step, step + 1)) for step in range(4)) > padded
+    assert script.count_padded(args, rows, plan, range(4, 4)) == 0
     args.max_steps, args.save_steps = 3, 2
     assert script.audit_plan(rows, args, plan)["checkpoints"] == [2, 3]
 

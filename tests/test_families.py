@@ -238,6 +238,29 @@ def test_sharing_and_answers_are_exact_in_every_family(family):
     assert script.generate_answers(model, tokenizer, rows, args, "adapter") == alone
 
 
+def test_a_checkpoint_of_all_weights_holds_the_experts(tmp_path):
+    from safetensors import safe_open
+
+    folder = make_model("qwen3-moe", tmp_path / "base")
+    args = script.parse_args(["--model_id", str(folder), "--lora_rank", "0", "--output_dir", str(tmp_path / "out"),
+                              "--final_model_dir", str(tmp_path / "final"), "--max_steps", "2",
+                              "--learning_rate", "0.01", "--warmup_steps", "0"])
+    tokenizer = script.load_tokenizer(str(folder))
+    rows = to_sequences(tokenizer)
+    plan = script.plan_streams(rows, args, "transformers")
+    trained, fresh = (script.build_trainer(args, "transformers", script.load_model(args, "transformers", plan),
+                                           tokenizer, rows, [], plan) for _ in range(2))
+    trained.train()
+    experts = [name for name, weight in fresh.model.named_parameters() if "experts" in name
+               and not torch.equal(weight, trained.model.get_parameter(name))]
+    assert experts
+    script.load_trained(fresh, str(tmp_path / "out" / "checkpoint-2"))
+    assert all(torch.equal(weight, trained.model.get_parameter(name)) for name, weight in fresh.model.named_parameters())
+    files = (path / "model.safetensors" for path in (folder, script.save_whole(args, trained.model)))
+    names = [{*safe_open(file, "pt").keys()} for file in files]
+    assert names[0] == names[1]  # as published: one by one
+
+
 def test_a_mixture_of_experts_is_merged_with_its_experts(tmp_path):
     from peft import PeftModel
 

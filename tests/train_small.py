@@ -63,12 +63,12 @@ def live(folder: Path, flags: list[str]) -> None:
     complete = checkpoint is not None and script.is_complete(args, checkpoint, train)
     script.train_model(trainer, checkpoint, train, plan.rows_per_step, complete)
     if not args.lora_rank:
-        script.save_trained(args, trainer.model, None, script.to_batches(held_out, plan), "transformers")
+        whole, _ = script.round_trained(args, trainer.model, None, script.to_batches(held_out, plan), "transformers")
     if script.leave_group():
         if args.lora_rank:
             script.save_adapter(trainer.model, args.output_dir)
         else:
-            script.put_in_place(args.final_model_dir)
+            script.put_in_place(args.final_model_dir, script.save_whole(args, whole))
 
 
 def slow_down(step: int) -> None:
