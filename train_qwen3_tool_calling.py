@@ -15,9 +15,12 @@ import ast
 import contextlib
 import difflib
 import errno
+import gc
 import hashlib
 import json
+import logging
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -26,6 +29,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -34,6 +38,7 @@ from datetime import timedelta
 from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -229,6 +234,12 @@ def put_in_place(final: str | Path, written: Path | None = None) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def write_file(path: str | Path, text: str) -> None:
+    """Write a text file under a hidden name and then give it its own: a broken write leaves no half one."""
+    partial_folder(path).write_text(text, encoding="utf-8")
+    partial_folder(path).replace(path)
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Say whether an error is that of a full disk, or of a used-up quota, also as torch and safetensors word it."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -363,124 +374,115 @@ def read_config(parser: Parser, path: str) -> list[str]:
 
 
 def build_parser() -> Parser:
-    """Return the declaration of all flags. Those with argparse.SUPPRESS have no default: --help would show None."""
+    """Return the declaration of all flags. Those without `default` are None unless given, which --help would show."""
     parser = Parser(
         description="Fine-tune a Qwen3 model to call your tools, and save it merged in safetensors.",
         formatter_class=partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=34, width=120),
-        allow_abbrev=False,
+        allow_abbrev=False, argument_default=argparse.SUPPRESS,
     )
     count, positive = number(int, 1), number(float, 0, low_open=True)
-    parser.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS,
+    parser.add_argument("--config", metavar="FILE",
                         help="YAML file of settings, `flag: value`, as the run.yaml of each run; flags go before it")
 
-    data = parser.add_argument_group("data")
-    data.add_argument("--dataset_path", nargs="+", default=DATASET_PATH, metavar="PATH",
-                      help="JSON or JSONL files, folders of them, or Hugging Face datasets: name[:split]")
-    data.add_argument("--format", choices=["auto", *FORMAT_NAMES], default="auto",
-                      help="shape of the rows (auto: each row's own)")
-    data.add_argument("--tools_path", default=TOOLS_PATH, help="JSON array of tools for rows without their own")
-    data.add_argument("--train_test_split", type=number(float, 0, 1), default=TRAIN_TEST_SPLIT, metavar="SHARE",
-                      help="share of the rows to hold out")
-    data.add_argument("--max_samples", type=count, metavar="N", help="use only the first N rows (default: all)",
-                      default=argparse.SUPPRESS)
-    data.add_argument("--max_seq_length", type=count, default=MAX_SEQ_LENGTH, metavar="TOKENS",
-                      help="longest sequence; a longer one is a problem, it is never cut")
-    data.add_argument("--on_invalid", choices=["error", "skip"], default="error",
-                      help="what to do with a row that has a problem")
-    data.add_argument("--thinking", choices=["auto", "on", "off"], default="auto",
-                      help="train answers with reasoning: auto: those that have some, on: all must, off: drop it")
-    data.add_argument("--eval_dataset_path", nargs="+", metavar="PATH", default=argparse.SUPPRESS,
-                      help="rows to hold out, instead of a share of --dataset_path; as there")
-    data.add_argument("--convert_to", metavar="PATH", default=argparse.SUPPRESS,
-                      help="train nothing: write the rows of --dataset_path in the OpenAI form to this new JSONL file")
-    data.add_argument("--dry_run", action="store_true", default=argparse.SUPPRESS,
-                      help="train nothing: print what a run would do, and write it to OUTPUT_DIR/audit.json")
-    data.add_argument("--show_row", type=count, metavar="N", default=argparse.SUPPRESS,
-                      help="print the N-th valid row whole, as the model sees it")
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset_path", nargs="+", default=DATASET_PATH, metavar="PATH",
+        help="JSON or JSONL files, folders of them, or Hugging Face datasets: name[:split]")
+    add("--format", choices=["auto", *FORMAT_NAMES], default="auto", help="shape of the rows (auto: each row's own)")
+    add("--tools_path", default=TOOLS_PATH, help="JSON array of tools for rows without their own")
+    add("--train_test_split", type=number(float, 0, 1), default=TRAIN_TEST_SPLIT, metavar="SHARE",
+        help="share of the rows to hold out")
+    add("--max_samples", type=count, metavar="N", help="use only the first N rows (default: all)")
+    add("--max_seq_length", type=count, default=MAX_SEQ_LENGTH, metavar="TOKENS",
+        help="longest sequence; a longer one is a problem, it is never cut")
+    add("--on_invalid", choices=["error", "skip"], default="error", help="what to do with a row that has a problem")
+    add("--thinking", choices=["auto", "on", "off"], default="auto",
+        help="train answers with reasoning: auto: those that have some, on: all must, off: drop it")
+    add("--eval_dataset_path", nargs="+", metavar="PATH",
+        help="rows to hold out, instead of a share of --dataset_path; as there")
+    add("--convert_to", metavar="PATH",
+        help="train nothing: write the rows of --dataset_path in the OpenAI form to this new JSONL file")
+    add("--dry_run", action="store_true",
+        help="train nothing: print what a run would do, and write it to OUTPUT_DIR/audit.json")
+    add("--show_row", type=count, metavar="N", help="print the N-th valid row whole, as the model sees it")
 
-    model = parser.add_argument_group("model")
-    model.add_argument("--model_id", default=MODEL_ID, help="Hub id or folder of the base model")
-    model.add_argument("--merge_model_id", metavar="MODEL", default=argparse.SUPPRESS,
-                       help="16-bit original to merge into, when --model_id is already quantised")
-    model.add_argument("--engine", choices=["auto", "unsloth", "transformers"], default="auto",
-                       help="auto: Unsloth on CUDA, Transformers + PEFT elsewhere")
-    model.add_argument("--load_in_4bit", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
-                       help="train on a 4-bit base (QLoRA); never with --lora_rank 0 (default: True)")
-    model.add_argument("--trust_remote_code", action="store_true",
-                       help="run the Python code that a model brings along: only if you know who wrote it")
-    model.add_argument("--lora_rank", type=number(int, 0), default=LORA_RANK, metavar="R",
-                       help="rank of the adapter; 0 trains all weights of the model instead")
-    model.add_argument("--lora_alpha", type=count, default=LORA_ALPHA, metavar="A", help="scale: alpha / rank")
-    model.add_argument("--lora_dropout", type=number(float, 0, 1), default=LORA_DROPOUT, metavar="P",
-                       help="dropout in front of the adapter")
-    model.add_argument("--use_rslora", action=argparse.BooleanOptionalAction, default=False,
-                       help="scale by alpha / sqrt(rank) (rsLoRA): for high ranks")
-    model.add_argument("--target_modules", nargs="+", default=" ".join(TARGET_MODULES), metavar="NAME",
-                       help="linear layers that get an adapter")
+    add = parser.add_argument_group("model").add_argument
+    add("--model_id", default=MODEL_ID, help="Hub id or folder of the base model")
+    add("--merge_model_id", metavar="MODEL", help="16-bit original to merge into, when --model_id is already quantised")
+    add("--engine", choices=["auto", "unsloth", "transformers"], default="auto",
+        help="auto: Unsloth on CUDA, Transformers + PEFT elsewhere")
+    add("--load_in_4bit", action=argparse.BooleanOptionalAction,
+        help="train on a 4-bit base (QLoRA); never with --lora_rank 0 (default: True)")
+    add("--trust_remote_code", action="store_true", default=False,
+        help="run the Python code that a model brings along: only if you know who wrote it")
+    add("--lora_rank", type=number(int, 0), default=LORA_RANK, metavar="R",
+        help="rank of the adapter; 0 trains all weights of the model instead")
+    add("--lora_alpha", type=count, default=LORA_ALPHA, metavar="A", help="scale: alpha / rank")
+    add("--lora_dropout", type=number(float, 0, 1), default=LORA_DROPOUT, metavar="P",
+        help="dropout in front of the adapter")
+    add("--use_rslora", action=argparse.BooleanOptionalAction, default=False,
+        help="scale by alpha / sqrt(rank) (rsLoRA): for high ranks")
+    add("--target_modules", nargs="+", default=" ".join(TARGET_MODULES), metavar="NAME",
+        help="linear layers that get an adapter")
 
     train = parser.add_argument_group("training")
-    train.add_argument("--num_epochs", type=count, default=NUM_EPOCHS, metavar="N", help="passes over the data")
-    train.add_argument("--max_steps", type=count, metavar="N", default=argparse.SUPPRESS,
-                       help="stop after N optimizer steps (default: all)")
-    train.add_argument("--batch_size", type=count, default=BATCH_SIZE, metavar="N",
-                       help="sequences per device and micro-batch")
-    train.add_argument("--gradient_accumulation_steps", type=count, default=GRADIENT_ACCUMULATION_STEPS, metavar="N",
-                       help="micro-batches per optimizer step")
-    train.add_argument("--learning_rate", type=positive, metavar="LR", default=argparse.SUPPRESS,
-                       help=f"peak rate; with --lora_rank 0 a tenth of the default (default: {LEARNING_RATE})")
-    train.add_argument("--lr_scheduler_type", type=scheduler, default=LR_SCHEDULER_TYPE, metavar="NAME",
-                       help="linear, cosine, constant, ... as Transformers names them")
+    add = train.add_argument
+    add("--num_epochs", type=count, default=NUM_EPOCHS, metavar="N", help="passes over the data")
+    add("--max_steps", type=count, metavar="N", help="stop after N optimizer steps (default: all)")
+    add("--batch_size", type=count, default=BATCH_SIZE, metavar="N", help="sequences per device and micro-batch")
+    add("--gradient_accumulation_steps", type=count, default=GRADIENT_ACCUMULATION_STEPS, metavar="N",
+        help="micro-batches per optimizer step")
+    add("--learning_rate", type=positive, metavar="LR",
+        help=f"peak rate; with --lora_rank 0 a tenth of the default (default: {LEARNING_RATE})")
+    add("--lr_scheduler_type", type=scheduler, default=LR_SCHEDULER_TYPE, metavar="NAME",
+        help="linear, cosine, constant, ... as Transformers names them")
     warmup = train.add_mutually_exclusive_group()  # argparse tells a given number from the default, which is a text
     warmup.add_argument("--warmup_steps", type=number(int, 0), default=str(WARMUP_STEPS), metavar="N",
                         help="steps until the peak rate")
-    warmup.add_argument("--warmup_ratio", type=number(float, 0, 1), metavar="SHARE", default=argparse.SUPPRESS,
+    warmup.add_argument("--warmup_ratio", type=number(float, 0, 1), metavar="SHARE",
                         help="the same as a share of all steps, instead of --warmup_steps")
-    train.add_argument("--weight_decay", type=number(float, 0), default=WEIGHT_DECAY, metavar="W", help="AdamW's decay")
-    train.add_argument("--optim", metavar="NAME", default=argparse.SUPPRESS,
-                       help="optimizer (default: adamw_8bit on CUDA, adamw_torch elsewhere and if split by --fsdp)")
-    train.add_argument("--gradient_checkpointing", choices=["auto", "on", "off"], default="auto",
-                       help="compute activations twice instead of keeping them; auto: on with CUDA")
-    train.add_argument("--share_prefix", action=argparse.BooleanOptionalAction, default=True,
-                       help="compute what rows have in common once per stream")
-    train.add_argument("--cuda_graphs", action=argparse.BooleanOptionalAction, default=True,
-                       help="record the step and replay it with a few launches (Unsloth)")
-    train.add_argument("--fsdp", action=argparse.BooleanOptionalAction, default=False,
-                       help="split the weights over all GPUs (FSDP2), for models too large for one")
-    train.add_argument("--seed", type=number(int, 0), default=SEED, help="seed of everything random")
-    train.add_argument("--logging_steps", type=count, default=1, metavar="N", help="steps from one loss to the next")
-    train.add_argument("--save_steps", type=count, metavar="N", default=argparse.SUPPRESS,
-                       help="steps from one checkpoint to the next (default: an epoch)")
-    train.add_argument("--save_total_limit", type=count, metavar="N", default=argparse.SUPPRESS,
-                       help="keep the N newest checkpoints, and the best one (default: all)")
+    add("--weight_decay", type=number(float, 0), default=WEIGHT_DECAY, metavar="W", help="AdamW's decay")
+    add("--optim", metavar="NAME",
+        help="optimizer (default: adamw_8bit on CUDA, adamw_torch elsewhere and if split by --fsdp)")
+    add("--gradient_checkpointing", choices=["auto", "on", "off"], default="auto",
+        help="compute activations twice instead of keeping them; auto: on with CUDA")
+    add("--share_prefix", action=argparse.BooleanOptionalAction, default=True,
+        help="compute what rows have in common once per stream")
+    add("--cuda_graphs", action=argparse.BooleanOptionalAction, default=True,
+        help="record the step and replay it with a few launches (Unsloth)")
+    add("--fsdp", action=argparse.BooleanOptionalAction, default=False,
+        help="split the weights over all GPUs (FSDP2), for models too large for one")
+    add("--seed", type=number(int, 0), default=SEED, help="seed of everything random")
+    add("--logging_steps", type=count, default=1, metavar="N", help="steps from one loss to the next")
+    add("--save_steps", type=count, metavar="N", help="steps from one checkpoint to the next (default: an epoch)")
+    add("--save_total_limit", type=count, metavar="N",
+        help="keep the N newest checkpoints, and the best one (default: all)")
 
-    score = parser.add_argument_group("evaluation")
-    score.add_argument("--eval_steps", type=count, metavar="N", default=argparse.SUPPRESS,
-                       help="steps from one held-out loss and exact match to the next (default: an epoch)")
-    score.add_argument("--metric_for_best", choices=["exact_match", "loss"], default=argparse.SUPPRESS,
-                       help="keep the checkpoint that is best on the held-out rows (default: the last)")
-    score.add_argument("--early_stopping_patience", type=count, metavar="N", default=argparse.SUPPRESS,
-                       help="stop after N evaluations without improvement (default: never)")
-    score.add_argument("--eval_samples", type=count, default=EVAL_SAMPLES, metavar="N",
-                       help="held-out rows to answer at the end with base, adapter and merged model")
-    score.add_argument("--eval_batch_size", type=count, default=EVAL_BATCH_SIZE, metavar="N",
-                       help="answers written at once")
-    score.add_argument("--max_new_tokens", type=count, default=MAX_NEW_TOKENS, metavar="N", help="longest answer")
-    score.add_argument("--eval_only", metavar="MODEL", default=argparse.SUPPRESS,
-                       help="train nothing: score this model or adapter on the held-out rows")
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--eval_steps", type=count, metavar="N",
+        help="steps from one held-out loss and exact match to the next (default: an epoch)")
+    add("--metric_for_best", choices=["exact_match", "loss"],
+        help="keep the checkpoint that is best on the held-out rows (default: the last)")
+    add("--early_stopping_patience", type=count, metavar="N",
+        help="stop after N evaluations without improvement (default: never)")
+    add("--eval_samples", type=count, default=EVAL_SAMPLES, metavar="N",
+        help="held-out rows to answer at the end with base, adapter and merged model")
+    add("--eval_batch_size", type=count, default=EVAL_BATCH_SIZE, metavar="N", help="answers written at once")
+    add("--max_new_tokens", type=count, default=MAX_NEW_TOKENS, metavar="N", help="longest answer")
+    add("--eval_only", metavar="MODEL", help="train nothing: score this model or adapter on the held-out rows")
 
-    output = parser.add_argument_group("output")
-    output.add_argument("--output_dir", default=OUTPUT_DIR, help="folder for checkpoints and the adapter")
-    output.add_argument("--final_model_dir", default=FINAL_MODEL_DIR, help="folder for the merged model")
-    output.add_argument("--save_method", choices=["merged_16bit", "merged_4bit", "lora"], default="merged_16bit",
-                        help="what to save at the end; lora: only the adapter, in OUTPUT_DIR/adapter")
-    output.add_argument("--save_gguf", type=gguf_names, metavar="NAMES", default=argparse.SUPPRESS,
-                        help="also write GGUF files and an Ollama Modelfile, with llama.cpp: q8_0,q4_k_m,...")
-    output.add_argument("--push_to_hub", metavar="REPO", default=argparse.SUPPRESS,
-                        help="upload the result to this Hugging Face repository at the end; a new one is private")
-    output.add_argument("--resume_from_checkpoint", nargs="?", const="newest", metavar="PATH",
-                        default=argparse.SUPPRESS, help="go on from a checkpoint (no PATH: the newest in --output_dir)")
-    output.add_argument("--report_to", default="none", metavar="NAME", help="tensorboard, wandb, ... or none")
-    output.add_argument("--run_name", metavar="NAME", default=argparse.SUPPRESS, help="the run's name there")
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", default=OUTPUT_DIR, help="folder for checkpoints and the adapter")
+    add("--final_model_dir", default=FINAL_MODEL_DIR, help="folder for the merged model")
+    add("--save_method", choices=["merged_16bit", "merged_4bit", "lora"], default="merged_16bit",
+        help="what to save at the end; lora: only the adapter, in OUTPUT_DIR/adapter")
+    add("--save_gguf", type=gguf_names, metavar="NAMES",
+        help="also write GGUF files and an Ollama Modelfile, with llama.cpp: q8_0,q4_k_m,...")
+    add("--push_to_hub", metavar="REPO",
+        help="upload the result to this Hugging Face repository at the end; a new one is private")
+    add("--resume_from_checkpoint", nargs="?", const="newest", metavar="PATH",
+        help="go on from a checkpoint (no PATH: the newest in --output_dir)")
+    add("--report_to", default="none", metavar="NAME", help="tensorboard, wandb, ... or none")
+    add("--run_name", metavar="NAME", help="the run's name there")
 
     return parser
 
@@ -981,11 +983,8 @@ def replace_type(schema: dict, changes: Counter) -> dict:
     kind = new.get("type", "any of several" if new else "any")
     before, after = (" or ".join(map(str, as_list(name))) for name in (old, kind))
     changes[f"type {before[:40]} -> {after[:40]}"] += 1
-    replaced = {}
-    for key, value in schema.items():
-        replaced |= {name: part for name, part in new.items() if name == key or name not in schema} \
-            if key == "type" else {key: value}
-    return replaced
+    new = {name: part for name, part in new.items() if name == "type" or name not in schema}
+    return {k: v for key, value in schema.items() for k, v in (new if key == "type" else {key: value}).items()}
 
 
 def list_required(schema: dict, changes: Counter) -> dict:
@@ -2031,15 +2030,10 @@ def build_padded(rows: list[Sequence]) -> dict:
     """Return the rows as an ordinary batch, padded on the right: int64 [rows, longest]; for --no-share_prefix."""
     import torch
 
-    shape = len(rows), max(len(row.input_ids) for row in rows)
-    padded = {"input_ids": torch.zeros(shape, dtype=torch.int64), "labels": torch.full(shape, -100),
-              "attention_mask": torch.zeros(shape, dtype=torch.int64)}
-    for i, row in enumerate(rows):
-        tokens = torch.as_tensor(row.input_ids)
-        padded["input_ids"][i, : len(tokens)] = tokens
-        padded["labels"][i, row.prompt_length : len(tokens)] = tokens[row.prompt_length :]
-        padded["attention_mask"][i, : len(tokens)] = 1
-    return padded
+    tokens = [torch.as_tensor(row.input_ids, dtype=torch.int64) for row in rows]
+    labels = [ids.masked_fill(torch.arange(len(ids)) < row.prompt_length, -100) for ids, row in zip(tokens, rows)]
+    ones, pad = [*map(torch.ones_like, tokens)], partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    return {"input_ids": pad(tokens), "labels": pad(labels, padding_value=-100), "attention_mask": pad(ones)}
 
 
 def build_batch(rows: list[Sequence], plan: Plan) -> dict:
@@ -2052,10 +2046,9 @@ def group_rows(sequences: list[Sequence]) -> list[list[list[int]]]:
 
     Rows whose prompts share at least half of their tokens are of one group.
     """
-    tree = to_tree([*sequences])
     index_of = {id(sequence): i for i, sequence in enumerate(sequences)}
     groups: list[dict[str, list[int]]] = []
-    for sequence, shared in tree:
+    for sequence, shared in to_tree(sequences):
         if not groups or shared < sequence.prompt_length / 2:
             groups.append({})
         groups[-1].setdefault(sequence.where, []).append(index_of[id(sequence)])
@@ -2232,9 +2225,6 @@ def start_engine(args: argparse.Namespace) -> str:
 
 def quiet_libraries() -> None:
     """Keep the libraries' advice off the screen: errors still show."""
-    import logging
-    import warnings
-
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -2596,8 +2586,6 @@ def to_prefix_seg_info(subtree_end):
     Unsloth's FlexAttention kernel shares one prefix per group (unsloth/utils/prefix_grouper_kernel.py). The tree is
     more general and its mask simpler, so the mask is made here and put where the kernel looks first.
     """
-    from types import SimpleNamespace
-
     from unsloth.utils import prefix_grouper_kernel as kernel
 
     def sees(batch, head, query, key):
@@ -2775,10 +2763,9 @@ def generate_answers(model, tokenizer, sequences: list[Sequence], args: argparse
     import torch
     from rich.progress import track
 
-    size, stops, answers = args.eval_batch_size, find_stop_tokens(model, tokenizer), {}
-    ordered = [sequence for sequence, _ in to_tree(sequences)]  # neighbours share the most
+    stops, answers = find_stop_tokens(model, tokenizer), {}
     model.eval()
-    batches = [ordered[i : i + size] for i in range(0, len(ordered), size)]
+    batches = split_rows(sequences, args.eval_batch_size)
     for batch in track(batches, f"answers of {name}", transient=True, disable=not sys.stdout.isatty()):
         prompts = [list(sequence.input_ids[: sequence.prompt_length]) for sequence in batch]
         with torch.inference_mode(), autocast(model):
@@ -2825,8 +2812,6 @@ def to_metrics(sums) -> dict:
 
 def free_gpu() -> None:
     """Give the GPU memory of models that are no longer held back to the driver, for the next process."""
-    import gc
-
     import torch
 
     gc.collect()
@@ -2972,18 +2957,6 @@ def find_overfitting(history: list[dict]) -> str | None:
             "the best checkpoint")
 
 
-def copy_gradients(model) -> list:
-    """Return each trained weight and a copy of its gradient, None where it has none yet."""
-    return [(parameter, None if parameter.grad is None else parameter.grad.clone())
-            for parameter in model.parameters() if parameter.requires_grad]
-
-
-def put_gradients(gradients: list) -> None:
-    """Give each weight the gradient of copy_gradients again."""
-    for parameter, gradient in gradients:
-        parameter.grad = None if gradient is None else gradient.clone()  # the copy may be needed once more
-
-
 def build_progress():
     """Return a TrainerCallback that draws a progress bar and prints about twenty losses and every held-out loss."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -3035,12 +3008,6 @@ def build_stopper():
                 os.write(2, b"\nstopping after this step, with a checkpoint; once more stops at once\n")
             self.number, self.noted = self.number or number, self.noted or time.monotonic()
 
-        def agree(self):
-            """Let every process know of a signal that one of them got."""
-            number = torch.tensor(self.number or 0)
-            distributed.all_reduce(number, distributed.ReduceOp.MAX, self.group)
-            self.number = number.item() or None
-
         def on_train_begin(self, args, state, control, **kwargs):
             state.compute_steps(args, state.max_steps)  # a resumed run has the intervals of its own flags
             if count_devices() > 1:
@@ -3050,8 +3017,10 @@ def build_stopper():
             return state.epoch % 1 != 0 and state.global_step < state.max_steps
 
         def on_step_end(self, args, state, control, **kwargs):
-            if self.group:
-                self.agree()
+            if self.group:  # let every process know of a signal that one of them got
+                number = torch.tensor(self.number or 0)
+                distributed.all_reduce(number, distributed.ReduceOp.MAX, self.group)
+                self.number = number.item() or None
             if self.number:
                 control.should_training_stop = True
                 control.should_save = control.should_save or self.is_within_epoch(state)
@@ -3071,11 +3040,8 @@ def build_stopper():
 
 def hash_file(path: Path) -> str:
     """Return the SHA-256 of a file."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_manifest(folder: Path) -> None:
@@ -3200,7 +3166,8 @@ class StreamTrainer:
         import torch
 
         rows = [self.arrays[index] for index in inputs.pop("rows")]
-        before, loss = copy_gradients(model) if self.step_rows else [], None
+        before = [(part, part.grad.clone()) for part in model.parameters() if self.step_rows and part.grad is not None]
+        loss = None
         while loss is None:
             whole, losses = self.streams is self.plan, []
             try:
@@ -3212,8 +3179,8 @@ class StreamTrainer:
                 pass  # here the failed computation is still held; below it is let go
             if loss is None:
                 self.divide_streams(part, batch["input_ids"].numel())
-                model.zero_grad()
-                put_gradients(before)
+                for parameter, gradient in before:
+                    parameter.grad = gradient.clone()  # the copy may be needed once more
         self.step_rows, self.step_loss = [*self.step_rows, *rows], self.step_loss + loss
         return loss
 
@@ -3641,12 +3608,8 @@ def count_confusion(verdicts: list[Verdict]) -> tuple[list[str], list[list[int]]
     special = [label for label in (NO_CALL, BROKEN) if any(label in pair for pair in pairs)]
     expected = {wanted for wanted, _ in pairs}.difference(special)
     others = {got for _, got in pairs}.difference(special, expected)
-    labels = sorted(expected) + sorted(others) + special
-    place = {label: index for index, label in enumerate(labels)}
-    counts = [[0] * len(labels) for _ in labels]
-    for wanted, got in pairs:
-        counts[place[wanted]][place[got]] += 1
-    return labels, counts
+    labels, counts = sorted(expected) + sorted(others) + special, Counter(pairs)
+    return labels, [[counts[wanted, got] for got in labels] for wanted in labels]
 
 
 def count_classes(pairs: list[tuple[str, str]]) -> float | None:
@@ -3828,9 +3791,7 @@ def write_run(args: argparse.Namespace, folder: str | Path, **facts) -> None:
     Path(folder).mkdir(parents=True, exist_ok=True)
     settings = {name: value for name, value in vars(args).items() if name not in ONCE}
     settings = hide_secrets(yaml.safe_dump(settings | ({"facts": facts} if facts else {}), sort_keys=False))
-    partial = Path(folder) / ".run.yaml.partial"
-    partial.write_text(WRITTEN_BY + settings, encoding="utf-8")
-    partial.replace(Path(folder) / "run.yaml")
+    write_file(Path(folder) / "run.yaml", WRITTEN_BY + settings)
 
 
 def save_adapter(model, output_dir: str) -> str:
@@ -3998,8 +3959,6 @@ def merge_and_score(args: argparse.Namespace, base_id: str, adapter: str | None,
 
 def send_result(sender, function, arguments: tuple) -> None:
     """Send function(*arguments), or the error that it ends with, to the process that waits for it."""
-    import multiprocessing
-
     def follow_parent():
         multiprocessing.parent_process().join()
         os._exit(1)
@@ -4018,8 +3977,6 @@ def send_result(sender, function, arguments: tuple) -> None:
 
 def run_fresh(function, *arguments):
     """Return function(*arguments), computed in a new Python process that ends when this one is stopped or dies."""
-    import multiprocessing
-
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=send_result, args=(sender, function, arguments))
@@ -4163,8 +4120,6 @@ def find_gguf_tools(names: str | None) -> tuple[list[str], list[str]]:
 
 def check_gguf(args: argparse.Namespace, converter: list[str], config, tokenizer) -> None:
     """Refuse a model that llama.cpp's converter does not know, by having it convert the tokenizer alone."""
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -4677,13 +4632,6 @@ loss {report['train']['loss']:.4f}; {report['device']}, {report['finished']}.
 """)
 
 
-def write_card(folder: str, card: str) -> None:
-    """Write the model card of a folder, in place of any other."""
-    partial = Path(folder) / ".README.md.partial"
-    partial.write_text(card, encoding="utf-8")
-    partial.replace(Path(folder) / "README.md")
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # 12  Audit: what a run would do, before it is paid for
 # ---------------------------------------------------------------------------------------------------------------
@@ -4864,18 +4812,14 @@ def estimate_memory(args: argparse.Namespace, config, parameters: dict[str, int]
                 and not args.lora_dropout and inputs <= RECORDED_BYTES)
     fixed, working = RECORDED_MEMORY if recorded else EAGER_MEMORY
     kept = 2 * tokens * widths
-    if args.gradient_checkpointing == "off":
-        activations = kept * config.num_hidden_layers
-    else:
-        activations = inputs + working * kept
+    activations = kept * config.num_hidden_layers if args.gradient_checkpointing == "off" else inputs + working * kept
     base = parameters["linear"] * (0.53 if args.load_in_4bit else 2) + 2 * parameters["other"]
     # Without an adapter all weights are trained in fp32, and "base" is their copy in 16 bits that autocast holds.
     trained = parameters["adapter"] or parameters["linear"] + parameters["other"]
     trained *= 8 + count_moment_bytes(find_optim(args, cuda=True))
     if args.fsdp:
         base, trained = base / plan.devices, trained / (1 if args.lora_rank else plan.devices)
-    parts = {"base": base / 2**30, "adapter": trained / 2**30,
-             "longest_stream": activations / 2**30 + fixed}
+    parts = {"base": base / 2**30, "adapter": trained / 2**30, "longest_stream": activations / 2**30 + fixed}
     return {"total": round(sum(parts.values()), 2)} | {name: round(part, 2) for name, part in parts.items()}
 
 
@@ -5077,11 +5021,10 @@ def render_all(args: argparse.Namespace, tokenizer, examples: list[Example], hel
 
 def show_plan(train: list[Sequence], args: argparse.Namespace, plan: Plan) -> None:
     """Print how many tokens the first step computes, beside what padded batches would."""
-    step = first_rows(train, args, plan, plan.rows_per_step)
-    streams = [build_batch(step[i : i + plan.rows], plan) for i in range(0, len(step), plan.rows)]
-    computed = sum(stream["input_ids"].numel() for stream in streams)
-    batches = [build_padded(step[i : i + args.batch_size]) for i in range(0, len(step), args.batch_size)]
-    padded = sum(batch["input_ids"].numel() for batch in batches)
+    step = order_rows(plan, args.seed, epoch=0)[: plan.rows_per_step]
+    streams, batches = (measure_batches(train, way, [step[i : i + way.rows] for i in range(0, len(step), way.rows)])
+                        for way in (plan, to_padded(plan, args)))
+    computed, padded = sum(streams), sum(batches)
     devices = f" on {plan.devices} devices" * (plan.devices > 1)
     if not plan.share_prefix:
         say("plan", f"{len(step)} rows per step{devices} in {len(batches)} padded batches of about "
@@ -5262,7 +5205,7 @@ def hand_over(args: argparse.Namespace, config, tokenizer, adapter: str | None, 
         is_adapter = folder == adapter
         name = args.push_to_hub if args.push_to_hub and folder == result else Path(folder).resolve().name
         served = f"{shlex.quote(hide_folders(args.model_id))} {lora}{name}" if is_adapter else name
-        write_card(folder, to_card(report, is_adapter, name, to_vllm_command(config, served, thinks)))
+        write_file(f"{folder}/README.md", to_card(report, is_adapter, name, to_vllm_command(config, served, thinks)))
     if args.save_gguf:
         folder = write_gguf(args, gguf, tokenizer, thinks)
         say("gguf", f"{folder}: {args.save_gguf}; for Ollama: ollama create NAME -f {folder / 'Modelfile'}")

@@ -275,8 +275,8 @@ def test_rounding_at_random_keeps_sums(monkeypatch):
     assert downwards.double().mean().item() == pytest.approx(-1 - 2**-10, abs=4 * 2**-7 * (7 / 64 / 2**18) ** 0.5)
 
 
-def test_a_merge_keeps_what_is_less_than_a_step_of_bf16(tmp_path):
-    """An adapter a hundredth of what was trained: to the nearest number of bf16, most of it would be lost."""
+def test_a_merge_keeps_what_is_less_than_a_step_of_bf16(tmp_path, monkeypatch):
+    """To the nearest number of bf16, most of this adapter would be lost."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
     base = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.bfloat16)
@@ -302,6 +302,12 @@ def test_a_merge_keeps_what_is_less_than_a_step_of_bf16(tmp_path):
         nearest += ((whole.bfloat16().float() - old) * delta).sum().item()
         wanted += (delta * delta).sum().item()
     assert kept / wanted == pytest.approx(1, abs=0.1) and nearest / wanted < 0.5
+    layers = {f"model.layers.{i}": "disk" if i else "cpu" for i in range(saved.config.num_hidden_layers)}
+    places = layers | dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    monkeypatch.setattr(script, "find_place", lambda args: places)  # what "auto" says if the GPUs cannot hold all
+    folder = script.merge_adapter(args, str(TINY), str(tmp_path / "adapter"))
+    assert all(torch.equal(*pair) for pair in zip(
+        saved.parameters(), AutoModelForCausalLM.from_pretrained(folder).parameters()))
 
 
 def test_training_that_16_bits_do_not_hold_is_warned_of(tmp_path, monkeypatch, capsys):
