@@ -2533,14 +2533,19 @@ def split_model(model):
         how["ignored_params"] = {parameter for parameter in model.parameters() if parameter.requires_grad}
         for parameter in how["ignored_params"]:
             parameter.data = parameter.data.to(state.device)
+        model._ddp_params_and_buffers_to_ignore = [name for name, weight in model.named_parameters()
+                                                   if not weight.requires_grad]
     else:
         how["mp_policy"] = MixedPrecisionPolicy(to_dtype(state.device.type), torch.float32)  # computed in, averaged in
         model.register_load_state_dict_pre_hook(split_weights)
     for module in (*(model.get_base_model() if adapter else model).model.layers, model):
         fully_shard(module if adapter else module.float(), **how)
-    model._ddp_params_and_buffers_to_ignore = [name for name, weight in model.named_parameters()
-                                               if not weight.requires_grad]
     return model
+
+
+def held_part(tensor):
+    """Return the part of a split tensor that this device holds; of any other the whole."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def split_as(weight, value):
@@ -2834,9 +2839,6 @@ def compute_gradient(model, batches: list[dict], engine: str):
     """
     import torch
 
-    def held(gradient):
-        return gradient.to_local() if hasattr(gradient, "to_local") else gradient
-
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     step = -(-sum(parameter.numel() for parameter in parameters) // COMPARED_NUMBERS)
     total, gradient = 0.0, 0.0
@@ -2847,7 +2849,7 @@ def compute_gradient(model, batches: list[dict], engine: str):
         loss.backward()
         total += loss.item()
         # Added here and not in .grad, where a CUDA graph writes the next gradient over the last.
-        gradient += torch.cat([held(parameter.grad).flatten()[::step].float() for parameter in parameters]).cpu()
+        gradient += torch.cat([held_part(parameter.grad).flatten()[::step].float() for parameter in parameters]).cpu()
     model.zero_grad()
     return total, gradient
 
@@ -4053,7 +4055,7 @@ def round_trained(args: argparse.Namespace, model, dtype, batches: list[dict], e
     torch.manual_seed(args.seed)
     for parameter in model.parameters():
         if dtype == torch.bfloat16:
-            round_at_random(parameter.data.to_local() if hasattr(parameter, "to_local") else parameter.data)
+            round_at_random(held_part(parameter.data))
         parameter.data.copy_(parameter.data.to(dtype))
     after = to_metrics(score_batches(model, batches, engine))["loss"]
     if is_worse(after, before):
@@ -5288,12 +5290,16 @@ def main(argv: list[str] | None = None) -> dict | None:
     start = time.perf_counter()
     with discard_partial(args.final_model_dir):
         batches = to_batches(tested[:READ_BACK_ROWS], plan)
-        trained, before = ((None, None) if args.lora_rank else
-                           round_trained(args, trainer.model, config.dtype, batches, engine))
+        adapter = trained = before = None
+        if not args.lora_rank:
+            trained, before = round_trained(args, trainer.model, config.dtype, batches, engine)
         if not leave_group():
             return
-        adapter = save_adapter(trainer.model, args.output_dir) if args.lora_rank else None
-        say("save", f"adapter: {adapter}") if adapter else save_whole(args, trained)
+        if args.lora_rank:
+            adapter = save_adapter(trainer.model, args.output_dir)
+            say("save", f"adapter: {adapter}")
+        else:
+            save_whole(args, trained)
         del trainer, model, trained
         free_gpu()
         results = run_fresh(merge_and_score, args, merge_base, adapter, tested, plan)

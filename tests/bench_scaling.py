@@ -10,16 +10,12 @@ large ones 25, of which the last 15 are timed: the first ones are slower, above 
 
 import argparse
 import json
-import os
-import re
 import shlex
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-from bench_throughput import make_rows, script, time_steps
+from bench_throughput import make_rows, run_in_turn, script, time_steps, wait_for_turn
 
 TIMED_STEPS = 15
 COLUMNS = ("model", "bits", "GPUs", "rows per step", "samples/s", "ms per step", "of one GPU's", "GiB after loading",
@@ -31,7 +27,7 @@ def count_bytes(model: str) -> int:
     return sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
 
 
-def measure(words: list[str], name: Path, steps: int) -> None:
+def measure(words: list[str], file: Path, steps: int) -> None:
     """Load, wait for the turn, train, and write what was measured; in each process of one measurement."""
     import torch
 
@@ -46,14 +42,11 @@ def measure(words: list[str], name: Path, steps: int) -> None:
     trainer = script.build_trainer(args, engine, model, tokenizer, train, [], plan)
     if not script.check_sharing(args, trainer.model, train, plan, engine):
         raise RuntimeError("sharing is switched off")
-    if script.is_main():
-        name.with_suffix(".ready").touch()
-    while not name.with_suffix(".go").exists():  # no collective: that would keep the GPU busy
-        time.sleep(0.05)
+    wait_for_turn(file)
     result = time_steps(trainer, steps - TIMED_STEPS)
     if script.is_main():
         facts = {"rows": plan.rows_per_step, "seconds": result["seconds"], "peak": result["peak"], "loaded": loaded}
-        name.with_suffix(".json").write_text(json.dumps(facts))
+        file.write_text(json.dumps(facts))
     script.leave_group()
 
 
@@ -71,34 +64,23 @@ def spread(jobs: list[tuple]) -> list[str]:
     return [places[index] for index in range(len(jobs))]
 
 
-def run_in_turn(options, jobs: list[tuple]) -> None:
-    """Start all jobs, let one at a time train, and print a line of the table for each."""
-    folder, running, speeds = Path(tempfile.mkdtemp()), [], {}
-    for index, ((model, bits, gpus), place) in enumerate(zip(jobs, spread(jobs))):
+def print_table(options, jobs: list[tuple]) -> None:
+    """Measure all jobs, and print a line of the table for each."""
+    commands, speeds = [], {}
+    for model, bits, gpus in jobs:
         words = ["--model_id", model, "--batch_size", str(options.rows), "--gradient_accumulation_steps", "1",
                  "--load_in_4bit" if bits == 4 else "--no-load_in_4bit", *shlex.split(options.flags)]
-        name, log = folder / str(index), open(folder / f"{index}.log", "w")
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)] if gpus > 1 else []
         steps = options.steps or (60 if count_bytes(model) < 10e9 else 25)
-        command = [sys.executable, *launcher, __file__, model, "--words", json.dumps(words), "--name", str(name),
-                   "--steps", str(steps)]
-        running.append((subprocess.Popen(command, stdout=log, stderr=log,
-                                         env={**os.environ, "CUDA_VISIBLE_DEVICES": place}), name))
-    while any(process.poll() is None and not name.with_suffix(".ready").exists() for process, name in running):
-        time.sleep(0.1)
+        commands.append([sys.executable, *launcher, __file__, model, "--words", json.dumps(words), "--steps",
+                         str(steps)])
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
-    for (model, bits, gpus), (process, name) in zip(jobs, running):
-        name.with_suffix(".go").touch()
-        process.wait()
-        if not name.with_suffix(".json").exists():
-            log = name.with_suffix(".log").read_text().splitlines()
-            lines = [line for line in log if re.match(r"[\w.]*Error\b", line.removeprefix("[rank0]: "))] or log[-1:]
-            print(f"{model}, {bits} bits, {gpus} GPUs failed: {' '.join(lines[:1])[:300]}", flush=True)
+    for (model, bits, gpus), facts in zip(jobs, run_in_turn(commands, spread(jobs))):
+        if isinstance(facts, str):
+            print(f"{model}, {bits} bits, {gpus} GPUs failed: {facts}", flush=True)
             continue
-        facts = json.loads(name.with_suffix(".json").read_text())
-        speed = facts["rows"] / facts["seconds"]
+        speed, milliseconds = facts["rows"] / facts["seconds"], 1000 * facts["seconds"]
         share = speed / gpus / speeds.setdefault((model, bits), speed / gpus)
-        milliseconds = 1000 * facts["seconds"]
         print(f"| {Path(model).name} | {bits} | {gpus} | {facts['rows']} | {speed:,.1f} | {milliseconds:,.0f} "
               f"| {share:.0%} | {facts['loaded']:.2f} | {facts['peak']:.2f} |", flush=True)
 
@@ -111,13 +93,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64, help="rows per GPU and step")
     parser.add_argument("--steps", type=int, help="steps of each measurement, instead of 60 or 25")
     parser.add_argument("--flags", default="", help="more flags of train_qwen3_tool_calling.py")
-    for hidden in ("--words", "--name"):
+    for hidden in ("--words", "--result"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.words:
-        measure(json.loads(options.words), Path(options.name), options.steps)
+        measure(json.loads(options.words), Path(options.result), options.steps)
     else:
-        run_in_turn(options, [(model, bits, gpus) for model in options.models for bits in options.bits
+        print_table(options, [(model, bits, gpus) for model in options.models for bits in options.bits
                               for gpus in options.gpus])
 
 

@@ -9,8 +9,9 @@ timed from its first micro-batch to its optimizer step, with the device synchron
 """
 
 import argparse
-import fcntl
 import json
+import os
+import re
 import statistics
 import subprocess
 import sys
@@ -130,6 +131,40 @@ def time_steps(trainer, warm_up: int) -> dict:
             "peak": torch.cuda.max_memory_reserved() / 2**30 if cuda else 0.0, "steps": len(timed)}
 
 
+def wait_for_turn(result: Path) -> None:
+    """Say that this process has loaded, and wait until it may be timed; in a process that run_in_turn started."""
+    if script.is_main():
+        result.with_suffix(".ready").touch()
+    while not result.with_suffix(".go").exists():  # no collective: that would keep a GPU busy
+        time.sleep(0.05)
+
+
+def run_in_turn(commands: list[list[str]], places: list[str] | None = None):
+    """Start commands side by side, and let one at a time go on when all have loaded; yield what each one wrote.
+
+    Each is started with `--result FILE`, and on the GPUs of its place. One that fails is yielded as its error, a text.
+    """
+    folder, running = Path(tempfile.mkdtemp()), []
+    for index, command in enumerate(commands):
+        result = folder / f"{index}.json"
+        place = {"CUDA_VISIBLE_DEVICES": places[index]} if places else {}
+        with open(result.with_suffix(".log"), "w") as log:
+            process = subprocess.Popen([*command, "--result", str(result)], stdout=log, stderr=log,
+                                       env={**os.environ, **place})
+        running.append((process, result))
+    while any(process.poll() is None and not result.with_suffix(".ready").exists() for process, result in running):
+        time.sleep(0.1)
+    for process, result in running:
+        result.with_suffix(".go").touch()
+        process.wait()
+        if result.is_file():
+            yield json.loads(result.read_text())
+            continue
+        lines = [line.removeprefix("[rank0]: ") for line in result.with_suffix(".log").read_text().splitlines()]
+        errors = [line for line in lines if re.match(r"[\w.]*Error\b", line)]
+        yield (errors or lines[-1:] or ["no error"])[0][:300]
+
+
 def run_recipe(options, engine: str, kind: str, flags: list[str], batch_size: int, accumulation: int,
                tools: int | None = None) -> dict:
     """Load, wait for the device to be free, train and time one recipe in this process."""
@@ -146,19 +181,17 @@ def run_recipe(options, engine: str, kind: str, flags: list[str], batch_size: in
     args.num_epochs = -(-args.max_steps * batch_size * accumulation // len(train))
     plan = script.plan_streams(train, args, engine)
     model = script.load_model(args, engine, plan)
-    Path(options.result).with_suffix(".ready").touch()
-    with open(options.lock, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if kind != SHARED:
-            trainer = make_stock_trainer(args, model, tokenizer, train, packing=kind == PACKED)
-            return time_steps(trainer, options.warm_up)
-        trainer = script.build_trainer(args, engine, model, tokenizer, train, [], plan)
-        start = time.perf_counter()
-        if plan.share_prefix and not script.check_sharing(args, trainer.model, train, plan, engine):
-            raise RuntimeError("sharing is switched off")
-        checked = time.perf_counter() - start
-        result = time_steps(trainer, options.warm_up)
-        return {**result, "first_step": result["first_step"] + checked}
+    wait_for_turn(Path(options.result))
+    if kind != SHARED:
+        trainer = make_stock_trainer(args, model, tokenizer, train, packing=kind == PACKED)
+        return time_steps(trainer, options.warm_up)
+    trainer = script.build_trainer(args, engine, model, tokenizer, train, [], plan)
+    start = time.perf_counter()
+    if plan.share_prefix and not script.check_sharing(args, trainer.model, train, plan, engine):
+        raise RuntimeError("sharing is switched off")
+    checked = time.perf_counter() - start
+    result = time_steps(trainer, options.warm_up)
+    return {**result, "first_step": result["first_step"] + checked}
 
 
 def time_answers(options, rows: int = 150, tokens: int = 64) -> None:
@@ -181,26 +214,16 @@ def time_answers(options, rows: int = 150, tokens: int = 64) -> None:
 
 def run_all(options, jobs: dict[str, list]) -> dict[str, dict]:
     """Run each job in its own process; return the results of those that succeeded."""
-    processes, results, lock = {}, {}, open(options.lock, "w")
-    fcntl.flock(lock, fcntl.LOCK_EX)  # nobody is timed while others still load
-    for name, job in jobs.items():
-        output = Path(options.folder) / f"{len(processes)}.json"
-        command = [sys.executable, __file__, "--job", json.dumps(job), "--result", str(output), "--lock", options.lock,
-                   "--model_id", options.model_id, "--dataset_path", options.dataset_path, "--warm_up",
-                   str(options.warm_up), "--steps", str(options.steps), "--tools_path", options.tools_path]
-        log = open(output.with_suffix(".log"), "w")
-        processes[name] = (subprocess.Popen(command, stdout=log, stderr=log), output)
-    while any(p.poll() is None and not out.with_suffix(".ready").exists() for p, out in processes.values()):
-        time.sleep(0.2)
-    fcntl.flock(lock, fcntl.LOCK_UN)
-    for name, (process, output) in processes.items():
-        process.wait()
-        if output.is_file():
-            results[name] = json.loads(output.read_text())
-            print(f"{name}: {results[name]['samples_per_second']:.1f} samples/s", file=sys.stderr, flush=True)
-        else:
-            lines = output.with_suffix(".log").read_text().strip().splitlines() or [""]
-            print(f"{name}: failed: {lines[-1][:300]}", file=sys.stderr)
+    results = {}
+    commands = [[sys.executable, __file__, "--job", json.dumps(job), "--model_id", options.model_id, "--dataset_path",
+                 options.dataset_path, "--tools_path", options.tools_path, "--warm_up", str(options.warm_up), "--steps",
+                 str(options.steps)] for job in jobs.values()]
+    for name, result in zip(jobs, run_in_turn(commands)):
+        if isinstance(result, str):
+            print(f"{name}: failed: {result}", file=sys.stderr)
+            continue
+        results[name] = result
+        print(f"{name}: {result['samples_per_second']:.1f} samples/s", file=sys.stderr, flush=True)
     return results
 
 
@@ -240,7 +263,7 @@ def main() -> None:
     parser.add_argument("--only", help="comma-separated names of recipes")
     parser.add_argument("--warm_up", type=int, default=10)
     parser.add_argument("--steps", type=int, default=20)
-    for hidden in ("--job", "--result", "--lock"):
+    for hidden in ("--job", "--result"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:
@@ -256,8 +279,6 @@ def main() -> None:
         jobs |= {name: [name, "unsloth", SHARED, FOUR_BIT, rows, 1, tools] for name, (tools, rows) in GROWTH.items()}
     if options.only:
         jobs = {name: job for name, job in jobs.items() if name in options.only.split(",")}
-    options.folder = tempfile.mkdtemp()
-    options.lock = str(Path(options.folder) / "lock")
     start = time.perf_counter()
     results = run_all(options, jobs)
     print_tables(options, jobs, results)

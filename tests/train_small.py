@@ -55,7 +55,7 @@ def live(folder: Path, flags: list[str]) -> None:
     script.start_engine(args)
     plan = script.plan_streams(train, args, "transformers")
     model = script.load_model(args, "transformers", plan)
-    held = sum(getattr(weight, "to_local", lambda: weight)().numel() for weight in model.parameters())
+    held = sum(script.held_part(weight).numel() for weight in model.parameters())
     print(f"holds {held / sum(weight.numel() for weight in model.parameters()):.2f} of the weights")
     trainer = script.build_trainer(args, "transformers", model, script.load_tokenizer(args.model_id), train, held_out,
                                    plan)
