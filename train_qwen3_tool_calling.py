@@ -11,6 +11,7 @@ before torch is imported, so a mistake costs a second and not an hour.
 from __future__ import annotations
 
 import argparse
+import atexit
 import ast
 import contextlib
 import difflib
@@ -39,7 +40,7 @@ from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 # ---------------------------------------------------------------------------------------------------------------
 # 0  Defaults: edit these for a new dataset; every one is also a flag
@@ -66,7 +67,7 @@ SEED = 3407
 
 LORA_RANK = 16
 LORA_ALPHA = 16  # alpha / rank = 1: the adapter's output is not scaled
-LORA_DROPOUT = 0.0  # 0 lets Unsloth use its fused kernels
+LORA_DROPOUT = 0.0  # 0 lets steps be recorded as CUDA graphs
 TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 EVAL_SAMPLES = 200  # held-out rows answered by the base, the adapter and the merged model: +-3 of 100 at 95 %
@@ -91,12 +92,12 @@ FORMAT_NAMES = ("native", "swift", "mobile-actions", "openai", "hermes", "toolac
                 "xlam", "glaive", "alpaca")  # see FORMATS in section 3
 WRITTEN_BY = "# written by train_qwen3_tool_calling.py\n"  # first line of run.yaml: marks a folder as ours to replace
 MANIFEST = "manifest.json"  # in each checkpoint: size and SHA-256 of its files
-LOCK = ".lock"  # in --output_dir: held while a run lasts
+LOCK = ".lock"  # in --output_dir, and for --final_model_dir among the temporary files: held while a run lasts
 SMALL_FILES = 2**24  # bytes of tokenizer, settings and state that are saved beside weights
 CONVERTED_GGUF = ("f32", "f16", "bf16", "q8_0")  # what llama.cpp's converter writes by itself
 GGUF_NAMES = (*CONVERTED_GGUF, "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0",
               "q3_k_l", "q3_k_m", "q3_k_s", "q2_k")  # of the others, those that need no importance matrix
-VLLM_PARSERS = {"llama": "llama3_json", "mistral": "mistral"}  # model_type: its --tool-call-parser; hermes if not here
+COMPILED = "unsloth_compiled"  # in --output_dir: what Unsloth generates when it is imported
 # Settings that a resumed run must share with the one it goes on from.
 AGREED = ("model_id", "load_in_4bit", "lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "target_modules",
           "thinking", "share_prefix", "learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio",
@@ -286,9 +287,10 @@ def number(kind, low, high=math.inf, low_open=False):
 
 def gguf_names(text: str) -> str:
     """Return names of GGUF quantisations, separated by commas, in lower case; as an argparse type."""
-    if unknown := [name for name in text.lower().split(",") if name not in GGUF_NAMES]:
+    names = [name.strip() for name in text.lower().split(",")]
+    if unknown := [name for name in names if name not in GGUF_NAMES]:
         raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; expected any of {', '.join(GGUF_NAMES)}")
-    return text.lower()
+    return ",".join(names)
 
 
 def suggest(name: str, known) -> str:
@@ -427,7 +429,7 @@ def build_parser() -> Parser:
     train = parser.add_argument_group("training")
     add = train.add_argument
     add("--num_epochs", type=count, default=NUM_EPOCHS, metavar="N", help="passes over the data")
-    add("--max_steps", type=count, metavar="N", help="stop after N optimizer steps (default: all)")
+    add("--max_steps", type=count, metavar="N", help="train N optimizer steps, not --num_epochs")
     add("--batch_size", type=count, default=BATCH_SIZE, metavar="N", help="sequences per device and micro-batch")
     add("--gradient_accumulation_steps", type=count, default=GRADIENT_ACCUMULATION_STEPS, metavar="N",
         help="micro-batches per optimizer step")
@@ -451,7 +453,7 @@ def build_parser() -> Parser:
         help="record the step and replay it with a few launches (Unsloth)")
     add("--fsdp", action=argparse.BooleanOptionalAction, default=False,
         help="split the weights over all GPUs (FSDP2), for models too large for one")
-    add("--seed", type=number(int, 0), default=SEED, help="seed of everything random")
+    add("--seed", type=number(int, 0, 2**32), default=SEED, help="seed of everything random")
     add("--logging_steps", type=count, default=1, metavar="N", help="steps from one loss to the next")
     add("--save_steps", type=count, metavar="N", help="steps from one checkpoint to the next (default: an epoch)")
     add("--save_total_limit", type=count, metavar="N",
@@ -510,6 +512,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.dry_run = bool(args.dry_run)
     if args.eval_only and (args.dry_run or args.show_row):
         parser.error("--eval_only trains nothing: leave out --dry_run and --show_row")
+    if args.dry_run and args.resume_from_checkpoint:
+        parser.error("--dry_run shows a run from its start: leave out --resume_from_checkpoint")
     if not args.lora_rank:
         if args.load_in_4bit or args.engine == "unsloth" or args.save_method == "lora":
             parser.error("--lora_rank 0 trains the 16-bit weights themselves, with Transformers: leave out "
@@ -532,9 +536,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.metric_for_best = "exact_match"
     if args.metric_for_best:  # a checkpoint to keep must have been scored
         args.save_steps = args.save_steps or args.eval_steps
-        if bool(args.save_steps) != bool(args.eval_steps) or (args.save_steps or 1) % (args.eval_steps or 1):
-            parser.error("--metric_for_best keeps a checkpoint by its score: "
-                         "--save_steps must be a multiple of --eval_steps")
+        if args.save_steps != args.eval_steps:
+            parser.error("--metric_for_best keeps a checkpoint by its score: --save_steps must be --eval_steps")
     return args
 
 
@@ -842,7 +845,8 @@ OUTSIDE = re.compile(QUOTED + "|.", re.DOTALL)  # a quoted text, or one characte
 WORDS = re.compile(QUOTED + r"|\b(?:true|false|null)\b", re.DOTALL)  # JSON's words; and quotes, which may hold them
 PYTHON_WORDS = {"true": "True", "false": "False", "null": "None"}
 BRACKET_CALLS = re.compile(r"\s*\[[^\[\](){}]+\(.*\)\s*\]\s*", re.DOTALL)  # [Name(x=1), Other()]
-TOOL_LIST = re.compile(r'\[\s*\{.*"name"', re.DOTALL)
+TOOL_LIST = re.compile(r'\[\s*\{.*"(?:parameters|function)"', re.DOTALL)
+BROKEN_TOOL = re.compile(r"""\{\s*["'](?:name|type|function)["']\s*:.*""", re.DOTALL)
 GLAIVE_TURN = re.compile(r"(?:^|\n)\s*(USER|ASSISTANT|FUNCTION RESPONSE):")
 GLAIVE_ROLES = {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool"}
 GLAIVE_BOILERPLATE = re.compile(r"You are a helpful assistant with access to the following functions\. "
@@ -897,8 +901,11 @@ def parse_literal(text: str, what: str):
     except ValueError:
         pass
     try:
-        value = ast.literal_eval(parse_python(WORDS.sub(lambda word: PYTHON_WORDS.get(word[0], word[0]), text)))
-        return json.loads(json.dumps(value, allow_nan=False))
+        tree = parse_python(WORDS.sub(lambda word: PYTHON_WORDS.get(word[0], word[0]), text))
+        objects = [node for node in ast.walk(tree) if isinstance(node, ast.Dict)]
+        if any(len({*map(ast.dump, node.keys)}) < len(node.keys) for node in objects):
+            raise ValueError("a key stands twice")
+        return json.loads(json.dumps(ast.literal_eval(tree), allow_nan=False))
     except (ValueError, TypeError, MemoryError):
         raise ValueError(f"{what} neither JSON nor a Python literal: {shorten(text)}") from None
 
@@ -924,7 +931,7 @@ def to_union(parts: list[dict]) -> dict:
     """Return the schema of a value that fits one of these schemas."""
     parts = [one for part in parts for one in (part["anyOf"] if part.keys() == {"anyOf"} else [part])]
     if all(part.keys() == {"type"} for part in parts):
-        return {"type": [name for part in parts for name in as_list(part["type"])]}
+        return {"type": [*dict.fromkeys(name for part in parts for name in as_list(part["type"]))]}
     return {"anyOf": parts}
 
 
@@ -977,7 +984,8 @@ def replace_type(schema: dict, changes: Counter) -> dict:
     if isinstance(old, str):
         new = parse_type(old)
     elif isinstance(old, list):  # ["STRING", "null"]
-        new = {"type": [TYPES.get(name.lower(), name) if isinstance(name, str) else name for name in old]}
+        names = [TYPES.get(name.lower(), name) if isinstance(name, str) else name for name in old]
+        new = {"type": [name for index, name in enumerate(names) if name not in names[:index]]}
     if new is None or new == {"type": old}:
         return schema
     kind = new.get("type", "any of several" if new else "any")
@@ -1092,12 +1100,21 @@ def find_tools(text: str) -> tuple[list[dict], str]:
             value, stop = read_value(text, mark.start())
         except ValueError:
             continue
-        if value and all(isinstance(tool, dict) and tool.keys() & {"name", "function"} for tool in as_list(value)):
+        if value and all(isinstance(tool, dict) and ("function" in tool or "name" in tool and tool.keys() & {
+                "parameters", "description"}) for tool in as_list(value)):
             if isinstance(value, list):
                 return value, text[: mark.start()] + text[stop:]
             found.append(value)
             rest, end = rest + text[end : mark.start()], stop
     return found, rest + text[end:]
+
+
+def take_tools(text: str) -> tuple[list[dict], str]:
+    """Return what find_tools does; ValueError if beside the tools there is one that cannot be read."""
+    found, rest = find_tools(text)
+    if found and (broken := BROKEN_TOOL.search(rest)):
+        raise ValueError(f"a tool beside others is not JSON: {shorten(broken[0])}")
+    return found, rest
 
 
 # Messages --------------------------------------------------------------------------------------------------------
@@ -1142,6 +1159,8 @@ def split_thought(message: dict, content: object) -> tuple[str, object]:
 
 def take_calls(message: dict, role: str, content: object) -> list[dict]:
     """Return the calls of a message, in the OpenAI shape, from `tool_calls`, `function_call` or a turn of calls."""
+    if message.get("tool_calls") and message.get("function_call"):
+        raise ValueError("a message holds tool_calls and function_call; expected one of them")
     calls = message.get("tool_calls") or ([message["function_call"]] if message.get("function_call") else [])
     if role == "calls":
         calls = as_list(parse_literal(content, "a turn of calls is") if isinstance(content, str) else content)
@@ -1199,11 +1218,17 @@ def read_turns(row: dict) -> list[dict]:
 def convert_native(row: dict) -> tuple[list[dict], object]:
     """{"input": "...", "output": {"function_call": {...} | "function_calls": [...], "content": "..."}}"""
     output = take(row, "output", dict)
-    if not output.keys() & {"function_call", "function_calls", "content"}:
+    keys = ("function_call", "function_calls", "tool_calls")
+    if not output.keys() & {*keys, "content"}:
         raise ValueError('"output" must hold function_call, function_calls or content, got ' + shorten(output))
-    calls = output.get("function_calls", [output["function_call"]] if output.get("function_call") else [])
+    given = [key for key in keys if output.get(key)]
+    if len(given) > 1:
+        raise ValueError(f'"output" holds {given[0]} and {given[1]}; expected one of them')
+    calls = output[given[0]] if given else []
+    if given == ["function_call"]:
+        calls = [calls]
     if not isinstance(calls, list):
-        raise ValueError("function_calls must be a list, got " + shorten(calls))
+        raise ValueError(f"{given[0]} must be a list, got " + shorten(calls))
     answer = {**output, "role": "assistant", "tool_calls": calls, "function_call": None}
     request = {"role": "user", "content": row.get("input")}
     return [*read_system(row), request, answer], row.get("tools")
@@ -1212,7 +1237,7 @@ def convert_native(row: dict) -> tuple[list[dict], object]:
 def convert_openai(row: dict) -> tuple[list[dict], object]:
     """{"messages": [{"role": "...", "content": "...", "tool_calls": [...]}, ...], "tools": [...]}"""
     tools = row.get("tools")
-    return take(row, "messages", list), row.get("functions") if tools is None else tools
+    return read_system(row) + take(row, "messages", list), row.get("functions") if tools is None else tools
 
 
 def split_hermes_system(text: str) -> tuple[list | None, str]:
@@ -1220,7 +1245,9 @@ def split_hermes_system(text: str) -> tuple[list | None, str]:
     tools = None
     for block in re.findall(r"<tools>(.*?)</tools>", text, re.DOTALL):
         if block.strip():
-            found = find_tools(block)[0] or parse_literal(block, "the text inside <tools> is")
+            found, rest = find_tools(block)
+            if rest.strip(" \n\t\r,"):  # not all of it is JSON
+                found = parse_literal(block, "the text inside <tools> is")
             tools = [*(tools or []), *as_list(found)]
     tags = [*re.finditer(r"</?(?:tools|tool_call)>", text)]
     if not tags:
@@ -1239,7 +1266,10 @@ def split_hermes_turn(turn: dict) -> list[dict]:
         calls = [call for block in blocks for call in as_list(parse_literal(block, "the text inside <tool_call> is"))]
         if blocks:
             content = re.sub(r"\s*<tool_call>.*?</tool_call>\s*", "\n", content, flags=re.DOTALL).strip()
-        return [{**turn, "content": content, "reasoning_content": thought, "tool_calls": calls}]
+        if calls and turn.get("tool_calls"):
+            raise ValueError("a turn holds tool_calls and <tool_call>; expected one of them")
+        return [{**turn, "content": content, "reasoning_content": thought,
+                 "tool_calls": calls or turn.get("tool_calls") or []}]
     if role == "tool" and isinstance(content, str):
         replies = re.findall(r"<tool_response>(.*?)</tool_response>", content, re.DOTALL)
         around = re.sub(r"<tool_response>.*?</tool_response>", "", content, flags=re.DOTALL)
@@ -1270,7 +1300,7 @@ def convert_xlam(row: dict) -> tuple[list[dict], object]:
     if not isinstance(answers, list):
         raise ValueError('"answers" must be a list of calls, got ' + shorten(answers))
     turns = [{"role": "user", "content": take(row, "query", str)}, {"role": "assistant", "tool_calls": answers}]
-    return turns, row.get("tools")
+    return read_system(row) + turns, row.get("tools")
 
 
 def parse_glaive_call(text: str) -> object:
@@ -1282,9 +1312,10 @@ def parse_glaive_call(text: str) -> object:
 
 
 def convert_glaive(row: dict) -> tuple[list[dict], object]:
-    """{"system": "SYSTEM: ... -\\n{...}\\n{...}", "chat": "USER: ... ASSISTANT: <functioncall> {...} <|endoftext|>"}"""
+    """{"system": "SYSTEM: ... -\\n{...}\\n{...}",
+    "chat": "USER: ...\\n\\n\\nASSISTANT: <functioncall> {...} <|endoftext|>"}"""
     system = take(row, "system", str) if row.get("system") is not None else ""
-    tools, system = find_tools(system.strip().removeprefix("SYSTEM:"))
+    tools, system = take_tools(system.strip().removeprefix("SYSTEM:"))
     system = GLAIVE_BOILERPLATE.sub("", system).strip() if tools else system.strip()
     start, *parts = GLAIVE_TURN.split(take(row, "chat", str))
     if start.strip():
@@ -1322,7 +1353,7 @@ def convert_toolace(row: dict) -> tuple[list[dict], object]:
     turns, tools = [], row.get("tools")
     for turn in read_turns(row):
         role, content = turn["role"], turn["content"]
-        if role == "system" and isinstance(content, str) and (found := find_tools(content)[0]):
+        if role == "system" and isinstance(content, str) and (found := take_tools(content)[0]):
             tools = found if tools is None else tools  # the text around them explains the bracket syntax: dropped
             continue
         if role in ("assistant", "gpt") and isinstance(content, str) and BRACKET_CALLS.fullmatch(content):
@@ -1373,7 +1404,7 @@ def is_toolace(row: dict) -> bool:
 
 def is_sharegpt_tools(row: dict) -> bool:
     """Return whether the conversation has tools beside it, or calls or replies as turns."""
-    return "conversations" in row and ("tools" in row or any(
+    return "conversations" in row and (row.get("tools") is not None or any(
         ROLES.get(role, role) in ("calls", "tool") for role, _ in peek(row, "conversations")))
 
 
@@ -1534,7 +1565,9 @@ def describe(error) -> str:
     if error.validator == "required":
         return f"{path}.{error.message.rsplit(' is a required', 1)[0][1:-1]} is missing"
     if error.validator == "additionalProperties" and error.validator_value is False:
-        unknown = [name for name in error.instance if name not in error.schema.get("properties", {})]
+        named, patterns = error.schema.get("properties", {}), error.schema.get("patternProperties", {})
+        unknown = [name for name in error.instance if name not in named
+                   and not any(re.search(pattern, name) for pattern in patterns)]
         return f"{path}.{unknown[0]} is not an argument of this tool"
     return f"{path}: {error.message if len(error.message) < 200 else f'{error.validator} is not met'}"
 
@@ -1656,11 +1689,7 @@ def read_tools(path: str) -> tuple[list[dict], Counter]:
         raise UserError(f'{path}: expected a JSON array of tools, [{{"type": "function", "function": {{...}}}}, ...]')
     pairs = list(read_array(path, text))
     tools, changes = to_tools([tool for _, tool in pairs])
-    try:
-        problems = check_tools(tools)[1]
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
-    located = [(pairs[int(re.match(r"tool (\d+)", problem)[1]) - 1][0], problem) for problem in problems]
+    located = [(pairs[int(re.match(r"tool (\d+)", problem)[1]) - 1][0], problem) for problem in check_tools(tools)[1]]
     report_problems(located, "error", len(tools), "tool")
     return tools, changes
 
@@ -1674,6 +1703,8 @@ def to_examples(rows, tools_path: str,
             found_format, messages, tools = convert(row, name)
             key = json.dumps(tools)
             if key not in checked:  # most rows share their tools: convert and check each list once
+                if tools is None and not Path(tools_path).exists():
+                    raise UserError(f"{where}: has no tools of its own, and --tools_path {tools_path} is not there")
                 tools, changed = read_tools(tools_path) if tools is None else to_tools(tools)
                 checked[key] = tools, *check_tools(tools)
                 changes += changed
@@ -2072,11 +2103,6 @@ def order_rows(plan: Plan, seed: int, epoch: int) -> list[int]:
     return [row for rows in pieces for row in rows]
 
 
-def first_rows(train: list[Sequence], args: argparse.Namespace, plan: Plan, count: int) -> list[Sequence]:
-    """Return the rows that the run will compute first."""
-    return [train[i] for i in order_rows(plan, args.seed, epoch=0)[:count]]
-
-
 def cut_streams(plan: Plan, args: argparse.Namespace, epoch: int) -> list[list[int]]:
     """Return the rows of each stream of one epoch, step by step; within a step the devices take turns.
 
@@ -2114,9 +2140,14 @@ def measure_batches(sequences: list[Sequence], plan: Plan, batches: list[list[in
     return [next((length for length in plan.lengths if length >= size), size) for size in sizes]
 
 
+def count_epochs(args: argparse.Namespace, sequences: list[Sequence]) -> int:
+    """Return how many epochs a run begins: --max_steps goes before --num_epochs."""
+    return math.ceil(args.max_steps / count_steps(args, sequences)[1]) if args.max_steps else args.num_epochs
+
+
 def measure_run(sequences: list[Sequence], plan: Plan, args: argparse.Namespace) -> list[int]:
     """Return how many tokens are computed for each stream of all epochs of a run."""
-    return [size for epoch in range(args.num_epochs)
+    return [size for epoch in range(count_epochs(args, sequences))
             for size in measure_batches(sequences, plan, cut_streams(plan, args, epoch))]
 
 
@@ -2169,8 +2200,9 @@ def divide_plan(plan: Plan, size: int, sequences: list[Sequence], args: argparse
     """
     if not plan.lengths:
         return plan._replace(rows=size)
-    sizes = [count_tokens(part) for epoch in range(args.num_epochs) for stream in cut_streams(plan, args, epoch)
-             if stream for part in split_rows([sequences[i] for i in stream], size)]
+    sizes = [count_tokens(part) for epoch in range(count_epochs(args, sequences))
+             for stream in cut_streams(plan, args, epoch) if stream
+             for part in split_rows([sequences[i] for i in stream], size)]
     return plan._replace(rows=size, lengths=choose_lengths(sizes))
 
 
@@ -2201,6 +2233,9 @@ def start_engine(args: argparse.Namespace) -> str:
     import torch
 
     if torch.cuda.is_available():
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if here > gpus:
+            raise UserError(f"{here} processes for {plural(gpus, 'GPU')}; expected --nproc_per_node {gpus}")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     engine = args.engine if args.engine != "auto" else "unsloth" if torch.cuda.is_available() else "transformers"
     if engine == "unsloth":
@@ -2210,7 +2245,7 @@ def start_engine(args: argparse.Namespace) -> str:
         if late and "unsloth" not in sys.modules:
             raise RuntimeError(f"Unsloth must be imported before {', '.join(late)}: it patches them")
         # Its generated trainers belong with the run, not into the folder the user happens to stand in.
-        os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path(args.output_dir).resolve() / "unsloth_compiled"))
+        os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path(args.output_dir).resolve() / COMPILED))
         if args.share_prefix:
             os.environ.setdefault("UNSLOTH_BLOCK_COMPILE", "0")  # compiled blocks serve padded batches, for ten seconds
             os.environ.setdefault("UNSLOTH_LOGPROB_CHUNK_GB", "0.0625")  # scratch for logits and for cuBLAS: with
@@ -2873,6 +2908,9 @@ def compare_sharing(model, rows: list[Sequence], lengths: tuple[int, ...], engin
 
     was_training = model.training
     model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):  # each way would draw masks of its own
+            module.eval()
     shared = compute_gradient(model, [build_stream(rows, lengths)], engine)
     single = compute_gradient(model, [build_padded(rows[i : i + 2]) for i in range(0, len(rows), 2)], engine)
     gradient = relative_difference(shared[1], single[1])
@@ -2890,7 +2928,7 @@ def check_sharing(args: argparse.Namespace, model, train: list[Sequence], plan: 
     from accelerate.utils import broadcast_object_list
 
     start = time.perf_counter()
-    rows, lengths = first_rows(train, args, plan, CHECKED_ROWS), plan.lengths
+    rows, lengths = [train[i] for i in order_rows(plan, args.seed, epoch=0)[:CHECKED_ROWS]], plan.lengths
     while True:
         try:
             loss, gradient, limit = compare_sharing(model, rows, lengths, engine)
@@ -3002,7 +3040,7 @@ def build_stopper():
         number, noted, group = None, 0.0, None
 
         def note(self, number, frame):
-            # torchrun hands on the Ctrl-C that its processes have got themselves: that is one signal, not two.
+            # What signals all processes may reach one directly and by torchrun: that is one signal, not two.
             if self.number and (count_devices() == 1 or time.monotonic() > self.noted + 2):
                 raise Interrupted(number)
             if not self.number and is_main():
@@ -3110,6 +3148,8 @@ def to_sft_config(args: argparse.Namespace, plan: Plan, evaluate: bool):
         dataset_kwargs={"skip_prepare_dataset": True})
     if not cuda:
         config.__dict__["_setup_devices"] = torch.device("cpu")  # of several "cpu:0", which torch cannot load to
+    else:
+        config._n_gpu = 1  # of several visible GPUs a process uses its own
     return config
 
 
@@ -3168,7 +3208,8 @@ class StreamTrainer:
         import torch
 
         rows = [self.arrays[index] for index in inputs.pop("rows")]
-        before = [(part, part.grad.clone()) for part in model.parameters() if self.step_rows and part.grad is not None]
+        again = self.step_rows and self.accelerator.num_processes == 1  # several cannot go on in smaller streams
+        before = [(part, part.grad.clone()) for part in model.parameters() if again and part.grad is not None]
         loss = None
         while loss is None:
             whole, losses = self.streams is self.plan, []
@@ -3629,15 +3670,29 @@ def check_folder(path: str, flag: str) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{flag} {path}: is a file; expected a folder")
     ours = marker.is_file() and marker.read_text(encoding="utf-8", errors="replace").startswith(WRITTEN_BY)
-    if folder.is_dir() and any(file.name != LOCK for file in folder.iterdir()) and not ours:
+    early = {LOCK, COMPILED}  # there also of a run that ended before it trained
+    if folder.is_dir() and any(file.name not in early for file in folder.iterdir()) and not ours:
         raise UserError(f"{flag} {path}: holds files that this script did not write; choose another folder or empty it")
 
 
-def lock_output(folder: str):
-    """Return the locked file in the output folder, to be kept until the run ends; a folder in use is a UserError.
+def check_final(args: argparse.Namespace) -> None:
+    """Refuse a final folder that cannot be replaced as a whole, or would take with it what the run still needs."""
+    final = Path(args.final_model_dir)
+    for flag in ("output_dir", "model_id", "merge_model_id"):
+        kept = getattr(args, flag)
+        is_path = flag == "output_dir" or kept and Path(kept).exists()  # not a name on the Hub
+        if is_path and Path(kept).resolve().is_relative_to(final.resolve()):
+            raise UserError(f"--final_model_dir {final}: is replaced as a whole, and --{flag} {kept} is in it; choose "
+                            "another folder")
+    if not final.name or final.is_mount() or not os.access(find_existing(final.parent), os.W_OK):
+        raise UserError(f"--final_model_dir {final}: cannot be written and renamed there; choose another folder")
+
+
+def lock_folder(folder: str, flag: str = "--output_dir"):
+    """Return the locked file for a folder of that flag, to be kept until the run ends; one in use is a UserError.
 
     The lock dies with the process that holds it. Where there are no such locks, as on Windows, the run does without.
-    Of several processes only the one that writes locks.
+    Of several processes only the one that writes locks. The final folder is replaced as a whole: its lock lies outside.
     """
     if not is_main():
         return None
@@ -3645,16 +3700,18 @@ def lock_output(folder: str):
         import fcntl
     except ImportError:
         return None
+    outside = Path(tempfile.gettempdir()) / f"qwen3-{digest(str(Path(folder).resolve()))[:16]}{LOCK}"
+    path = Path(folder) / LOCK if flag == "--output_dir" else outside
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        file = open(Path(folder) / LOCK, "a+", encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--output_dir {folder}: cannot be written: {error.strerror}; choose another folder") from None
+        raise UserError(f"{flag} {folder}: cannot be written: {error.strerror}; choose another folder") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        raise UserError(f"--output_dir {folder}: in use by another run (process {file.read().strip() or 'unknown'}); "
+        raise UserError(f"{flag} {folder}: in use by another run (process {file.read().strip() or 'unknown'}); "
                         "wait for its end or choose another folder") from None
     except OSError:  # a file system without locks
         pass
@@ -4242,13 +4299,12 @@ def push_folder(repo: str, folder: str) -> str:
                         f"hf upload {repo} {shlex.quote(folder)} . --private --exclude run.yaml") from None
 
 
-def to_vllm_command(config, model: str, thinks: bool) -> str:
+def to_vllm_command(config, model: str, parser: str, thinks: bool) -> str:
     """Return the command by which vLLM serves a model with tools, on the prompts that it was trained on.
 
     A model that was never trained to think gets no reasoning parser: it would take an answer for a thought.
     """
-    command = (f"vllm serve {model} --enable-auto-tool-choice --tool-call-parser "
-               f"{VLLM_PARSERS.get(config.model_type, 'hermes')}")
+    command = f"vllm serve {model} --enable-auto-tool-choice --tool-call-parser {parser}"
     if not config.model_type.startswith("qwen3"):
         return command
     return command + (" --reasoning-parser qwen3" if thinks else
@@ -4265,16 +4321,22 @@ def score_results(sequences: list[Sequence], results: dict) -> tuple[dict, dict]
     return {name: count_scores(of_model) for name, of_model in verdicts.items()}, verdicts
 
 
+def cut_text(text: str, limit: int = 200) -> str:
+    """Return a text on one line, cut to `limit` characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
 def show_answers(sequences: list[Sequence], answers: dict[str, list[str]]) -> None:
     """Print request, expected answer, and the answer of the first and of the last model."""
     first, *_, last = answers if len(answers) > 1 else ["", *answers]
     for index, sequence in enumerate(sequences):
         print(f"\n{sequence.where}  {sequence.request}")
-        print(f"  {'expected':<9}{' '.join(sequence.answer.split())[:200]}")
+        print(f"  {'expected':<9}{cut_text(sequence.answer)}")
         for label, name in (("before", first), ("after", last)):
             if name:
                 exact = score_answer(answers[name][index], sequence.answer, sequence.tools, sequence.parser).exact
-                print(f"  {label:<9}{' '.join(answers[name][index].split())[:200]} {'✓' if exact else '✗'}")
+                print(f"  {label:<9}{cut_text(answers[name][index])} {'✓' if exact else '✗'}")
     print()
 
 
@@ -4299,7 +4361,7 @@ def to_report(args, command, sequences, results, scores, verdicts, data, lengths
     labels, counts = count_confusion(verdicts[last])
     before, got = results[next(iter(results))]["answers"], results[last]["answers"]
     failures = [{"where": sequence.where, "request": sequence.request, "expected": sequence.answer,
-                 "got": got[index], "before": before[index]}
+                 "got": got[index], **({"before": before[index]} if len(results) > 1 else {})}
                 for index, sequence in enumerate(sequences) if not verdicts[last][index].exact]
     data = {"path": " ".join(args.dataset_path), "rows": data["train"] + data["held_out"], **data}
     if lengths:
@@ -4355,6 +4417,7 @@ REPORT_TEMPLATE = """<!doctype html>
 <span class="{{ line.kind }}">{{ line.name }} {{ line.last }}</span>{% endfor %}</figcaption></figure>{% endmacro %}
 {% macro bar(score, kind) %}<div class="bar {{ kind }}"><i style="--exact:{{ score.exact | share }};
 --tool:{{ score.tool | share }}"></i><span>{{ score.exact | percent }}</span></div>{% endmacro %}
+{% set tested = "training" if data and not data.held_out else "held-out" %}
 {% set fell = scores and scores[last].exact_match < scores[first].exact_match %}
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
@@ -4420,10 +4483,10 @@ dl, dd { margin:0 } .facts { display:grid; grid-template-columns:repeat(auto-fil
 <span class="{{ "fell" if fell else "after" }}">{{ scores[last].exact_match | percent }}</span> of calls exact
 {% else %}{{ headline }}{% endif %}</h1>
 {% if data %}<p class="lead">{{ args.model_id }}{% if train %}, trained on {{ data.train | number }} rows{% endif %}
-{% if scores %}, measured on {{ scores[last].n | number }} held-out rows{% endif %} of {{ data.path }}
+{% if scores %}, measured on {{ scores[last].n | number }} {{ tested }} rows{% endif %} of {{ data.path }}
 {%- if device %}, on {{ device }}{% endif %}{% if finished %}, <span>{{ finished }}</span>{% endif %}.</p>{% endif %}
 {% if fell %}<p class="bad">The {{ last }} model does worse than the {{ first }} model.</p>{% endif %}
-{% if scores %}{% call section("Scores", "On the held-out rows.") %}<table class="scores">
+{% if scores %}{% call section("Scores", "On the " ~ tested ~ " rows.") %}<table class="scores">
 <thead><tr><td></td>{% for name in scores %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead><tbody>
 {% for key, label in score_names.items() %}<tr><th scope="row">{{ label }}</th>{% for score in scores.values() %}
 <td>{{ score[key] | number if key == "broken_json" else score[key] | percent(1) }}</td>{% endfor %}</tr>
@@ -4465,7 +4528,7 @@ are not the expected ones. Underlined: only expected. Struck: only answered." or
 {% for failure in failures %}{% set expected, got = mark_difference(failure.expected, failure.got) %}
 <details><summary><span class="note">{{ failure.where }}</span> <bdi dir="auto">{{ failure.request }}</bdi></summary>
 <div class="answers"><div>expected<pre>{{ expected }}</pre></div><div>{{ last }}<pre>{{ got }}</pre></div>
-{% if failure.before %}<div>base<pre>{{ failure.before }}</pre></div>{% endif %}</div></details>
+{% if failure.before %}<div>{{ first }}<pre>{{ failure.before }}</pre></div>{% endif %}</div></details>
 {% endfor %}{% endcall %}{% endif %}
 {% for title, pairs in [("Settings", args | items), ("Versions", (versions | items | list) + [("git", git)])] if data %}
 {% call section(title) %}{{ listed("pairs", pairs) }}{% endcall %}{% endfor %}
@@ -4585,7 +4648,8 @@ def to_card(report: dict, adapter: bool, name: str, command: str) -> str:
     """Return the model card of an adapter or of a whole model: what it is, how well it calls tools, how to use it."""
     import yaml
 
-    args, data = report["args"], report["data"]
+    args, data, train = report["args"], report["data"], report["train"]
+    loss = f", loss {train['loss']:.4f}" if train["loss"] is not None else ""  # all logged before the run went on
     base, rank = hide_folders(args["model_id"].rstrip("/")), args["lora_rank"]
     how = f"LoRA of rank {rank}" if rank else "full fine-tuning"
     what = "the adapter alone" if adapter else {"merged_16bit": "16-bit weights", "merged_4bit": "4-bit weights "
@@ -4606,7 +4670,7 @@ def to_card(report: dict, adapter: bool, name: str, command: str) -> str:
 
 `{base}` taught to call tools by {how}: {what}.
 
-| | exact match | AST match | tool macro-F1 | broken JSON | held-out requests |
+| | exact match | AST match | tool macro-F1 | broken JSON | {'held-out' if data['held_out'] else 'training'} requests |
 |---|---|---|---|---|---|
 {chr(10).join(scores)}
 
@@ -4621,8 +4685,8 @@ call is right when none is made.
 
 ## Training
 
-{data['train']:,} sequences of {paths}, {data['held_out']:,} held out; {report['train']['history'][-1]['step']:,} steps,
-loss {report['train']['loss']:.4f}; {report['device']}, {report['finished']}.
+{data['train']:,} sequences of {paths}, {data['held_out']:,} held out; {train['last_step']:,} steps{loss};
+{report['device']}, {report['finished']}.
 
 ```bash
 {' '.join(words)}
@@ -4746,7 +4810,9 @@ def summarise(values: list[int]) -> dict:
 
 def audit_sizes(tokenizer, examples: list[Example], groups: list[list[Sequence]]) -> dict:
     """Return how many tokens each part of a trained turn has: tools, prompt without them, answer, and all."""
-    turns = [(count, turn) for count, group in zip(count_tool_tokens(tokenizer, examples), groups) for turn in group]
+    rendered = [(example, group) for example, group in zip(examples, groups) if group]
+    counts = count_tool_tokens(tokenizer, [example for example, _ in rendered])
+    turns = [(count, turn) for count, (_, group) in zip(counts, rendered) for turn in group]
     parts = {"tools": [count for count, _ in turns], "prompt": [turn.prompt_length - count for count, turn in turns],
              "answer": [len(turn.input_ids) - turn.prompt_length for _, turn in turns],
              "all": [len(turn.input_ids) for _, turn in turns]}
@@ -4766,12 +4832,20 @@ def list_some(found: list) -> dict:
     return {"count": len(found), "rows": found[:LISTED]}
 
 
+def drop_ids(message: dict) -> dict:
+    """Return a message without the ids of its calls, which no prompt shows."""
+    calls = [call["function"] for call in message.get("tool_calls", [])]
+    rest = {key: value for key, value in message.items() if key not in ("tool_calls", "tool_call_id")}
+    return rest | ({"tool_calls": calls} if calls else {})
+
+
 def audit_repeats(examples: list[Example], held_out: list[Example]) -> dict:
     """Return pairs of places: equal rows, equal requests with different first answers, requests on both sides."""
     rows, requests, duplicates, conflicts, both = {}, {}, [], [], [*examples, *held_out]
     for example, tools in zip(both, digest_tools(both)):
-        answer = example.messages[find_first_answer(example)]
-        earlier = rows.setdefault((tools, digest(example.messages)), example)
+        messages = [*map(drop_ids, example.messages)]
+        answer = messages[find_first_answer(example)]
+        earlier = rows.setdefault((tools, digest(messages)), example)
         if earlier is not example:
             duplicates.append((earlier.where, example.where))
         where, expected = requests.setdefault((tools, digest_prompt(example)), (example.where, answer))
@@ -4831,7 +4905,7 @@ def list_writes(args: argparse.Namespace, checkpoints: list[int]) -> dict:
     written = [output / "run.yaml", *(output / f"checkpoint-{step}" for step in checkpoints),
                *[output / "adapter"] * (args.lora_rank > 0), output / "report.json", output / "report.html",
                *[Path(args.final_model_dir)] * (args.save_method != "lora")]
-    earlier = [] if args.resume_from_checkpoint else sorted(output.glob("checkpoint-*"))
+    earlier = sorted(output.glob("checkpoint-*"))
     replaced = [path for path in written if path.exists() and path not in earlier and path.name != "run.yaml"]
     return {"written": [str(path) for path in written], "replaced": [str(path) for path in (*earlier, *replaced)]}
 
@@ -4997,11 +5071,14 @@ def to_sides(args: argparse.Namespace, examples: list[Example], held_out: list[E
     return [[sequence for example in side for sequence in sequences[id(example)]] for side in sides]
 
 
-def refuse_nothing(args: argparse.Namespace, train: list[Sequence]) -> None:
-    """Refuse a run without a training row."""
+def check_sides(args: argparse.Namespace, train: list[Sequence], held_out: list[Sequence]) -> None:
+    """Refuse a run without a training row, and one that keeps its best by scores of no row."""
     if not train:
         paths = " ".join(args.dataset_path)
         raise UserError(f"{paths}: no row is left to train on; lower --train_test_split or add rows")
+    if not held_out and args.metric_for_best:
+        raise UserError("--metric_for_best: no row is held out to choose a checkpoint by; raise --train_test_split, or "
+                        "give --eval_dataset_path")
 
 
 def render_all(args: argparse.Namespace, tokenizer, examples: list[Example], held_out: list[Example] = [],
@@ -5012,8 +5089,10 @@ def render_all(args: argparse.Namespace, tokenizer, examples: list[Example], hel
     groups, problems = render_examples(tokenizer, both, args.max_seq_length, date)
     report_problems(problems, args.on_invalid, len(both))
     train, test = to_sides(args, examples, held_out, groups)
-    refuse_nothing(args, train)
-    tokens = [len(sequence.input_ids) for sequence in train]
+    check_sides(args, train, test)
+    if not test:
+        warn("no row is held out: the scores will be those of training rows, and say nothing about new requests")
+    tokens = [len(sequence.input_ids) for sequence in (*train, *test)]
     say("render", f"{len(train):,} training and {len(test):,} held-out sequences of {sum(tokens) // len(tokens):,} "
                   f"tokens on average, {max(tokens):,} at most ({time.perf_counter() - start:.1f} s)")
     if date:
@@ -5023,16 +5102,17 @@ def render_all(args: argparse.Namespace, tokenizer, examples: list[Example], hel
 
 def show_plan(train: list[Sequence], args: argparse.Namespace, plan: Plan) -> None:
     """Print how many tokens the first step computes, beside what padded batches would."""
-    step = order_rows(plan, args.seed, epoch=0)[: plan.rows_per_step]
-    streams, batches = (measure_batches(train, way, [step[i : i + way.rows] for i in range(0, len(step), way.rows)])
-                        for way in (plan, to_padded(plan, args)))
+    ways = plan, to_padded(plan, args)
+    firsts = [cut_streams(way, args, epoch=0)[: way.accumulation * way.devices] for way in ways]
+    rows = sum(map(len, firsts[0]))
+    streams, batches = (measure_batches(train, way, first) for way, first in zip(ways, firsts))
     computed, padded = sum(streams), sum(batches)
     devices = f" on {plan.devices} devices" * (plan.devices > 1)
     if not plan.share_prefix:
-        say("plan", f"{len(step)} rows per step{devices} in {len(batches)} padded batches of about "
+        say("plan", f"{rows} rows per step{devices} in {len(batches)} padded batches of about "
                     f"{padded // len(batches):,} tokens")
         return
-    say("plan", f"{len(step)} rows per step{devices} in {plural(len(streams), 'stream')} of about "
+    say("plan", f"{rows} rows per step{devices} in {plural(len(streams), 'stream')} of about "
                 f"{computed // len(streams):,} tokens instead of {len(batches)} batches of {padded // len(batches):,} "
                 f"({padded / computed:.1f} times fewer)")
 
@@ -5063,7 +5143,7 @@ def leave_group() -> bool:
     main = is_main()
     if distributed.is_initialized():
         distributed.destroy_process_group()
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if main else ():
         os.environ.pop(name, None)  # or else the libraries of the process that merges would wait for the others
     return main
 
@@ -5094,7 +5174,8 @@ def train_model(trainer, checkpoint: str | None, train: list[Sequence], rows_per
     history = trainer.state.log_history
     losses = [log["loss"] for log in history if "loss" in log and (complete or log["step"] > first)]
     facts = {"loss": sum(losses) / len(losses) if losses else loss, "seconds": seconds,
-             "steps": steps, "resumed_from": checkpoint, "samples_per_second": steps * rows_per_step / seconds,
+             "steps": steps, "last_step": trainer.state.global_step, "resumed_from": checkpoint,
+             "samples_per_second": steps * rows_per_step / seconds,
              "tokens_per_second": tokens / seconds,
              "peak_memory_gib": torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None,
              "tokens_computed": sum(gather_object([trainer.tokens_computed])), "history": history}
@@ -5152,7 +5233,7 @@ def dry_run(args: argparse.Namespace) -> dict:
     path = write_audit(args, audit)
     say("audit", f"{path} ({time.perf_counter() - start:.1f} s)")
     report_problems(problems, args.on_invalid, total)
-    refuse_nothing(args, sides[0])
+    check_sides(args, *sides)
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -5171,6 +5252,8 @@ def evaluate_only(args: argparse.Namespace, command: str) -> dict:
     groups, problems = render_examples(tokenizer, sides[1] or sides[0], args.max_seq_length)
     report_problems(problems, args.on_invalid, len(groups))
     sequences = [sequence for group in groups for sequence in group][: args.eval_samples]
+    if not sequences:
+        raise UserError(f"{' '.join(args.eval_dataset_path or args.dataset_path)}: no row is left to score; add rows")
     model = load_base(base_id, settings.is_file() and args.load_in_4bit, args.trust_remote_code)
     if settings.is_file():
         from peft import PeftModel
@@ -5197,8 +5280,8 @@ def finish(args: argparse.Namespace, command: str, sequences: list[Sequence], re
     return report
 
 
-def hand_over(args: argparse.Namespace, config, tokenizer, adapter: str | None, report: dict, thinks: bool,
-              gguf: tuple[list[str], list[str]]) -> None:
+def hand_over(args: argparse.Namespace, config, tokenizer, adapter: str | None, report: dict, parser: str,
+              thinks: bool, gguf: tuple[list[str], list[str]]) -> None:
     """Write model cards and GGUF files, upload, and say how to serve; what was proven stays, whatever fails here."""
     only_adapter = args.save_method == "lora"
     result = adapter if only_adapter else args.final_model_dir
@@ -5207,7 +5290,8 @@ def hand_over(args: argparse.Namespace, config, tokenizer, adapter: str | None, 
         is_adapter = folder == adapter
         name = args.push_to_hub if args.push_to_hub and folder == result else Path(folder).resolve().name
         served = f"{shlex.quote(hide_folders(args.model_id))} {lora}{name}" if is_adapter else name
-        write_file(f"{folder}/README.md", to_card(report, is_adapter, name, to_vllm_command(config, served, thinks)))
+        serve = to_vllm_command(config, served, parser, thinks)
+        write_file(f"{folder}/README.md", to_card(report, is_adapter, name, serve))
     if args.save_gguf:
         folder = write_gguf(args, gguf, tokenizer, thinks)
         say("gguf", f"{folder}: {args.save_gguf}; for Ollama: ollama create NAME -f {folder / 'Modelfile'}")
@@ -5215,7 +5299,7 @@ def hand_over(args: argparse.Namespace, config, tokenizer, adapter: str | None, 
         say("push", push_folder(args.push_to_hub, result))
     say("done", f"{'adapter' if only_adapter else 'merged model' if adapter else 'trained model'}: {result}")
     served = f"{shlex.quote(args.model_id)} {lora}{shlex.quote(result)}" if only_adapter else shlex.quote(result)
-    say("serve", to_vllm_command(config, served, thinks))
+    say("serve", to_vllm_command(config, served, parser, thinks))
 
 
 def main(argv: list[str] | None = None) -> dict | None:
@@ -5229,6 +5313,8 @@ def main(argv: list[str] | None = None) -> dict | None:
     argv = [*map(str, sys.argv[1:] if argv is None else argv)]
     args, command = parse_args(argv), shlex.join([*LAUNCHER, PROGRAM, *argv])
     refuse_telemetry()
+    if not is_main() and (args.convert_to or args.dry_run or args.eval_only):
+        return None  # these the first process does alone
     if args.convert_to:
         return write_converted(args)
     if not is_main():
@@ -5238,7 +5324,8 @@ def main(argv: list[str] | None = None) -> dict | None:
         return evaluate_only(args, command)
     if args.save_method != "lora":
         check_folder(args.final_model_dir, "--final_model_dir")
-    lock = lock_output(args.output_dir) if Path(args.output_dir).is_dir() else None  # held until the run ends
+        check_final(args)
+    lock = lock_folder(args.output_dir) if Path(args.output_dir).is_dir() else None  # held until the run ends
     checkpoint = find_checkpoint(args)
     if args.dry_run:
         return dry_run(args)
@@ -5271,7 +5358,8 @@ def main(argv: list[str] | None = None) -> dict | None:
     plan = plan_streams(train, args, engine)
     show_plan(train, args, plan)
 
-    lock = lock or lock_output(args.output_dir)
+    lock = lock or lock_folder(args.output_dir)
+    final = lock_folder(args.final_model_dir, "--final_model_dir") if args.save_method != "lora" else None  # noqa: F841
     model = load_model(args, engine, plan)
     report_gpu("gpu")
     trainer = build_trainer(args, engine, model, tokenizer, train, held_out, plan)
@@ -5315,7 +5403,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     data = {"train": len(train), "held_out": len(held_out), "skipped": rows - used}
     lengths = [len(row.input_ids) for row in train]
     report = finish(args, command, tested, results, scores, verdicts, data, lengths, facts)
-    hand_over(args, config, tokenizer, adapter, report, thinks, gguf)
+    hand_over(args, config, tokenizer, adapter, report, train[0].parser, thinks, gguf)
     return report
 
 
@@ -5389,5 +5477,22 @@ def run_command_line() -> int:
     return code
 
 
+def leave(code: int) -> NoReturn:
+    """End this process; of several that torchrun started, those beside the first one late, and none with a tear-down.
+
+    Late, because the first may not have read yet what they sent last. Without tearing Python down, because a thread of
+    Gloo that then lets go of a tensor aborts its process (PyTorch issue 190489), and torchrun would end the others.
+    """
+    if len(LAUNCHER) == 1:
+        sys.exit(code)
+    if not is_main():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        time.sleep(2)
+    atexit._run_exitfuncs()  # as multiprocessing ends its processes
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(run_command_line())
+    leave(run_command_line())

@@ -98,6 +98,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.words:
         measure(json.loads(options.words), Path(options.result), options.steps)
+        script.leave(0)
     else:
         print_table(options, [(model, bits, gpus) for model in options.models for bits in options.bits
                               for gpus in options.gpus])

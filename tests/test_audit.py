@@ -78,6 +78,38 @@ def test_equal_and_contradicting_rows_are_named(dry):
             f"         equal requests with different answers: {one} and {four}\n") in result.stdout
 
 
+def test_the_ids_of_calls_are_no_difference(tmp_path):
+    def row(name, days):
+        call = {"id": name, "type": "function", "function": {"name": "get_weather", "arguments": {"city": "Rome", "days": days}}}
+        return {"tools": [WEATHER], "messages": [
+            {"role": "user", "content": "rain in Rome?"}, {"role": "assistant", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": name, "content": "yes"}, {"role": "assistant", "content": "Yes."}]}
+
+    found, _ = audit(tmp_path, rows=[row("a", 1), row("b", 1), row("c", 2)])
+    path = tmp_path / "rows.jsonl"
+    assert found["repeats"]["duplicates"] == {"count": 1, "rows": [[f"{path}:1", f"{path}:2"]]}
+    assert found["repeats"]["conflicts"] == {"count": 1, "rows": [[f"{path}:1", f"{path}:3"]]}
+
+
+def test_a_row_that_the_template_refuses_is_a_problem_and_not_a_crash(tmp_path, monkeypatch):
+    tokenizer = script.load_tokenizer(str(TINY))
+    tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system text') }}{% endif %}" + (
+        tokenizer.chat_template)
+    monkeypatch.setattr(script, "find_model", lambda args: (tokenizer, "", None))
+    rows = [{"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"},
+                          {"role": "assistant", "content": "Hello."}], "tools": []}, *ROWS]
+    found, result = audit(tmp_path, rows=rows)
+    assert result.returncode == 1 and found["rows"]["with_problems"] == 1 and found["turns"] == 6
+    assert f"error: {tmp_path / 'rows.jsonl'}:1: message 3: " in result.stderr and "no system text" in result.stderr
+
+
+def test_the_best_checkpoint_needs_held_out_rows(tmp_path):
+    _, result = audit(tmp_path, "--metric_for_best", "loss")
+    assert result.returncode == 1 and result.stderr.splitlines()[-1] == (
+        "error: --metric_for_best: no row is held out to choose a checkpoint by; raise --train_test_split, or give "
+        "--eval_dataset_path")
+
+
 def render(tokenizer, row, tools):
     """Return (prompt tokens, answer tokens) of a native row, without the script's own functions."""
     output = row["output"]

@@ -239,11 +239,23 @@ def test_checks_need_no_heavy_library():
     (["--learning_rat", "1"], "unrecognized arguments: --learning_rat 1"),
     (["--engine", "magic"], "argument --engine: invalid choice: 'magic' (choose from"),
     (["--metric_for_best", "loss", "--eval_steps", "2", "--save_steps", "3"],
-     "--metric_for_best keeps a checkpoint by its score: --save_steps must be a multiple of --eval_steps"),
+     "--metric_for_best keeps a checkpoint by its score: --save_steps must be --eval_steps"),
+    (["--metric_for_best", "loss", "--eval_steps", "1", "--save_steps", "2"],
+     "--metric_for_best keeps a checkpoint by its score: --save_steps must be --eval_steps"),
+    (["--dry_run", "--resume_from_checkpoint"], "--dry_run shows a run from its start: leave out --resume_from_checkpoint"),
+    (["--seed", str(2**32)], "argument --seed: must be at least 0 and below 4294967296, got 4294967296"),
 ])
 def test_a_wrong_flag_exits_with_2(flags, message):
     result = run_here(*flags)
     assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_nothing_to_score_is_said(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [native("hello", content="Hello!")])
+    result = run_here("--eval_only", TINY, "--dataset_path", path, "--max_seq_length", 10, "--on_invalid", "skip",
+                      "--output_dir", tmp_path / "out")
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1] == f"error: {path}: no row is left to score; add rows"
 
 
 def test_help_names_every_flag_with_its_default():

@@ -43,10 +43,10 @@ def test_any_text_comes_back_from_run_yaml(tmp_path_factory, text):
 
 
 def test_what_belongs_to_one_call_is_not_repeated(tmp_path):
-    args = script.parse_args(["--resume_from_checkpoint", "--dry_run", "--show_row", "3", "--seed", "5"])
-    script.write_run(args, tmp_path)
-    again = script.parse_args(["--config", str(tmp_path / "run.yaml")])
-    assert (again.resume_from_checkpoint, again.dry_run, again.show_row, again.seed) == (None, False, None, 5)
+    for once in (["--resume_from_checkpoint"], ["--dry_run", "--show_row", "3"]):
+        script.write_run(script.parse_args([*once, "--seed", "5"]), tmp_path)
+        again = script.parse_args(["--config", str(tmp_path / "run.yaml")])
+        assert (again.resume_from_checkpoint, again.dry_run, again.show_row, again.seed) == (None, False, None, 5)
 
 
 def test_the_command_line_goes_before_the_file_and_the_file_before_the_defaults(tmp_path):

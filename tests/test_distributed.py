@@ -111,6 +111,37 @@ def test_fsdp_needs_several_devices_transformers_and_an_optimizer_that_can_be_sp
         script.parse_args([*full, "--optim", "adamw_8bit"])
 
 
+def test_what_one_process_does_the_others_leave_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    for flags in (["--dry_run"], ["--eval_only", "no/model"], ["--convert_to", tmp_path / "rows.json"]):
+        assert script.main([*flags, "--output_dir", tmp_path / "out"]) is None
+    assert names(tmp_path) == []
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(script.UserError, match="^4 processes for 2 GPUs; expected --nproc_per_node 2$"):
+        script.start_engine(script.parse_args([]))
+
+
+@pytest.mark.parametrize("devices, rank, torn", [(1, 0, "torn down\n"), (2, 0, ""), (2, 1, "")])
+def test_of_several_processes_none_tears_python_down(devices, rank, torn):
+    """A thread of Gloo may abort a process that does, and torchrun would end the one that merges."""
+    code = """
+import atexit, train_qwen3_tool_calling as script
+class Held:
+    __del__ = lambda self: print("torn down")
+held = Held()
+atexit.register(print, "tidied")
+script.leave(3)
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                            env={**ENVIRONMENT, "WORLD_SIZE": str(devices), "RANK": str(rank)})
+    assert (result.returncode, result.stdout, result.stderr) == (3, "tidied\n" + torn, "")
+
+
 @pytest.mark.parametrize("devices, here, words", [
     (1, 1, "python"), (4, 4, "torchrun --nproc_per_node 4"), (16, 8, "torchrun --nnodes 2 --nproc_per_node 8")])
 def test_the_command_to_go_on_is_started_as_this_one_was(monkeypatch, devices, here, words):

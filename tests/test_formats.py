@@ -272,9 +272,52 @@ def test_a_converted_row_has_its_arguments_as_text():
     ("auto", {"input": "x", "tools": TOOLS, "output": {"function_call": {
         "name": "get_weather", "arguments": {"city": "Rome", "days": 1e999}}}},
      "a number is too large; expected at most 1.8e+308"),
+    ("auto", {"input": "x", "tools": TOOLS, "output": {"function_call": json.loads(CALL), "tool_calls": [1]}},
+     '"output" holds function_call and tool_calls; expected one of them'),
+    ("auto", {"messages": [USER, {**calls("Rome"), "function_call": json.loads(CALL)}], "tools": TOOLS},
+     "a message holds tool_calls and function_call; expected one of them"),
+    ("auto", {"tools": TOOLS, "conversations": [{"from": "human", "value": "x"}, {
+        "from": "gpt", "value": f"<tool_call>{CALL}</tool_call>", "tool_calls": [json.loads(CALL)]}]},
+     "a turn holds tool_calls and <tool_call>; expected one of them"),
+    ("auto", sharegpt(("human", "x"), ("function_call", '{"name": "f", "arguments": {"hour": 7, "hour": 8}}'), tools=TOOLS),
+     'a turn of calls is neither JSON nor a Python literal: '
+     '"{\\"name\\": \\"f\\", \\"arguments\\": {\\"hour\\": 7, \\"hour\\": 8}}"'),
+    ("auto", {"chat": "USER: a\n\nASSISTANT: b", "system": f'SYSTEM: {json.dumps(BARE)} {{"name": "g", "parameters": {{,}}}}'},
+     'a tool beside others is not JSON: "{\\"name\\": \\"g\\", \\"parameters\\": {,}}"'),
+    ("auto", sharegpt(("user", "a"), ("assistant", "b"), system=f'Use [{json.dumps(BARE)}, {{"name": "g", "parameters": True}}]'),
+     'a tool beside others is not JSON: "{\\"name\\": \\"g\\", \\"parameters\\": True}]"'),
 ])
 def test_a_malformed_twin_is_one_exact_line(tools_path, name, row, expected):
     assert read(row, name, tools_path)[:2] == (None, [expected])
+
+
+def test_what_stands_beside_a_conversation_is_not_lost(tools_path):
+    system = {"role": "system", "content": "Be brief."}
+    for row in ({"system": "Be brief.", "messages": [USER, YES], "tools": []},
+                {"system": "Be brief.", "query": "rain in Rome?", "answers": [json.loads(CALL)], "tools": TOOLS},
+                {"input": "rain in Rome?", "output": {"content": "Yes."}, "system": "Be brief."}):
+        assert read(row, tools_path=tools_path)[0].messages[0] == system
+    staff = 'Staff: [{"name": "Ann", "role": "cook"}]. Be kind.'
+    example, _, _ = read(sharegpt(("human", "hi"), ("gpt", "hello"), system=staff))
+    assert example.format == "sharegpt" and example.tools == [] and example.messages[0]["content"] == staff
+    example, _, _ = read(sharegpt(("human", "hi"), ("gpt", "hello"), tools=None), tools_path=tools_path)
+    assert example.format == "sharegpt" and example.tools == []
+    row = {"input": "rain in Rome?", "tools": TOOLS, "output": {
+        "content": "I look.", "tool_calls": [json.loads(CALL)], "function_call": None, "function_calls": None}}
+    assert read(row)[0].messages[1] == {**calls("Rome"), "content": "I look."}
+
+
+def test_tools_that_are_no_json_are_read_as_python(tools_path):
+    other = {"name": "g", "parameters": {"type": "object", "properties": {"x": {"type": "boolean", "default": True}}}}
+    listed = f"<tools>[{json.dumps(BARE)}, {other!r}]</tools>"
+    example, problems, _ = read(sharegpt(("system", listed), ("human", "hi"), ("gpt", "hello")))
+    assert problems == [] and [tool["function"]["name"] for tool in example.tools] == ["get_weather", "g"]
+
+
+def test_rows_without_tools_need_the_tools_file():
+    with pytest.raises(script.UserError) as error:
+        read({"messages": [USER, YES]})
+    assert str(error.value) == "x:1: has no tools of its own, and --tools_path no/such/tools.json is not there"
 
 
 def replied(call_ids: list, reply_ids: list) -> dict:
@@ -301,6 +344,8 @@ def test_replies_answer_the_open_calls(call_ids, reply_ids, expected):
 
 
 @pytest.mark.parametrize("text, expected", [
+    ("Union[list, tuple]", {"type": ["array"]}),
+    ("Optional[Optional[int]]", {"type": ["integer", "null"]}),
     ("str", {"type": "string"}), ("STRING", {"type": "string"}), ("Int", {"type": "integer"}),
     ("dict", {"type": "object"}), ("tuple", {"type": "array"}), ("any", {}), ("None", {"type": "null"}),
     ("set", {"type": "array", "uniqueItems": True}), ("Set[str]", {"type": "array", "items": {"type": "string"},

@@ -149,7 +149,7 @@ if __name__ == "__main__":
     model = s.load_model(args, engine, plan)
     trainer = s.build_trainer(args, engine, model, tokenizer, train, [], plan)
     model = trainer.model.train()
-    rows = s.first_rows(train, args, plan, plan.rows)
+    rows = [train[i] for i in s.order_rows(plan, args.seed, epoch=0)[: plan.rows]]
     halves = s.divide_plan(plan, plan.rows // 2, train, args)
     parts = s.to_batches(rows, halves)
     decoder = model.get_base_model().model

@@ -173,6 +173,22 @@ def test_minimal_report():
     assert page.words("h2") == ["Scores", "Data", "Settings", "Versions", "Repeat this run"]
 
 
+def test_scores_of_training_rows_are_called_so():
+    report = full_report()
+    assert "On the held-out rows." in read_page(report).words("p")
+    report["data"]["held_out"] = 0
+    page = read_page(report)
+    assert "On the training rows." in page.words("p")
+    assert any(", measured on 200 training rows of " in words for words in page.words("p"))
+
+
+def test_a_model_that_is_only_scored_has_no_answer_before():
+    report = minimal_report() | {"failures": [{"where": "x:1", "request": "hi", "expected": "yes", "got": "no"}]}
+    assert [text for text in read_page(report).words("pre") if text in ("yes", "no")] == ["yes", "no"]
+    page = script.render_report(report | {"failures": [report["failures"][0] | {"before": "hm"}]})
+    assert "<div>model<pre>hm</pre></div>" in page.replace("\n", "")
+
+
 def test_no_failures():
     report = minimal_report()
     report["scores"]["model"]["exact_match"] = 1.0

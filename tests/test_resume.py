@@ -447,15 +447,56 @@ def test_a_full_disk_leaves_nothing_partial(tmp_path):
     assert names(tmp_path) == []
 
 
+def test_a_final_folder_belongs_to_one_run_and_its_lock_lies_elsewhere(tmp_path):
+    file = script.lock_folder(tmp_path / "final", "--final_model_dir")
+    other = script.lock_folder(tmp_path / "other", "--final_model_dir")
+    with pytest.raises(script.UserError) as error:
+        script.lock_folder(f"{tmp_path}/x/../final", "--final_model_dir")
+    assert str(error.value) == (f"--final_model_dir {tmp_path}/x/../final: in use by another run (process {os.getpid()}); "
+                                "wait for its end or choose another folder")
+    assert names(tmp_path) == []
+    for lock in (file, other):
+        os.remove(lock.name)
+        lock.close()
+
+
+@pytest.mark.parametrize("final, flags, reason", [
+    ("out", [], "is replaced as a whole, and --output_dir {folder}/out is in it; choose another folder"),
+    ("", [], "is replaced as a whole, and --output_dir {folder}/out is in it; choose another folder"),
+    ("base", [], "is replaced as a whole, and --model_id {folder}/base is in it; choose another folder"),
+    ("whole", ["--merge_model_id", "{folder}/whole"],
+     "is replaced as a whole, and --merge_model_id {folder}/whole is in it; choose another folder"),
+    ("/", ["--model_id", "Qwen/Qwen3-0.6B"],
+     "is replaced as a whole, and --output_dir {folder}/out is in it; choose another folder"),
+    ("/proc", ["--model_id", "Qwen/Qwen3-0.6B"], "cannot be written and renamed there; choose another folder")])
+def test_a_final_folder_that_would_take_others_with_it_is_refused(tmp_path, final, flags, reason):
+    for name in ("base", "whole"):
+        (tmp_path / name).mkdir()
+    final = os.path.join(tmp_path, final) if final else str(tmp_path)
+    args = script.parse_args(["--output_dir", f"{tmp_path}/out", "--model_id", f"{tmp_path}/base", "--final_model_dir",
+                              final, *(flag.format(folder=tmp_path) for flag in flags)])
+    with pytest.raises(script.UserError) as error:
+        script.check_final(args)
+    assert str(error.value) == f"--final_model_dir {final}: {reason.format(folder=tmp_path)}"
+
+
+def test_what_unsloth_leaves_of_a_run_that_failed_early_makes_no_folder_foreign(tmp_path):
+    (tmp_path / "unsloth_compiled").mkdir()
+    script.check_folder(tmp_path, "--output_dir")
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(script.UserError, match="holds files that this script did not write"):
+        script.check_folder(tmp_path, "--output_dir")
+
+
 def test_a_lock_dies_with_its_holder(tmp_path):
-    holder = start("-c", f"import time, train_qwen3_tool_calling as s; lock = s.lock_output({str(tmp_path)!r}); "
+    holder = start("-c", f"import time, train_qwen3_tool_calling as s; lock = s.lock_folder({str(tmp_path)!r}); "
                          "print('locked', flush=True); time.sleep(60)")
     assert holder.stdout.readline() == "locked\n"
     with pytest.raises(script.UserError, match=rf"in use by another run \(process {holder.pid}\); wait for its end"):
-        script.lock_output(tmp_path)
+        script.lock_folder(tmp_path)
     holder.kill()
     holder.communicate()
-    file = script.lock_output(tmp_path)
+    file = script.lock_folder(tmp_path)
     assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
     file.close()
     script.check_folder(tmp_path, "--output_dir")  # a lock alone makes no folder foreign

@@ -180,7 +180,7 @@ def test_every_token_sees_its_own_row_and_nothing_else(rows):
 
 def settings_of(batch_size: int, steps: int, max_seq_length: int, **more) -> argparse.Namespace:
     return argparse.Namespace(batch_size=batch_size, gradient_accumulation_steps=steps, share_prefix=True, num_epochs=2,
-                              max_seq_length=max_seq_length, seed=1, **more)
+                              max_steps=None, max_seq_length=max_seq_length, seed=1, **more)
 
 
 def plan(lengths: list[int], shared: int, batch_size: int, steps: int, max_seq_length: int, engine="transformers"):
@@ -244,6 +244,27 @@ def test_the_order_is_random_repeatable_and_lets_rows_meet():
     assert changes <= 9  # nine pieces of about four rows; a plain shuffle changes about 14 times
     one_group = plan._replace(groups=script.group_rows(many_tools()[20:29]))
     assert len({tuple(script.order_rows(one_group, 1, epoch)) for epoch in range(50)}) > 45
+
+
+def test_the_self_check_draws_no_dropout(model):
+    dropout = torch.nn.Dropout(0.5)
+    handle = model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: dropout(output))
+    model.dropout_of_this_test = dropout
+    try:
+        loss, gradient, limit = script.compare_sharing(model, CASES["one tool set"], (), "transformers")
+    finally:
+        handle.remove()
+        del model.dropout_of_this_test
+    assert loss < 1e-4 and gradient < limit == 1e-4
+
+
+def test_a_run_by_steps_is_planned_for_the_epochs_that_it_begins():
+    rows = [row([1, 2, 3], [4]) for _ in range(20)]
+    args = script.parse_args(["--num_epochs", "3"])
+    assert script.count_epochs(args, rows) == 3
+    for steps, epochs in ((1, 1), (3, 1), (4, 2), (30, 10)):  # three steps an epoch
+        args.max_steps = steps
+        assert script.count_epochs(args, rows) == epochs
 
 
 def test_the_self_check_passes_and_a_broken_mask_fails_it(model, monkeypatch, capsys):

@@ -46,7 +46,7 @@ def live(folder: Path, flags: list[str]) -> None:
     args = script.parse_args(["--output_dir", str(folder / "out"), "--final_model_dir", str(folder / "final"),
                               "--model_id", str(folder / "base"), "--no-load_in_4bit", "--engine", "transformers",
                               *flags])
-    lock = script.lock_output(args.output_dir)  # noqa: F841
+    lock = script.lock_folder(args.output_dir)  # noqa: F841
     if script.list_checkpoints(args.output_dir):
         args.resume_from_checkpoint = "newest"
     checkpoint, train, held_out = script.find_checkpoint(args), make_rows(23, seed=2), make_rows(4, seed=3)
@@ -126,4 +126,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script.leave(main())
