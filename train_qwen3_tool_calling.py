@@ -384,7 +384,7 @@ def build_parser() -> Parser:
     )
     count, positive = number(int, 1), number(float, 0, low_open=True)
     parser.add_argument("--config", metavar="FILE",
-                        help="YAML file of settings, `flag: value`, as the run.yaml of each run; flags go before it")
+                        help="YAML file of settings, `flag: value`, as the run.yaml of each run; flags override it")
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset_path", nargs="+", default=DATASET_PATH, metavar="PATH",
@@ -1862,7 +1862,11 @@ def render_turn(tokenizer, example: Example, turn: int, parser: str = "hermes",
         if turn_message.get(name, "").strip() not in answer:
             raise ValueError(f"{where}: the chat template leaves out its {name}; remove it, or choose another model")
     expected = [call["function"] for call in turn_message.get("tool_calls", [])]
-    if parse_calls(answer, parser) != expected:
+    try:
+        found = parse_calls(answer, parser)
+    except ValueError:
+        raise ValueError(f"{where}: would be read as a broken call: {shorten(answer)}") from None
+    if found != expected:
         raise ValueError(f"{where}: its calls do not survive rendering and parsing: {shorten(answer)}")
     return prompt, answer + tokenizer.eos_token
 
@@ -2141,7 +2145,7 @@ def measure_batches(sequences: list[Sequence], plan: Plan, batches: list[list[in
 
 
 def count_epochs(args: argparse.Namespace, sequences: list[Sequence]) -> int:
-    """Return how many epochs a run begins: --max_steps goes before --num_epochs."""
+    """Return how many epochs a run begins: --max_steps counts instead of --num_epochs."""
     return math.ceil(args.max_steps / count_steps(args, sequences)[1]) if args.max_steps else args.num_epochs
 
 
@@ -2351,7 +2355,7 @@ def find_end_token(tokenizer) -> str | None:
     return min(tokens, key=tail[2].find, default=None) if tail[1] else None
 
 
-def load_tokenizer(model_id: str, trust: bool = False):
+def load_tokenizer(model_id: str, trust: bool = False, flag: str = "--model_id"):
     """Return the base model's own tokenizer, whose eos_token is the one that ends the answers of its chat template.
 
     Bases have the template of their chat models and another eos_token, which would never be written.
@@ -2362,12 +2366,12 @@ def load_tokenizer(model_id: str, trust: bool = False):
         tokenizer = AutoTokenizer.from_pretrained(model_id, trust_remote_code=trust)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"--model_id {model_id}: its tokenizer cannot be loaded: {reason}") from None
+        raise UserError(f"{flag} {model_id}: its tokenizer cannot be loaded: {reason}") from None
     if not tokenizer.chat_template:
-        raise UserError(f"--model_id {model_id}: has no chat template; use a chat model such as {MODEL_ID}")
+        raise UserError(f"{flag} {model_id}: has no chat template; use a chat model such as {MODEL_ID}")
     end = find_end_token(tokenizer)
     if end is None:
-        raise UserError(f"--model_id {model_id}: its chat template does not end an answer with a token of its own, so "
+        raise UserError(f"{flag} {model_id}: its chat template does not end an answer with a token of its own, so "
                         f"the model could not stop; use a chat model such as {MODEL_ID}")
     if end != tokenizer.eos_token:
         tokenizer.eos_token = end
@@ -4363,7 +4367,8 @@ def to_report(args, command, sequences, results, scores, verdicts, data, lengths
     failures = [{"where": sequence.where, "request": sequence.request, "expected": sequence.answer,
                  "got": got[index], **({"before": before[index]} if len(results) > 1 else {})}
                 for index, sequence in enumerate(sequences) if not verdicts[last][index].exact]
-    data = {"path": " ".join(args.dataset_path), "rows": data["train"] + data["held_out"], **data}
+    unit = "rows" if len({sequence.where for sequence in sequences}) == len(sequences) else "turns"
+    data = {"path": " ".join(args.dataset_path), "unit": unit, "rows": data["train"] + data["held_out"], **data}
     if lengths:
         bins, edges = np.histogram(lengths, bins=min(30, max(lengths) - min(lengths) + 1))
         data |= {"tokens": {"mean": sum(lengths) / len(lengths), "max": max(lengths)},
@@ -4417,7 +4422,7 @@ REPORT_TEMPLATE = """<!doctype html>
 <span class="{{ line.kind }}">{{ line.name }} {{ line.last }}</span>{% endfor %}</figcaption></figure>{% endmacro %}
 {% macro bar(score, kind) %}<div class="bar {{ kind }}"><i style="--exact:{{ score.exact | share }};
 --tool:{{ score.tool | share }}"></i><span>{{ score.exact | percent }}</span></div>{% endmacro %}
-{% set tested = "training" if data and not data.held_out else "held-out" %}
+{% set unit = data.unit or "rows" %}{% set tested = "training" if data and not data.held_out else "held-out" %}
 {% set fell = scores and scores[last].exact_match < scores[first].exact_match %}
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
@@ -4482,11 +4487,11 @@ dl, dd { margin:0 } .facts { display:grid; grid-template-columns:repeat(auto-fil
 {% if first != last %}<span>{{ scores[first].exact_match | percent }}</span> → {% endif %}
 <span class="{{ "fell" if fell else "after" }}">{{ scores[last].exact_match | percent }}</span> of calls exact
 {% else %}{{ headline }}{% endif %}</h1>
-{% if data %}<p class="lead">{{ args.model_id }}{% if train %}, trained on {{ data.train | number }} rows{% endif %}
-{% if scores %}, measured on {{ scores[last].n | number }} {{ tested }} rows{% endif %} of {{ data.path }}
+{% if data %}<p class="lead">{{ args.model_id }}{% if train %}, trained on {{ data.train | number }} {{ unit }}{% endif %}
+{% if scores %}, measured on {{ scores[last].n | number }} {{ tested }} {{ unit }}{% endif %} of {{ data.path }}
 {%- if device %}, on {{ device }}{% endif %}{% if finished %}, <span>{{ finished }}</span>{% endif %}.</p>{% endif %}
 {% if fell %}<p class="bad">The {{ last }} model does worse than the {{ first }} model.</p>{% endif %}
-{% if scores %}{% call section("Scores", "On the " ~ tested ~ " rows.") %}<table class="scores">
+{% if scores %}{% call section("Scores", "On the " ~ tested ~ " " ~ unit ~ ".") %}<table class="scores">
 <thead><tr><td></td>{% for name in scores %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead><tbody>
 {% for key, label in score_names.items() %}<tr><th scope="row">{{ label }}</th>{% for score in scores.values() %}
 <td>{{ score[key] | number if key == "broken_json" else score[key] | percent(1) }}</td>{% endfor %}</tr>
@@ -4507,9 +4512,9 @@ dl, dd { margin:0 } .facts { display:grid; grid-template-columns:repeat(auto-fil
 {% for kind, heat, n in cells %}<td class="{{ kind }}" style="--heat:{{ heat }}%">{{ n or "" }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>{% endcall %}{% endif %}
 {% if data %}{% call section("Data", data.path) %}
-{{ listed("facts", [("rows", data.rows | number), ("for training", data.train | number),
+{{ listed("facts", [(unit, data.rows | number), ("for training", data.train | number),
 ("held out", data.held_out | number), ("skipped", data.skipped | number),
-("tokens per row on average", data.tokens.mean | number), ("tokens at most", data.tokens.max | number)]) }}
+("tokens in each on average", data.tokens.mean | number), ("tokens at most", data.tokens.max | number)]) }}
 {% set bins = data.lengths %}{% if bins.counts %}
 <figure role="img" aria-label="Rows by length"><div class="bins">{% for count in bins.counts %}
 <i style="height:{{ (count / (bins.counts | max or 1)) | share }}"></i>{% endfor %}</div>
@@ -5247,7 +5252,7 @@ def evaluate_only(args: argparse.Namespace, command: str) -> dict:
     if settings.is_file() and not list(settings.parent.glob("*.safetensors")):
         raise UserError(f"--eval_only {args.eval_only}: the adapter holds no *.safetensors; expected one saved by PEFT")
     check_model(base_id, "--eval_only", args.trust_remote_code)
-    tokenizer = load_tokenizer(base_id, args.trust_remote_code)
+    tokenizer = load_tokenizer(base_id, args.trust_remote_code, "--eval_only")
     sides = ([], examples) if args.eval_dataset_path else split_examples(examples, args.train_test_split)
     groups, problems = render_examples(tokenizer, sides[1] or sides[0], args.max_seq_length)
     report_problems(problems, args.on_invalid, len(groups))

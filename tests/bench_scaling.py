@@ -10,6 +10,7 @@ large ones 25, of which the last 15 are timed: the first ones are slower, above 
 
 import argparse
 import json
+import os
 import shlex
 import sys
 import tempfile
@@ -35,7 +36,6 @@ def measure(words: list[str], file: Path, steps: int) -> None:
     engine = script.start_engine(args)
     tokenizer = script.load_tokenizer(args.model_id)
     train = make_rows(args, tokenizer, None)
-    args.num_epochs = -(-steps * script.count_rows(args) // len(train))
     plan = script.plan_streams(train, args, engine)
     model = script.load_model(args, engine, plan)
     loaded = torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else 0.0
@@ -55,12 +55,13 @@ def spread(jobs: list[tuple]) -> list[str]:
     import torch
 
     load, places = [0.0] * max(1, torch.cuda.device_count()), {}
+    names = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(len(load))))).split(",")
     for index in sorted(range(len(jobs)), key=lambda index: -count_bytes(jobs[index][0])):
         model, bits, gpus = jobs[index]
         chosen = sorted(range(len(load)), key=load.__getitem__)[:gpus]
         for gpu in chosen:
             load[gpu] += count_bytes(model) * bits / 16 + 2e9
-        places[index] = ",".join(map(str, sorted(chosen)))
+        places[index] = ",".join(names[gpu] for gpu in sorted(chosen))
     return [places[index] for index in range(len(jobs))]
 
 
@@ -87,11 +88,11 @@ def print_table(options, jobs: list[tuple]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", help="Hub ids or folders")
+    parser.add_argument("models", nargs="+", help="folders, or Hub ids, whose sizes count as small")
     parser.add_argument("--gpus", nargs="+", type=int, default=[1], help="numbers of GPUs, the smallest first")
     parser.add_argument("--bits", nargs="+", type=int, choices=[4, 16], default=[4])
     parser.add_argument("--rows", type=int, default=64, help="rows per GPU and step")
-    parser.add_argument("--steps", type=int, help="steps of each measurement, instead of 60 or 25")
+    parser.add_argument("--steps", type=script.number(int, TIMED_STEPS + 1), help="of each measurement, for 60 or 25")
     parser.add_argument("--flags", default="", help="more flags of train_qwen3_tool_calling.py")
     for hidden in ("--words", "--result"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)

@@ -5,7 +5,7 @@
 
 Every recipe trains in a process of its own (Unsloth changes the libraries for good) through TRL's SFTTrainer. The
 processes load their models side by side and then wait for each other, so that one at a time uses the GPU. A step is
-timed from its first micro-batch to its optimizer step, with the device synchronised; the first steps are not counted.
+timed from the end of the one before to its own, with the device synchronised; the first steps are not counted.
 """
 
 import argparse
@@ -170,7 +170,7 @@ def run_recipe(options, engine: str, kind: str, flags: list[str], batch_size: in
     """Load, wait for the device to be free, train and time one recipe in this process."""
     folder, max_length = tempfile.mkdtemp(), 16384 if tools else 8192 if kind == PACKED else 2048
     args = script.parse_args([
-        "--model_id", options.model_id, "--engine", engine, "--output_dir", folder, "--num_epochs", "40", *flags,
+        "--model_id", options.model_id, "--engine", engine, "--output_dir", folder, *flags,
         "--max_steps", str(options.warm_up + options.steps), "--max_seq_length", str(max_length),
         "--batch_size", str(batch_size), "--gradient_accumulation_steps", str(accumulation),
         "--dataset_path", options.dataset_path, "--tools_path", options.tools_path])
@@ -178,7 +178,6 @@ def run_recipe(options, engine: str, kind: str, flags: list[str], batch_size: in
     script.start_engine(args)
     tokenizer = script.load_tokenizer(args.model_id)
     train = make_rows(args, tokenizer, tools)
-    args.num_epochs = -(-args.max_steps * batch_size * accumulation // len(train))
     plan = script.plan_streams(train, args, engine)
     model = script.load_model(args, engine, plan)
     wait_for_turn(Path(options.result))
@@ -261,8 +260,8 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true", help="compare padded and shared on CPU with the embedded base")
     parser.add_argument("--answers", action="store_true", help="time 150 answers of 64 tokens, nothing else")
     parser.add_argument("--only", help="comma-separated names of recipes")
-    parser.add_argument("--warm_up", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--warm_up", type=script.number(int, 1), default=10)
+    parser.add_argument("--steps", type=script.number(int, 1), default=20)
     for hidden in ("--job", "--result"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     options = parser.parse_args()

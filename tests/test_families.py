@@ -123,6 +123,7 @@ def test_llama_writes_calls_as_its_template_does():
     ("llama3.2", [ASK, says('{"name": "get_weather", "parameters": {"city": "Rome"}}')],  # served, this would be a call
      'message 2: its calls do not survive rendering and parsing: "{\\"name\\": \\"get_weather\\", '
      '\\"parameters\\": {\\"city\\": \\"Rome\\"}}"'),
+    ("llama3.2", [ASK, says('{"name": "Bob"')], 'message 2: would be read as a broken call: "{\\"name\\": \\"Bob\\""'),
 ])
 def test_what_a_template_has_no_place_for_is_a_problem(name, messages, problem):
     assert render(make_tokenizer(name), messages) == ([[]], [("x:1", problem)])
