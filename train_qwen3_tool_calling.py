@@ -3034,7 +3034,8 @@ def build_stopper():
     """Return a TrainerCallback whose `note` handles signals: the first ends training after its step and a checkpoint.
 
     A step that ends an epoch leaves the checkpoint to the end of the epoch, after the held-out rows are scored, as in
-    a run that goes on. The second signal ends everything at once. Of several processes, all stop after the same step.
+    a run that goes on. The second signal ends everything at once. Signals reach several processes at several moments:
+    wherever one decides by them, all first `agree`, or one would stop while another waits for it in the next step.
     """
     import torch
     import torch.distributed as distributed
@@ -3060,23 +3061,31 @@ def build_stopper():
         def is_within_epoch(self, state):
             return state.epoch % 1 != 0 and state.global_step < state.max_steps
 
+        def agree(self) -> int | None:
+            """Return the signal that this process, or before this moment any other, has got."""
+            if not self.group:
+                return self.number
+            number = torch.tensor(self.number or 0)
+            distributed.all_reduce(number, distributed.ReduceOp.MAX, self.group)
+            if number and not self.number:
+                self.note(number.item(), None)
+            return number.item() or None
+
         def on_step_end(self, args, state, control, **kwargs):
-            if self.group:  # let every process know of a signal that one of them got
-                number = torch.tensor(self.number or 0)
-                distributed.all_reduce(number, distributed.ReduceOp.MAX, self.group)
-                self.number = number.item() or None
-            if self.number:
+            if self.agree():
                 control.should_training_stop = True
                 control.should_save = control.should_save or self.is_within_epoch(state)
 
         def on_evaluate(self, args, state, control, **kwargs):
-            if self.number:
+            if self.agree():
                 control.should_training_stop = control.should_save = True
 
         def on_epoch_end(self, args, state, control, **kwargs):
-            if self.number and self.is_within_epoch(state):  # the library takes every stop for the end of an epoch
+            if not self.agree():
+                return
+            if self.is_within_epoch(state):  # the library takes every stop for the end of an epoch
                 control.should_evaluate = control.should_save = False
-            elif self.number:
+            else:
                 control.should_training_stop = control.should_save = True
 
     return Stopper()
@@ -4487,7 +4496,8 @@ dl, dd { margin:0 } .facts { display:grid; grid-template-columns:repeat(auto-fil
 {% if first != last %}<span>{{ scores[first].exact_match | percent }}</span> → {% endif %}
 <span class="{{ "fell" if fell else "after" }}">{{ scores[last].exact_match | percent }}</span> of calls exact
 {% else %}{{ headline }}{% endif %}</h1>
-{% if data %}<p class="lead">{{ args.model_id }}{% if train %}, trained on {{ data.train | number }} {{ unit }}{% endif %}
+{% if data %}<p class="lead">{{ args.model_id }}
+{%- if train %}, trained on {{ data.train | number }} {{ unit }}{% endif %}
 {% if scores %}, measured on {{ scores[last].n | number }} {{ tested }} {{ unit }}{% endif %} of {{ data.path }}
 {%- if device %}, on {{ device }}{% endif %}{% if finished %}, <span>{{ finished }}</span>{% endif %}.</p>{% endif %}
 {% if fell %}<p class="bad">The {{ last }} model does worse than the {{ first }} model.</p>{% endif %}
@@ -5172,8 +5182,9 @@ def train_model(trainer, checkpoint: str | None, train: list[Sequence], rows_per
         trainer.add_callback(stopper)
         with handle_signals(stopper.note):
             loss = trainer.train(resume_from_checkpoint=checkpoint).training_loss
-        if stopper.number:
-            raise Interrupted(stopper.number)
+            number = stopper.agree()
+        if number:
+            raise Interrupted(number)
     seconds, steps = time.perf_counter() - start, trainer.state.global_step - first
     tokens = steps * rows_per_step * sum(len(sequence.input_ids) for sequence in train) / len(train)
     history = trainer.state.log_history

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -124,6 +125,19 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(script.UserError, match="^4 processes for 2 GPUs; expected --nproc_per_node 2$"):
         script.start_engine(script.parse_args([]))
+
+
+@pytest.mark.parametrize("decide", ["on_step_end", "on_evaluate", "on_epoch_end"])
+def test_a_signal_of_another_process_stops_this_one_wherever_it_decides(decide, monkeypatch, capfd):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda number, op, group: number.fill_(signal.SIGTERM))
+    stopper = script.build_stopper()
+    stopper.group = "all"
+    control = SimpleNamespace(should_training_stop=False, should_save=False, should_evaluate=True)
+    getattr(stopper, decide)(None, SimpleNamespace(epoch=1.0, global_step=3, max_steps=9), control)
+    assert control.should_training_stop and stopper.agree() == signal.SIGTERM
+    stopper.note(signal.SIGTERM, None)  # its own comes a moment later, and is no second one
+    assert capfd.readouterr().err.count(STOPPING) == 1
 
 
 @pytest.mark.parametrize("devices, rank, torn", [(1, 0, "torn down\n"), (2, 0, ""), (2, 1, "")])
