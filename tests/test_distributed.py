@@ -1,11 +1,14 @@
 """Several devices: two processes of torchrun on the CPU do what one does, and go on from each other's checkpoints."""
 
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy
@@ -125,6 +128,21 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(script.UserError, match="^4 processes for 2 GPUs; expected --nproc_per_node 2$"):
         script.start_engine(script.parse_args([]))
+
+
+def test_processes_that_are_signalled_one_after_the_other_stop_together(tmp_path):
+    make_base(tmp_path / "base")
+    process = start(*TORCHRUN, *SMALL, tmp_path, 0, *FLAGS, "--gradient_accumulation_steps", 1, "--num_epochs", 300,
+                    "--eval_steps", 1)
+    wait_for(lambda: "  loss " in process.stdout.readline())
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [int(pid) for pid in children if b"train_small" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(workers) == 2
+    for worker in reversed(workers):
+        os.kill(worker, signal.SIGTERM)
+        time.sleep(0.02)
+    result = wait(process)
+    assert result.stderr.count(STOPPING) == result.stderr.count("interrupted by SIGTERM; go on with: ") == 1
 
 
 @pytest.mark.parametrize("decide", ["on_step_end", "on_evaluate", "on_epoch_end"])
