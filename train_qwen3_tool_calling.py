@@ -1236,8 +1236,9 @@ def convert_native(row: dict) -> tuple[list[dict], object]:
 
 def convert_openai(row: dict) -> tuple[list[dict], object]:
     """{"messages": [{"role": "...", "content": "...", "tool_calls": [...]}, ...], "tools": [...]}"""
-    tools = row.get("tools")
-    return read_system(row) + take(row, "messages", list), row.get("functions") if tools is None else tools
+    tools, turns = row.get("tools"), take(row, "messages", list)
+    front = [turn for turn in read_system(row) if turn not in turns[:1]]
+    return front + turns, row.get("functions") if tools is None else tools
 
 
 def split_hermes_system(text: str) -> tuple[list | None, str]:
@@ -3713,8 +3714,8 @@ def lock_folder(folder: str, flag: str = "--output_dir"):
         import fcntl
     except ImportError:
         return None
-    outside = Path(tempfile.gettempdir()) / f"qwen3-{digest(str(Path(folder).resolve()))[:16]}{LOCK}"
-    path = Path(folder) / LOCK if flag == "--output_dir" else outside
+    name = f"qwen3-{os.getuid()}-{digest(str(Path(folder).resolve()))[:16]}{LOCK}"
+    path = Path(folder) / LOCK if flag == "--output_dir" else Path(tempfile.gettempdir()) / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+", encoding="utf-8")

@@ -294,6 +294,7 @@ def test_a_malformed_twin_is_one_exact_line(tools_path, name, row, expected):
 def test_what_stands_beside_a_conversation_is_not_lost(tools_path):
     system = {"role": "system", "content": "Be brief."}
     for row in ({"system": "Be brief.", "messages": [USER, YES], "tools": []},
+                {"system": "Be brief.", "messages": [system, USER, YES], "tools": []},
                 {"system": "Be brief.", "query": "rain in Rome?", "answers": [json.loads(CALL)], "tools": TOOLS},
                 {"input": "rain in Rome?", "output": {"content": "Yes."}, "system": "Be brief."}):
         assert read(row, tools_path=tools_path)[0].messages[0] == system
