@@ -11,8 +11,8 @@ before torch is imported, so a mistake costs a second and not an hour.
 from __future__ import annotations
 
 import argparse
-import atexit
 import ast
+import atexit
 import contextlib
 import difflib
 import errno
@@ -1090,6 +1090,12 @@ def to_tools(tools: object) -> tuple[object, Counter]:
     return [to_tool(tool, changes) for tool in tools] if isinstance(tools, list) else tools, changes
 
 
+def is_tool(value: object) -> bool:
+    """Say whether a value looks like a tool, in the OpenAI shape or bare; a name alone may be anything's."""
+    return isinstance(value, dict) and ("function" in value or "name" in value and not value.keys().isdisjoint(
+        ("parameters", "description")))
+
+
 def find_tools(text: str) -> tuple[list[dict], str]:
     """Return (tools that stand as JSON in a text, the text without them): its first list of tools, else all objects."""
     found, rest, end = [], "", 0
@@ -1100,8 +1106,7 @@ def find_tools(text: str) -> tuple[list[dict], str]:
             value, stop = read_value(text, mark.start())
         except ValueError:
             continue
-        if value and all(isinstance(tool, dict) and ("function" in tool or "name" in tool and tool.keys() & {
-                "parameters", "description"}) for tool in as_list(value)):
+        if value and all(map(is_tool, as_list(value))):
             if isinstance(value, list):
                 return value, text[: mark.start()] + text[stop:]
             found.append(value)
@@ -1157,15 +1162,23 @@ def split_thought(message: dict, content: object) -> tuple[str, object]:
     return thoughts[0] if thoughts else inside, content[block.end() :]
 
 
+def find_calls(holder: dict, what: str, keys: tuple[str, ...]) -> list:
+    """Return the calls under the only one of `keys` that a message has, [] if none; a `function_call` is one call."""
+    given = [key for key in keys if holder.get(key)]
+    if len(given) > 1:
+        raise ValueError(f"{what} holds {given[0]} and {given[1]}; expected one of them")
+    calls = holder[given[0]] if given else []
+    calls = [calls] if given == ["function_call"] else calls
+    if not isinstance(calls, list):
+        raise ValueError(f"{given[0]} must be a list, got " + shorten(calls))
+    return calls
+
+
 def take_calls(message: dict, role: str, content: object) -> list[dict]:
     """Return the calls of a message, in the OpenAI shape, from `tool_calls`, `function_call` or a turn of calls."""
-    if message.get("tool_calls") and message.get("function_call"):
-        raise ValueError("a message holds tool_calls and function_call; expected one of them")
-    calls = message.get("tool_calls") or ([message["function_call"]] if message.get("function_call") else [])
+    calls = find_calls(message, "a message", ("tool_calls", "function_call"))
     if role == "calls":
         calls = as_list(parse_literal(content, "a turn of calls is") if isinstance(content, str) else content)
-    if not isinstance(calls, list):
-        raise ValueError("tool_calls must be a list, got " + shorten(calls))
     return [to_tool_call(call) for call in calls]
 
 
@@ -1221,14 +1234,7 @@ def convert_native(row: dict) -> tuple[list[dict], object]:
     keys = ("function_call", "function_calls", "tool_calls")
     if not output.keys() & {*keys, "content"}:
         raise ValueError('"output" must hold function_call, function_calls or content, got ' + shorten(output))
-    given = [key for key in keys if output.get(key)]
-    if len(given) > 1:
-        raise ValueError(f'"output" holds {given[0]} and {given[1]}; expected one of them')
-    calls = output[given[0]] if given else []
-    if given == ["function_call"]:
-        calls = [calls]
-    if not isinstance(calls, list):
-        raise ValueError(f"{given[0]} must be a list, got " + shorten(calls))
+    calls = find_calls(output, '"output"', keys)
     answer = {**output, "role": "assistant", "tool_calls": calls, "function_call": None}
     request = {"role": "user", "content": row.get("input")}
     return [*read_system(row), request, answer], row.get("tools")
@@ -2146,8 +2152,9 @@ def measure_batches(sequences: list[Sequence], plan: Plan, batches: list[list[in
 
 
 def count_epochs(args: argparse.Namespace, sequences: list[Sequence]) -> int:
-    """Return how many epochs a run begins: --max_steps counts instead of --num_epochs."""
-    return math.ceil(args.max_steps / count_steps(args, sequences)[1]) if args.max_steps else args.num_epochs
+    """Return how many epochs a run begins."""
+    steps, per_epoch = count_steps(args, sequences)
+    return math.ceil(steps / per_epoch)
 
 
 def measure_run(sequences: list[Sequence], plan: Plan, args: argparse.Namespace) -> list[int]:

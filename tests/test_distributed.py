@@ -99,6 +99,10 @@ def test_full_fine_tuning_with_all_weights_split_is_that_of_whole_models(tmp_pat
     assert "resume   from" in train(mixed, 1, *full, "--max_steps", 4)
     assert "resume   from" in train(mixed, 2, *full, "--fsdp")
     assert logs(mixed, 6) == pytest.approx(logs(whole, 6), rel=1e-5) and len(logs(mixed, 6)) == 6
+    saved = (mixed / "final" / "model.safetensors").read_bytes()
+    output = train(mixed, 2, *full, "--fsdp")
+    assert ", where training had ended" in output and "\ntrain " not in output
+    assert (mixed / "final" / "model.safetensors").read_bytes() == saved
 
 
 def test_fsdp_needs_several_devices_transformers_and_an_optimizer_that_can_be_split(monkeypatch):
