@@ -2325,6 +2325,12 @@ def check_model(model_id: str, flag: str = "--model_id", trust: bool = False):
     if folder.is_dir() and not list(folder.glob("*.safetensors")):
         raise UserError(f"{flag} {model_id}: the folder holds no *.safetensors; give a folder saved by save_pretrained")
     config = load_config(model_id, flag, trust)
+    check_kind(config, model_id, flag)
+    return config
+
+
+def check_kind(config, model_id: str, flag: str = "--model_id") -> None:
+    """Refuse what is no causal language model, or one whose layers do not all look back on all tokens."""
     names = config.architectures or []
     if not any(name.endswith("ForCausalLM") for name in names):
         raise UserError(f"{flag} {model_id}: not a causal language model ({', '.join(names) or config.model_type})")
@@ -2333,7 +2339,6 @@ def check_model(model_id: str, flag: str = "--model_id", trust: bool = False):
     if kinds or window and window < getattr(config, "max_position_embeddings", math.inf):
         raise UserError(f"{flag} {model_id}: has layers of {', '.join(sorted(kinds)) or 'sliding_attention'}, which do "
                         "not look back on all tokens; expected full attention in every layer")
-    return config
 
 
 def check_dropout(args: argparse.Namespace, config) -> None:
@@ -2527,7 +2532,8 @@ def load_model(args: argparse.Namespace, engine: str, plan: Plan):
 
         model, _ = FastLanguageModel.from_pretrained(
             args.model_id, max_seq_length=args.max_seq_length, load_in_4bit=args.load_in_4bit, dtype=None,
-            use_safetensors=True, trust_remote_code=args.trust_remote_code)
+            use_safetensors=True, trust_remote_code=args.trust_remote_code,
+            use_exact_model_name=True)  # not a copy of it in Unsloth's own repositories
         model = FastLanguageModel.get_peft_model(
             model, **lora, random_state=args.seed,
             use_gradient_checkpointing="unsloth" if use_checkpointing(args) else False)
@@ -2914,7 +2920,9 @@ def compare_sharing(model, rows: list[Sequence], lengths: tuple[int, ...], engin
 
     By themselves: as ordinary padded batches through the model's own causal attention, with nothing of the stream.
     The limit on the gradient is 1e-4 in fp32 and 2 % in bf16. Where bf16 is coarser than that, as on losses near zero,
-    it is twice what two other ways to compute the rows differ by: padded, and in a stream for each row.
+    it is four times what two other ways to compute the rows differ by, at most 20 %: padded, and each in a stream of
+    its own, filled to the length of the shared one, since matrix products round by their shapes. A mask that is not
+    used or positions that run on change the gradient of the embedded base by 180 % and more.
     """
     import torch
 
@@ -2923,13 +2931,15 @@ def compare_sharing(model, rows: list[Sequence], lengths: tuple[int, ...], engin
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):  # each way would draw masks of its own
             module.eval()
-    shared = compute_gradient(model, [build_stream(rows, lengths)], engine)
+    stream = build_stream(rows, lengths)
+    shared = compute_gradient(model, [stream], engine)
     single = compute_gradient(model, [build_padded(rows[i : i + 2]) for i in range(0, len(rows), 2)], engine)
     gradient = relative_difference(shared[1], single[1])
     limit = 1e-4 if to_dtype(model.device.type) == torch.float32 else 2e-2
     if gradient > limit == 2e-2:
-        alone = compute_gradient(model, [build_stream([row], lengths) for row in rows], engine)
-        limit = max(limit, min(0.2, 2 * relative_difference(alone[1], single[1])))
+        length = stream["input_ids"].shape[1]
+        alone = compute_gradient(model, [build_stream([row], (length,)) for row in rows], engine)
+        limit = max(limit, min(0.2, 4 * relative_difference(alone[1], single[1])))
     model.train(was_training)
     return abs(shared[0] - single[0]) / abs(single[0]), gradient, limit
 
@@ -3690,6 +3700,9 @@ def check_folder(path: str, flag: str) -> None:
     folder, marker = Path(path), Path(path) / "run.yaml"
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{flag} {path}: is a file; expected a folder")
+    nearest = find_existing(path)
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UserError(f"{flag} {path}: {nearest} cannot be written; choose another folder")
     ours = marker.is_file() and marker.read_text(encoding="utf-8", errors="replace").startswith(WRITTEN_BY)
     early = {LOCK, COMPILED}  # there also of a run that ended before it trained
     if folder.is_dir() and any(file.name not in early for file in folder.iterdir()) and not ours:
@@ -3705,22 +3718,23 @@ def check_final(args: argparse.Namespace) -> None:
         if is_path and Path(kept).resolve().is_relative_to(final.resolve()):
             raise UserError(f"--final_model_dir {final}: is replaced as a whole, and --{flag} {kept} is in it; choose "
                             "another folder")
-    if not final.name or final.is_mount() or not os.access(find_existing(final.parent), os.W_OK):
+    if (not final.name or final.is_symlink() or final.is_mount()
+            or not os.access(find_existing(final.parent), os.W_OK)):
         raise UserError(f"--final_model_dir {final}: cannot be written and renamed there; choose another folder")
 
 
 def lock_folder(folder: str, flag: str = "--output_dir"):
-    """Return the locked file for a folder of that flag, to be kept until the run ends; one in use is a UserError.
+    """Return the locked file for a folder of that flag, to be closed when the run ends; one in use is a UserError.
 
     The lock dies with the process that holds it. Where there are no such locks, as on Windows, the run does without.
     Of several processes only the one that writes locks. The final folder is replaced as a whole: its lock lies outside.
     """
     if not is_main():
-        return None
+        return contextlib.nullcontext()
     try:
         import fcntl
     except ImportError:
-        return None
+        return contextlib.nullcontext()
     name = f"qwen3-{os.getuid()}-{digest(str(Path(folder).resolve()))[:16]}{LOCK}"
     path = Path(folder) / LOCK if flag == "--output_dir" else Path(tempfile.gettempdir()) / name
     try:
@@ -3742,10 +3756,17 @@ def lock_folder(folder: str, flag: str = "--output_dir"):
     return file
 
 
+def list_saves(args: argparse.Namespace, train: list[Sequence]) -> list[int]:
+    """Return the steps after which a run writes a checkpoint."""
+    steps, per_epoch = count_steps(args, train)
+    every = args.save_steps or per_epoch
+    return [*range(every, steps, every), steps]
+
+
 def count_checkpoints(args: argparse.Namespace, train: list[Sequence], checkpoint: str | None = None) -> int:
     """Return how many checkpoints this run will have on the disk at once, at most, beside those that are there."""
-    steps, per_epoch = count_steps(args, train)
-    written = math.ceil((steps - (to_step(checkpoint) if checkpoint else 0)) / (args.save_steps or per_epoch))
+    start = to_step(checkpoint) if checkpoint else 0
+    written = sum(step > start for step in list_saves(args, train))
     # A new one is written before the oldest is removed, and the best is kept beside the newest.
     kept = args.save_total_limit + 1 + bool(args.metric_for_best) if args.save_total_limit else written
     return min(written, kept)
@@ -3773,7 +3794,7 @@ def count_parameters(config, rank: int, trust: bool = False, targets=TARGET_MODU
     experts = [(name, *weight.shape[1:], weight.shape[0]) for name, weight in skeleton.named_parameters()
                if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]
     names = {name.rsplit(".", 1)[-1] for name in layers} | ({"gate_proj", "up_proj", "down_proj"} if experts else set())
-    if missing := sorted({*targets} - names):
+    if rank and (missing := sorted({*targets} - names)):
         raise UserError(f"--target_modules {' '.join(missing)}: no linear layer of the model is named so; "
                         f"expected some of {', '.join(sorted(names))}")
     linear = sum(layer.weight.numel() for layer in layers.values())
@@ -3909,11 +3930,24 @@ def refuse_unchanged(sums: dict[str, float], model) -> None:
                         "train longer or raise --learning_rate")
 
 
-def find_place(args: argparse.Namespace) -> str:
-    """Return the device map of a trained model: a base that was split for training is spread over all GPUs here too."""
+def find_place(args: argparse.Namespace, four_bit: bool = False) -> str:
+    """Return the device map of a trained model: all GPUs and, for what they cannot hold, the machine's memory.
+
+    In 16 bits it may be too large for the GPU that trained it in 4. Weights in 4 bits must be on GPUs.
+    """
     import torch
 
-    return "auto" if args.fsdp else "cuda" if torch.cuda.is_available() else "cpu"
+    if not torch.cuda.is_available():
+        return "cpu"
+    return "cuda" if four_bit and not args.fsdp else "auto"
+
+
+def warn_if_spread(model) -> None:
+    """Say that a part of a model is not on the GPU."""
+    places = set(getattr(model, "hf_device_map", {}).values())
+    if "cpu" in places and len(places) > 1:
+        warn("the 16-bit model is larger than the GPU's memory: a part of it stays in the machine's, and answers take "
+             "longer; a smaller --eval_samples writes fewer")
 
 
 def round_at_random(weights) -> None:
@@ -4015,12 +4049,13 @@ def merge_and_score(args: argparse.Namespace, base_id: str, adapter: str | None,
                          "loss": to_metrics(score_batches(model, batches, "transformers"))["loss"]}
 
     base = load_base(base_id, False, trust, place=place)
+    warn_if_spread(base)
     results["base"] = {"answers": generate_answers(base, tokenizer, sequences, args, "base")}
-    sums = {} if adapter else sum_weights(base)
+    sums = None if adapter else sum_weights(base)
     if adapter:
         if args.load_in_4bit:
             del base
-            base = load_base(args.model_id, True, trust, place=place)
+            base = load_base(args.model_id, True, trust, place=find_place(args, four_bit=True))
         score("adapter", PeftModel.from_pretrained(base, adapter))
     del base
     free_gpu()
@@ -4028,11 +4063,12 @@ def merge_and_score(args: argparse.Namespace, base_id: str, adapter: str | None,
         return results
     folder = merge_adapter(args, base_id, adapter) if adapter else partial_folder(args.final_model_dir)
     model = read_back(folder, trust, place)
-    refuse_unchanged(sums, model)
+    if not adapter:  # merge_adapter has seen to that
+        refuse_unchanged(sums, model)
     if args.save_method == "merged_4bit":
         del model
-        quantise_folder(folder, trust, place)
-        model = read_back(folder, trust, place)
+        quantise_folder(folder, trust, find_place(args, four_bit=True))
+        model = read_back(folder, trust, find_place(args, four_bit=True))
     score("merged" if adapter else "trained", model)
     return results
 
@@ -4348,16 +4384,16 @@ def cut_text(text: str, limit: int = 200) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def show_answers(sequences: list[Sequence], answers: dict[str, list[str]]) -> None:
-    """Print request, expected answer, and the answer of the first and of the last model."""
-    first, *_, last = answers if len(answers) > 1 else ["", *answers]
-    for index, sequence in enumerate(sequences):
-        print(f"\n{sequence.where}  {sequence.request}")
+def show_answers(sequences: list[Sequence], results: dict, verdicts: dict) -> None:
+    """Print of the first sequences request, expected answer, and the answer of the first and of the last model."""
+    first, *_, last = results if len(results) > 1 else ["", *results]
+    for index, sequence in enumerate(sequences[:SHOWN_ROWS]):
+        print(f"\n{sequence.where}  {cut_text(sequence.request)}")
         print(f"  {'expected':<9}{cut_text(sequence.answer)}")
         for label, name in (("before", first), ("after", last)):
             if name:
-                exact = score_answer(answers[name][index], sequence.answer, sequence.tools, sequence.parser).exact
-                print(f"  {label:<9}{cut_text(answers[name][index])} {'✓' if exact else '✗'}")
+                answer = cut_text(results[name]["answers"][index])
+                print(f"  {label:<9}{answer} {'✓' if verdicts[name][index].exact else '✗'}")
     print()
 
 
@@ -4385,7 +4421,8 @@ def to_report(args, command, sequences, results, scores, verdicts, data, lengths
                  "got": got[index], **({"before": before[index]} if len(results) > 1 else {})}
                 for index, sequence in enumerate(sequences) if not verdicts[last][index].exact]
     unit = "rows" if len({sequence.where for sequence in sequences}) == len(sequences) else "turns"
-    data = {"path": " ".join(args.dataset_path), "unit": unit, "rows": data["train"] + data["held_out"], **data}
+    paths = [*args.dataset_path * bool(train or not args.eval_dataset_path), *(args.eval_dataset_path or [])]
+    data = {"path": " ".join(paths), "unit": unit, "rows": data["train"] + data["held_out"], **data}
     if lengths:
         bins, edges = np.histogram(lengths, bins=min(30, max(lengths) - min(lengths) + 1))
         data |= {"tokens": {"mean": sum(lengths) / len(lengths), "max": max(lengths)},
@@ -4656,9 +4693,10 @@ def render_report(report: dict) -> str:
 def write_report(folder: str, report: dict) -> dict:
     """Write report.json and report.html into `folder` and return what report.json holds."""
     path = Path(folder)
-    report = json.loads(hide_secrets(json.dumps(report, ensure_ascii=False, default=str)))
-    (path / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
-    (path / "report.html").write_text(render_report(report), encoding="utf-8")
+    text = hide_secrets(json.dumps(report, ensure_ascii=False, default=str))
+    report = json.loads(text, parse_constant=lambda name: None)  # NaN is no JSON; in fp16 a norm may be one
+    write_file(path / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
+    write_file(path / "report.html", render_report(report))
     return report
 
 
@@ -4760,9 +4798,11 @@ def find_model(args: argparse.Namespace) -> tuple:
     except UserError as error:
         return Characters(), str(error), None
     try:
-        return tokenizer, "", load_config(args.model_id, trust=args.trust_remote_code)
+        config = load_config(args.model_id, trust=args.trust_remote_code)
     except UserError:
         return tokenizer, "", None
+    check_kind(config, args.model_id)
+    return tokenizer, "", config
 
 
 def digest_tools(examples: list[Example]) -> list[str]:
@@ -4894,7 +4934,7 @@ def audit_plan(train: list[Sequence], args: argparse.Namespace, plan: Plan) -> d
     return {"rows_per_step": plan.rows_per_step, "streams_per_step": plan.accumulation,
             "steps_per_epoch": per_epoch, "steps": steps, "share_prefix": plan.share_prefix,
             "stream_sizes": {"min": min(sizes), "mean": round(sum(sizes) / len(sizes), 1), "max": max(sizes)},
-            "checkpoints": [*range(args.save_steps or per_epoch, steps, args.save_steps or per_epoch), steps]}
+            "checkpoints": list_saves(args, train)}
 
 
 def estimate_memory(args: argparse.Namespace, config, parameters: dict[str, int], tokens: int, plan: Plan) -> dict:
@@ -4928,17 +4968,9 @@ def list_writes(args: argparse.Namespace, checkpoints: list[int]) -> dict:
     written = [output / "run.yaml", *(output / f"checkpoint-{step}" for step in checkpoints),
                *[output / "adapter"] * (args.lora_rank > 0), output / "report.json", output / "report.html",
                *[Path(args.final_model_dir)] * (args.save_method != "lora")]
-    earlier = sorted(output.glob("checkpoint-*"))
+    earlier = list_checkpoints(output)
     replaced = [path for path in written if path.exists() and path not in earlier and path.name != "run.yaml"]
     return {"written": [str(path) for path in written], "replaced": [str(path) for path in (*earlier, *replaced)]}
-
-
-def audit_data(examples: list[Example], problems: list[tuple[str, str]], total: int, sides: list) -> dict:
-    """Return what the rows are: how many, in which formats, with which calls."""
-    bad = len({where for where, _ in problems})
-    train, held_out = (len({turn.where for turn in side}) for side in sides)
-    return {"rows": {"total": total, "valid": total - bad, "with_problems": bad, "training": train,
-                     "held_out": held_out}, **audit_calls(examples), "problems": list_some(problems)}
 
 
 def audit_run(args: argparse.Namespace, train: list[Sequence], config) -> dict:
@@ -5073,12 +5105,9 @@ def write_converted(args: argparse.Namespace) -> None:
     if path.exists():
         raise UserError(f"--convert_to {path}: is there already; expected the name of a new file")
     examples, _ = read_examples(args, args.dataset_path)
-    beside = path.with_name(path.name + ".part")  # renamed when whole, so that a broken run leaves no half file
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(to_row(example), ensure_ascii=False) + "\n" for example in examples)
-        beside.rename(path)
+        write_file(path, "".join(json.dumps(to_row(example), ensure_ascii=False) + "\n" for example in examples))
     except OSError as error:
         raise UserError(f"--convert_to {path}: cannot be written: {error.strerror}") from None
     say("write", f"{len(examples):,} rows: {path}")
@@ -5092,6 +5121,9 @@ def to_sides(args: argparse.Namespace, examples: list[Example], held_out: list[E
     if not held_out:
         sides = split_examples(sides[0], args.train_test_split)
     return [[sequence for example in side for sequence in sequences[id(example)]] for side in sides]
+
+
+NOT_HELD_OUT = "no row is held out: the scores will be those of training rows, and say nothing about new requests"
 
 
 def check_sides(args: argparse.Namespace, train: list[Sequence], held_out: list[Sequence]) -> None:
@@ -5114,7 +5146,7 @@ def render_all(args: argparse.Namespace, tokenizer, examples: list[Example], hel
     train, test = to_sides(args, examples, held_out, groups)
     check_sides(args, train, test)
     if not test:
-        warn("no row is held out: the scores will be those of training rows, and say nothing about new requests")
+        warn(NOT_HELD_OUT)
     tokens = [len(sequence.input_ids) for sequence in (*train, *test)]
     say("render", f"{len(train):,} training and {len(test):,} held-out sequences of {sum(tokens) // len(tokens):,} "
                   f"tokens on average, {max(tokens):,} at most ({time.perf_counter() - start:.1f} s)")
@@ -5238,7 +5270,10 @@ def dry_run(args: argparse.Namespace) -> dict:
     problems = [*problems, *more, *unrendered, *too_long]
     sides = to_sides(args, examples, held_out, kept)
 
-    audit = audit_data(both, problems, total, sides) | {
+    bad, rows = len({where for where, _ in problems}), [len({turn.where for turn in side}) for side in sides]
+    audit = {
+        "rows": {"total": total, "valid": total - bad, "with_problems": bad, "training": rows[0], "held_out": rows[1]},
+        **audit_calls(both), "problems": list_some(problems),
         "unit": "characters" if missing else "tokens", "tokenizer_missing": missing, "turns": sum(map(len, groups)),
         "sizes": audit_sizes(tokenizer, both, groups), "length": {} if missing else lengths,
         "repeats": audit_repeats(examples, held_out), "warnings": find_warnings(examples, held_out)}
@@ -5267,7 +5302,12 @@ def evaluate_only(args: argparse.Namespace, command: str) -> dict:
     args.engine = "transformers"
     start_engine(args)
     settings = Path(args.eval_only) / "adapter_config.json"
-    base_id = json.loads(settings.read_text())["base_model_name_or_path"] if settings.is_file() else args.eval_only
+    try:
+        base_id = json.loads(settings.read_text())["base_model_name_or_path"] if settings.is_file() else args.eval_only
+    except (ValueError, KeyError, TypeError):
+        base_id = None
+    if not base_id:
+        raise UserError(f"--eval_only {args.eval_only}: adapter_config.json names no base; expected one saved by PEFT")
     if settings.is_file() and not list(settings.parent.glob("*.safetensors")):
         raise UserError(f"--eval_only {args.eval_only}: the adapter holds no *.safetensors; expected one saved by PEFT")
     check_model(base_id, "--eval_only", args.trust_remote_code)
@@ -5278,13 +5318,17 @@ def evaluate_only(args: argparse.Namespace, command: str) -> dict:
     sequences = [sequence for group in groups for sequence in group][: args.eval_samples]
     if not sequences:
         raise UserError(f"{' '.join(args.eval_dataset_path or args.dataset_path)}: no row is left to score; add rows")
-    model = load_base(base_id, settings.is_file() and args.load_in_4bit, args.trust_remote_code)
+    four_bit = settings.is_file() and args.load_in_4bit
+    model = load_base(base_id, four_bit, args.trust_remote_code, place=find_place(args, four_bit))
     if settings.is_file():
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, args.eval_only)
     results = {"model": {"answers": generate_answers(model, tokenizer, sequences, args, args.eval_only)}}
-    data = {"train": 0, "held_out": len(sequences), "skipped": skipped + groups.count([])}
+    held_out = len(sequences) if sides[1] else 0
+    if not held_out:
+        warn(NOT_HELD_OUT)
+    data = {"train": len(sequences) - held_out, "held_out": held_out, "skipped": skipped + groups.count([])}
     if not (Path(args.output_dir) / "run.yaml").exists():
         write_run(args, args.output_dir)
     folder = str(Path(args.output_dir) / "eval_only")  # beside a training run's report, not in its place
@@ -5297,7 +5341,7 @@ def finish(args: argparse.Namespace, command: str, sequences: list[Sequence], re
            verdicts: dict, data: dict, lengths: list[int], train: dict | None = None) -> dict:
     """Show the scores and three answers; write and return the report."""
     report = to_report(args, command, sequences, results, scores, verdicts, data, lengths, train)
-    show_answers(sequences[:SHOWN_ROWS], {name: result["answers"] for name, result in results.items()})
+    show_answers(sequences, results, verdicts)
     show_scores(scores)
     report = write_report(args.output_dir, report)
     say("report", f"{Path(args.output_dir) / 'report.html'}")
@@ -5313,7 +5357,8 @@ def hand_over(args: argparse.Namespace, config, tokenizer, adapter: str | None, 
     for folder in {adapter, result} - {None}:
         is_adapter = folder == adapter
         name = args.push_to_hub if args.push_to_hub and folder == result else Path(folder).resolve().name
-        served = f"{shlex.quote(hide_folders(args.model_id))} {lora}{name}" if is_adapter else name
+        quoted = shlex.quote(name)
+        served = f"{shlex.quote(hide_folders(args.model_id))} {lora}{quoted}" if is_adapter else quoted
         serve = to_vllm_command(config, served, parser, thinks)
         write_file(f"{folder}/README.md", to_card(report, is_adapter, name, serve))
     if args.save_gguf:
@@ -5346,10 +5391,17 @@ def main(argv: list[str] | None = None) -> dict | None:
     check_folder(args.output_dir, "--output_dir")
     if args.eval_only:
         return evaluate_only(args, command)
+    with contextlib.ExitStack() as locks:  # let go of when the run ends, however it does
+        return train_and_prove(args, command, locks)
+
+
+def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.ExitStack) -> dict | None:
+    """Train, save, score and report as `args` say, with the folders locked; or do all of it that --dry_run does."""
     if args.save_method != "lora":
         check_folder(args.final_model_dir, "--final_model_dir")
         check_final(args)
-    lock = lock_folder(args.output_dir) if Path(args.output_dir).is_dir() else None  # held until the run ends
+    if existed := Path(args.output_dir).is_dir():
+        locks.enter_context(lock_folder(args.output_dir))
     checkpoint = find_checkpoint(args)
     if args.dry_run:
         return dry_run(args)
@@ -5360,7 +5412,8 @@ def main(argv: list[str] | None = None) -> dict | None:
     shown = find_shown(args, [*examples, *held_out])
     for warning in find_warnings(examples, held_out):
         warn(warning)
-    thinks = any("reasoning_content" in message for example in examples for message in example.messages)
+    thinks = any("reasoning_content" in message and message.get("weight") != 0
+                 for example in examples for message in example.messages)
     gguf = find_gguf_tools(args.save_gguf)
     check_hub(args.push_to_hub)
 
@@ -5382,8 +5435,10 @@ def main(argv: list[str] | None = None) -> dict | None:
     plan = plan_streams(train, args, engine)
     show_plan(train, args, plan)
 
-    lock = lock or lock_folder(args.output_dir)
-    final = lock_folder(args.final_model_dir, "--final_model_dir") if args.save_method != "lora" else None  # noqa: F841
+    if not existed:
+        locks.enter_context(lock_folder(args.output_dir))
+    if args.save_method != "lora":
+        locks.enter_context(lock_folder(args.final_model_dir, "--final_model_dir"))
     model = load_model(args, engine, plan)
     report_gpu("gpu")
     trainer = build_trainer(args, engine, model, tokenizer, train, held_out, plan)
@@ -5400,7 +5455,7 @@ def main(argv: list[str] | None = None) -> dict | None:
 
     plan, tested = trainer.streams, (held_out or train)[: args.eval_samples]
     start = time.perf_counter()
-    with discard_partial(args.final_model_dir):
+    with discard_partial(args.final_model_dir) if args.save_method != "lora" else contextlib.nullcontext():
         batches = to_batches(tested[:READ_BACK_ROWS], plan)
         adapter = trained = before = None
         if not args.lora_rank:
@@ -5423,7 +5478,7 @@ def main(argv: list[str] | None = None) -> dict | None:
         if args.save_method != "lora":
             put_in_place(args.final_model_dir)
     show_saved(args, results, before, time.perf_counter() - start)
-    used = len({sequence.where for sequence in (*train, *held_out)})
+    used = sum(len({sequence.where for sequence in side}) for side in (train, held_out))
     data = {"train": len(train), "held_out": len(held_out), "skipped": rows - used}
     lengths = [len(row.input_ids) for row in train]
     report = finish(args, command, tested, results, scores, verdicts, data, lengths, facts)

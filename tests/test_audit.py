@@ -207,6 +207,14 @@ def test_an_earlier_run_is_left_as_it_is(tmp_path):
     assert f"         instead of: {checkpoint}, {tmp_path / 'out' / 'report.json'}\n" in result.stdout
 
 
+def test_only_what_a_run_removes_is_said_to_be_removed(tmp_path):
+    for name in ("checkpoint-1000", "checkpoint-225", "checkpoint-best"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+    (tmp_path / "out" / "run.yaml").write_text(script.WRITTEN_BY)
+    found, _ = audit(tmp_path)
+    assert found["files"]["replaced"] == [str(tmp_path / "out" / f"checkpoint-{step}") for step in (225, 1000)]
+
+
 def test_a_foreign_folder_is_refused(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("mine")
@@ -300,6 +308,10 @@ def test_no_weights_are_needed_and_a_config_only_for_memory(tmp_path):
     found, result = audit(tmp_path, "--model_id", bare)
     assert result.returncode == 0 and found["unit"] == "tokens" and result.stderr == ""
     assert found["disk_gb"]["merged_model"] == 0.02  # 11.5 million weights of 2 bytes
+    config = json.loads((bare / "config.json").read_text())
+    (bare / "config.json").write_text(json.dumps(config | {"layer_types": ["sliding_attention"] * 8}))
+    found, result = audit(tmp_path, "--model_id", bare)
+    assert result.returncode == 1 and result.stderr.startswith(f"error: --model_id {bare}: has layers of sliding_attention")
     (bare / "config.json").unlink()
     found, result = audit(tmp_path, "--model_id", bare)
     assert result.returncode == 0 and found["unit"] == "tokens" and "memory_gib" not in found

@@ -103,6 +103,7 @@ def test_a_model_and_an_adapter_are_scored_without_training(job, tmp_path):
         assert names(tmp_path / name / "eval_only") == ["report.html", "report.json", "run.yaml"]
         report = json.loads((tmp_path / name / "eval_only" / "report.json").read_text())
         assert report["scores"] == {"model": trained[name]} and "train" not in report
+        assert report["data"]["path"] == str(folder / "rows.jsonl") and report["data"]["held_out"] == 6
 
 
 def test_the_best_checkpoint_is_kept_and_a_separate_file_is_held_out(tmp_path):
@@ -117,6 +118,7 @@ def test_the_best_checkpoint_is_kept_and_a_separate_file_is_held_out(tmp_path):
     assert 2 <= len(losses) < 12 and losses[-1] >= min(losses[:-1])  # stopped early, one evaluation after the best
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["scores"]["adapter"]["n"] == 4
+    assert report["data"]["path"] == f"{tmp_path / 'rows.jsonl'} {held_out}" and report["data"]["skipped"] == 0
 
 
 def test_settings_are_written_down(job):
@@ -258,6 +260,16 @@ def test_nothing_to_score_is_said(tmp_path):
     assert result.stderr.splitlines()[-1] == f"error: {path}: no row is left to score; add rows"
 
 
+def test_an_adapter_without_a_base_is_one_line(tmp_path):
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.parent.mkdir()
+    for text in ('{"r": 8', "{}", '{"base_model_name_or_path": null}'):
+        path.write_text(text)
+        result = run_here("--eval_only", path.parent, "--max_samples", 2, "--output_dir", tmp_path / "out")
+        assert result.returncode == 1 and errors(result) == [
+            f"error: --eval_only {path.parent}: adapter_config.json names no base; expected one saved by PEFT"]
+
+
 def test_help_names_every_flag_with_its_default():
     result = run_script("--help")
     assert result.returncode == 0 and "None" not in result.stdout
@@ -296,6 +308,31 @@ def test_a_foreign_folder_is_not_touched(tmp_path, tools_path):
         shutil.rmtree(tmp_path / name)
     (tmp_path / "out").write_text("a file")
     assert errors(small_job(tmp_path, tools_path)) == [f"error: --output_dir {tmp_path / 'out'}: is a file; expected a folder"]
+
+
+def test_a_folder_that_cannot_be_written_is_known_at_the_start(tmp_path, tools_path):
+    file, link = tmp_path / "file", tmp_path / "link"
+    file.write_text("mine")
+    link.symlink_to(tmp_path / "elsewhere")
+    for flag, path, what in (("--output_dir", file / "out", f"{file} cannot be written; choose another folder"),
+                             ("--final_model_dir", file / "final", f"{file} cannot be written; choose another folder"),
+                             ("--final_model_dir", link, "cannot be written and renamed there; choose another folder")):
+        assert errors(small_job(tmp_path, tools_path, flag, path)) == [f"error: {flag} {path}: {what}"]
+    assert names(tmp_path) == ["file", "link", "rows.jsonl", "tools.json"]
+    result = run_here("--eval_only", TINY, "--max_samples", 2, "--output_dir", file / "out")
+    assert errors(result) == [f"error: --output_dir {file / 'out'}: {file} cannot be written; choose another folder"]
+
+
+def test_a_run_that_failed_lets_go_of_its_folder(tmp_path, tools_path):
+    (tmp_path / "out").mkdir()
+    path = write_jsonl(tmp_path / "rows.jsonl", ["not JSON"])
+    argv = ["--dataset_path", path, "--tools_path", tools_path, "--model_id", str(TINY), "--dry_run", "--output_dir",
+            str(tmp_path / "out"), "--final_model_dir", str(tmp_path / "final")]
+    with pytest.raises(script.UserError, match="not valid JSON") as first:
+        script.main(argv)
+    with pytest.raises(script.UserError, match="not valid JSON"):  # and not: in use by another run
+        script.main(argv)
+    assert first.traceback  # which held the frame of main, and all in it
 
 
 def test_resuming_from_nothing_is_one_line(tmp_path, tools_path):

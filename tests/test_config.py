@@ -192,6 +192,7 @@ def test_adapters_stand_on_the_named_layers_only(tmp_path):
     assert script.count_parameters(config, 4, targets=["q_proj", "up_proj"])["adapter"] == 8 * 4 * (640 + 320 + 896)
     with pytest.raises(script.UserError) as error:
         script.count_parameters(config, 4, targets=["q_proj", "lm_head", "experts"])
+    assert script.count_parameters(config, 0, targets=["experts"])["adapter"] == 0  # names are those of adapters
     assert str(error.value) == (
         "--target_modules experts lm_head: no linear layer of the model is named so; expected some of down_proj, "
         "gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj")

@@ -65,6 +65,20 @@ def test_a_batch_answers_as_each_prompt_alone(model, tokenizer, sequences, monke
             write_alone(model, tokenizer, prompt, 12) for prompt in strangers]
 
 
+def test_a_model_partly_outside_of_the_device_answers_alike_and_says_so(model, tokenizer, sequences, capsys):
+    outside = {f"model.layers.{i}": "cpu" if i == 0 else "disk" for i in range(model.config.num_hidden_layers)}
+    spread = script.load_base(str(TINY), False, place={
+        "model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu", **outside})
+    assert {weight.device.type for weight in spread.parameters()} == {"cpu", "meta"}
+    args = script.parse_args(["--max_new_tokens", "40"])
+    assert (script.generate_answers(spread, tokenizer, sequences[:6], args, "spread")
+            == script.generate_answers(model, tokenizer, sequences[:6], args, "whole"))
+    script.warn_if_spread(model)
+    assert capsys.readouterr().err == ""
+    script.warn_if_spread(spread)
+    assert capsys.readouterr().err.startswith("warning: the 16-bit model is larger than the GPU's memory: ")
+
+
 def test_grouped_query_attention_with_a_prefix_is_attention():
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(3, heads, 5, 8, generator=generator) for heads in (6, 2, 2))

@@ -1,6 +1,7 @@
 """The HTML report: what it says, that it asks for nothing from outside, and that hostile text stays text."""
 
 import copy
+import json
 import random
 import shutil
 from html.parser import HTMLParser
@@ -195,6 +196,14 @@ def test_no_failures():
     page = read_page(report)
     assert page.words("h1") == ["100 % of calls exact"]
     assert "Every answer is the expected one." in page.words("p") and "Failures (0)" in page.words("h2")
+
+
+def test_numbers_that_json_has_not_are_left_out(tmp_path):
+    report = full_report()
+    report["train"]["history"][0]["grad_norm"] = float("nan")
+    returned = script.write_report(str(tmp_path), report)
+    assert returned == json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    assert returned["train"]["history"][0]["grad_norm"] is None
 
 
 def test_report_of_next_to_nothing():

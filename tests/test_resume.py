@@ -418,6 +418,8 @@ def test_checkpoints_on_the_disk_at_once_are_counted(tmp_path):
     assert count("--num_epochs", "4", "--save_total_limit", "2") == 3
     assert count("--num_epochs", "4", "--save_total_limit", "2", "--metric_for_best", "loss") == 4
     assert count("--num_epochs", "4", checkpoint=str(make_checkpoint(tmp_path, 10))) == 2
+    stopped = str(make_checkpoint(tmp_path, 3))  # by a signal: the run goes on to save steps 4, 8 and 10
+    assert count("--max_steps", "10", "--save_steps", "4", checkpoint=stopped) == 3
 
 
 def test_a_full_disk_is_known_by_all_its_names(tmp_path):
