@@ -88,8 +88,6 @@ NAMED_ROWS = 8  # so many rows of a step that failed are named
 CLEAR_RISE = 0.02  # nats by which, beside a tenth, the held-out loss must rise to be pointed out
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")  # their values are written nowhere
 SHOWN_CHANGES = 8  # kinds of change to tools that the line after reading names
-FORMAT_NAMES = ("native", "swift", "mobile-actions", "openai", "hermes", "toolace", "sharegpt-tools", "sharegpt",
-                "xlam", "glaive", "alpaca")  # see FORMATS in section 3
 WRITTEN_BY = "# written by train_qwen3_tool_calling.py\n"  # first line of run.yaml: marks a folder as ours to replace
 MANIFEST = "manifest.json"  # in each checkpoint: size and SHA-256 of its files
 LOCK = ".lock"  # in --output_dir, and for --final_model_dir among the temporary files: held while a run lasts
@@ -389,7 +387,7 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("data").add_argument
     add("--dataset_path", nargs="+", default=DATASET_PATH, metavar="PATH",
         help="JSON or JSONL files, folders of them, or Hugging Face datasets: name[:split]")
-    add("--format", choices=["auto", *FORMAT_NAMES], default="auto", help="shape of the rows (auto: each row's own)")
+    add("--format", choices=["auto", *FORMATS], default="auto", help="shape of the rows (auto: each row's own)")
     add("--tools_path", default=TOOLS_PATH, help="JSON array of tools for rows without their own")
     add("--train_test_split", type=number(float, 0, 1), default=TRAIN_TEST_SPLIT, metavar="SHARE",
         help="share of the rows to hold out")
@@ -565,8 +563,7 @@ def to_object(pairs: list[tuple]) -> dict:
     """Return a JSON object; a key that stands twice is a ValueError, because Python would drop the first value."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
         raise ValueError(f'the key "{twice}" stands twice')
     return found
 
@@ -702,7 +699,7 @@ def read_file(path: str):
     with open_file(path) as file:
         before = os.fstat(file.fileno())
         lines = (line.removeprefix(b"\xef\xbb\xbf").lstrip() for line in iter(partial(file.readline, 2**16), b""))
-        first = next(filter(None, lines), b"")
+        first, second = next(filter(None, lines), b""), next(filter(None, lines), b"")
         file.seek(0)
         pairs = read_lines(path, file)
         if not first or first.startswith(b"["):
@@ -712,6 +709,8 @@ def read_file(path: str):
             try:
                 pairs = chain([next(objects)], objects)
             except UserError:  # a line that was cut is one bad row, and the others can be read
+                if second and not second.startswith(b"{"):  # no row follows: the mistake is inside of an object
+                    raise
                 file.seek(0)
         yield from show_reading(pairs, file, before.st_size)
         after = os.fstat(file.fileno())
@@ -839,15 +838,15 @@ SCHEMA_PLACES = {  # keywords of JSON Schema: what stands there
     "list": ("anyOf", "oneOf", "allOf", "prefixItems", "items"),
     "named": ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas"),
 }
-OPTIONAL = re.compile(r"\s*,?\s*\(?\boptional\)?\s*$", re.IGNORECASE)  # the end of "str, optional"
+OPTIONAL = re.compile(r"(?:,\s*)?\(?\boptional\)?\s*$", re.IGNORECASE)  # the end of "str, optional"
 QUOTED = r""" "(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*' """.strip()
 OUTSIDE = re.compile(QUOTED + "|.", re.DOTALL)  # a quoted text, or one character
-WORDS = re.compile(QUOTED + r"|\b(?:true|false|null)\b", re.DOTALL)  # JSON's words; and quotes, which may hold them
+WORDS = re.compile(QUOTED + r"|\\.|\b(?:true|false|null)\b", re.DOTALL)  # JSON's words; and quotes, which may hold them
 PYTHON_WORDS = {"true": "True", "false": "False", "null": "None"}
 BRACKET_CALLS = re.compile(r"\s*\[[^\[\](){}]+\(.*\)\s*\]\s*", re.DOTALL)  # [Name(x=1), Other()]
 TOOL_LIST = re.compile(r'\[\s*\{.*"(?:parameters|function)"', re.DOTALL)
 BROKEN_TOOL = re.compile(r"""\{\s*["'](?:name|type|function)["']\s*:.*""", re.DOTALL)
-GLAIVE_TURN = re.compile(r"(?:^|\n)\s*(USER|ASSISTANT|FUNCTION RESPONSE):")
+GLAIVE_TURN = re.compile(r"(?:^|\n)[^\S\n]*(USER|ASSISTANT|FUNCTION RESPONSE):")
 GLAIVE_ROLES = {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool"}
 GLAIVE_BOILERPLATE = re.compile(r"You are a helpful assistant with access to the following functions\. "
                                 r"Use them if required\s*-?")
@@ -1014,9 +1013,9 @@ def list_required(schema: dict, changes: Counter) -> dict:
 
 def drop_nulls(found: dict, changes: Counter) -> dict:
     """Return the object without its nulls, which say nothing, except as a value of the argument itself."""
-    empty = [key for key, value in found.items() if value is None and key not in ("default", "const")]
-    changes.update(f"{key[:40]} null -> removed" for key in empty)
-    return {key: value for key, value in found.items() if key not in empty}
+    kept = {key: value for key, value in found.items() if value is not None or key in ("default", "const")}
+    changes.update(f"{key[:40]} null -> removed" for key in found if key not in kept)
+    return kept
 
 
 def to_schema(schema: object, changes: Counter) -> object:
@@ -1174,14 +1173,6 @@ def find_calls(holder: dict, what: str, keys: tuple[str, ...]) -> list:
     return calls
 
 
-def take_calls(message: dict, role: str, content: object) -> list[dict]:
-    """Return the calls of a message, in the OpenAI shape, from `tool_calls`, `function_call` or a turn of calls."""
-    calls = find_calls(message, "a message", ("tool_calls", "function_call"))
-    if role == "calls":
-        calls = as_list(parse_literal(content, "a turn of calls is") if isinstance(content, str) else content)
-    return [to_tool_call(call) for call in calls]
-
-
 def to_message(message: dict) -> dict:
     """Return a message with only what a chat template reads, its ids, and weight 0 if it is not to be trained."""
     role, content = message.get("role"), join_text(message.get("content"))
@@ -1195,8 +1186,12 @@ def to_message(message: dict) -> dict:
     if message.get("weight") not in (None, 0, 1):
         raise ValueError(f"weight must be 0 or 1, got {shorten(message['weight'])}")
     thought, content = split_thought(message, content)
-    calls = take_calls(message, role, content)
-    return {"role": role, "content": "" if role == "calls" else content,
+    calls = find_calls(message, "a message", ("tool_calls", "function_call"))
+    if role == "calls":
+        calls = as_list(parse_literal(content, "a turn of calls is") if isinstance(content, str) else content)
+        content = ""
+    calls = [*map(to_tool_call, calls)]
+    return {"role": role, "content": content,
             **({"reasoning_content": thought} if thought else {}), **({"tool_calls": calls} if calls else {}),
             **({"weight": 0} if message.get("weight") == 0 else {})}
 
@@ -1209,15 +1204,20 @@ def to_messages(turns: list[dict]) -> list[dict]:
             message["role"] = "assistant"
             if messages and messages[-1]["role"] == "assistant":
                 before = messages.pop()
+                thoughts = {turn.get("reasoning_content", "").strip() for turn in (before, message)} - {""}
+                if len(thoughts) > 1 or before.get("weight") != message.get("weight"):
+                    raise ValueError("a turn of calls joins one that has another thought or weight; expected the same")
                 calls = [*before.get("tool_calls", []), *message.get("tool_calls", [])]
                 message = {**message, **before, "tool_calls": calls}
         messages.append(message)
     return messages
 
 
-def read_system(row: dict) -> list[dict]:
-    """Return the turns in front of a row's conversation: its `system`, if it has one."""
-    return [{"role": "system", "content": row["system"]}] if row.get("system") else []
+def add_system(row: dict, turns: list[dict]) -> list[dict]:
+    """Return the turns with the row's `system` in front, if it has one that they do not begin with."""
+    system, first = row.get("system"), turns[0] if turns else {}
+    said = first.get("role") in ("system", "developer") and first.get("content") == system
+    return [{"role": "system", "content": system}, *turns] if system and not said else turns
 
 
 def read_turns(row: dict) -> list[dict]:
@@ -1225,7 +1225,13 @@ def read_turns(row: dict) -> list[dict]:
     key = "messages" if "messages" in row and "conversations" not in row else "conversations"
     turns = [{**turn, "role": turn.get("from", turn.get("role")), "content": turn.get("value", turn.get("content"))}
              for turn in take(row, key, list)]
-    return read_system(row) + turns
+    return add_system(row, turns)
+
+
+def join_request(row: dict, question: str) -> str:
+    """Return the request of a row: the text of its question, and that which the question is about."""
+    about = [key for key in ("input", "context") if key != question and row.get(key)]
+    return "\n".join(take(row, key, str) for key in (question, *about))
 
 
 def convert_native(row: dict) -> tuple[list[dict], object]:
@@ -1236,15 +1242,13 @@ def convert_native(row: dict) -> tuple[list[dict], object]:
         raise ValueError('"output" must hold function_call, function_calls or content, got ' + shorten(output))
     calls = find_calls(output, '"output"', keys)
     answer = {**output, "role": "assistant", "tool_calls": calls, "function_call": None}
-    request = {"role": "user", "content": row.get("input")}
-    return [*read_system(row), request, answer], row.get("tools")
+    question = "instruction" if row.get("instruction") else "input"
+    return add_system(row, [{"role": "user", "content": join_request(row, question)}, answer]), None
 
 
 def convert_openai(row: dict) -> tuple[list[dict], object]:
     """{"messages": [{"role": "...", "content": "...", "tool_calls": [...]}, ...], "tools": [...]}"""
-    tools, turns = row.get("tools"), take(row, "messages", list)
-    front = [turn for turn in read_system(row) if turn not in turns[:1]]
-    return front + turns, row.get("functions") if tools is None else tools
+    return add_system(row, take(row, "messages", list)), row.get("functions")
 
 
 def split_hermes_system(text: str) -> tuple[list | None, str]:
@@ -1269,10 +1273,9 @@ def split_hermes_turn(turn: dict) -> list[dict]:
     role = ROLES.get(role, role) if isinstance(role, str) else role
     if role == "assistant" and isinstance(content, str):
         thought, content = split_thought(turn, content)
-        blocks = re.findall(r"<tool_call>(.*?)</tool_call>", content, re.DOTALL)
-        calls = [call for block in blocks for call in as_list(parse_literal(block, "the text inside <tool_call> is"))]
-        if blocks:
-            content = re.sub(r"\s*<tool_call>.*?</tool_call>\s*", "\n", content, flags=re.DOTALL).strip()
+        cut = re.split(r"<tool_call>(.*?)</tool_call>", content, flags=re.DOTALL)  # every other one is a call
+        calls = [call for text in cut[1::2] for call in as_list(parse_literal(text, "the text inside <tool_call> is"))]
+        content = "\n".join(map(str.strip, cut[::2])).strip() if len(cut) > 1 else content
         if calls and turn.get("tool_calls"):
             raise ValueError("a turn holds tool_calls and <tool_call>; expected one of them")
         return [{**turn, "content": content, "reasoning_content": thought,
@@ -1288,15 +1291,15 @@ def split_hermes_turn(turn: dict) -> list[dict]:
 def convert_hermes(row: dict) -> tuple[list[dict], object]:
     """{"conversations": [{"from": "system", "value": "... <tools>[...]</tools> ..."}, {"from": "gpt", "value":
     "<tool_call>\\n{...}\\n</tool_call>"}, {"from": "tool", "value": "<tool_response>...</tool_response>"}]}"""
-    turns, tools, own = [], row.get("tools"), None
+    turns, tools = [], None
     for turn in read_turns(row):
         if turn["role"] in ("system", "developer") and isinstance(turn["content"], str):
             found, text = split_hermes_system(turn["content"])
-            own = own if found is None else found
+            tools = tools if found is None else found
             turns += [{**turn, "content": text}] if text else []
         else:
             turns += split_hermes_turn(turn)
-    return turns, own if tools is None else tools
+    return turns, tools
 
 
 def convert_xlam(row: dict) -> tuple[list[dict], object]:
@@ -1307,7 +1310,7 @@ def convert_xlam(row: dict) -> tuple[list[dict], object]:
     if not isinstance(answers, list):
         raise ValueError('"answers" must be a list of calls, got ' + shorten(answers))
     turns = [{"role": "user", "content": take(row, "query", str)}, {"role": "assistant", "tool_calls": answers}]
-    return read_system(row) + turns, row.get("tools")
+    return add_system(row, turns), None
 
 
 def parse_glaive_call(text: str) -> object:
@@ -1327,14 +1330,14 @@ def convert_glaive(row: dict) -> tuple[list[dict], object]:
     start, *parts = GLAIVE_TURN.split(take(row, "chat", str))
     if start.strip():
         raise ValueError(f'"chat" must start with "USER:", got {shorten(start)}')
-    turns = read_system({"system": system})
+    turns = add_system({"system": system}, [])
     for speaker, text in zip(parts[::2], parts[1::2]):
         turn = {"role": GLAIVE_ROLES[speaker], "content": text.replace("<|endoftext|>", "").strip()}
         if speaker == "ASSISTANT":
             content, *calls = turn["content"].split("<functioncall>")
             turn.update(content=content.strip(), tool_calls=[parse_glaive_call(call) for call in calls])
         turns.append(turn)
-    return turns, tools if row.get("tools") is None else row["tools"]
+    return turns, tools
 
 
 def parse_bracket_calls(text: str) -> list[dict]:
@@ -1357,7 +1360,7 @@ def parse_bracket_calls(text: str) -> list[dict]:
 
 def convert_toolace(row: dict) -> tuple[list[dict], object]:
     """{"system": "... [{...}] ...", "conversations": [{"from": "assistant", "value": "[Name(key=\\"value\\")]"}]}"""
-    turns, tools = [], row.get("tools")
+    turns, tools = [], None
     for turn in read_turns(row):
         role, content = turn["role"], turn["content"]
         if role == "system" and isinstance(content, str) and (found := take_tools(content)[0]):
@@ -1370,21 +1373,19 @@ def convert_toolace(row: dict) -> tuple[list[dict], object]:
 
 
 def convert_alpaca(row: dict) -> tuple[list[dict], object]:
-    """{"instruction": "...", "input": "", "output": "...", "system": "...", "history": [["u", "a"]]}, or a question and
-    an answer by other names: plain requests, so without tools unless the row has its own."""
+    """{"instruction": "...", "input": "", "output": "...", "system": "...", "history": [["u", "a"]]}, or a question, a
+    "context" and an answer by other names: plain requests, so without tools unless the row has its own."""
     question = next((key for key in QUESTION_KEYS if key in row), None)
     answer = next((key for key in ANSWER_KEYS if key in row), None)
     if not question or not answer:
         raise ValueError(f"expected one of {', '.join(QUESTION_KEYS)} and one of {', '.join(ANSWER_KEYS)}, got "
                          + shorten(row))
-    request, history = take(row, question, str), row.get("history") or []
-    if question == "instruction" and row.get("input"):
-        request += "\n" + take(row, "input", str)
+    request, history = join_request(row, question), row.get("history") or []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise ValueError('"history" must be a list of [request, answer], got ' + shorten(history))
     pairs = [*history, [request, take(row, answer, str)]]
     turns = [{"role": role, "content": text} for pair in pairs for role, text in zip(("user", "assistant"), pair)]
-    return read_system(row) + turns, row.get("tools") or []
+    return add_system(row, turns), []
 
 
 def peek(row: dict, key: str) -> list[tuple[str, str]]:
@@ -1425,9 +1426,8 @@ FORMATS = {  # name: (whether a row is of this format, converter to (turns, tool
                convert_hermes),
     "toolace": (is_toolace, convert_toolace),
     # {"conversations": [{"from": "human" | "gpt" | "function_call" | "observation", "value": "..."}], "tools": ...}
-    "sharegpt-tools": (is_sharegpt_tools, lambda row: (read_turns(row), row.get("tools"))),
-    "sharegpt": (lambda row: "conversations" in row,  # plain chat, so without tools unless the row has its own
-                 lambda row: (read_turns(row), row.get("tools") or [])),
+    "sharegpt-tools": (is_sharegpt_tools, lambda row: (read_turns(row), None)),
+    "sharegpt": (lambda row: "conversations" in row, lambda row: (read_turns(row), [])),  # plain chat: without tools
     "xlam": (lambda row: "query" in row and "answers" in row, convert_xlam),
     "glaive": (lambda row: "chat" in row, convert_glaive),
     "alpaca": (lambda row: any(key in row for key in QUESTION_KEYS) and any(key in row for key in ANSWER_KEYS),
@@ -1447,7 +1447,7 @@ def convert(row: object, name: str) -> tuple[str, list[dict], object]:
     if not name:
         raise ValueError(f"no known format; expected an object with {SHAPES}; got {shorten(row)}")
     turns, tools = FORMATS[name][1](row)
-    return name, to_messages(turns), tools
+    return name, to_messages(turns), tools if row.get("tools") is None else row["tools"]
 
 
 def to_row(example: Example) -> dict:
@@ -1511,11 +1511,11 @@ def check_roles(messages: list[dict]) -> list[str]:
 
 
 def to_json(value: object) -> str:
-    """Return a value as JSON text; ValueError if it holds Infinity, which Python reads out of 1e999."""
+    """Return a value as JSON text; ValueError if it holds NaN or Infinity, as a table can."""
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except ValueError:
-        raise ValueError(f"a number is too large; expected at most {sys.float_info.max:.2g}") from None
+        raise ValueError("holds NaN or Infinity; expected a number that JSON has") from None
 
 
 def find_forbidden(text: str, control_token: re.Pattern = CONTROL_TOKEN) -> str | None:
@@ -1541,7 +1541,8 @@ def check_text(messages: list[dict]) -> list[str]:
         calls = to_json(message["tool_calls"]) if "tool_calls" in message else ""
         for text in (content, message.get("reasoning_content", ""), calls):
             if problem := find_forbidden(text):
-                problems.append(f"{name}: {problem}")
+                calls = text is content and message["role"] == "assistant" and "</tool_call>" in content
+                problems.append(f"{name}: {problem}" + ", or read it as a call with --format hermes" * calls)
     return problems
 
 
@@ -1938,7 +1939,7 @@ def render_examples(tokenizer, examples: list[Example], max_seq_length: int, dat
         try:
             check_control_tokens(example, control_token) if control_token else None
             rendered += [(index, turn, *render_turn(tokenizer, example, turn, parser, date)) for turn in turns]
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             problems.append((example.where, str(error)))
             bad.add(index)
     # Prompt and answer are encoded apart: the model is served the prompt's tokens and then writes its own.
@@ -1994,7 +1995,8 @@ def show_rows(tokenizer, sequences: list[Sequence], shown: str | None) -> None:
 class Plan(NamedTuple):
     """How an optimizer step is computed: on each of `devices` in `accumulation` streams of `rows` rows.
 
-    Streams are filled up to one of `lengths`; `groups` are the training rows that can share (see group_rows).
+    Streams are filled up to one of `lengths`, and hold at most `limit` tokens before, unless one row has more; `groups`
+    are the training rows that can share (see group_rows).
     """
 
     rows: int
@@ -2003,6 +2005,7 @@ class Plan(NamedTuple):
     lengths: tuple[int, ...] = ()
     share_prefix: bool = True
     devices: int = 1
+    limit: float = math.inf
 
     @property
     def rows_per_step(self) -> int:
@@ -2159,8 +2162,11 @@ def count_epochs(args: argparse.Namespace, sequences: list[Sequence]) -> int:
 
 def measure_run(sequences: list[Sequence], plan: Plan, args: argparse.Namespace) -> list[int]:
     """Return how many tokens are computed for each stream of all epochs of a run."""
+    import numpy as np
+
+    rows = [row._replace(input_ids=np.asarray(row.input_ids, dtype=">u4")) for row in sequences]  # once for all epochs
     return [size for epoch in range(count_epochs(args, sequences))
-            for size in measure_batches(sequences, plan, cut_streams(plan, args, epoch))]
+            for size in measure_batches(rows, plan, cut_streams(plan, args, epoch))]
 
 
 def to_padded(plan: Plan, args: argparse.Namespace) -> Plan:
@@ -2179,9 +2185,10 @@ def plan_streams(sequences: list[Sequence], args: argparse.Namespace, engine: st
         return plan
     for fused in range(steps, 0, -1):
         if steps % fused == 0:
-            plan = plan._replace(rows=batch_size * fused, accumulation=steps // fused)
+            plan = plan._replace(rows=batch_size * fused, accumulation=steps // fused,
+                                 limit=batch_size * args.max_seq_length)
             sizes = measure_run(sequences, plan, args)
-            if fused == 1 or max(sizes) <= batch_size * args.max_seq_length:
+            if fused == 1 or max(sizes) <= plan.limit:
                 return plan._replace(lengths=choose_lengths(sizes)) if engine == "unsloth" else plan
 
 
@@ -2199,10 +2206,14 @@ def choose_lengths(sizes: list[int]) -> tuple[int, ...]:
     return tuple(reversed(lengths))
 
 
-def split_rows(rows: list[Sequence], size: int) -> list[list[Sequence]]:
-    """Return rows in parts of at most `size`, sorted so that neighbours share the most."""
+def split_rows(rows: list[Sequence], size: int, limit: float = math.inf) -> list[list[Sequence]]:
+    """Return rows in parts of at most `size`, and of `limit` tokens if they share; neighbours share the most."""
     ordered = [row for row, _ in to_tree(rows)]
-    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+    parts = [ordered[i : i + size] for i in range(0, len(ordered), size)]
+    if limit == math.inf:
+        return parts
+    return [half for part in parts for half in (
+        [part] if len(part) == 1 or count_tokens(part) <= limit else split_rows(part, -(-len(part) // 2), limit))]
 
 
 def divide_plan(plan: Plan, size: int, sequences: list[Sequence], args: argparse.Namespace) -> Plan:
@@ -2220,7 +2231,7 @@ def divide_plan(plan: Plan, size: int, sequences: list[Sequence], args: argparse
 
 def to_batches(sequences: list[Sequence], plan: Plan) -> list[dict]:
     """Return the batches of sequences for scoring, where order does not matter."""
-    return [build_batch(part, plan) for part in split_rows(sequences, plan.rows)]
+    return [build_batch(part, plan) for part in split_rows(sequences, plan.rows, plan.limit)]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -2292,13 +2303,22 @@ def check_report_to(name: str) -> None:
         raise UserError(f"--report_to {name}: not installed, or unknown to Transformers; here: {', '.join(known)}")
 
 
+def check_optim(args: argparse.Namespace) -> None:
+    """Refuse an optimizer that Transformers does not know, before a model is loaded for it."""
+    from transformers.training_args import OptimizerNames
+
+    known = [optimizer.value for optimizer in OptimizerNames]
+    if find_optim(args) not in known:
+        raise UserError(f"--optim {args.optim}: unknown to Transformers{suggest(args.optim, known)}")
+
+
 def explain_hub_error(message: str, folder: Path) -> str:
     """Return what a user can do about a model that could not be loaded."""
     text = message.lower()
     if "trust_remote_code" in text:
         return "brings Python code of its own, which is not run; if you know who wrote it, add --trust_remote_code"
-    if folder.is_dir():
-        return f"not a model folder: {message.splitlines()[0]}"
+    if folder.is_dir() or "model type" in text or "model_type" in text:
+        return f"no model that Transformers can load: {message.splitlines()[0]}"
     if "gated" in text or "401" in text or "403" in text:
         return "gated or private; accept its terms on the Hub, then run `hf auth login`"
     if "connect" in text or "offline" in text or "cached" in text or "resolve" in text:
@@ -2311,17 +2331,18 @@ def load_config(model_id: str, flag: str = "--model_id", trust: bool = False):
 
     Here as in every load, Python code that comes with a model is run only with `trust`.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(model_id, trust_remote_code=trust)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{flag} {model_id}: {explain_hub_error(str(error), Path(model_id).expanduser())}") from None
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise UserError(f"{flag} {model_id}: {explain_hub_error(str(error), Path(model_id))}") from None
 
 
 def check_model(model_id: str, flag: str = "--model_id", trust: bool = False):
     """Return the config of a causal language model with weights; anything else is a UserError."""
-    folder = Path(model_id).expanduser()
+    folder = Path(model_id)
     if folder.is_dir() and not list(folder.glob("*.safetensors")):
         raise UserError(f"{flag} {model_id}: the folder holds no *.safetensors; give a folder saved by save_pretrained")
     config = load_config(model_id, flag, trust)
@@ -2343,7 +2364,7 @@ def check_kind(config, model_id: str, flag: str = "--model_id") -> None:
 
 def check_dropout(args: argparse.Namespace, config) -> None:
     """Refuse dropout for a mixture of experts: PEFT has none for experts, whose weights are one tensor per layer."""
-    if args.lora_dropout and getattr(config, "num_experts", None):
+    if args.lora_dropout and (getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)):
         raise UserError(f"--lora_dropout {args.lora_dropout}: {args.model_id} is a mixture of experts, whose adapters "
                         "have no dropout; expected 0")
 
@@ -2824,11 +2845,13 @@ def generate_answers(model, tokenizer, sequences: list[Sequence], args: argparse
     stops, answers = find_stop_tokens(model, tokenizer), {}
     model.eval()
     batches = split_rows(sequences, args.eval_batch_size)
-    for batch in track(batches, f"answers of {name}", transient=True, disable=not sys.stdout.isatty()):
-        prompts = [list(sequence.input_ids[: sequence.prompt_length]) for sequence in batch]
-        with torch.inference_mode(), autocast(model):
-            tokens = generate_tokens(model, prompts, stops, args.max_new_tokens)
-        answers |= {id(sequence): tokenizer.decode(answer) for sequence, answer in zip(batch, tokens)}
+    bar = track(batches, f"answers of {name}", transient=True, disable=not sys.stdout.isatty())
+    with contextlib.closing(bar):
+        for batch in bar:
+            prompts = [list(sequence.input_ids[: sequence.prompt_length]) for sequence in batch]
+            with torch.inference_mode(), autocast(model):
+                tokens = generate_tokens(model, prompts, stops, args.max_new_tokens)
+            answers |= {id(sequence): tokenizer.decode(answer) for sequence, answer in zip(batch, tokens)}
     return [answers[id(sequence)] for sequence in sequences]
 
 
@@ -2950,7 +2973,8 @@ def check_sharing(args: argparse.Namespace, model, train: list[Sequence], plan: 
     from accelerate.utils import broadcast_object_list
 
     start = time.perf_counter()
-    rows, lengths = [train[i] for i in order_rows(plan, args.seed, epoch=0)[:CHECKED_ROWS]], plan.lengths
+    count, lengths = min(CHECKED_ROWS, plan.rows), plan.lengths  # no more than a stream of the run holds
+    rows = [train[i] for i in order_rows(plan, args.seed, epoch=0)[:count]]
     while True:
         try:
             loss, gradient, limit = compare_sharing(model, rows, lengths, engine)
@@ -3025,18 +3049,22 @@ def build_progress():
     from transformers import TrainerCallback
 
     class ProgressBar(TrainerCallback):
-        def on_train_begin(self, args, state, control, **kwargs):
+        def __init__(self):
             columns = ("train    ", BarColumn(), MofNCompleteColumn(), "steps", TextColumn("{task.fields[loss]}"))
             self.bar = Progress(*columns, TimeRemainingColumn(), transient=True, disable=not sys.stdout.isatty())
+
+        def on_train_begin(self, args, state, control, **kwargs):
             self.task = self.bar.add_task("train", total=state.max_steps, completed=state.global_step, loss="")
+            self.logged = state.global_step
             self.bar.start()
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             if "loss" in logs:
-                step, text = state.global_step, f"loss {float(logs['loss']):.4f}"
+                step, text, every = state.global_step, f"loss {float(logs['loss']):.4f}", max(1, state.max_steps // 20)
                 self.bar.update(self.task, completed=step, loss=text)
-                if step == 1 or step % max(1, state.max_steps // 20) == 0 or step == state.max_steps:
+                if step == 1 or step // every > self.logged // every or step == state.max_steps:
                     say("", f"step {step:>5,} of {state.max_steps:,}  {text}")
+                self.logged = step
 
         def on_evaluate(self, args, state, control, metrics=None, **kwargs):
             say("", f"step {state.global_step:>5,} of {state.max_steps:,}  epoch {state.epoch:.3g}: "
@@ -3238,23 +3266,20 @@ class StreamTrainer:
         """
         import torch
 
-        rows = [self.arrays[index] for index in inputs.pop("rows")]
-        again = self.step_rows and self.accelerator.num_processes == 1  # several cannot go on in smaller streams
-        before = [(part, part.grad.clone()) for part in model.parameters() if again and part.grad is not None]
-        loss = None
+        rows, lost, loss = [self.arrays[index] for index in inputs.pop("rows")], [], None
         while loss is None:
             whole, losses = self.streams is self.plan, []
+            again = split_rows(lost, self.streams.rows) if lost else []
             try:
-                for part in [rows] if whole else split_rows(rows, self.streams.rows):
+                for part in (*again, *([rows] if whole else split_rows(rows, self.streams.rows))):
                     batch = inputs if whole else build_batch(part, self.streams)
                     losses.append(super().training_step(model, batch, num_items_in_batch))
-                loss = sum(losses)
+                loss = sum(losses[len(again) :])
             except torch.OutOfMemoryError:
                 pass  # here the failed computation is still held; below it is let go
             if loss is None:
                 self.divide_streams(part, batch["input_ids"].numel())
-                for parameter, gradient in before:
-                    parameter.grad = gradient.clone()  # the copy may be needed once more
+                lost = self.step_rows  # the rows of this step before these: their gradient went to make room
         self.step_rows, self.step_loss = [*self.step_rows, *rows], self.step_loss + loss
         return loss
 
@@ -3310,8 +3335,6 @@ class StreamTrainer:
 
     def _save_checkpoint(self, model, trial):
         """Write a checkpoint out of sight, and give it its name when it is whole; then remove what is too many."""
-        from transformers.trainer_utils import rotate_checkpoints
-
         output, state, wait = Path(self.run.output_dir), self.state, self.accelerator.wait_for_everyone
         final, best = (output / f"checkpoint-{step}" for step in (state.global_step, state.best_global_step))
         with discard_partial(final) as self.staging:
@@ -3325,8 +3348,10 @@ class StreamTrainer:
                 write_manifest(self.staging / final.name)
                 put_in_place(final, self.staging / final.name)
         self.staging = None
-        if is_main():
-            rotate_checkpoints(output, self.run.save_total_limit, state.best_model_checkpoint)
+        if is_main() and self.run.save_total_limit:
+            for old in list_checkpoints(output)[: -self.run.save_total_limit]:
+                if old != best:
+                    shutil.rmtree(move_aside(old), ignore_errors=True)
         wait()
 
 
@@ -3390,7 +3415,8 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
         args, engine, plan, train, held_out, model=model, args=to_sft_config(args, plan, bool(held_out)),
         processing_class=tokenizer, train_dataset=numbers[0], eval_dataset=numbers[1])
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(build_progress())
+    trainer.progress = build_progress()
+    trainer.add_callback(trainer.progress)
     if args.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
     if not args.lora_rank:  # checkpoints hold weights as the model names them: experts as one, not one by one
@@ -3399,8 +3425,11 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    if engine == "unsloth":  # the trainer would turn checkpointing on only in train(), after the self-check
+    # The trainer would turn checkpointing on only in train(), after the self-check.
+    if engine == "unsloth":
         trainer.model.for_training(use_gradient_checkpointing=use_checkpointing(args))
+    elif use_checkpointing(args):
+        trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
     return trainer
 
 
@@ -3477,6 +3506,10 @@ def check_resume(args: argparse.Namespace, checkpoint: str | None, former: dict,
     if former.get("training_rows") != hash_rows(train):
         problems.append(f"the training rows are not those of the run that {checkpoint} is from; "
                         "expected the same rows in the same order")
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+    best = Path(checkpoint).with_name(f"checkpoint-{state.get('best_global_step')}")
+    if args.metric_for_best and best.is_dir() and (damage := find_damage(best)):
+        problems.append(f"{best}, the best so far, is damaged: {damage}; remove it to go on without")
     steps = count_steps(args, train)[0]
     if to_step(checkpoint) > steps:
         problems.append(f"{checkpoint} is from step {to_step(checkpoint):,}, and --max_steps or --num_epochs ends at "
@@ -5067,7 +5100,8 @@ def write_audit(args: argparse.Namespace, audit: dict) -> Path:
     if not (Path(args.output_dir) / "run.yaml").exists():
         write_run(args, args.output_dir)
     path = Path(args.output_dir) / "audit.json"
-    path.write_text(json.dumps(audit, indent=1, ensure_ascii=False), encoding="utf-8")
+    text = json.dumps(audit, indent=1, ensure_ascii=False)
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a character of a row, as JSON writes it
     return path
 
 
@@ -5221,7 +5255,10 @@ def train_model(trainer, checkpoint: str | None, train: list[Sequence], rows_per
         stopper = build_stopper()
         trainer.add_callback(stopper)
         with handle_signals(stopper.note):
-            loss = trainer.train(resume_from_checkpoint=checkpoint).training_loss
+            try:
+                loss = trainer.train(resume_from_checkpoint=checkpoint).training_loss
+            finally:  # or an error would be printed through the bar: wrapped, on stdout, without a cursor after it
+                trainer.progress.bar.stop()
             number = stopper.agree()
         if number:
             raise Interrupted(number)
@@ -5419,6 +5456,7 @@ def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.Ex
 
     engine = start_engine(args)
     check_report_to(args.report_to)
+    check_optim(args)
     config = check_model(args.model_id, trust=args.trust_remote_code)
     check_dropout(args, config)
     merge_base = check_merge_base(args, config)

@@ -362,6 +362,11 @@ def test_a_model_that_cannot_be_had_is_one_line(tmp_path, tools_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_optimizer_that_is_not_there_is_one_line(tmp_path, tools_path):
+    assert errors(small_job(tmp_path, tools_path, "--optim", "adamw8bit")) == [
+        "error: --optim adamw8bit: unknown to Transformers; did you mean adamw_8bit?"]
+
+
 def test_a_tracker_that_is_not_there_is_one_line(tmp_path, tools_path):
     result = small_job(tmp_path, tools_path, "--report_to", "notebook_of_mine")
     assert len(errors(result)) == 1 and errors(result)[0].startswith(

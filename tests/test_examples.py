@@ -107,7 +107,7 @@ def test_array_and_jsonl_give_the_same_rows_and_lines(tmp_path):
      'call "set_alarm": arguments must be an object, got [1]'),
     ({"input": "x", "output": {}},
      '"output" must hold function_call, function_calls or content, got {}'),
-    ({"input": 5, "output": {"content": "y"}}, "message 1 (user): content must be text, got 5"),
+    ({"input": 5, "output": {"content": "y"}}, '"input" must be text, got 5'),
     ({"input": " ", "output": {"content": "y"}}, "message 1 (user): content is empty"),
     ({"prompt": "x"}, 'no known format; expected an object with "messages"; "conversations"; "input" and "output"; '
                       '"query" and "answers"; "chat"; "question" and "answer"; got {"prompt": "x"}'),

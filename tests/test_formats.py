@@ -169,6 +169,15 @@ CASES = {  # name: (row, format, messages, tools)
         "alpaca", [{"role": "system", "content": "Be brief."}, USER, YES,
                    {"role": "user", "content": "Is there rain\nin Rome?"}, YES], []),
     "input and output as text": ({"input": "rain in Rome?", "output": "Yes."}, "alpaca", [USER, YES], []),
+    "question, context and answer": (
+        {"question": "rain in Rome?", "context": "It is May.", "answer": "Yes."},
+        "alpaca", [{"role": "user", "content": "rain in Rome?\nIt is May."}, YES], []),
+    "native with an instruction": (
+        {"instruction": "Answer me:", "input": "rain in Rome?", "output": {"content": "Yes."}, "tools": TOOLS},
+        "native", [{"role": "user", "content": "Answer me:\nrain in Rome?"}, YES], [WEATHER]),
+    "sharegpt with its system text twice": (
+        sharegpt(("system", "Be brief."), ("human", "rain in Rome?"), ("gpt", "Yes."), system="Be brief."),
+        "sharegpt", [{"role": "system", "content": "Be brief."}, USER, YES], []),
     "question and answer": ({"question": "rain in Rome?", "answer": "Yes."}, "alpaca", [USER, YES], []),
     "prompt and completion": ({"prompt": "rain in Rome?", "completion": "<think>so</think>Yes."},
                               "alpaca", [USER, {**YES, "reasoning_content": "so"}], []),
@@ -189,8 +198,7 @@ def test_a_row_becomes_its_exact_example(name, tools_path):
 
 
 def test_the_formats_of_the_flag_are_those_of_the_table():
-    assert list(script.FORMATS) == list(script.FORMAT_NAMES)
-    assert {found for _, found, _, _ in CASES.values()} == set(script.FORMAT_NAMES)
+    assert {found for _, found, _, _ in CASES.values()} == set(script.FORMATS)
 
 
 def test_rows_of_every_format_may_be_mixed_and_converting_twice_changes_nothing(tools_path):
@@ -221,6 +229,13 @@ def test_a_converted_row_has_its_arguments_as_text():
     ("auto", {"messages": [USER, {"role": "assistant", "function_call": {"name": "f", "arguments": "a=1"}}]},
      'call "f": arguments are not valid JSON: "a=1"'),
     ("auto", {"messages": [USER, {**YES, "weight": 0}]}, "no turn is trained; every weight is 0"),
+    ("auto", {"tools": TOOLS, "messages": [USER, *({"role": "tool_call", "content": CALL, "thinking": x} for x in "ab")]},
+     "a turn of calls joins one that has another thought or weight; expected the same"),
+    ("auto", {"tools": TOOLS, "messages": [USER, YES, {"role": "tool_call", "content": CALL, "weight": 0}]},
+     "a turn of calls joins one that has another thought or weight; expected the same"),
+    ("openai", {"tools": TOOLS, "messages": [USER, {**YES, "content": f"<tool_call>{CALL}</tool_call>"}]},
+     "message 2 (assistant): holds the control token <tool_call>, which would forge a turn; remove it, or read it as a "
+     "call with --format hermes"),
     ("auto", {"messages": [USER, {**YES, "weight": 0.5}]}, "weight must be 0 or 1, got 0.5"),
     ("auto", {"messages": [USER, {"role": "assistant", "content": "<think>a</think>b", "thinking": "c"}]},
      "a message has two different thoughts, in its reasoning and in its <think> block; expected one"),
@@ -271,7 +286,7 @@ def test_a_converted_row_has_its_arguments_as_text():
      'tool 1 "f": parameters must be an object, got [1]'),
     ("auto", {"input": "x", "tools": TOOLS, "output": {"function_call": {
         "name": "get_weather", "arguments": {"city": "Rome", "days": 1e999}}}},
-     "a number is too large; expected at most 1.8e+308"),
+     "holds NaN or Infinity; expected a number that JSON has"),
     ("auto", {"input": "x", "tools": TOOLS, "output": {"function_call": json.loads(CALL), "tool_calls": [1]}},
      '"output" holds function_call and tool_calls; expected one of them'),
     ("auto", {"messages": [USER, {**calls("Rome"), "function_call": json.loads(CALL)}], "tools": TOOLS},
@@ -465,7 +480,7 @@ ROW = CALLING | st.fixed_dictionaries({}, optional={
 
 @settings(max_examples=600, deadline=None, derandomize=True,
           suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
-@given(rows=st.lists(JSON | ROW, min_size=1, max_size=4), name=st.sampled_from(["auto", "auto", *script.FORMAT_NAMES]))
+@given(rows=st.lists(JSON | ROW, min_size=1, max_size=4), name=st.sampled_from(["auto", "auto", *script.FORMATS]))
 def test_arbitrary_json_is_an_example_or_a_located_problem(tools_path, rows, name):
     rows = [(f"x:{line}", row) for line, row in enumerate(rows, start=1)]
     examples, problems, total, _ = script.to_examples(rows, tools_path, name)

@@ -78,6 +78,8 @@ def test_pretty_printed_objects_are_rows(tmp_path):
     assert read(path) == [(f"{path}:2", A), (f"{path}:8", B), (f"{path}:15", C)]
     path.write_text(json.dumps(A, indent=2) + "\n" + json.dumps(B, indent=2)[:-4])
     assert error_of(path) == f"{path}:11: not valid JSON: Expecting ',' delimiter"
+    path.write_text('{\n  "input": "a",\n  "output": {"content": "b"},\n}\n' + json.dumps(B, indent=2))
+    assert error_of(path).startswith(f"{path}:4: not valid JSON: ")  # of the first object, too
 
 
 def test_a_first_line_that_was_cut_is_one_bad_row(tmp_path):

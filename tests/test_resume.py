@@ -96,7 +96,7 @@ def test_early_stopping_and_the_best_checkpoint_survive_kills(tmp_path):
     state = json.loads((tmp_path / "whole" / "out" / kept[-1] / "trainer_state.json").read_text())
     best, last = state["best_global_step"], state["global_step"]
     assert last == best + 6 < 60  # six evaluations without improvement
-    assert kept == [f"checkpoint-{best}", f"checkpoint-{last}"]
+    assert kept == [f"checkpoint-{step}" for step in (best, last - 1, last)]  # the two newest, and the best
     assert state["best_model_checkpoint"] == str(tmp_path / "whole" / "out" / f"checkpoint-{best}")
     assert kept == [path.name for path in script.list_checkpoints(tmp_path / "killed" / "out")]
 
@@ -365,6 +365,20 @@ def test_each_difference_is_refused_by_name(tmp_path, name, value):
         script.check_resume(args, checkpoint, former, SEQUENCES)
     was = "adamw_torch" if name == "optim" else former[name]  # on the CPU, of a run that named none
     assert str(error.value) == f"--{name} is {value}, and {was} in the run that {checkpoint} is from; expected the same"
+
+
+def test_a_damaged_best_checkpoint_is_found_before_training(tmp_path):
+    best, last = make_checkpoint(tmp_path, 3), make_checkpoint(tmp_path, 6)
+    state = {"global_step": 6, "best_global_step": 3, "stateful_callbacks": {}}
+    (last / "trainer_state.json").write_text(json.dumps(state))
+    args, former = agreed_run()
+    args.metric_for_best = former["metric_for_best"] = "loss"
+    script.check_resume(args, str(last), former, SEQUENCES)
+    (best / "weights").write_bytes(b"0123456788")
+    with pytest.raises(script.UserError) as error:
+        script.check_resume(args, str(last), former, SEQUENCES)
+    assert str(error.value) == (f"{best}, the best so far, is damaged: weights is not as it was written; remove it to "
+                                "go on without")
 
 
 def test_a_run_may_grow_and_not_shrink(tmp_path):

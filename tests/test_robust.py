@@ -207,8 +207,11 @@ def test_a_number_that_is_not_finite_ends_the_run_before_anything_is_saved(
 
     monkeypatch.setattr(script, "compute_token_losses", compute)
     trainer = make_trainer(tmp_path / "out", tokenizer, *flags)
+    bar = trainer.progress.bar
+    bar.disable = False  # as on a terminal
     with pytest.raises(script.UserError) as error:
-        trainer.train()
+        script.train_model(trainer, None, TRAIN, 10, complete=False)
+    assert bar.finished is False and not bar.live.is_started  # or the message would be drawn through it
     plan = script.Plan(5, 2, script.group_rows(TRAIN))
     rows = [TRAIN[index].where for index in script.order_rows(plan, script.SEED, 0)[10:20]]
     assert str(error.value) == (

@@ -1,6 +1,7 @@
 """Streams: literal tensors, and the same loss and gradients as rows computed one at a time."""
 
 import argparse
+import math
 
 import pytest
 import torch
@@ -192,12 +193,12 @@ def plan(lengths: list[int], shared: int, batch_size: int, steps: int, max_seq_l
 
 
 def test_accumulation_is_fused_as_far_as_the_flags_allow():
-    assert plan([120] * 20, 100, 2, 4, 130) == (8, 1, [], (), True, 1)  # 100 + 8 x 20 = 260 tokens, and 2 x 130 are allowed
-    assert plan([120] * 20, 100, 2, 4, 129) == (4, 2, [], (), True, 1)
-    assert plan([120] * 20, 0, 2, 4, 130) == (2, 4, [], (), True, 1)  # nothing shared, nothing fused
-    assert plan([120] * 3, 100, 2, 4, 130) == (8, 1, [], (), True, 1)  # fewer rows than a step
-    assert plan([120] * 20, 100, 1, 3, 160) == (3, 1, [], (), True, 1)
-    assert plan([130] * 20, 0, 2, 4, 100) == (2, 4, [], (), True, 1)  # too long for the bound: as the flags say
+    assert plan([120] * 20, 100, 2, 4, 130) == (8, 1, [], (), True, 1, 260)  # 100 + 8 x 20 tokens, 2 x 130 are allowed
+    assert plan([120] * 20, 100, 2, 4, 129) == (4, 2, [], (), True, 1, 258)
+    assert plan([120] * 20, 0, 2, 4, 130) == (2, 4, [], (), True, 1, 260)  # nothing shared, nothing fused
+    assert plan([120] * 3, 100, 2, 4, 130) == (8, 1, [], (), True, 1, 260)  # fewer rows than a step
+    assert plan([120] * 20, 100, 1, 3, 160) == (3, 1, [], (), True, 1, 160)
+    assert plan([130] * 20, 0, 2, 4, 100) == (2, 4, [], (), True, 1, 200)  # too long for the bound: as the flags say
 
 
 def test_streams_for_compiled_attention_have_few_lengths():
@@ -213,7 +214,7 @@ def test_no_sharing_is_the_batches_of_the_flags():
     args.share_prefix = False
     rows = [row([1, 2, 3], [4]), row([1, 2], [5, 6])]
     plan = script.plan_streams(rows, args, "unsloth")
-    assert plan == (2, 4, [[[1]], [[0]]], (), False, 1)
+    assert plan == (2, 4, [[[1]], [[0]]], (), False, 1, math.inf)
     batch = script.build_batch(rows, plan)
     assert {name: tensor.tolist() for name, tensor in batch.items()} == {
         "input_ids": [[1, 2, 3, 4], [1, 2, 5, 6]], "labels": [[-100, -100, -100, 4], [-100, -100, 5, 6]],
@@ -272,7 +273,7 @@ def test_the_self_check_passes_and_a_broken_mask_fails_it(model, monkeypatch, ca
     planned = script.Plan(4, 1, script.group_rows(train))
     args = settings_of(4, 1, 100)
     assert script.check_sharing(args, model, train, planned, "transformers") is True
-    assert capsys.readouterr().out.startswith("check    sharing changes the loss of 6 rows by ")
+    assert capsys.readouterr().out.startswith("check    sharing changes the loss of 4 rows by ")
 
     def everything_before(subtree_end):
         return torch.ones(1, 1, len(subtree_end), len(subtree_end), dtype=torch.bool).tril()
@@ -280,6 +281,19 @@ def test_the_self_check_passes_and_a_broken_mask_fails_it(model, monkeypatch, ca
     monkeypatch.setattr(script, "to_attention_mask", everything_before)
     assert script.check_sharing(args, model, train, planned, "transformers") is False
     assert "more than rounding (1e-04): sharing is switched off" in capsys.readouterr().err
+
+
+def test_held_out_rows_that_share_nothing_make_no_larger_streams_than_training(model):
+    train = [row([*range(1, 31), i % 8], [9]) for i in range(16)]
+    strangers = [row([i, *range(1, 31)], [9]) for i in range(16)]
+    plan = script.plan_streams(train, settings_of(2, 8, 64), "transformers")
+    assert plan.rows == 16 and plan.limit == 128
+    batches = script.to_batches(strangers, plan)
+    assert [batch["input_ids"].numel() for batch in batches] == [128] * 4
+    assert len(script.to_batches(train, plan)) == 1
+    sums = [script.to_metrics(script.score_batches(model, given, "transformers"))["loss"]
+            for given in (batches, [script.build_padded(strangers)])]
+    assert sums[0] == pytest.approx(sums[1], rel=1e-5)
 
 
 def test_held_out_loss_is_a_mean_over_tokens(model):
