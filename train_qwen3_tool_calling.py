@@ -188,7 +188,16 @@ def list_first(names, limit: int) -> str:
 
 
 def raise_interrupted(number: int, frame) -> None:
-    """End whatever is going on, as the handler of a signal."""
+    """End whatever is going on, as the handler of a signal; but an import only when it is done.
+
+    One that is cut off leaves half a library behind: the next error hides what happened, or the process aborts.
+    """
+    while frame and frame.f_code is not run_command_line.__code__:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            later = threading.Timer(0.1, os.kill, (os.getpid(), number))
+            later.daemon = True
+            return later.start()
+        frame = frame.f_back
     raise Interrupted(number)
 
 
@@ -3093,7 +3102,7 @@ def build_stopper():
         def note(self, number, frame):
             # What signals all processes may reach one directly and by torchrun: that is one signal, not two.
             if self.number and (count_devices() == 1 or time.monotonic() > self.noted + 2):
-                raise Interrupted(number)
+                raise_interrupted(number, frame)
             if not self.number and is_main():
                 # Not print: the signal may come while a print is going on.
                 os.write(2, b"\nstopping after this step, with a checkpoint; once more stops at once\n")

@@ -207,6 +207,17 @@ def test_a_signal_before_training_is_one_line_and_changes_nothing(job, tmp_path)
                              "start again with the same command\n")
 
 
+def test_a_signal_waits_for_the_end_of_an_import(tmp_path, monkeypatch):
+    """Half a library would make the next error one of its own, or abort the process."""
+    text = "import os, signal, time\nos.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(0.3)\nwhole = True\n"
+    (tmp_path / "slow_library.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(script.Interrupted), script.handle_signals(script.raise_interrupted):
+        import slow_library
+        time.sleep(10)
+    assert slow_library.whole and sys.modules.pop("slow_library")
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_a_signal_while_merging_leaves_the_adapter_and_no_final_folder(job, tmp_path, number, code):
     shutil.copytree(job / "out", tmp_path / "out")
