@@ -194,7 +194,7 @@ def raise_interrupted(number: int, frame) -> None:
     """
     while frame and frame.f_code is not run_command_line.__code__:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
-            later = threading.Timer(0.1, os.kill, (os.getpid(), number))
+            later = threading.Timer(0.01, os.kill, (os.getpid(), number))
             later.daemon = True
             return later.start()
         frame = frame.f_back
