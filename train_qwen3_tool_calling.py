@@ -2947,14 +2947,10 @@ def relative_difference(gradient, other) -> float:
     return math.hypot(*(norm for norm, _ in norms)) / max(math.hypot(*(norm for _, norm in norms)), sys.float_info.min)
 
 
-def compare_sharing(model, rows: list[Sequence], lengths: tuple[int, ...], engine: str) -> tuple[float, float, float]:
-    """Return (relative difference of the loss, of the gradient, limit) between rows in one stream and by themselves.
+def compare_sharing(model, rows: list[Sequence], lengths: tuple[int, ...], engine: str) -> tuple[float, float]:
+    """Return the relative difference of the loss, and of the gradient, between rows in one stream and by themselves.
 
     By themselves: as ordinary padded batches through the model's own causal attention, with nothing of the stream.
-    The limit on the gradient is 1e-4 in fp32 and 2 % in bf16. Where bf16 is coarser than that, as on losses near zero,
-    it is four times what two other ways to compute the rows differ by, at most 20 %: padded, and each in a stream of
-    its own, filled to the length of the shared one, since matrix products round by their shapes. A mask that is not
-    used or positions that run on change the gradient of the embedded base by 180 % and more.
     """
     import torch
 
@@ -2963,21 +2959,19 @@ def compare_sharing(model, rows: list[Sequence], lengths: tuple[int, ...], engin
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):  # each way would draw masks of its own
             module.eval()
-    stream = build_stream(rows, lengths)
-    shared = compute_gradient(model, [stream], engine)
+    shared = compute_gradient(model, [build_stream(rows, lengths)], engine)
     single = compute_gradient(model, [build_padded(rows[i : i + 2]) for i in range(0, len(rows), 2)], engine)
-    gradient = relative_difference(shared[1], single[1])
-    limit = 1e-4 if to_dtype(model.device.type) == torch.float32 else 2e-2
-    if gradient > limit == 2e-2:
-        length = stream["input_ids"].shape[1]
-        alone = compute_gradient(model, [build_stream([row], (length,)) for row in rows], engine)
-        limit = max(limit, min(0.2, 4 * relative_difference(alone[1], single[1])))
     model.train(was_training)
-    return abs(shared[0] - single[0]) / abs(single[0]), gradient, limit
+    return abs(shared[0] - single[0]) / abs(single[0]), relative_difference(shared[1], single[1])
 
 
 def check_sharing(args: argparse.Namespace, model, train: list[Sequence], plan: Plan, engine: str) -> bool:
-    """Compute the first rows of the run shared and by themselves; print how they differ, return whether by rounding."""
+    """Compute the first rows of the run shared and by themselves; print how they differ, return whether by rounding.
+
+    Rounding changes gradients by less than 1e-4 in fp32, and in 16 bits by less than 2 % as a rule; but by up to 11 %
+    was seen where a trained model's loss is near zero. A mask that is not used, or positions that run on, change that
+    of the embedded base by 180 % and more: hence a limit of 20 %.
+    """
     import torch
     from accelerate.utils import broadcast_object_list
 
@@ -2986,7 +2980,7 @@ def check_sharing(args: argparse.Namespace, model, train: list[Sequence], plan: 
     rows = [train[i] for i in order_rows(plan, args.seed, epoch=0)[:count]]
     while True:
         try:
-            loss, gradient, limit = compare_sharing(model, rows, lengths, engine)
+            loss, gradient = compare_sharing(model, rows, lengths, engine)
             break
         except torch.OutOfMemoryError:
             if len(rows) == 1 or args.fsdp:  # one device alone cannot try again
@@ -2995,9 +2989,11 @@ def check_sharing(args: argparse.Namespace, model, train: list[Sequence], plan: 
         rows = rows[: len(rows) // 2]
         lengths = choose_lengths([count_tokens(rows)]) if lengths else ()
     free_gpu()
+    limit = 1e-4 if to_dtype(model.device.type) == torch.float32 else 0.2
     if broadcast_object_list([gradient <= limit])[0]:  # all devices do as the first one finds
-        say("check", f"sharing changes the loss of {len(rows)} rows by {loss:.1e} and their gradient by {gradient:.1e} "
-                     f"of its norm: rounding ({time.perf_counter() - start:.1f} s)")
+        verdict = "rounding" if gradient <= 0.02 else "more than usual, as rounding can where the loss is near zero"
+        say("check", f"sharing changes the loss of {plural(len(rows), 'row')} by {loss:.1e} and their gradient by "
+                     f"{gradient:.1e} of its norm: {verdict} ({time.perf_counter() - start:.1f} s)")
         return True
     warn(f"sharing the prefix changes the loss by {loss:.1e} and the gradient by {gradient:.1e} of its norm, "
          f"more than rounding ({limit:.0e}): sharing is switched off")

@@ -222,8 +222,8 @@ def test_sharing_and_answers_are_exact_in_every_family(family):
             torch.nn.init.normal_(parameter, std=0.1)
     tokenizer = script.load_tokenizer(str(folder))
     rows = to_sequences(tokenizer)
-    loss, gradient, limit = script.compare_sharing(model, rows, (), "transformers")
-    assert loss < 1e-5 and gradient < limit == 1e-4
+    loss, gradient = script.compare_sharing(model, rows, (), "transformers")
+    assert loss < 1e-5 and gradient < 1e-4
     assert script.count_tokens(rows) < 0.4 * sum(len(row.input_ids) for row in rows)
 
     stops = script.find_stop_tokens(model, tokenizer)

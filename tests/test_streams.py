@@ -252,11 +252,11 @@ def test_the_self_check_draws_no_dropout(model):
     handle = model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: dropout(output))
     model.dropout_of_this_test = dropout
     try:
-        loss, gradient, limit = script.compare_sharing(model, CASES["one tool set"], (), "transformers")
+        loss, gradient = script.compare_sharing(model, CASES["one tool set"], (), "transformers")
     finally:
         handle.remove()
         del model.dropout_of_this_test
-    assert loss < 1e-4 and gradient < limit == 1e-4
+    assert loss < 1e-4 and gradient < 1e-4
 
 
 def test_a_run_by_steps_is_planned_for_the_epochs_that_it_begins():
