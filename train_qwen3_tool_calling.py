@@ -84,6 +84,7 @@ COMPARED_NUMBERS = 2**27  # of a gradient of more numbers, every n-th is compare
 SHOWN_PROBLEMS = 20
 CHECK_SECONDS = 2  # the longest that a call may take to check
 PATIENCE = 3600  # seconds that processes wait for each other, as for the one that writes a large checkpoint
+MEASURED_EPOCHS = 50  # so many epochs of a run are measured to plan its streams
 NAMED_ROWS = 8  # so many rows of a step that failed are named
 CLEAR_RISE = 0.02  # nats by which, beside a tenth, the held-out loss must rise to be pointed out
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")  # their values are written nowhere
@@ -166,8 +167,16 @@ LAUNCHER = find_launcher()  # now, because leave_group forgets it
 
 
 def say(stage: str, text: str) -> None:
-    """Print one line for one stage of the run."""
-    print(f"{stage:<9}{hide_secrets(text)}", flush=True)
+    """Print one line for one stage of the run; if nobody reads any more, as after `| head`, the run goes on."""
+    try:
+        print(f"{stage:<9}{hide_secrets(text)}", flush=True)
+    except BrokenPipeError:
+        drop_output()
+
+
+def drop_output() -> None:
+    """Let all that is printed from now on go nowhere, as the one who read it is gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def warn(text: str, kind: str = "warning") -> None:
@@ -188,12 +197,13 @@ def list_first(names, limit: int) -> str:
 
 
 def raise_interrupted(number: int, frame) -> None:
-    """End whatever is going on, as the handler of a signal; but an import only when it is done.
+    """End whatever is going on, as the handler of a signal; but an import or a __del__ only when it is done.
 
-    One that is cut off leaves half a library behind: the next error hides what happened, or the process aborts.
+    An import that is cut off leaves half a library behind: the next error hides what happened, or the process aborts.
+    Of a __del__ Python would swallow the exception.
     """
     while frame and frame.f_code is not run_command_line.__code__:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
+        if frame.f_code.co_filename.startswith("<frozen importlib") or frame.f_code.co_name == "__del__":
             later = threading.Timer(0.01, os.kill, (os.getpid(), number))
             later.daemon = True
             return later.start()
@@ -511,6 +521,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if None not in (args.warmup_ratio, args.warmup_steps):  # the later of the two counts
             setattr(args, "warmup_steps" if share is None else "warmup_ratio", None)
     del args.config, args.help
+    for name in ("output_dir", "final_model_dir", "convert_to"):  # after "=" and in --config, no shell sees to ~
+        setattr(args, name, getattr(args, name) and os.path.expanduser(getattr(args, name)))
     if isinstance(args.dataset_path, str):
         args.dataset_path = [args.dataset_path]  # a list as default would look like Python in --help
     if isinstance(args.target_modules, str):
@@ -519,6 +531,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.dry_run = bool(args.dry_run)
     if args.eval_only and (args.dry_run or args.show_row):
         parser.error("--eval_only trains nothing: leave out --dry_run and --show_row")
+    if args.convert_to and (args.dry_run or args.eval_only):
+        parser.error("--convert_to only writes rows: leave out --dry_run and --eval_only")
     if args.dry_run and args.resume_from_checkpoint:
         parser.error("--dry_run shows a run from its start: leave out --resume_from_checkpoint")
     if not args.lora_rank:
@@ -553,7 +567,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 # ---------------------------------------------------------------------------------------------------------------
 ROW_FILES = (".json", ".jsonl")  # what is read of a folder
 NOT_ROWS = ("tools.json", "dataset_info.json", "dataset_infos.json", "state.json", "package.json")
-PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd"}  # a file's first bytes: its kind
+PACKED = {  # the first bytes of a file: its kind
+    b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"PAR1": "parquet"}
 HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*(?:/\w[\w.-]*)?)"
                       r"(?::(?P<config>[\w.+-]+)(?=:))?(?::(?P<split>\w[\w.]*))?", re.ASCII)
 FILE_NAME = re.compile(r".*\.(jsonl?|ndjson|csv|tsv|txt|parquet|arrow|ya?ml|gz|zip|zst)", re.IGNORECASE)
@@ -610,7 +625,7 @@ def open_file(path: str):
         with open(path, "rb") as file:
             start = file.read(4)
             if kind := next((kind for mark, kind in PACKED.items() if start.startswith(mark)), None):
-                raise UserError(f"{path}: is {kind}; unpack it first")
+                raise UserError(f"{path}: is {kind}; expected JSON or JSONL: unpack or convert it first")
             if wide := re.search(rb"[\0\xfe\xff]", start):  # UTF-16, or no text at all
                 raise UserError(f"{path}: not UTF-8 text (byte {wide.start()}); save it as UTF-8 JSON or JSONL")
             file.seek(0)
@@ -1085,6 +1100,10 @@ def to_tool(tool: object, changes: Counter) -> object:
     else:
         return tool
     function = drop_nulls(tool["function"], changes)
+    for key in ("inputSchema", "input_schema"):  # as MCP and Anthropic name them
+        if key in function and "parameters" not in function:
+            changes[f"{key} -> parameters"] += 1
+            function["parameters"] = function.pop(key)
     if "parameters" in function:
         function["parameters"] = to_parameters(function["parameters"], changes)
     return {**tool, "function": function}
@@ -1158,7 +1177,7 @@ def join_text(content: object) -> object:
 
 def split_thought(message: dict, content: object) -> tuple[str, object]:
     """Return (thought, content) of an assistant message: the thought from its own key or from a leading think block."""
-    thoughts = [message[key] for key in ("reasoning_content", "thinking")
+    thoughts = [message[key] for key in ("reasoning_content", "thinking", "reasoning")
                 if isinstance(message.get(key), str) and message[key].strip()]
     block = re.match(r"\s*<think>(.*?)</think>\s*", content, re.DOTALL) if isinstance(content, str) else None
     if not block:
@@ -1237,10 +1256,13 @@ def read_turns(row: dict) -> list[dict]:
     return add_system(row, turns)
 
 
-def join_request(row: dict, question: str) -> str:
-    """Return the request of a row: the text of its question, and that which the question is about."""
-    about = [key for key in ("input", "context") if key != question and row.get(key)]
-    return "\n".join(take(row, key, str) for key in (question, *about))
+def read_request(row: dict, question: str) -> list[dict]:
+    """Return the turns before a row's answer: its `history`, and its question with the text that this is about."""
+    about, history = [key for key in ("input", "context") if key != question and row.get(key)], row.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise ValueError('"history" must be a list of [request, answer], got ' + shorten(history))
+    turns = [{"role": role, "content": text} for pair in history for role, text in zip(("user", "assistant"), pair)]
+    return [*turns, {"role": "user", "content": "\n".join(take(row, key, str) for key in (question, *about))}]
 
 
 def convert_native(row: dict) -> tuple[list[dict], object]:
@@ -1252,7 +1274,7 @@ def convert_native(row: dict) -> tuple[list[dict], object]:
     calls = find_calls(output, '"output"', keys)
     answer = {**output, "role": "assistant", "tool_calls": calls, "function_call": None}
     question = "instruction" if row.get("instruction") else "input"
-    return add_system(row, [{"role": "user", "content": join_request(row, question)}, answer]), None
+    return add_system(row, [*read_request(row, question), answer]), None
 
 
 def convert_openai(row: dict) -> tuple[list[dict], object]:
@@ -1389,11 +1411,7 @@ def convert_alpaca(row: dict) -> tuple[list[dict], object]:
     if not question or not answer:
         raise ValueError(f"expected one of {', '.join(QUESTION_KEYS)} and one of {', '.join(ANSWER_KEYS)}, got "
                          + shorten(row))
-    request, history = join_request(row, question), row.get("history") or []
-    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        raise ValueError('"history" must be a list of [request, answer], got ' + shorten(history))
-    pairs = [*history, [request, take(row, answer, str)]]
-    turns = [{"role": role, "content": text} for pair in pairs for role, text in zip(("user", "assistant"), pair)]
+    turns = [*read_request(row, question), {"role": "assistant", "content": take(row, answer, str)}]
     return add_system(row, turns), []
 
 
@@ -1456,7 +1474,8 @@ def convert(row: object, name: str) -> tuple[str, list[dict], object]:
     if not name:
         raise ValueError(f"no known format; expected an object with {SHAPES}; got {shorten(row)}")
     turns, tools = FORMATS[name][1](row)
-    return name, to_messages(turns), tools if row.get("tools") is None else row["tools"]
+    own = row.get("tools")  # these count, unless they are none and the row has some elsewhere
+    return name, to_messages(turns), tools if own is None or tools and own in ([], "", "[]") else own
 
 
 def to_row(example: Example) -> dict:
@@ -2164,13 +2183,13 @@ def measure_batches(sequences: list[Sequence], plan: Plan, batches: list[list[in
 
 
 def count_epochs(args: argparse.Namespace, sequences: list[Sequence]) -> int:
-    """Return how many epochs a run begins."""
+    """Return of how many epochs a run is measured: of all that it begins, but not of hundreds."""
     steps, per_epoch = count_steps(args, sequences)
-    return math.ceil(steps / per_epoch)
+    return min(MEASURED_EPOCHS, math.ceil(steps / per_epoch))
 
 
 def measure_run(sequences: list[Sequence], plan: Plan, args: argparse.Namespace) -> list[int]:
-    """Return how many tokens are computed for each stream of all epochs of a run."""
+    """Return how many tokens are computed for each stream of the epochs that are measured."""
     import numpy as np
 
     rows = [row._replace(input_ids=np.asarray(row.input_ids, dtype=">u4")) for row in sequences]  # once for all epochs
@@ -2356,7 +2375,19 @@ def check_model(model_id: str, flag: str = "--model_id", trust: bool = False):
         raise UserError(f"{flag} {model_id}: the folder holds no *.safetensors; give a folder saved by save_pretrained")
     config = load_config(model_id, flag, trust)
     check_kind(config, model_id, flag)
+    check_weights(folder, f"{flag} {model_id}")
     return config
+
+
+def check_weights(folder: Path, what: str) -> None:
+    """Refuse a folder with a *.safetensors that is cut off, or a pointer of git-lfs in place of weights."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            safe_open(file, "np").__enter__().__exit__(None, None, None)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{what}: {file.name} holds no whole weights ({error}); download it again") from None
 
 
 def check_kind(config, model_id: str, flag: str = "--model_id") -> None:
@@ -2524,6 +2555,7 @@ def load_base(model_id: str, load_in_4bit: bool, trust: bool = False, dtype=None
     weights are read from safetensors alone, because a pickle can run code.
     """
     import torch
+    from accelerate.utils import get_max_memory
     from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.masking_utils import sdpa_mask
 
@@ -2533,10 +2565,15 @@ def load_base(model_id: str, load_in_4bit: bool, trust: bool = False, dtype=None
                                   bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=storage)
     AttentionInterface.register("blocks", attend_in_blocks)
     AttentionMaskInterface.register("blocks", sdpa_mask)
-    quantised = {"quantization_config": four_bit} if load_in_4bit else {}  # None would undo that of the folder
-    model = AutoModelForCausalLM.from_pretrained(
+    options = {"quantization_config": four_bit} if load_in_4bit else {}  # None would undo that of the folder
+    if place == "auto":  # of the GPUs' free memory a quarter is left, for what answers need
+        room = {name: int(0.75 * size) if isinstance(name, int) else size for name, size in get_max_memory().items()}
+        options |= {"max_memory": room}
+    model, info = AutoModelForCausalLM.from_pretrained(
         model_id, dtype=dtype, attn_implementation="blocks", device_map=place or device, use_safetensors=True,
-        trust_remote_code=trust, **quantised)
+        trust_remote_code=trust, output_loading_info=True, **options)
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"{model_id}: has no weights for {list_first(missing, 3)}; download it again")
     for module in model.modules():
         # On CPU, the first inference makes bitsandbytes repack 4-bit weights for bf16, in training from then on too.
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -3736,8 +3773,8 @@ def count_classes(pairs: list[tuple[str, str]]) -> float | None:
 def check_folder(path: str, flag: str) -> None:
     """Refuse a folder that holds anything and was not written by this script."""
     folder, marker = Path(path), Path(path) / "run.yaml"
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{flag} {path}: is a file; expected a folder")
+    if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
+        raise UserError(f"{flag} {path}: is a file, or a link to nothing; expected a folder")
     nearest = find_existing(path)
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(f"{flag} {path}: {nearest} cannot be written; choose another folder")
@@ -4031,6 +4068,8 @@ def merge_adapter(args: argparse.Namespace, base_id: str, adapter: str) -> Path:
 
     base = load(find_place(args))
     if any(weight.device.type == "meta" for weight in base.parameters()):  # more than the GPUs hold
+        del base
+        free_gpu()
         base = load("cpu")
     sums = sum_weights(base)
     model = PeftModel.from_pretrained(base, adapter)
@@ -4093,6 +4132,7 @@ def merge_and_score(args: argparse.Namespace, base_id: str, adapter: str | None,
     if adapter:
         if args.load_in_4bit:
             del base
+            free_gpu()
             base = load_base(args.model_id, True, trust, place=find_place(args, four_bit=True))
         score("adapter", PeftModel.from_pretrained(base, adapter))
     del base
@@ -4136,13 +4176,18 @@ def run_fresh(function, *arguments):
     process = context.Process(target=send_result, args=(sender, function, arguments))
     # A new process begins by importing the main module: a program that calls main() would call it there again.
     caller, sys.modules["__main__"] = sys.modules["__main__"], sys.modules[__name__]
+    noted, mask = [], getattr(signal, "pthread_sigmask", lambda how, numbers: numbers)  # Windows has none
     try:
-        with handle_signals(signal.SIG_IGN):  # which the new process inherits: a Ctrl-C is for this one alone
-            process.start()
+        with handle_signals(lambda number, frame: noted.append(number)):
+            former = mask(getattr(signal, "SIG_BLOCK", 0), {signal.SIGINT, signal.SIGTERM})
+            process.start()  # with these blocked: a Ctrl-C is for this process alone
+            mask(getattr(signal, "SIG_SETMASK", 0), former)
     finally:
         sys.modules["__main__"] = caller
     sender.close()
     try:
+        if noted:
+            raise Interrupted(noted[0])
         result = receiver.recv()
         process.join()
     except EOFError:
@@ -5352,6 +5397,7 @@ def evaluate_only(args: argparse.Namespace, command: str) -> dict:
         raise UserError(f"--eval_only {args.eval_only}: adapter_config.json names no base; expected one saved by PEFT")
     if settings.is_file() and not list(settings.parent.glob("*.safetensors")):
         raise UserError(f"--eval_only {args.eval_only}: the adapter holds no *.safetensors; expected one saved by PEFT")
+    check_weights(Path(args.eval_only), f"--eval_only {args.eval_only}")
     check_model(base_id, "--eval_only", args.trust_remote_code)
     tokenizer = load_tokenizer(base_id, args.trust_remote_code, "--eval_only")
     sides = ([], examples) if args.eval_dataset_path else split_examples(examples, args.train_test_split)
@@ -5565,6 +5611,9 @@ def unwrap_interrupt(error: BaseException | None) -> None:
 def run_command_line() -> int:
     """Run main; return 0, or 1 (2 for flags) with one line per problem, or 128 + the signal that ended the run."""
     began, argv, code = time.time(), sys.argv[1:], 1
+    for stream in (sys.stdout, sys.stderr):  # not all terminals have every character
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         args = parse_args(argv)  # as they are now: a file of settings may change while the run lasts
         with handle_signals(raise_interrupted):
@@ -5584,6 +5633,9 @@ def run_command_line() -> int:
         if is_main():
             print(explain_interrupt(args, argv, stop.args[0], began), file=sys.stderr)
         return 128 + stop.args[0]
+    except BrokenPipeError:
+        drop_output()
+        lines = ["nobody reads the output any more: the run ends here"]
     except OSError as error:
         if not is_disk_full(error):
             raise

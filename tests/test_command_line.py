@@ -1,6 +1,7 @@
 """The real command line, end to end on CPU: files, resume, reload, and one clear line for every mistake."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -245,6 +246,7 @@ def test_checks_need_no_heavy_library():
     (["--metric_for_best", "loss", "--eval_steps", "1", "--save_steps", "2"],
      "--metric_for_best keeps a checkpoint by its score: --save_steps must be --eval_steps"),
     (["--dry_run", "--resume_from_checkpoint"], "--dry_run shows a run from its start: leave out --resume_from_checkpoint"),
+    (["--convert_to", "x.jsonl", "--eval_only", "y"], "--convert_to only writes rows: leave out --dry_run and --eval_only"),
     (["--seed", str(2**32)], "argument --seed: must be at least 0 and below 4294967296, got 4294967296"),
 ])
 def test_a_wrong_flag_exits_with_2(flags, message):
@@ -268,6 +270,34 @@ def test_an_adapter_without_a_base_is_one_line(tmp_path):
         result = run_here("--eval_only", path.parent, "--max_samples", 2, "--output_dir", tmp_path / "out")
         assert result.returncode == 1 and errors(result) == [
             f"error: --eval_only {path.parent}: adapter_config.json names no base; expected one saved by PEFT"]
+
+
+@pytest.mark.parametrize("harm, message", [
+    (lambda file: file.write_text("version https://git-lfs.github.com/spec/v1\n"), "model.safetensors holds no whole weights ("),
+    (lambda file: os.truncate(file, 10_000_000), "model.safetensors holds no whole weights ("),
+    (lambda file: leave_out(file, "layers.1."), "has no weights for model.layers.1.")])
+def test_weights_that_are_not_whole_are_one_line(tmp_path, harm, message):
+    shutil.copytree(TINY, tmp_path / "base")
+    harm(tmp_path / "base" / "model.safetensors")
+    result = run_here("--eval_only", tmp_path / "base", "--max_samples", 9, "--eval_samples", 1, "--max_new_tokens", 1,
+                      "--output_dir", tmp_path / "out")
+    assert result.returncode == 1 and len(errors(result)) == 1
+    assert message in errors(result)[0] and errors(result)[0].endswith("; download it again")
+
+
+def leave_out(file: Path, part: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_file({name: weight for name, weight in load_file(file).items() if part not in name}, file, {"format": "pt"})
+
+
+def test_an_output_that_nobody_reads_any_more_ends_nothing(tmp_path):
+    command = (f"{sys.executable} train_qwen3_tool_calling.py --max_samples 50 --convert_to=~/rows.jsonl | true; "
+               "exit ${PIPESTATUS[0]}")
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT,
+                            env={**os.environ, "HOME": str(tmp_path)})
+    assert (result.returncode, result.stderr) == (0, "")
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 50
 
 
 def test_help_names_every_flag_with_its_default():
@@ -307,18 +337,20 @@ def test_a_foreign_folder_is_not_touched(tmp_path, tools_path):
         assert names(tmp_path / name) == ["precious.txt"]
         shutil.rmtree(tmp_path / name)
     (tmp_path / "out").write_text("a file")
-    assert errors(small_job(tmp_path, tools_path)) == [f"error: --output_dir {tmp_path / 'out'}: is a file; expected a folder"]
+    assert errors(small_job(tmp_path, tools_path)) == [f"error: --output_dir {tmp_path / 'out'}: is a file, or a link to nothing; "
+                                                      "expected a folder"]
 
 
 def test_a_folder_that_cannot_be_written_is_known_at_the_start(tmp_path, tools_path):
     file, link = tmp_path / "file", tmp_path / "link"
     file.write_text("mine")
+    (tmp_path / "elsewhere").mkdir()
     link.symlink_to(tmp_path / "elsewhere")
     for flag, path, what in (("--output_dir", file / "out", f"{file} cannot be written; choose another folder"),
                              ("--final_model_dir", file / "final", f"{file} cannot be written; choose another folder"),
                              ("--final_model_dir", link, "cannot be written and renamed there; choose another folder")):
         assert errors(small_job(tmp_path, tools_path, flag, path)) == [f"error: {flag} {path}: {what}"]
-    assert names(tmp_path) == ["file", "link", "rows.jsonl", "tools.json"]
+    assert names(tmp_path) == ["elsewhere", "file", "link", "rows.jsonl", "tools.json"]
     result = run_here("--eval_only", TINY, "--max_samples", 2, "--output_dir", file / "out")
     assert errors(result) == [f"error: --output_dir {file / 'out'}: {file} cannot be written; choose another folder"]
 

@@ -175,6 +175,13 @@ CASES = {  # name: (row, format, messages, tools)
     "native with an instruction": (
         {"instruction": "Answer me:", "input": "rain in Rome?", "output": {"content": "Yes."}, "tools": TOOLS},
         "native", [{"role": "user", "content": "Answer me:\nrain in Rome?"}, YES], [WEATHER]),
+    "native with a history and a thought": (
+        {"input": "rain in Rome?", "history": [["hi", "Yes."]], "tools": TOOLS,
+         "output": {"reasoning": "Look.", "function_call": json.loads(CALL)}},
+        "native", [{"role": "user", "content": "hi"}, YES, USER, calls("Rome", reasoning_content="Look.")], [WEATHER]),
+    "hermes with empty tools beside it": (
+        sharegpt(("system", f"Call these. <tools>[{json.dumps(WEATHER)}]</tools>"), ("human", "rain in Rome?"),
+                 ("gpt", "Yes."), tools="[]"), "hermes", [{"role": "system", "content": "Call these."}, USER, YES], [WEATHER]),
     "sharegpt with its system text twice": (
         sharegpt(("system", "Be brief."), ("human", "rain in Rome?"), ("gpt", "Yes."), system="Be brief."),
         "sharegpt", [{"role": "system", "content": "Be brief."}, USER, YES], []),

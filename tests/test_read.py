@@ -145,8 +145,8 @@ def test_files_that_are_no_text_are_one_line(tmp_path):
     packed.write_bytes(gzip.compress(b'{"a": 1}'))
     zipped.write_bytes(b"PK\x03\x04rest")
     assert error_of(pipe) == f"{pipe}: is not a regular file; expected JSON or JSONL"
-    assert error_of(packed) == f"{packed}: is gzip; unpack it first"
-    assert error_of(zipped) == f"{zipped}: is zip; unpack it first"
+    assert error_of(packed) == f"{packed}: is gzip; expected JSON or JSONL: unpack or convert it first"
+    assert error_of(zipped) == f"{zipped}: is zip; expected JSON or JSONL: unpack or convert it first"
     with pytest.raises(script.UserError) as error:
         script.read_tools(str(tmp_path))
     assert str(error.value) == f"{tmp_path}: is not a regular file; expected JSON or JSONL"
