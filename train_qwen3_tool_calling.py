@@ -38,6 +38,7 @@ from collections import Counter
 from datetime import timedelta
 from functools import lru_cache, partial
 from itertools import chain, islice
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple, NoReturn
@@ -4169,6 +4170,20 @@ def send_result(sender, function, arguments: tuple) -> None:
     sender.send(result)
 
 
+@contextlib.contextmanager
+def block_signals():
+    """Block SIGINT and SIGTERM for what is started meanwhile: a Ctrl-C is for this process alone. Not on Windows."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # or it is started with the process, and unblocks them
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+
 def run_fresh(function, *arguments):
     """Return function(*arguments), computed in a new Python process that ends when this one is stopped or dies."""
     context = multiprocessing.get_context("spawn")
@@ -4176,12 +4191,11 @@ def run_fresh(function, *arguments):
     process = context.Process(target=send_result, args=(sender, function, arguments))
     # A new process begins by importing the main module: a program that calls main() would call it there again.
     caller, sys.modules["__main__"] = sys.modules["__main__"], sys.modules[__name__]
-    noted, mask = [], getattr(signal, "pthread_sigmask", lambda how, numbers: numbers)  # Windows has none
+    noted: list[int] = []
     try:
         with handle_signals(lambda number, frame: noted.append(number)):
-            former = mask(getattr(signal, "SIG_BLOCK", 0), {signal.SIGINT, signal.SIGTERM})
-            process.start()  # with these blocked: a Ctrl-C is for this process alone
-            mask(getattr(signal, "SIG_SETMASK", 0), former)
+            with block_signals():
+                process.start()
     finally:
         sys.modules["__main__"] = caller
     sender.close()

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import ALARM, TINY, WEATHER, native, run_script, write_jsonl
 from test_render import ASK, CONVERSATIONS, calls, says, supervised
@@ -312,7 +313,7 @@ def test_a_model_whose_layers_forget_is_refused(tmp_path, config, more, layers):
     config = getattr(transformers, config)(**{**SHAPE, "num_hidden_layers": 4, **more})
     config.architectures = ["ForCausalLM"]
     config.save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").touch()
+    safetensors.torch.save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     if layers is None:
         return script.check_model(str(tmp_path))
     with pytest.raises(script.UserError) as error:

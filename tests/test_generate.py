@@ -70,9 +70,9 @@ def test_a_model_partly_outside_of_the_device_answers_alike_and_says_so(model, t
     spread = script.load_base(str(TINY), False, place={
         "model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu", **outside})
     assert {weight.device.type for weight in spread.parameters()} == {"cpu", "meta"}
-    args = script.parse_args(["--max_new_tokens", "40"])
-    assert (script.generate_answers(spread, tokenizer, sequences[:6], args, "spread")
-            == script.generate_answers(model, tokenizer, sequences[:6], args, "whole"))
+    args = script.parse_args(["--max_new_tokens", "12"])
+    assert (script.generate_answers(spread, tokenizer, sequences[:3], args, "spread")
+            == script.generate_answers(model, tokenizer, sequences[:3], args, "whole"))
     script.warn_if_spread(model)
     assert capsys.readouterr().err == ""
     script.warn_if_spread(spread)

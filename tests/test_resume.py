@@ -379,8 +379,8 @@ def test_each_difference_is_refused_by_name(tmp_path, name, value):
 
 
 def test_a_damaged_best_checkpoint_is_found_before_training(tmp_path):
-    best, last = make_checkpoint(tmp_path, 3), make_checkpoint(tmp_path, 6)
-    state = {"global_step": 6, "best_global_step": 3, "stateful_callbacks": {}}
+    best, last = make_checkpoint(tmp_path, 2), make_checkpoint(tmp_path, 3)
+    state = {"global_step": 3, "best_global_step": 2, "stateful_callbacks": {}}
     (last / "trainer_state.json").write_text(json.dumps(state))
     args, former = agreed_run()
     args.metric_for_best = former["metric_for_best"] = "loss"
