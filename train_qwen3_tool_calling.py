@@ -1570,8 +1570,8 @@ def check_text(messages: list[dict]) -> list[str]:
         calls = to_json(message["tool_calls"]) if "tool_calls" in message else ""
         for text in (content, message.get("reasoning_content", ""), calls):
             if problem := find_forbidden(text):
-                calls = text is content and message["role"] == "assistant" and "</tool_call>" in content
-                problems.append(f"{name}: {problem}" + ", or read it as a call with --format hermes" * calls)
+                is_call = text is content and message["role"] == "assistant" and "</tool_call>" in content
+                problems.append(f"{name}: {problem}" + ", or read it as a call with --format hermes" * is_call)
     return problems
 
 
@@ -2386,7 +2386,8 @@ def check_weights(folder: Path, what: str) -> None:
 
     for file in sorted(folder.glob("*.safetensors")):
         try:
-            safe_open(file, "np").__enter__().__exit__(None, None, None)
+            with safe_open(file, "np"):
+                pass
         except (SafetensorError, OSError) as error:
             raise UserError(f"{what}: {file.name} holds no whole weights ({error}); download it again") from None
 
@@ -4118,7 +4119,7 @@ def merge_and_score(args: argparse.Namespace, base_id: str, adapter: str | None,
     quiet_libraries()
     from peft import PeftModel
 
-    trust, place = args.trust_remote_code, find_place(args)
+    trust, place, small_place = args.trust_remote_code, find_place(args), find_place(args, four_bit=True)
     tokenizer, results = load_tokenizer(args.model_id, trust), {}
     batches = to_batches(sequences[:READ_BACK_ROWS], plan)
 
@@ -4134,7 +4135,7 @@ def merge_and_score(args: argparse.Namespace, base_id: str, adapter: str | None,
         if args.load_in_4bit:
             del base
             free_gpu()
-            base = load_base(args.model_id, True, trust, place=find_place(args, four_bit=True))
+            base = load_base(args.model_id, True, trust, place=small_place)
         score("adapter", PeftModel.from_pretrained(base, adapter))
     del base
     free_gpu()
@@ -4146,8 +4147,8 @@ def merge_and_score(args: argparse.Namespace, base_id: str, adapter: str | None,
         refuse_unchanged(sums, model)
     if args.save_method == "merged_4bit":
         del model
-        quantise_folder(folder, trust, find_place(args, four_bit=True))
-        model = read_back(folder, trust, find_place(args, four_bit=True))
+        quantise_folder(folder, trust, small_place)
+        model = read_back(folder, trust, small_place)
     score("merged" if adapter else "trained", model)
     return results
 
@@ -5025,7 +5026,7 @@ def audit_epoch(train: list[Sequence], args: argparse.Namespace, plan: Plan) -> 
 
 
 def audit_plan(train: list[Sequence], args: argparse.Namespace, plan: Plan) -> dict:
-    """Return steps, streams and checkpoints of the run; the sizes are those of all its streams, filled up."""
+    """Return steps, streams and checkpoints of the run; the sizes are those of the streams measured, filled up."""
     sizes = measure_run(train, plan, args)
     steps, per_epoch = count_steps(args, train)
     return {"rows_per_step": plan.rows_per_step, "streams_per_step": plan.accumulation,
@@ -5165,7 +5166,7 @@ def write_audit(args: argparse.Namespace, audit: dict) -> Path:
         write_run(args, args.output_dir)
     path = Path(args.output_dir) / "audit.json"
     text = json.dumps(audit, indent=1, ensure_ascii=False)
-    path.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a character of a row, as JSON writes it
+    write_file(path, text.encode("utf-8", "backslashreplace").decode())  # half a character of a row, as JSON writes it
     return path
 
 
@@ -5409,9 +5410,11 @@ def evaluate_only(args: argparse.Namespace, command: str) -> dict:
         base_id = None
     if not base_id:
         raise UserError(f"--eval_only {args.eval_only}: adapter_config.json names no base; expected one saved by PEFT")
-    if settings.is_file() and not list(settings.parent.glob("*.safetensors")):
-        raise UserError(f"--eval_only {args.eval_only}: the adapter holds no *.safetensors; expected one saved by PEFT")
-    check_weights(Path(args.eval_only), f"--eval_only {args.eval_only}")
+    if settings.is_file():
+        if not list(settings.parent.glob("*.safetensors")):
+            raise UserError(f"--eval_only {args.eval_only}: the adapter holds no *.safetensors; expected one saved by "
+                            "PEFT")
+        check_weights(settings.parent, f"--eval_only {args.eval_only}")
     check_model(base_id, "--eval_only", args.trust_remote_code)
     tokenizer = load_tokenizer(base_id, args.trust_remote_code, "--eval_only")
     sides = ([], examples) if args.eval_dataset_path else split_examples(examples, args.train_test_split)
