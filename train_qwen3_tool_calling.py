@@ -79,6 +79,7 @@ CHECKED_ROWS = 8  # so many rows are computed shared and by themselves at the st
 HELD_SCORES = 2**28  # attention scores held at once when answers are written: 1 GiB in fp32
 RECORDED_BYTES = 2**30  # a stream whose layers' inputs take more than this is not recorded as a CUDA graph
 READ_BACK_ROWS = 64  # held-out rows on which the losses of merged model and adapter are compared
+READ_BACK_BATCH = 4  # of them at once: their logits are held, with Qwen3's vocabulary 60 MB for an answer of 40 tokens
 MERGE_SLACK = 0.02  # nats per token, and share of the rows, by which the merged model may be worse than the adapter
 ROUNDED_WEIGHTS = 2**26  # of a weight, so many numbers are rounded at a time: random bits take as much memory again
 COMPARED_NUMBERS = 2**27  # of a gradient of more numbers, every n-th is compared: half a GiB each time it is held
@@ -2183,7 +2184,7 @@ def measure_batches(sequences: list[Sequence], plan: Plan, batches: list[list[in
     return [next((length for length in plan.lengths if length >= size), size) for size in sizes]
 
 
-def count_epochs(args: argparse.Namespace, sequences: list[Sequence]) -> int:
+def count_measured_epochs(args: argparse.Namespace, sequences: list[Sequence]) -> int:
     """Return of how many epochs a run is measured: of all that it begins, but not of hundreds."""
     steps, per_epoch = count_steps(args, sequences)
     return min(MEASURED_EPOCHS, math.ceil(steps / per_epoch))
@@ -2194,7 +2195,7 @@ def measure_run(sequences: list[Sequence], plan: Plan, args: argparse.Namespace)
     import numpy as np
 
     rows = [row._replace(input_ids=np.asarray(row.input_ids, dtype=">u4")) for row in sequences]  # once for all epochs
-    return [size for epoch in range(count_epochs(args, sequences))
+    return [size for epoch in range(count_measured_epochs(args, sequences))
             for size in measure_batches(rows, plan, cut_streams(plan, args, epoch))]
 
 
@@ -2252,7 +2253,7 @@ def divide_plan(plan: Plan, size: int, sequences: list[Sequence], args: argparse
     """
     if not plan.lengths:
         return plan._replace(rows=size)
-    sizes = [count_tokens(part) for epoch in range(count_epochs(args, sequences))
+    sizes = [count_tokens(part) for epoch in range(count_measured_epochs(args, sequences))
              for stream in cut_streams(plan, args, epoch) if stream
              for part in split_rows([sequences[i] for i in stream], size)]
     return plan._replace(rows=size, lengths=choose_lengths(sizes))
@@ -2261,6 +2262,12 @@ def divide_plan(plan: Plan, size: int, sequences: list[Sequence], args: argparse
 def to_batches(sequences: list[Sequence], plan: Plan) -> list[dict]:
     """Return the batches of sequences for scoring, where order does not matter."""
     return [build_batch(part, plan) for part in split_rows(sequences, plan.rows, plan.limit)]
+
+
+def to_small_batches(sequences: list[Sequence], plan: Plan) -> list[dict]:
+    """Return the batches on which losses of saved models are compared: small, as less memory may be left by then."""
+    small = plan._replace(rows=min(plan.rows, READ_BACK_BATCH), lengths=())
+    return to_batches(sequences[:READ_BACK_ROWS], small)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -2278,6 +2285,19 @@ def refuse_telemetry() -> None:
     for name in ("UNSLOTH_DISABLE_STATISTICS", "HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY"):
         if os.environ.setdefault(name, "1") == "0":
             del os.environ[name]
+
+
+def return_pages() -> None:
+    """Let PyTorch give GPU memory back by the page, not only once all that was taken together is free.
+
+    Otherwise 8 MiB that Unsloth keeps for good hold 1.2 GiB, and the process that merges finds as much less. Unsloth
+    sets this too, but PyTorch reads it when it is imported, and that is before. Not where the driver has no pages to
+    give: on Windows, also under Linux (WSL), and on Jetson boards.
+    """
+    if sys.platform != "linux" or "microsoft" in os.uname().release.lower() or os.path.exists("/etc/nv_tegra_release"):
+        return
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its former name
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def start_engine(args: argparse.Namespace) -> str:
@@ -2946,6 +2966,13 @@ def free_gpu() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def empty_weights(model) -> None:
+    """Free the memory of a model's weights, also if a library holds on to them, as after training with Unsloth."""
+    drop_graphs(model)
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.untyped_storage().resize_(0)
 
 
 def make_room(model) -> None:
@@ -4121,11 +4148,12 @@ def merge_and_score(args: argparse.Namespace, base_id: str, adapter: str | None,
 
     trust, place, small_place = args.trust_remote_code, find_place(args), find_place(args, four_bit=True)
     tokenizer, results = load_tokenizer(args.model_id, trust), {}
-    batches = to_batches(sequences[:READ_BACK_ROWS], plan)
+    batches = to_small_batches(sequences, plan)
 
     def score(name, model):
-        results[name] = {"answers": generate_answers(model, tokenizer, sequences, args, name),
-                         "loss": to_metrics(score_batches(model, batches, "transformers"))["loss"]}
+        answers = generate_answers(model, tokenizer, sequences, args, name)
+        free_gpu()  # of what answers needed; a loss needs larger pieces
+        results[name] = {"answers": answers, "loss": to_metrics(score_batches(model, batches, "transformers"))["loss"]}
 
     base = load_base(base_id, False, trust, place=place)
     warn_if_spread(base)
@@ -5487,6 +5515,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     argv = [*map(str, sys.argv[1:] if argv is None else argv)]
     args, command = parse_args(argv), shlex.join([*LAUNCHER, PROGRAM, *argv])
     refuse_telemetry()
+    return_pages()
     if not is_main() and (args.convert_to or args.dry_run or args.eval_only):
         return None  # these the first process does alone
     if args.convert_to:
@@ -5562,7 +5591,7 @@ def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.Ex
     plan, tested = trainer.streams, (held_out or train)[: args.eval_samples]
     start = time.perf_counter()
     with discard_partial(args.final_model_dir) if args.save_method != "lora" else contextlib.nullcontext():
-        batches = to_batches(tested[:READ_BACK_ROWS], plan)
+        batches = to_small_batches(tested, plan)
         adapter = trained = before = None
         if not args.lora_rank:
             trained, before = round_trained(args, trainer.model, config.dtype, batches, engine)
@@ -5573,6 +5602,8 @@ def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.Ex
             say("save", f"adapter: {adapter}")
         else:
             save_whole(args, trained)
+        if engine == "unsloth":
+            empty_weights(trainer.model)
         del trainer, model, trained
         free_gpu()
         results = run_fresh(merge_and_score, args, merge_base, adapter, tested, plan)

@@ -30,6 +30,7 @@ def count_bytes(model: str) -> int:
 
 def measure(words: list[str], file: Path, steps: int) -> None:
     """Load, wait for the turn, train, and write what was measured; in each process of one measurement."""
+    script.return_pages()
     import torch
 
     args = script.parse_args([*words, "--max_steps", str(steps), "--output_dir", tempfile.mkdtemp()])

@@ -175,6 +175,7 @@ def run_recipe(options, engine: str, kind: str, flags: list[str], batch_size: in
         "--batch_size", str(batch_size), "--gradient_accumulation_steps", str(accumulation),
         "--dataset_path", options.dataset_path, "--tools_path", options.tools_path])
     args.share_prefix = args.share_prefix and kind == SHARED  # the others run with Unsloth's own settings
+    script.return_pages()  # for all of them: it is Unsloth's own setting
     script.start_engine(args)
     tokenizer = script.load_tokenizer(args.model_id)
     train = make_rows(args, tokenizer, tools)

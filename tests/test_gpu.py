@@ -142,6 +142,7 @@ def peak(batches):
 if __name__ == "__main__":
     args = s.parse_args(sys.argv[2:])
     s.refuse_telemetry()
+    s.return_pages()
     engine = s.start_engine(args)
     tokenizer = s.load_tokenizer(args.model_id)
     train, held_out = s.render_all(args, tokenizer, s.read_examples(args, args.dataset_path)[0])

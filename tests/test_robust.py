@@ -8,10 +8,11 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ALARM, TINY, WEATHER, run_script, write_jsonl
+from conftest import ALARM, ROOT, TINY, WEATHER, run_script, write_jsonl
 from test_command_line import ROWS, arguments, errors, names
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -305,6 +306,43 @@ def test_telemetry_is_off_unless_asked_for(monkeypatch):
     monkeypatch.setenv("UNSLOTH_DISABLE_STATISTICS", "0")
     script.refuse_telemetry()
     assert "UNSLOTH_DISABLE_STATISTICS" not in os.environ
+
+
+def test_gpu_memory_is_given_back_by_the_page_where_the_driver_can(monkeypatch):
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+    def found(release="6.8.0-generic", board=False, platform="linux", **given) -> str | None:
+        for name in names:
+            monkeypatch.setenv(name, given.get(name, ""))
+            if name not in given:
+                monkeypatch.delenv(name)
+        monkeypatch.setattr(script.sys, "platform", platform)
+        monkeypatch.setattr(script.os, "uname", lambda: SimpleNamespace(release=release))
+        monkeypatch.setattr(script.os.path, "exists", lambda path: board and path == "/etc/nv_tegra_release")
+        script.return_pages()
+        return os.environ.get("PYTORCH_ALLOC_CONF")
+
+    assert found() == "expandable_segments:True"
+    assert found(release="5.15.90.1-microsoft-standard-WSL2") is found(board=True) is found(platform="win32") is None
+    assert found(PYTORCH_ALLOC_CONF="backend:cudaMallocAsync") == "backend:cudaMallocAsync"
+    assert found(PYTORCH_CUDA_ALLOC_CONF="max_split_size_mb:64") is None
+
+
+def test_it_is_set_before_pytorch_is_imported():
+    """PyTorch reads it only once."""
+    code = ("import os, sys, train_qwen3_tool_calling as script\n"
+            "script.check_folder = lambda *_: sys.exit(repr((os.environ.get('PYTORCH_ALLOC_CONF'), 'torch' in sys.modules)))\n"
+            "script.main([])")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env={
+        name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name})
+    assert result.stderr.splitlines()[-1] == "('expandable_segments:True', False)"
+
+
+def test_emptied_weights_hold_no_memory_also_if_something_holds_them():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8))
+    kept, view = [*model.parameters(), *model.buffers()], model[0].weight.detach()
+    script.empty_weights(model)
+    assert [tensor.untyped_storage().nbytes() for tensor in [*kept, view]] == [0] * 8
 
 
 CODE = """

@@ -262,10 +262,10 @@ def test_the_self_check_draws_no_dropout(model):
 def test_a_run_by_steps_is_planned_for_the_epochs_that_it_begins():
     rows = [row([1, 2, 3], [4]) for _ in range(20)]
     args = script.parse_args(["--num_epochs", "3"])
-    assert script.count_epochs(args, rows) == 3
+    assert script.count_measured_epochs(args, rows) == 3
     for steps, epochs in ((1, 1), (3, 1), (4, 2), (30, 10)):  # three steps an epoch
         args.max_steps = steps
-        assert script.count_epochs(args, rows) == epochs
+        assert script.count_measured_epochs(args, rows) == epochs
 
 
 def test_the_self_check_passes_and_a_broken_mask_fails_it(model, monkeypatch, capsys):
@@ -294,6 +294,15 @@ def test_held_out_rows_that_share_nothing_make_no_larger_streams_than_training(m
     sums = [script.to_metrics(script.score_batches(model, given, "transformers"))["loss"]
             for given in (batches, [script.build_padded(strangers)])]
     assert sums[0] == pytest.approx(sums[1], rel=1e-5)
+
+
+def test_losses_of_saved_models_are_compared_on_few_rows_at_once():
+    rows = [row([*range(1, 31), i % 8], [9]) for i in range(70)]
+    for plan, size in ((script.Plan(16, 1, [], (512,)), 4), (script.Plan(3, 1, [], (512,)), 3)):
+        batches = script.to_small_batches(rows, plan)
+        supervised = [int((batch["labels"] != -100).sum()) for batch in batches]
+        assert sum(supervised) == 64 and max(supervised) == size
+        assert all(batch["input_ids"].numel() < 512 for batch in batches)  # not filled up to training's length
 
 
 def test_held_out_loss_is_a_mean_over_tokens(model):
