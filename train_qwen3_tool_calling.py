@@ -4248,18 +4248,19 @@ def is_worse(loss: float, expected: float) -> bool:
     return not loss <= expected + max(0.02 * expected, MERGE_SLACK)
 
 
-def check_merged(args: argparse.Namespace, adapter: str, results: dict, scores: dict) -> None:
+def check_merged(args: argparse.Namespace, adapter: str, results: dict, scores: dict, exact: list[bool]) -> None:
     """Compare the merged model read back with the adapter it came from; a mismatch is a UserError.
 
-    After 16-bit training both are the same model up to the rounding of the merge and must answer alike. After 4-bit
-    training the merged model stands on the unquantised base, a little different and as a rule better, so loss and
-    score decide. A merged model in 4 bits may be worse than its adapter; the user who asked for it is told by how much.
-    One answer alone proves nothing, however few there are: rounding may tip it.
+    After 16-bit training both are the same model up to the rounding of the merge and must answer alike wherever the
+    adapter's answer is `exact`; where it is not, the model is unsure, and rounding decides what wrong answer it gives.
+    After 4-bit training the merged model stands on the unquantised base, a little different and as a rule better, so
+    loss and score decide. A merged model in 4 bits may be worse than its adapter; the user who asked for it is told by
+    how much. One answer alone proves nothing, however few there are: rounding may tip it.
     """
     expected, got = results["adapter"], results["merged"]
-    slack = max(MERGE_SLACK, 1 / len(expected["answers"]))
+    slack = max(MERGE_SLACK, 1 / len(exact))
     worse = scores["adapter"]["exact_match"] - scores["merged"]["exact_match"]
-    different = sum(a != b for a, b in zip(expected["answers"], got["answers"])) / len(expected["answers"])
+    different = sum(sure and a != b for sure, a, b in zip(exact, expected["answers"], got["answers"])) / len(exact)
     wrong = is_worse(got["loss"], expected["loss"]) or worse > slack
     found = (f"held-out loss {got['loss']:.4f}, adapter {expected['loss']:.4f}; exact "
              f"{scores['merged']['exact_match']:.1%}, adapter {scores['adapter']['exact_match']:.1%}")
@@ -4268,7 +4269,7 @@ def check_merged(args: argparse.Namespace, adapter: str, results: dict, scores: 
     if wrong or not math.isfinite(got["loss"]) or (not args.load_in_4bit and different > slack):
         shutil.rmtree(partial_folder(args.final_model_dir), ignore_errors=True)
         raise UserError(f"the merged model does not do what the adapter does: {found}; {different:.1%} of the answers "
-                        f"differ; nothing was written to {args.final_model_dir}, the adapter is safe in {adapter}")
+                        f"are no longer its exact ones; nothing was written to {args.final_model_dir}, the adapter is safe in {adapter}")
 
 
 def gather_model(model, dtype, trust: bool = False):
@@ -5611,7 +5612,7 @@ def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.Ex
         if not adapter:
             check_trained(args, results["trained"]["loss"], before)
         elif "merged" in results:
-            check_merged(args, adapter, results, scores)
+            check_merged(args, adapter, results, scores, [verdict.exact for verdict in verdicts["adapter"]])
         if args.save_method != "lora":
             put_in_place(args.final_model_dir)
     show_saved(args, results, before, time.perf_counter() - start)

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the libraries are imported
+if "PYTEST_XDIST_WORKER" in os.environ:  # several tests at once: threads would only fight for the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "models" / "tiny-qwen3"
 REAL_TOKENIZER = ROOT.parent / "shared" / "qwen3-tokenizer"  # the stock Qwen3 tokenizer, where there is one
@@ -45,8 +47,6 @@ def write_jsonl(path: Path, rows: list) -> str:
 def run_script(*arguments: object, timeout: int = 240, **environment: str) -> subprocess.CompletedProcess:
     """Run the real command line in a new process, without a GPU and without the network."""
     command = [sys.executable, str(ROOT / "train_qwen3_tool_calling.py"), *map(str, arguments)]
-    if "PYTEST_XDIST_WORKER" in os.environ:  # several tests at once: threads would only fight for the cores
-        environment = {"OMP_NUM_THREADS": "1", **environment}
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", **environment}
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=ROOT)
 

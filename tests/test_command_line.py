@@ -440,12 +440,12 @@ def test_a_full_disk_is_seen_before_training(tmp_path, monkeypatch):
 def test_a_merge_that_went_wrong_keeps_the_adapter_and_no_folder(tmp_path):
     args = script.parse_args(["--final_model_dir", str(tmp_path / "final")])
 
-    def check(merged_loss, merged_exact=0.9, different=0, loss=0.1, rows=100):
+    def check(merged_loss, merged_exact=0.9, different=0, loss=0.1, rows=100, wrong=0):
         script.partial_folder(args.final_model_dir).mkdir(exist_ok=True)
         answers = ["b"] * different + ["a"] * (rows - different)
         results = {"adapter": {"loss": loss, "answers": ["a"] * rows}, "merged": {"loss": merged_loss, "answers": answers}}
         scores = {"adapter": {"exact_match": 0.9}, "merged": {"exact_match": merged_exact}}
-        script.check_merged(args, "out/adapter", results, scores)
+        script.check_merged(args, "out/adapter", results, scores, [False] * wrong + [True] * (rows - wrong))
 
     check(0.119, different=50)  # 4-bit: loss and score decide
     check(8.15, loss=8.0)  # 2 % of a large loss, 0.02 of a small one
@@ -460,10 +460,13 @@ def test_a_merge_that_went_wrong_keeps_the_adapter_and_no_folder(tmp_path):
     args.load_in_4bit = False
     check(0.119)
     check(0.1, different=2)
-    with pytest.raises(script.UserError, match="3.0% of the answers differ"):  # 16-bit: the same model, the same answers
-        check(0.1, different=3)
+    with pytest.raises(script.UserError, match="3.0% of the answers are no longer its exact ones"):
+        check(0.1, different=3)  # 16-bit: the same model, the same answers
+    check(0.1, different=50, wrong=50)  # but not where it knows no answer
+    with pytest.raises(script.UserError, match="3.0% of the answers"):
+        check(0.1, different=53, wrong=50)
     check(0.1, merged_exact=0.9 - 1 / 6, different=1, rows=6)
-    with pytest.raises(script.UserError, match="33.3% of the answers differ"):
+    with pytest.raises(script.UserError, match="33.3% of the answers"):
         check(0.1, different=2, rows=6)
 
 
