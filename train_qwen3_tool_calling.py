@@ -528,8 +528,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if isinstance(args.dataset_path, str):
         args.dataset_path = [args.dataset_path]  # a list as default would look like Python in --help
     if isinstance(args.target_modules, str):
-        args.target_modules = args.target_modules.split()
-    args.target_modules = sorted({*args.target_modules})  # their order means nothing
+        args.target_modules = [args.target_modules]
+    args.target_modules = sorted({*" ".join(args.target_modules).split()})  # their order means nothing
     args.dry_run = bool(args.dry_run)
     if args.eval_only and (args.dry_run or args.show_row):
         parser.error("--eval_only trains nothing: leave out --dry_run and --show_row")
@@ -2626,6 +2626,7 @@ def load_model(args: argparse.Namespace, engine: str, plan: Plan):
         model = FastLanguageModel.get_peft_model(
             model, **lora, random_state=args.seed,
             use_gradient_checkpointing="unsloth" if use_checkpointing(args) else False)
+        warn_of_frozen_experts(model)
         add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "is_top1"))
         # Streams have few lengths, so attention compiled for exactly these is worth it: half the time of "any length".
         prefix_grouper_kernel._flex_attention_compiled = torch.compile(flex_attention, dynamic=False)
@@ -2646,7 +2647,15 @@ def load_model(args: argparse.Namespace, engine: str, plan: Plan):
     model.config.use_cache = False
     if args.lora_rank:
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
+        warn_of_frozen_experts(model)
     return split_model(model) if args.fsdp else model
+
+
+def warn_of_frozen_experts(model) -> None:
+    """Say if the experts of a mixture get no adapter: PEFT knows under what names only for some kinds of models."""
+    experts = [weight.requires_grad for name, weight in model.named_parameters() if ".experts." in name]
+    if experts and not any(experts):
+        warn(f"the experts of this {model.config.model_type} get no adapter: the layers beside them alone are trained")
 
 
 def split_model(model):
@@ -3549,7 +3558,7 @@ def read_run(checkpoint: str | None) -> dict:
     if not isinstance(settings, dict):
         raise UserError(f"{path}: cannot be read; expected the settings of the run that {checkpoint} is from")
     # A flag that came with a later version of this script had its default.
-    return vars(parse_args([])) | settings | settings.get("facts", {})
+    return vars(parse_args([])) | settings | (settings.get("facts") or {})
 
 
 def count_rows(args: argparse.Namespace) -> int:
@@ -4269,7 +4278,8 @@ def check_merged(args: argparse.Namespace, adapter: str, results: dict, scores: 
     if wrong or not math.isfinite(got["loss"]) or (not args.load_in_4bit and different > slack):
         shutil.rmtree(partial_folder(args.final_model_dir), ignore_errors=True)
         raise UserError(f"the merged model does not do what the adapter does: {found}; {different:.1%} of the answers "
-                        f"are no longer its exact ones; nothing was written to {args.final_model_dir}, the adapter is safe in {adapter}")
+                        f"are no longer its exact ones; nothing was written to {args.final_model_dir}, the adapter is "
+                        f"safe in {adapter}")
 
 
 def gather_model(model, dtype, trust: bool = False):
@@ -5444,8 +5454,9 @@ def evaluate_only(args: argparse.Namespace, command: str) -> dict:
             raise UserError(f"--eval_only {args.eval_only}: the adapter holds no *.safetensors; expected one saved by "
                             "PEFT")
         check_weights(settings.parent, f"--eval_only {args.eval_only}")
-    check_model(base_id, "--eval_only", args.trust_remote_code)
-    tokenizer = load_tokenizer(base_id, args.trust_remote_code, "--eval_only")
+    flag = f"--eval_only {args.eval_only}: its base" if settings.is_file() else "--eval_only"
+    check_model(base_id, flag, args.trust_remote_code)
+    tokenizer = load_tokenizer(base_id, args.trust_remote_code, flag)
     sides = ([], examples) if args.eval_dataset_path else split_examples(examples, args.train_test_split)
     groups, problems = render_examples(tokenizer, sides[1] or sides[0], args.max_seq_length)
     report_problems(problems, args.on_invalid, len(groups))
@@ -5455,9 +5466,16 @@ def evaluate_only(args: argparse.Namespace, command: str) -> dict:
     four_bit = settings.is_file() and args.load_in_4bit
     model = load_base(base_id, four_bit, args.trust_remote_code, place=find_place(args, four_bit))
     if settings.is_file():
+        import torch
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, args.eval_only)
+        try:
+            model = PeftModel.from_pretrained(model, args.eval_only)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError) as error:  # the last line names the first layer
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise UserError(f"{flag} {base_id} is another model than it was trained on ({reason})") from None
     results = {"model": {"answers": generate_answers(model, tokenizer, sequences, args, args.eval_only)}}
     held_out = len(sequences) if sides[1] else 0
     if not held_out:

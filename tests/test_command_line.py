@@ -272,6 +272,27 @@ def test_an_adapter_without_a_base_is_one_line(tmp_path):
             f"error: --eval_only {path.parent}: adapter_config.json names no base; expected one saved by PEFT"]
 
 
+def test_an_adapter_of_another_base_is_one_line(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config, adapter, base = AutoConfig.from_pretrained(TINY), tmp_path / "adapter", tmp_path / "base"
+    config.update({"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "layer_types": ["full_attention"] * 2})
+    model = AutoModelForCausalLM.from_config(config)
+    model.name_or_path = str(TINY)
+    get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj"])).save_pretrained(adapter)
+    flags = ["--eval_only", adapter, "--max_samples", 9, "--eval_samples", 1, "--output_dir", tmp_path / "out"]
+    result = run_here(*flags)
+    assert result.returncode == 1 and len(errors(result)) == 1
+    assert errors(result)[0].startswith(f"error: --eval_only {adapter}: its base {TINY} is another model than it was "
+                                        "trained on (size mismatch for base_model.model.model.layers.")
+    settings = adapter / "adapter_config.json"
+    settings.write_text(settings.read_text().replace(str(TINY), str(base)))
+    base.mkdir()
+    assert errors(run_here(*flags)) == [f"error: --eval_only {adapter}: its base {base}: the folder holds no "
+                                        "*.safetensors; give a folder saved by save_pretrained"]
+
+
 @pytest.mark.parametrize("harm, message", [
     (lambda file: file.write_text("version https://git-lfs.github.com/spec/v1\n"), "model.safetensors holds no whole weights ("),
     (lambda file: os.truncate(file, 10_000_000), "model.safetensors holds no whole weights ("),

@@ -198,6 +198,7 @@ def test_adapters_stand_on_the_named_layers_only(tmp_path):
         "gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj")
     args = script.parse_args(["--target_modules", "v_proj", "q_proj", "v_proj"])
     assert args.target_modules == ["q_proj", "v_proj"]
+    assert script.parse_args(["--target_modules=v_proj q_proj"]).target_modules == args.target_modules  # as in YAML
 
 
 ASK = {"role": "user", "content": "rain in Rome?"}

@@ -291,6 +291,18 @@ def test_a_mixture_of_experts_is_merged_with_its_experts(tmp_path):
         script.check_dropout(args, script.check_model(str(folder)))
 
 
+def test_experts_that_get_no_adapter_are_named(capsys):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, Qwen2MoeConfig, Qwen3MoeConfig
+
+    for config in (Qwen3MoeConfig, Qwen2MoeConfig):
+        model = AutoModelForCausalLM.from_config(config(**SHAPE, num_experts=2, moe_intermediate_size=32))
+        script.warn_of_frozen_experts(model)  # full fine-tuning
+        script.warn_of_frozen_experts(get_peft_model(model, LoraConfig(r=2, target_modules=script.TARGET_MODULES)))
+    assert capsys.readouterr().err == (
+        "warning: the experts of this qwen2_moe get no adapter: the layers beside them alone are trained\n")
+
+
 def test_only_models_whose_layers_take_trees_share_with_unsloth(capsys):
     from transformers import LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
