@@ -81,7 +81,7 @@ RECORDED_BYTES = 2**30  # a stream whose layers' inputs take more than this is n
 READ_BACK_ROWS = 64  # held-out rows on which the losses of merged model and adapter are compared
 READ_BACK_BATCH = 4  # of them at once: their logits are held, with Qwen3's vocabulary 60 MB for an answer of 40 tokens
 MERGE_SLACK = 0.02  # nats per token, and share of the rows, by which the merged model may be worse than the adapter
-ROUNDED_WEIGHTS = 2**26  # of a weight, so many numbers are rounded at a time: random bits take as much memory again
+ROUNDED_WEIGHTS = 2**26  # of a weight, so many numbers are rounded, or summed, at a time: that takes as much memory again
 COMPARED_NUMBERS = 2**27  # of a gradient of more numbers, every n-th is compared: half a GiB each time it is held
 SHOWN_PROBLEMS = 20
 CHECK_SECONDS = 2  # the longest that a call may take to check
@@ -2589,6 +2589,7 @@ def load_base(model_id: str, load_in_4bit: bool, trust: bool = False, dtype=None
     AttentionMaskInterface.register("blocks", sdpa_mask)
     options = {"quantization_config": four_bit} if load_in_4bit else {}  # None would undo that of the folder
     if place == "auto":  # of the GPUs' free memory a quarter is left, for what answers need
+        free_gpu()  # or what PyTorch keeps of the model before this one would not count as free
         room = {name: int(0.75 * size) if isinstance(name, int) else size for name, size in get_max_memory().items()}
         options |= {"max_memory": room}
     model, info = AutoModelForCausalLM.from_pretrained(
@@ -3586,9 +3587,8 @@ def check_resume(args: argparse.Namespace, checkpoint: str | None, former: dict,
     if former.get("training_rows") != hash_rows(train):
         problems.append(f"the training rows are not those of the run that {checkpoint} is from; "
                         "expected the same rows in the same order")
-    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
-    best = Path(checkpoint).with_name(f"checkpoint-{state.get('best_global_step')}")
-    if args.metric_for_best and best.is_dir() and (damage := find_damage(best)):
+    best = find_best(checkpoint) if args.metric_for_best else None
+    if best and (damage := find_damage(best)):
         problems.append(f"{best}, the best so far, is damaged: {damage}; remove it to go on without")
     steps = count_steps(args, train)[0]
     if to_step(checkpoint) > steps:
@@ -3606,6 +3606,14 @@ def is_complete(args: argparse.Namespace, checkpoint: str, train: list[Sequence]
     return state["global_step"] >= count_steps(args, train)[0] or waited >= (args.early_stopping_patience or math.inf)
 
 
+def find_best(checkpoint: str) -> Path | None:
+    """Return the best checkpoint up to this one: beside it, or where the run began that went on in another folder."""
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+    beside = Path(checkpoint).with_name(f"checkpoint-{state.get('best_global_step')}")
+    places = [Path(place) for place in (beside, state.get("best_model_checkpoint")) if place]
+    return next((place for place in places if place.is_dir()), None)
+
+
 def load_trained(trainer, checkpoint: str) -> None:
     """Put the weights that training ended with into the trainer's model: of the best checkpoint, or of this one.
 
@@ -3614,9 +3622,10 @@ def load_trained(trainer, checkpoint: str) -> None:
     from transformers import TrainerState
 
     trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-    best = Path(checkpoint).with_name(f"checkpoint-{trainer.state.best_global_step}")
-    folder = best if trainer.args.load_best_model_at_end and best.is_dir() else checkpoint
-    trainer._load_from_checkpoint(str(folder))
+    best = find_best(checkpoint) if trainer.args.load_best_model_at_end else None
+    if trainer.args.load_best_model_at_end and trainer.state.best_global_step and not best:
+        warn(f"the best checkpoint, of step {trainer.state.best_global_step:,}, is gone: {checkpoint} is kept instead")
+    trainer._load_from_checkpoint(str(best or checkpoint))
 
 
 def report_gpu(stage: str) -> None:
@@ -3825,12 +3834,17 @@ def check_folder(path: str, flag: str) -> None:
 def check_final(args: argparse.Namespace) -> None:
     """Refuse a final folder that cannot be replaced as a whole, or would take with it what the run still needs."""
     final = Path(args.final_model_dir)
-    for flag in ("output_dir", "model_id", "merge_model_id"):
-        kept = getattr(args, flag)
-        is_path = flag == "output_dir" or kept and Path(kept).exists()  # not a name on the Hub
-        if is_path and Path(kept).resolve().is_relative_to(final.resolve()):
-            raise UserError(f"--final_model_dir {final}: is replaced as a whole, and --{flag} {kept} is in it; choose "
-                            "another folder")
+    for flag in ("output_dir", "model_id", "merge_model_id", "dataset_path", "eval_dataset_path", "tools_path",
+                 "resume_from_checkpoint"):
+        given = getattr(args, flag) or []
+        for kept in given if isinstance(given, list) else [given]:
+            is_path = flag == "output_dir" or Path(kept).exists()  # not a name on the Hub
+            if is_path and Path(kept).resolve().is_relative_to(final.resolve()):
+                raise UserError(f"--final_model_dir {final}: is replaced as a whole, and --{flag} {kept} is in it; "
+                                "choose another folder")
+    if list_checkpoints(final) or (final / "adapter").exists():
+        raise UserError(f"--final_model_dir {final}: is replaced as a whole, and is the --output_dir of a run; choose "
+                        "another folder")
     if (not final.name or final.is_symlink() or final.is_mount()
             or not os.access(find_existing(final.parent), os.W_OK)):
         raise UserError(f"--final_model_dir {final}: cannot be written and renamed there; choose another folder")
@@ -3973,7 +3987,11 @@ def check_disk(args: argparse.Namespace, config, checkpoints: int) -> None:
 
 def check_merge_base(args: argparse.Namespace, config) -> str:
     """Return the id of the 16-bit model that the adapter will be merged into, settled before training."""
-    if getattr(config, "quantization_config", None) is None or args.save_method == "lora":
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None and (method := quantised.get("quant_method", "bitsandbytes")) != "bitsandbytes":
+        raise UserError(f"--model_id {args.model_id}: is quantised by {method}, on which no adapter is trained here; "
+                        "expected the original, which is put into 4 bits while it is loaded")
+    if quantised is None or args.save_method == "lora":
         return args.merge_model_id or args.model_id
     if not args.lora_rank:
         raise UserError(f"--model_id {args.model_id}: is quantised, and --lora_rank 0 trains 16-bit weights; give the "
@@ -4032,8 +4050,8 @@ def save_whole(args: argparse.Namespace, model) -> Path:
 
 def sum_weights(model) -> dict[str, float]:
     """Return the sum of each of a model's weights by name, of those that are in memory."""
-    return {name: parameter.double().sum().item() for name, parameter in model.named_parameters()
-            if parameter.device.type != "meta"}
+    return {name: sum(part.double().sum().item() for part in parameter.detach().flatten().split(ROUNDED_WEIGHTS))
+            for name, parameter in model.named_parameters() if parameter.device.type != "meta"}
 
 
 def refuse_unchanged(sums: dict[str, float], model) -> None:
@@ -4184,6 +4202,7 @@ def merge_and_score(args: argparse.Namespace, base_id: str, adapter: str | None,
         refuse_unchanged(sums, model)
     if args.save_method == "merged_4bit":
         del model
+        free_gpu()
         quantise_folder(folder, trust, small_place)
         model = read_back(folder, trust, small_place)
     score("merged" if adapter else "trained", model)
@@ -4268,7 +4287,8 @@ def check_merged(args: argparse.Namespace, adapter: str, results: dict, scores: 
     """
     expected, got = results["adapter"], results["merged"]
     slack = max(MERGE_SLACK, 1 / len(exact))
-    worse = scores["adapter"]["exact_match"] - scores["merged"]["exact_match"]
+    # Rounded to whole rows: a difference of two shares can be a little more than the share that it is.
+    worse = round((scores["adapter"]["exact_match"] - scores["merged"]["exact_match"]) * len(exact)) / len(exact)
     different = sum(sure and a != b for sure, a, b in zip(exact, expected["answers"], got["answers"])) / len(exact)
     wrong = is_worse(got["loss"], expected["loss"]) or worse > slack
     found = (f"held-out loss {got['loss']:.4f}, adapter {expected['loss']:.4f}; exact "
@@ -5341,6 +5361,12 @@ def leave_group() -> bool:
     return main
 
 
+def count_trained(step: int, rows: int, rows_per_step: int) -> int:
+    """Return how many rows are trained on up to a step; the last step of an epoch has what is left of the `rows`."""
+    epochs, more = divmod(step, math.ceil(rows / rows_per_step))
+    return epochs * rows + more * rows_per_step
+
+
 def train_model(trainer, checkpoint: str | None, train: list[Sequence], rows_per_step: int, complete: bool) -> dict:
     """Train, from a checkpoint if there is one; print and return the facts of the steps made now.
 
@@ -5366,13 +5392,14 @@ def train_model(trainer, checkpoint: str | None, train: list[Sequence], rows_per
             number = stopper.agree()
         if number:
             raise Interrupted(number)
-    seconds, steps = time.perf_counter() - start, trainer.state.global_step - first
-    tokens = steps * rows_per_step * sum(len(sequence.input_ids) for sequence in train) / len(train)
+    seconds, last = time.perf_counter() - start, trainer.state.global_step
+    steps, rows = last - first, count_trained(last, len(train), rows_per_step) - count_trained(
+        first, len(train), rows_per_step)
+    tokens = rows * sum(len(sequence.input_ids) for sequence in train) / len(train)
     history = trainer.state.log_history
     losses = [log["loss"] for log in history if "loss" in log and (complete or log["step"] > first)]
     facts = {"loss": sum(losses) / len(losses) if losses else loss, "seconds": seconds,
-             "steps": steps, "last_step": trainer.state.global_step, "resumed_from": checkpoint,
-             "samples_per_second": steps * rows_per_step / seconds,
+             "steps": steps, "last_step": last, "resumed_from": checkpoint, "samples_per_second": rows / seconds,
              "tokens_per_second": tokens / seconds,
              "peak_memory_gib": torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None,
              "tokens_computed": sum(gather_object([trainer.tokens_computed])), "history": history}
@@ -5457,10 +5484,10 @@ def evaluate_only(args: argparse.Namespace, command: str) -> dict:
     flag = f"--eval_only {args.eval_only}: its base" if settings.is_file() else "--eval_only"
     check_model(base_id, flag, args.trust_remote_code)
     tokenizer = load_tokenizer(base_id, args.trust_remote_code, flag)
-    sides = ([], examples) if args.eval_dataset_path else split_examples(examples, args.train_test_split)
-    groups, problems = render_examples(tokenizer, sides[1] or sides[0], args.max_seq_length)
+    groups, problems = render_examples(tokenizer, examples, args.max_seq_length)
     report_problems(problems, args.on_invalid, len(groups))
-    sequences = [sequence for group in groups for sequence in group][: args.eval_samples]
+    sides = to_sides(args, *(([], examples) if args.eval_dataset_path else (examples, [])), groups)
+    sequences = (sides[1] or sides[0])[: args.eval_samples]
     if not sequences:
         raise UserError(f"{' '.join(args.eval_dataset_path or args.dataset_path)}: no row is left to score; add rows")
     four_bit = settings.is_file() and args.load_in_4bit

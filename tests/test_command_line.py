@@ -262,6 +262,27 @@ def test_nothing_to_score_is_said(tmp_path):
     assert result.stderr.splitlines()[-1] == f"error: {path}: no row is left to score; add rows"
 
 
+def test_scoring_alone_holds_out_the_rows_that_training_did(tmp_path, monkeypatch):
+    """Which rows are held out depends on how many there are: those that training left out must not count."""
+    rows = [native(f"{'very ' * (300 * (i % 5 == 0))}loud alarm {i}", ("set_alarm", {"time": str(i)})) for i in range(60)]
+    flags = ["--model_id", TINY, "--dataset_path", write_jsonl(tmp_path / "rows.jsonl", rows), "--tools_path",
+             tmp_path / "tools.json", "--max_seq_length", 500, "--on_invalid", "skip", "--train_test_split", 0.3]
+    (tmp_path / "tools.json").write_text(json.dumps([ALARM]))
+    args = script.parse_args([*map(str, flags)])
+    train, held_out = script.render_all(args, script.load_tokenizer(str(TINY)), script.read_examples(
+        args, args.dataset_path)[0])
+    assert (len(train), len(held_out)) == (34, 14)
+    scored = []
+    monkeypatch.setattr(script, "load_base", lambda *_, **__: None)
+    monkeypatch.setattr(script, "generate_answers", lambda model, tokenizer, sequences, *_: [
+        scored.append(sequence.where) or "" for sequence in sequences])
+    result = run_here(*flags, "--eval_only", TINY, "--output_dir", tmp_path / "out")
+    assert result.returncode == 0 and scored == [sequence.where for sequence in held_out], result.stderr
+    report = json.loads((tmp_path / "out" / "eval_only" / "report.json").read_text())
+    assert {name: report["data"][name] for name in ("train", "held_out", "skipped")} == {
+        "train": 0, "held_out": 14, "skipped": 12}
+
+
 def test_an_adapter_without_a_base_is_one_line(tmp_path):
     path = tmp_path / "adapter" / "adapter_config.json"
     path.parent.mkdir()
@@ -461,11 +482,11 @@ def test_a_full_disk_is_seen_before_training(tmp_path, monkeypatch):
 def test_a_merge_that_went_wrong_keeps_the_adapter_and_no_folder(tmp_path):
     args = script.parse_args(["--final_model_dir", str(tmp_path / "final")])
 
-    def check(merged_loss, merged_exact=0.9, different=0, loss=0.1, rows=100, wrong=0):
+    def check(merged_loss, merged_exact=0.9, different=0, loss=0.1, rows=100, wrong=0, adapter_exact=0.9):
         script.partial_folder(args.final_model_dir).mkdir(exist_ok=True)
         answers = ["b"] * different + ["a"] * (rows - different)
         results = {"adapter": {"loss": loss, "answers": ["a"] * rows}, "merged": {"loss": merged_loss, "answers": answers}}
-        scores = {"adapter": {"exact_match": 0.9}, "merged": {"exact_match": merged_exact}}
+        scores = {"adapter": {"exact_match": adapter_exact}, "merged": {"exact_match": merged_exact}}
         script.check_merged(args, "out/adapter", results, scores, [False] * wrong + [True] * (rows - wrong))
 
     check(0.119, different=50)  # 4-bit: loss and score decide
@@ -478,6 +499,10 @@ def test_a_merge_that_went_wrong_keeps_the_adapter_and_no_folder(tmp_path):
         check(0.1, merged_exact=0.87)
     with pytest.raises(script.UserError, match="held-out loss nan"):
         check(float("nan"))
+    check(0.1, merged_exact=7 / 10, adapter_exact=8 / 10, rows=10)  # one row, whose shares differ by a little more
+    check(0.1, merged_exact=192 / 200, adapter_exact=196 / 200, rows=200)
+    with pytest.raises(script.UserError, match="exact 95.5%, adapter 98.0%"):
+        check(0.1, merged_exact=191 / 200, adapter_exact=196 / 200, rows=200)
     args.load_in_4bit = False
     check(0.119)
     check(0.1, different=2)

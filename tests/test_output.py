@@ -440,6 +440,21 @@ def test_full_fine_tuning_needs_the_16_bit_model():
         script.check_merge_base(args, types.SimpleNamespace(quantization_config={"load_in_4bit": True}))
 
 
+def test_a_base_that_is_quantised_otherwise_is_refused_before_training():
+    for flags in ([], ["--save_method", "lora"], ["--merge_model_id", "some/model"]):
+        args = script.parse_args(["--model_id", "some/fp8", *flags])
+        with pytest.raises(script.UserError, match="--model_id some/fp8: is quantised by fp8, .*; expected the original"):
+            script.check_merge_base(args, types.SimpleNamespace(quantization_config={"quant_method": "fp8"}))
+
+
+def test_weights_are_summed_in_pieces(monkeypatch):
+    model = torch.nn.Linear(7, 5)
+    whole = script.sum_weights(model)
+    monkeypatch.setattr(script, "ROUNDED_WEIGHTS", 4)
+    assert script.sum_weights(model) == pytest.approx(whole) and whole["weight"] == pytest.approx(
+        model.weight.double().sum().item())
+
+
 def test_disk_and_memory_are_reckoned_for_what_is_trained_and_saved(tmp_path):
     config = script.check_model(str(TINY))
     parameters = script.count_parameters(config, 0)

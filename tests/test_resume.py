@@ -495,16 +495,40 @@ def test_a_final_folder_belongs_to_one_run_and_its_lock_lies_elsewhere(tmp_path)
      "is replaced as a whole, and --merge_model_id {folder}/whole is in it; choose another folder"),
     ("/", ["--model_id", "Qwen/Qwen3-0.6B"],
      "is replaced as a whole, and --output_dir {folder}/out is in it; choose another folder"),
+    ("data", ["--dataset_path", "{folder}/rows.jsonl", "{folder}/data/rows.jsonl"],
+     "is replaced as a whole, and --dataset_path {folder}/data/rows.jsonl is in it; choose another folder"),
+    ("other", ["--resume_from_checkpoint", "{folder}/other/checkpoint-5"],
+     "is replaced as a whole, and --resume_from_checkpoint {folder}/other/checkpoint-5 is in it; choose another folder"),
+    ("other", [], "is replaced as a whole, and is the --output_dir of a run; choose another folder"),
+    ("done", [], "is replaced as a whole, and is the --output_dir of a run; choose another folder"),
     ("/proc", ["--model_id", "Qwen/Qwen3-0.6B"], "cannot be written and renamed there; choose another folder")])
 def test_a_final_folder_that_would_take_others_with_it_is_refused(tmp_path, final, flags, reason):
-    for name in ("base", "whole"):
-        (tmp_path / name).mkdir()
+    for name in ("base", "whole", "data", "other/checkpoint-5", "done/adapter"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "data" / "rows.jsonl").touch()
     final = os.path.join(tmp_path, final) if final else str(tmp_path)
     args = script.parse_args(["--output_dir", f"{tmp_path}/out", "--model_id", f"{tmp_path}/base", "--final_model_dir",
                               final, *(flag.format(folder=tmp_path) for flag in flags)])
     with pytest.raises(script.UserError) as error:
         script.check_final(args)
     assert str(error.value) == f"--final_model_dir {final}: {reason.format(folder=tmp_path)}"
+
+
+def test_the_best_checkpoint_is_found_also_where_the_run_began(tmp_path):
+    first, later = tmp_path / "a" / "checkpoint-100", tmp_path / "b" / "checkpoint-400"
+    for folder in (first, later):
+        folder.mkdir(parents=True)
+    (later / "trainer_state.json").write_text(json.dumps({"best_global_step": 100, "best_model_checkpoint": str(first)}))
+    assert script.find_best(str(later)) == first
+    (tmp_path / "b" / "checkpoint-100").mkdir()
+    assert script.find_best(str(later)) == tmp_path / "b" / "checkpoint-100"
+    (later / "trainer_state.json").write_text(json.dumps({"best_global_step": None, "best_model_checkpoint": None}))
+    assert script.find_best(str(later)) is None
+
+
+def test_rows_are_counted_as_the_epochs_have_them():
+    # 20 rows, 8 in a step: epochs of 8, 8 and 4
+    assert [script.count_trained(step, 20, 8) for step in range(8)] == [0, 8, 16, 20, 28, 36, 40, 48]
 
 
 def test_what_unsloth_leaves_of_a_run_that_failed_early_makes_no_folder_foreign(tmp_path):
