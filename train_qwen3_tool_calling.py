@@ -5224,7 +5224,7 @@ def write_audit(args: argparse.Namespace, audit: dict) -> Path:
     if not (Path(args.output_dir) / "run.yaml").exists():
         write_run(args, args.output_dir)
     path = Path(args.output_dir) / "audit.json"
-    text = json.dumps(audit, indent=1, ensure_ascii=False)
+    text = hide_secrets(json.dumps(audit, indent=1, ensure_ascii=False))
     write_file(path, text.encode("utf-8", "backslashreplace").decode())  # half a character of a row, as JSON writes it
     return path
 

@@ -479,7 +479,7 @@ def test_a_full_disk_is_seen_before_training(tmp_path, monkeypatch):
         "fewer checkpoints with --save_total_limit")
 
 
-def test_a_merge_that_went_wrong_keeps_the_adapter_and_no_folder(tmp_path):
+def test_a_merge_that_went_wrong_keeps_the_adapter_and_no_folder(tmp_path, capsys):
     args = script.parse_args(["--final_model_dir", str(tmp_path / "final")])
 
     def check(merged_loss, merged_exact=0.9, different=0, loss=0.1, rows=100, wrong=0, adapter_exact=0.9):
@@ -503,7 +503,14 @@ def test_a_merge_that_went_wrong_keeps_the_adapter_and_no_folder(tmp_path):
     check(0.1, merged_exact=192 / 200, adapter_exact=196 / 200, rows=200)
     with pytest.raises(script.UserError, match="exact 95.5%, adapter 98.0%"):
         check(0.1, merged_exact=191 / 200, adapter_exact=196 / 200, rows=200)
-    args.load_in_4bit = False
+    args.save_method = "merged_4bit"
+    check(0.5, merged_exact=0.5)
+    assert capsys.readouterr().err == ("warning: 4 bits cost something: held-out loss 0.5000, adapter 0.1000; exact "
+                                       "50.0%, adapter 90.0%\n")
+    assert script.partial_folder(args.final_model_dir).is_dir()
+    with pytest.raises(script.UserError, match="held-out loss nan"):
+        check(float("nan"))
+    args.save_method, args.load_in_4bit = "merged_16bit", False
     check(0.119)
     check(0.1, different=2)
     with pytest.raises(script.UserError, match="3.0% of the answers are no longer its exact ones"):

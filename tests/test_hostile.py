@@ -56,6 +56,14 @@ def test_schemas_that_reach_out_or_break_are_problems(schema, found):
     assert problems_of(row({"x": "a"}, tool(schema))) == [f"x:1: {found}"]
 
 
+def test_a_schema_in_a_file_is_not_read(tmp_path):
+    """Read, it would refuse the text for its type."""
+    address = (tmp_path / "schema.json").as_uri()
+    (tmp_path / "schema.json").write_text('{"type": "integer"}')
+    assert problems_of(row({"x": "a"}, tool(text_schema(**{"$ref": address})))) == [
+        f'x:1: call 1 "f": its tool\'s schema refers to {address}, which is not inside that schema']
+
+
 def test_a_schema_that_refers_to_itself_is_bounded():
     schema = {"type": "object", "properties": {"x": {"$ref": "#/properties/x"}}}
     (problem,) = problems_of(row({"x": 1}, tool(schema)))

@@ -310,6 +310,17 @@ def test_a_merge_keeps_what_is_less_than_a_step_of_bf16(tmp_path, monkeypatch):
         saved.parameters(), AutoModelForCausalLM.from_pretrained(folder).parameters()))
 
 
+def test_a_merge_that_changes_nothing_is_refused(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(TINY), LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "adapter")  # as it begins: its second factor is zero
+    args = script.parse_args(["--model_id", str(TINY), "--final_model_dir", str(tmp_path / "final")])
+    with pytest.raises(script.UserError, match="the trained model equals the base"):
+        script.merge_adapter(args, str(TINY), str(tmp_path / "adapter"))
+    assert names(tmp_path) == ["adapter"]
+
+
 def test_training_that_16_bits_do_not_hold_is_warned_of(tmp_path, monkeypatch, capsys):
     losses = iter([1.0, 2.0])  # of ten tokens
     monkeypatch.setattr(script, "score_batches", lambda *arguments: torch.tensor([next(losses), 10, 0, 1]))

@@ -77,6 +77,8 @@ def test_20_kills_at_random_moments_change_no_bit(tmp_path):
     assert "warning" not in killed.stderr  # no checkpoint was ever found damaged
     assert len(set(re.findall(r"resume   from \S+checkpoint-(\d+)$", killed.stdout, re.MULTILINE))) >= 3
     assert read_adapter(tmp_path / "killed") == read_adapter(tmp_path / "whole")
+    settings = json.loads((tmp_path / "whole" / "out" / "adapter" / "adapter_config.json").read_text())
+    assert settings["lora_dropout"] == 0.1  # what is random is in the steps, too
     states = [json.loads((tmp_path / run / "out" / "checkpoint-60" / "trainer_state.json").read_text())
               for run in ("killed", "whole")]
     losses = [[log["loss"] for log in state["log_history"] if "loss" in log] for state in states]
@@ -99,6 +101,8 @@ def test_early_stopping_and_the_best_checkpoint_survive_kills(tmp_path):
     assert kept == [f"checkpoint-{step}" for step in (best, last - 1, last)]  # the two newest, and the best
     assert state["best_model_checkpoint"] == str(tmp_path / "whole" / "out" / f"checkpoint-{best}")
     assert kept == [path.name for path in script.list_checkpoints(tmp_path / "killed" / "out")]
+    of_best, of_last = ((tmp_path / "whole" / "out" / kept[i] / "adapter_model.safetensors").read_bytes() for i in (0, -1))
+    assert read_adapter(tmp_path / "whole") == of_best != of_last
 
 
 # ---------------------------------------------------------------------------------------------------------------

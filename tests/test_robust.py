@@ -174,9 +174,31 @@ def test_memory_that_runs_out_elsewhere_is_one_line(monkeypatch, capsys, error, 
 def test_recorded_graphs_are_dropped_when_memory_runs_out():
     decoder = torch.nn.Linear(1, 1)
     decoder.graphs = {128: "a graph"}
-    model = types.SimpleNamespace(get_base_model=lambda: types.SimpleNamespace(model=decoder))
-    script.drop_graphs(model)
-    assert decoder.graphs is None
+    weight = decoder.weight
+    weight.grad = torch.ones(1, 1)
+    model = types.SimpleNamespace(get_base_model=lambda: types.SimpleNamespace(model=decoder), zero_grad=decoder.zero_grad)
+    script.make_room(model)
+    assert decoder.graphs is None and weight.grad is None
+
+
+def test_memory_that_runs_out_on_several_gpus_ends_the_run(tmp_path, tokenizer):
+    """The others wait for one gradient, not for two halves."""
+    trainer = make_trainer(tmp_path, tokenizer)
+    trainer.accelerator = SimpleNamespace(num_processes=2)
+    with pytest.raises(script.UserError, match="out of GPU memory at step 1 with a stream of 36 tokens; lower --batch_size"):
+        trainer.divide_streams(TRAIN[:8], 36)
+    assert trainer.streams is trainer.plan
+
+
+def test_activations_that_are_computed_again_change_nothing(tmp_path, tokenizer):
+    results = {}
+    for choice in ("on", "off"):
+        trainer = make_trainer(tmp_path / choice, tokenizer, "--gradient_checkpointing", choice)
+        assert trainer.model.get_base_model().is_gradient_checkpointing == (choice == "on")
+        trainer.train()
+        results[choice] = (losses(trainer), weights(trainer))
+    assert results["on"][0] == pytest.approx(results["off"][0], rel=1e-6)
+    torch.testing.assert_close(results["on"][1], results["off"][1], rtol=1e-5, atol=1e-6)
 
 
 class InfiniteBackward(Identity):
@@ -328,14 +350,15 @@ def test_gpu_memory_is_given_back_by_the_page_where_the_driver_can(monkeypatch):
     assert found(PYTORCH_CUDA_ALLOC_CONF="max_split_size_mb:64") is None
 
 
-def test_it_is_set_before_pytorch_is_imported():
-    """PyTorch reads it only once."""
+def test_libraries_are_told_before_they_are_imported():
+    """They read these variables only once."""
+    names = ["PYTORCH_ALLOC_CONF", "UNSLOTH_DISABLE_STATISTICS", "HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY"]
     code = ("import os, sys, train_qwen3_tool_calling as script\n"
-            "script.check_folder = lambda *_: sys.exit(repr((os.environ.get('PYTORCH_ALLOC_CONF'), 'torch' in sys.modules)))\n"
-            "script.main([])")
+            f"found = lambda *_: sys.exit(repr([*map(os.environ.get, {names}), 'torch' in sys.modules]))\n"
+            "script.check_folder = found\nscript.main([])")
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env={
-        name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name})
-    assert result.stderr.splitlines()[-1] == "('expandable_segments:True', False)"
+        name: value for name, value in os.environ.items() if name not in (*names, "PYTORCH_CUDA_ALLOC_CONF")})
+    assert result.stderr.splitlines()[-1] == "['expandable_segments:True', '1', '1', '1', False]"
 
 
 def test_emptied_weights_hold_no_memory_also_if_something_holds_them():
@@ -387,12 +410,14 @@ def test_weights_are_read_from_safetensors_alone(tmp_path):
 def test_secrets_are_written_nowhere(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "hf_abcdefghij")
     monkeypatch.setenv("WANDB_API_KEY", "short")
-    args = script.parse_args(["--model_id", "https://me:hf_other@hub.example/x", "--run_name", "hf_abcdefghij, short"])
+    args = script.parse_args(["--model_id", "https://me:hf_other@hub.example/x", "--run_name", "hf_abcdefghij, short",
+                              "--output_dir", str(tmp_path)])
     script.write_run(args, tmp_path)
     script.write_report(str(tmp_path), {"args": vars(args), "command": "python x.py --run_name hf_abcdefghij"})
     script.say("read", "from https://me:hf_other@hub.example/x")
     script.warn("hf_abcdefghij in https://me:hf_other@hub.example/x")
     script.report_problems([("x:1", "holds hf_abcdefghij")], "skip", 1)
+    assert "hf_abcdefghij" not in script.write_audit(args, {"problems": ["holds hf_abcdefghij"]}).read_text()
     assert capsys.readouterr() == (
         "read     from https://hub.example/x\nskip     1 of 1 row, named above\n",
         "warning: $HF_TOKEN in https://hub.example/x\nskipped: x:1: holds $HF_TOKEN\n")

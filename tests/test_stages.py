@@ -1,0 +1,137 @@
+"""How main puts the stages together: what each of them finds must decide what the run does and leaves."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ALARM, WEATHER, write_jsonl
+from test_command_line import ROWS
+from train_small import make_base
+
+import train_qwen3_tool_calling as script
+
+
+class Reached(Exception):
+    """Ends a run at the stage that a test looks at."""
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory) -> Path:
+    """A folder with base, rows and tools."""
+    folder = tmp_path_factory.mktemp("stages")
+    make_base(folder / "base")
+    write_jsonl(folder / "rows.jsonl", ROWS)
+    (folder / "tools.json").write_text(json.dumps([WEATHER, ALARM]))
+    return folder
+
+
+def run(job: Path, folder: Path, *more: object) -> dict:
+    """Run in this process, with one step and short answers."""
+    return script.main([
+        "--model_id", job / "base", "--dataset_path", job / "rows.jsonl", "--tools_path", job / "tools.json",
+        "--output_dir", folder / "out", "--final_model_dir", folder / "final", "--no-load_in_4bit", "--max_steps", 1,
+        "--warmup_steps", 0, "--train_test_split", 0.25, "--eval_samples", 4, "--max_new_tokens", 4, *more])
+
+
+def stop(*found):
+    raise Reached(*found)
+
+
+@pytest.mark.parametrize("rank, kept, message", [
+    (4, "adapter", "the merged model does not do what the adapter does: held-out loss 9.0000, adapter 0.1000"),
+    (0, "checkpoint-1", "the trained model read back does not do what it did: held-out loss 9.0000")])
+def test_a_saved_model_that_is_worse_takes_no_final_name(job, tmp_path, monkeypatch, rank, kept, message):
+    def prove(function, args, base, adapter, rows, plan):
+        assert function is script.merge_and_score and (adapter is None) == (rank == 0)
+        script.partial_folder(args.final_model_dir).mkdir(exist_ok=True)
+        answers = [row.answer for row in rows]
+        losses = {"base": None, "adapter": 0.1, "merged": 9.0} if adapter else {"base": None, "trained": 9.0}
+        return {name: {"answers": answers, "loss": loss} for name, loss in losses.items()}
+
+    monkeypatch.setattr(script, "run_fresh", prove)
+    with pytest.raises(script.UserError, match=message):
+        run(job, tmp_path, "--lora_rank", rank)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / kept).is_dir()
+
+
+def test_only_an_adapter_is_saved_if_so_wished(job, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(script, "run_fresh", lambda function, *arguments: function(*arguments))
+    report = run(job, tmp_path, "--save_method", "lora", "--lora_rank", 4)
+    assert list(report["scores"]) == ["base", "adapter"] and [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert "--enable-lora" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_run_whose_check_fails_goes_on_without_sharing(job, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "check_sharing", lambda *_: False)
+    monkeypatch.setattr(script, "train_model", lambda trainer, *_: stop(trainer.plan.share_prefix))
+    with pytest.raises(Reached) as reached:
+        run(job, tmp_path)
+    assert reached.value.args == (False,)
+    assert yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())["share_prefix"] is False
+
+
+def test_two_runs_cannot_write_one_final_folder(job, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "load_model", stop)
+    lock = script.lock_folder(str(tmp_path / "final"), "--final_model_dir")
+    with pytest.raises(script.UserError, match="--final_model_dir .*: in use by another run"):
+        run(job, tmp_path)
+    lock.close()
+    with pytest.raises(Reached):
+        run(job, tmp_path)
+
+
+def test_what_makes_a_checkpoint_the_best():
+    def settings(*flags):
+        config = script.to_sft_config(script.parse_args([*flags]), script.Plan(8, 1, []), True)
+        return config.load_best_model_at_end and (config.metric_for_best_model, config.greater_is_better)
+
+    assert settings() is False
+    assert settings("--metric_for_best", "exact_match") == ("exact_match", True)
+    assert settings("--metric_for_best", "loss") == ("loss", False)
+    assert settings("--early_stopping_patience", "2") == ("exact_match", True)
+
+
+def test_what_is_scored_alone_and_in_how_many_bits(job, tmp_path, monkeypatch):
+    from safetensors.torch import save_file
+
+    adapter, other = tmp_path / "adapter", write_jsonl(tmp_path / "other.jsonl", ROWS[:3])
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(job / "base")}))
+    flags = ["--dataset_path", job / "rows.jsonl", "--tools_path", job / "tools.json", "--output_dir", tmp_path / "out"]
+    with pytest.raises(script.UserError, match="the adapter holds no .*safetensors"):
+        script.main([*flags, "--eval_only", adapter])
+    save_file({}, adapter / "adapter_model.safetensors")
+    monkeypatch.setattr(script, "load_base", lambda base, four_bit, *_, **__: stop(base, four_bit))
+    render, rendered = script.render_examples, []
+
+    def note(tokenizer, examples, *more):
+        rendered.append([example.where for example in examples])
+        return render(tokenizer, examples, *more)
+
+    monkeypatch.setattr(script, "render_examples", note)
+    for model, more, four_bit in ((adapter, [], True), (adapter, ["--no-load_in_4bit"], False), (job / "base", [], False),
+                                  (adapter, ["--eval_dataset_path", other], True)):
+        with pytest.raises(Reached) as reached:
+            script.main([*flags, "--eval_only", model, *more])
+        assert reached.value.args == (str(job / "base"), four_bit)
+    assert rendered[-1] == [f"{other}:{i}" for i in (1, 2, 3)] and len(rendered[0]) == len(ROWS)
+
+
+def test_a_saved_model_with_missing_stray_or_broken_weights_is_refused(job, tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    whole = load_file(job / "base" / "model.safetensors")
+    name = next(name for name in whole if name.endswith("q_proj.weight"))
+    shutil.copytree(job / "base", tmp_path / "model")
+    for weights, message in (
+            ({**whole, "of.nobody": torch.zeros(1)}, "missing or unknown weights: of.nobody"),
+            ({key: weight for key, weight in whole.items() if key != name}, f"missing or unknown weights: {name}"),
+            ({**whole, name: whole[name] * torch.nan}, f"weights that are not finite: {name}")):
+        save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+        with pytest.raises(script.UserError, match=message):
+            script.read_back(tmp_path / "model")
+    save_file(whole, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    assert torch.equal(script.read_back(tmp_path / "model").state_dict()[name], whole[name])
