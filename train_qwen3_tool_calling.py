@@ -2627,7 +2627,6 @@ def load_model(args: argparse.Namespace, engine: str, plan: Plan):
         model = FastLanguageModel.get_peft_model(
             model, **lora, random_state=args.seed,
             use_gradient_checkpointing="unsloth" if use_checkpointing(args) else False)
-        warn_of_frozen_experts(model)
         add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "is_top1"))
         # Streams have few lengths, so attention compiled for exactly these is worth it: half the time of "any length".
         prefix_grouper_kernel._flex_attention_compiled = torch.compile(flex_attention, dynamic=False)
@@ -2648,7 +2647,6 @@ def load_model(args: argparse.Namespace, engine: str, plan: Plan):
     model.config.use_cache = False
     if args.lora_rank:
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
-        warn_of_frozen_experts(model)
     return split_model(model) if args.fsdp else model
 
 
@@ -3622,8 +3620,9 @@ def load_trained(trainer, checkpoint: str) -> None:
     from transformers import TrainerState
 
     trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-    best = find_best(checkpoint) if trainer.args.load_best_model_at_end else None
-    if trainer.args.load_best_model_at_end and trainer.state.best_global_step and not best:
+    wanted = trainer.args.load_best_model_at_end and trainer.state.best_global_step
+    best = find_best(checkpoint) if wanted else None
+    if wanted and not best:
         warn(f"the best checkpoint, of step {trainer.state.best_global_step:,}, is gone: {checkpoint} is kept instead")
     trainer._load_from_checkpoint(str(best or checkpoint))
 
@@ -5393,8 +5392,8 @@ def train_model(trainer, checkpoint: str | None, train: list[Sequence], rows_per
         if number:
             raise Interrupted(number)
     seconds, last = time.perf_counter() - start, trainer.state.global_step
-    steps, rows = last - first, count_trained(last, len(train), rows_per_step) - count_trained(
-        first, len(train), rows_per_step)
+    before, after = (count_trained(step, len(train), rows_per_step) for step in (first, last))
+    steps, rows = last - first, after - before
     tokens = rows * sum(len(sequence.input_ids) for sequence in train) / len(train)
     history = trainer.state.log_history
     losses = [log["loss"] for log in history if "loss" in log and (complete or log["step"] > first)]
@@ -5469,19 +5468,20 @@ def evaluate_only(args: argparse.Namespace, command: str) -> dict:
     examples, skipped = read_examples(args, args.eval_dataset_path or args.dataset_path)
     args.engine = "transformers"
     start_engine(args)
-    settings = Path(args.eval_only) / "adapter_config.json"
+    settings, flag = Path(args.eval_only) / "adapter_config.json", "--eval_only"
+    is_adapter = settings.is_file()
     try:
-        base_id = json.loads(settings.read_text())["base_model_name_or_path"] if settings.is_file() else args.eval_only
+        base_id = json.loads(settings.read_text())["base_model_name_or_path"] if is_adapter else args.eval_only
     except (ValueError, KeyError, TypeError):
         base_id = None
     if not base_id:
         raise UserError(f"--eval_only {args.eval_only}: adapter_config.json names no base; expected one saved by PEFT")
-    if settings.is_file():
+    if is_adapter:
         if not list(settings.parent.glob("*.safetensors")):
             raise UserError(f"--eval_only {args.eval_only}: the adapter holds no *.safetensors; expected one saved by "
                             "PEFT")
         check_weights(settings.parent, f"--eval_only {args.eval_only}")
-    flag = f"--eval_only {args.eval_only}: its base" if settings.is_file() else "--eval_only"
+        flag = f"--eval_only {args.eval_only}: its base"
     check_model(base_id, flag, args.trust_remote_code)
     tokenizer = load_tokenizer(base_id, args.trust_remote_code, flag)
     groups, problems = render_examples(tokenizer, examples, args.max_seq_length)
@@ -5490,9 +5490,9 @@ def evaluate_only(args: argparse.Namespace, command: str) -> dict:
     sequences = (sides[1] or sides[0])[: args.eval_samples]
     if not sequences:
         raise UserError(f"{' '.join(args.eval_dataset_path or args.dataset_path)}: no row is left to score; add rows")
-    four_bit = settings.is_file() and args.load_in_4bit
+    four_bit = is_adapter and args.load_in_4bit
     model = load_base(base_id, four_bit, args.trust_remote_code, place=find_place(args, four_bit))
-    if settings.is_file():
+    if is_adapter:
         import torch
         from peft import PeftModel
 
@@ -5621,6 +5621,7 @@ def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.Ex
     if args.save_method != "lora":
         locks.enter_context(lock_folder(args.final_model_dir, "--final_model_dir"))
     model = load_model(args, engine, plan)
+    warn_of_frozen_experts(model)
     report_gpu("gpu")
     trainer = build_trainer(args, engine, model, tokenizer, train, held_out, plan)
     if plan.share_prefix and not check_sharing(args, trainer.model, train, plan, engine):

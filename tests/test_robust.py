@@ -8,7 +8,6 @@ import subprocess
 import sys
 import types
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -184,7 +183,7 @@ def test_recorded_graphs_are_dropped_when_memory_runs_out():
 def test_memory_that_runs_out_on_several_gpus_ends_the_run(tmp_path, tokenizer):
     """The others wait for one gradient, not for two halves."""
     trainer = make_trainer(tmp_path, tokenizer)
-    trainer.accelerator = SimpleNamespace(num_processes=2)
+    trainer.accelerator = types.SimpleNamespace(num_processes=2)
     with pytest.raises(script.UserError, match="out of GPU memory at step 1 with a stream of 36 tokens; lower --batch_size"):
         trainer.divide_streams(TRAIN[:8], 36)
     assert trainer.streams is trainer.plan
@@ -339,7 +338,7 @@ def test_gpu_memory_is_given_back_by_the_page_where_the_driver_can(monkeypatch):
             if name not in given:
                 monkeypatch.delenv(name)
         monkeypatch.setattr(script.sys, "platform", platform)
-        monkeypatch.setattr(script.os, "uname", lambda: SimpleNamespace(release=release))
+        monkeypatch.setattr(script.os, "uname", lambda: types.SimpleNamespace(release=release))
         monkeypatch.setattr(script.os.path, "exists", lambda path: board and path == "/etc/nv_tegra_release")
         script.return_pages()
         return os.environ.get("PYTORCH_ALLOC_CONF")
