@@ -2761,6 +2761,9 @@ def read_streams(model, record: bool) -> None:
     backward of each stream length are recorded when it first comes in training, and from then on replayed by two
     launches. Layers are then checkpointed without Unsloth's copies to the CPU, which a graph cannot hold; long streams,
     whose checkpoints would take much memory and which keep the GPU busy anyway, are left to those.
+
+    With several GPUs the self-check must record first: DistributedDataParallel would tie the gradients to the stream it
+    is built on, which no recording may touch.
     """
     import torch.utils.checkpoint
     from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -3282,13 +3285,25 @@ def to_sft_config(args: argparse.Namespace, plan: Plan, evaluate: bool):
         router_aux_loss_coef=0.0,  # routers of experts are not trained, and the loss is that of the answers alone
         restore_callback_states_from_checkpoint=True, max_length=None, remove_unused_columns=False,
         ddp_timeout=PATIENCE, ddp_find_unused_parameters=False, ddp_broadcast_buffers=False,
-        accelerator_config={"even_batches": False},
+        accelerator_config={"even_batches": False, "non_blocking": cuda},
         dataset_kwargs={"skip_prepare_dataset": True})
     if not cuda:
         config.__dict__["_setup_devices"] = torch.device("cpu")  # of several "cpu:0", which torch cannot load to
     else:
         config._n_gpu = 1  # of several visible GPUs a process uses its own
     return config
+
+
+class LaunchedStep(NamedTuple):
+    """An optimizer step that the GPU may still be computing: loss and norm are tensors, for which one has to wait."""
+
+    number: int
+    epoch: float
+    rows: list[Sequence]
+    loss: object
+    norm: object
+    learning_rate: float
+    log: bool
 
 
 class StreamTrainer:
@@ -3303,7 +3318,8 @@ class StreamTrainer:
         self.run, self.engine, self.plan, self.train_rows, self.held_out_rows = run, engine, plan, train, held_out
         self.streams = plan  # what is computed at once: as planned, or smaller streams once that did not fit in memory
         self.held_out_batches = to_batches(held_out, plan) if held_out else []
-        self.step_rows, self.step_loss, self.step_norm = [], 0.0, 0.0  # of the optimizer step in hand
+        self.step_rows, self.step_loss = [], 0.0  # of the optimizer step in hand
+        self.launched, self.unlogged = [], []  # steps that nobody has looked at; losses since the last log
         self.tokens_computed, self.staging = 0, None
         # As arrays: lists would be turned into arrays anew in every step.
         self.arrays = [row._replace(input_ids=np.asarray(row.input_ids)) for row in train]
@@ -3380,22 +3396,43 @@ class StreamTrainer:
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of split weights
-        # With fp16, gradients that overflow are nothing special: the scaler leaves such a step out.
-        self.step_norm = norm if self.accelerator.scaler is None else 0.0
-        return norm
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of split weights
 
-    def _maybe_log_save_evaluate(self, *arguments, **more):
-        """Look at the step's numbers before anything of it is saved; to look earlier, the GPU would stand still."""
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *arguments, learning_rate=None):
+        """Look at a step's numbers while the GPU computes the next one; at once if the step is to be scored or saved.
+
+        To look is to wait for the GPU, which would then have nothing to do until the next step is launched.
+        """
+        state, control = self.state, self.control
+        if self.step_rows:  # or else it is the end of an epoch, whose last step was here before
+            self.launched.append(LaunchedStep(
+                state.global_step, state.epoch, self.step_rows, self.accelerator.reduce(self.step_loss, "mean"),
+                grad_norm, learning_rate, control.should_log))
+        self.step_rows, self.step_loss = [], 0.0
+        control.should_log = False  # look_at does
+        tr_loss.zero_()
+        at_once = control.should_save or control.should_evaluate or control.should_training_stop
+        while len(self.launched) > (0 if at_once else 1):
+            self.look_at(self.launched.pop(0))
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *arguments, learning_rate=learning_rate)
+
+    def look_at(self, step: LaunchedStep):
+        """Wait for a step's numbers; a UserError if they are not finite. Log the mean loss since the last log."""
         from accelerate.utils import gather_object
 
-        loss, norm, rows = self.step_loss, self.step_norm, self.step_rows
-        self.step_rows, self.step_loss = [], 0.0
-        if not math.isfinite(loss + norm):
-            if self.accelerator.scaler is None:  # or else only the loss of one device may be wrong
-                rows = gather_object(rows)
-            raise UserError(explain_numbers(self.state.global_step, float(loss), float(norm), rows))
-        super()._maybe_log_save_evaluate(*arguments, **more)
+        loss, norm, state = float(step.loss), float(step.norm), self.state
+        # With fp16, gradients that overflow are nothing special: the scaler leaves such a step out.
+        if not math.isfinite(loss if self.accelerator.scaler else loss + norm):
+            raise UserError(explain_numbers(step.number, loss, norm, gather_object(step.rows)))
+        self._total_loss_scalar += loss  # of which the library logs the mean in the end
+        self.unlogged.append(loss)
+        if step.log:
+            logs = {"loss": sum(self.unlogged) / len(self.unlogged), "grad_norm": norm,
+                    "learning_rate": step.learning_rate}
+            now, self.unlogged = (state.global_step, state.epoch), []
+            state.global_step, state.epoch = step.number, step.epoch
+            self.log(logs)
+            state.global_step, state.epoch = now
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
         """Return the held-out loss as a mean over tokens (the library's is one over batches), and exact match."""
@@ -3496,6 +3533,7 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
     trainer.remove_callback(PrinterCallback)
     trainer.progress = build_progress()
     trainer.add_callback(trainer.progress)
+    trainer.accelerator.ddp_handler.gradient_as_bucket_view = True  # or each gradient is copied there and back
     if args.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
     if not args.lora_rank:  # checkpoints hold weights as the model names them: experts as one, not one by one
