@@ -3295,15 +3295,15 @@ def to_sft_config(args: argparse.Namespace, plan: Plan, evaluate: bool):
 
 
 class LaunchedStep(NamedTuple):
-    """An optimizer step that the GPU may still be computing: loss and norm are tensors, for which one has to wait."""
+    """An optimizer step that the GPU may still be computing."""
 
     number: int
     epoch: float
-    rows: list[Sequence]
-    loss: object
-    norm: object
     learning_rate: float
-    log: bool
+    rows: list[Sequence]
+    numbers: object  # loss and norm of the gradient, float32 [2], on their way from the GPU
+    arrived: object  # the CUDA event that says they are here; None without a GPU
+    log: bool  # whether the mean loss since the last log is to be logged
 
 
 class StreamTrainer:
@@ -3399,28 +3399,40 @@ class StreamTrainer:
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of split weights
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *arguments, learning_rate=None):
-        """Look at a step's numbers while the GPU computes the next one; at once if the step is to be scored or saved.
+        """Look at a step's numbers when the next one is launched; at once if the step is to be scored or saved.
 
-        To look is to wait for the GPU, which would then have nothing to do until the next step is launched.
+        To look is to wait for the GPU, which would have nothing to do until the next step is launched.
         """
         state, control = self.state, self.control
         if self.step_rows:  # or else it is the end of an epoch, whose last step was here before
-            self.launched.append(LaunchedStep(
-                state.global_step, state.epoch, self.step_rows, self.accelerator.reduce(self.step_loss, "mean"),
-                grad_norm, learning_rate, control.should_log))
-        self.step_rows, self.step_loss = [], 0.0
-        control.should_log = False  # look_at does
-        tr_loss.zero_()
+            self.launched.append(self.note_step(grad_norm, learning_rate))
+        self.step_rows, self.step_loss, control.should_log = [], 0.0, False
+        tr_loss.zero_()  # what the library would log
         at_once = control.should_save or control.should_evaluate or control.should_training_stop
         while len(self.launched) > (0 if at_once else 1):
             self.look_at(self.launched.pop(0))
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *arguments, learning_rate=learning_rate)
 
+    def note_step(self, grad_norm, learning_rate) -> LaunchedStep:
+        """Send the numbers of the step in hand on their way to the CPU."""
+        import torch
+
+        loss, state = self.accelerator.reduce(self.step_loss, "mean"), self.state
+        numbers, arrived = torch.stack([loss, grad_norm.to(loss)]), None
+        if numbers.is_cuda:
+            # Read later, they would wait for all that is launched until then.
+            stream, numbers = torch.cuda.current_stream(numbers.device), numbers.to("cpu", non_blocking=True)
+            arrived = stream.record_event()
+        return LaunchedStep(state.global_step, state.epoch, learning_rate, self.step_rows, numbers, arrived,
+                            self.control.should_log)
+
     def look_at(self, step: LaunchedStep):
-        """Wait for a step's numbers; a UserError if they are not finite. Log the mean loss since the last log."""
+        """Wait for a step's numbers and log them as asked; a UserError if they are not finite."""
         from accelerate.utils import gather_object
 
-        loss, norm, state = float(step.loss), float(step.norm), self.state
+        if step.arrived:
+            step.arrived.synchronize()
+        (loss, norm), state = step.numbers.tolist(), self.state
         # With fp16, gradients that overflow are nothing special: the scaler leaves such a step out.
         if not math.isfinite(loss if self.accelerator.scaler else loss + norm):
             raise UserError(explain_numbers(step.number, loss, norm, gather_object(step.rows)))
