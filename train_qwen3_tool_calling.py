@@ -3285,25 +3285,13 @@ def to_sft_config(args: argparse.Namespace, plan: Plan, evaluate: bool):
         router_aux_loss_coef=0.0,  # routers of experts are not trained, and the loss is that of the answers alone
         restore_callback_states_from_checkpoint=True, max_length=None, remove_unused_columns=False,
         ddp_timeout=PATIENCE, ddp_find_unused_parameters=False, ddp_broadcast_buffers=False,
-        accelerator_config={"even_batches": False, "non_blocking": cuda},
+        accelerator_config={"even_batches": False},
         dataset_kwargs={"skip_prepare_dataset": True})
     if not cuda:
         config.__dict__["_setup_devices"] = torch.device("cpu")  # of several "cpu:0", which torch cannot load to
     else:
         config._n_gpu = 1  # of several visible GPUs a process uses its own
     return config
-
-
-class LaunchedStep(NamedTuple):
-    """An optimizer step that the GPU may still be computing."""
-
-    number: int
-    epoch: float
-    learning_rate: float
-    rows: list[Sequence]
-    numbers: object  # loss and norm of the gradient, float32 [2], on their way from the GPU
-    arrived: object  # the CUDA event that says they are here; None without a GPU
-    log: bool  # whether the mean loss since the last log is to be logged
 
 
 class StreamTrainer:
@@ -3318,8 +3306,7 @@ class StreamTrainer:
         self.run, self.engine, self.plan, self.train_rows, self.held_out_rows = run, engine, plan, train, held_out
         self.streams = plan  # what is computed at once: as planned, or smaller streams once that did not fit in memory
         self.held_out_batches = to_batches(held_out, plan) if held_out else []
-        self.step_rows, self.step_loss = [], 0.0  # of the optimizer step in hand
-        self.launched, self.unlogged = [], []  # steps that nobody has looked at; losses since the last log
+        self.step_rows, self.step_loss, self.step_norm = [], 0.0, 0.0  # of the optimizer step in hand
         self.tokens_computed, self.staging = 0, None
         # As arrays: lists would be turned into arrays anew in every step.
         self.arrays = [row._replace(input_ids=np.asarray(row.input_ids)) for row in train]
@@ -3396,55 +3383,22 @@ class StreamTrainer:
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of split weights
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of split weights
+        # With fp16, gradients that overflow are nothing special: the scaler leaves such a step out.
+        self.step_norm = norm if self.accelerator.scaler is None else 0.0
+        return norm
 
-    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *arguments, learning_rate=None):
-        """Look at a step's numbers when the next one is launched; at once if the step is to be scored or saved.
-
-        To look is to wait for the GPU, which would have nothing to do until the next step is launched.
-        """
-        state, control = self.state, self.control
-        if self.step_rows:  # or else it is the end of an epoch, whose last step was here before
-            self.launched.append(self.note_step(grad_norm, learning_rate))
-        self.step_rows, self.step_loss, control.should_log = [], 0.0, False
-        tr_loss.zero_()  # what the library would log
-        at_once = control.should_save or control.should_evaluate or control.should_training_stop
-        while len(self.launched) > (0 if at_once else 1):
-            self.look_at(self.launched.pop(0))
-        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *arguments, learning_rate=learning_rate)
-
-    def note_step(self, grad_norm, learning_rate) -> LaunchedStep:
-        """Send the numbers of the step in hand on their way to the CPU."""
-        import torch
-
-        loss, state = self.accelerator.reduce(self.step_loss, "mean"), self.state
-        numbers, arrived = torch.stack([loss, grad_norm.to(loss)]), None
-        if numbers.is_cuda:
-            # Read later, they would wait for all that is launched until then.
-            stream, numbers = torch.cuda.current_stream(numbers.device), numbers.to("cpu", non_blocking=True)
-            arrived = stream.record_event()
-        return LaunchedStep(state.global_step, state.epoch, learning_rate, self.step_rows, numbers, arrived,
-                            self.control.should_log)
-
-    def look_at(self, step: LaunchedStep):
-        """Wait for a step's numbers and log them as asked; a UserError if they are not finite."""
+    def _maybe_log_save_evaluate(self, *arguments, **more):
+        """Look at the step's numbers before anything of it is saved; to look earlier, the GPU would stand still."""
         from accelerate.utils import gather_object
 
-        if step.arrived:
-            step.arrived.synchronize()
-        (loss, norm), state = step.numbers.tolist(), self.state
-        # With fp16, gradients that overflow are nothing special: the scaler leaves such a step out.
-        if not math.isfinite(loss if self.accelerator.scaler else loss + norm):
-            raise UserError(explain_numbers(step.number, loss, norm, gather_object(step.rows)))
-        self._total_loss_scalar += loss  # of which the library logs the mean in the end
-        self.unlogged.append(loss)
-        if step.log:
-            logs = {"loss": sum(self.unlogged) / len(self.unlogged), "grad_norm": norm,
-                    "learning_rate": step.learning_rate}
-            now, self.unlogged = (state.global_step, state.epoch), []
-            state.global_step, state.epoch = step.number, step.epoch
-            self.log(logs)
-            state.global_step, state.epoch = now
+        loss, norm, rows = self.step_loss, self.step_norm, self.step_rows
+        self.step_rows, self.step_loss = [], 0.0
+        if not math.isfinite(loss + norm):
+            if self.accelerator.scaler is None:  # or else only the loss of one device may be wrong
+                rows = gather_object(rows)
+            raise UserError(explain_numbers(self.state.global_step, float(loss), float(norm), rows))
+        super()._maybe_log_save_evaluate(*arguments, **more)
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
         """Return the held-out loss as a mean over tokens (the library's is one over batches), and exact match."""
@@ -3545,7 +3499,6 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
     trainer.remove_callback(PrinterCallback)
     trainer.progress = build_progress()
     trainer.add_callback(trainer.progress)
-    trainer.accelerator.ddp_handler.gradient_as_bucket_view = True  # or each gradient is copied there and back
     if args.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
     if not args.lora_rank:  # checkpoints hold weights as the model names them: experts as one, not one by one

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ALARM, ROOT, TINY, WEATHER, run_script, write_jsonl
 from test_command_line import ROWS, arguments, errors, names
-from transformers import Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import train_qwen3_tool_calling as script
 
@@ -243,33 +243,6 @@ def test_a_number_that_is_not_finite_ends_the_run_before_anything_is_saved(
     assert [name for name in names(tmp_path / "out") if name.startswith("checkpoint")] == ["checkpoint-1"]
     file = Path("checkpoint-1", "adapter_model.safetensors")
     assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "one" / file).read_bytes()
-
-
-def test_a_step_is_looked_at_when_the_next_one_is_launched_unless_it_is_saved(tmp_path, tokenizer):
-    """The GPU has always something to do; and what is logged is the same as if each step were waited for."""
-    flags = ["--batch_size", "5", "--gradient_accumulation_steps", "1", "--max_steps", "6"]
-    looked, trainers = {}, {}
-
-    class Watcher(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            looked[name].append(len(losses(trainer)))  # before this step is noted
-
-    for name, saved in (("never", "100"), ("each", "1")):
-        looked[name] = []
-        trainer = trainers[name] = make_trainer(tmp_path / name, tokenizer, *flags, "--save_steps", saved)
-        trainer.add_callback(Watcher())
-        trainer.train()
-    assert looked == {"never": [0, 0, 1, 2, 3, 4], "each": [0, 1, 2, 3, 4, 5]}
-    logs = {name: [log for log in trainer.state.log_history if "loss" in log] for name, trainer in trainers.items()}
-    assert logs["never"] == logs["each"] and len({log["loss"] for log in logs["each"]}) == 6
-    assert [(log["step"], log["epoch"]) for log in logs["never"]] == [(step, step / 5) for step in range(1, 7)]
-    assert trainer.state.log_history[-1]["train_loss"] == pytest.approx(sum(losses(trainer)) / 6)
-    thirds = make_trainer(tmp_path / "thirds", tokenizer, *flags, "--logging_steps", "3")
-    thirds.train()
-    assert losses(thirds) == pytest.approx([sum(losses(trainer)[:3]) / 3, sum(losses(trainer)[3:]) / 3])
-    last = [log for log in thirds.state.log_history if "loss" in log][-1]
-    assert {key: last[key] for key in ("step", "grad_norm", "learning_rate")} == {
-        key: logs["each"][-1][key] for key in ("step", "grad_norm", "learning_rate")}
 
 
 def test_a_run_that_diverges_is_one_line(tmp_path, tools_path):
