@@ -54,6 +54,10 @@ def test_a_run_writes_exactly_these_files(job):
                                       "report.json", "run.yaml"]
     assert {"adapter_config.json", "adapter_model.safetensors"} <= set(names(folder / "out" / "adapter"))
     assert names(folder) == ["final", "out", "rows.jsonl", "tools.json"]  # nothing half-written is left
+    for model, library, served in ((folder / "final", "transformers", "vllm serve final "),
+                                   (folder / "out" / "adapter", "peft", " --lora-modules tools=adapter ")):
+        card = (model / "README.md").read_text()
+        assert yaml.safe_load(card.split("---\n")[1])["library_name"] == library and served in card
 
 
 def test_a_run_says_what_it_did(job):

@@ -401,17 +401,18 @@ def test_only_the_adapter_is_handed_over(tmp_path, capsys):
     pushed = []
     row = {"exact_match": 0.5, "ast_match": 0.5, "tool_macro_f1": 0.5, "broken_json": 0, "n": 2}
     report = {"args": vars(args), "scores": {"base": row, "adapter": row}, "data": {"train": 8, "held_out": 2},
-              "train": {"last_step": 3, "loss": None}, "command": "python x.py --output_dir=/home/me/out ~/a/b",
+              "train": {"last_step": 3, "loss": None}, "command": "python x.py --output_dir=/home/me/out ~/a/b hf_abcdefghij",
               "device": "cpu", "finished": "2026-01-01 00:00"}
     monkey = pytest.MonkeyPatch()
     with monkey.context() as patch:
         patch.setattr(script, "push_folder", lambda repo, folder: pushed.append((repo, folder)) or "address")
+        patch.setenv("HF_TOKEN", "hf_abcdefghij")
         script.hand_over(args, Qwen3Config(), None, str(tmp_path / "adapter"), report, "hermes", True, ([], []))
     assert pushed == [("me/tools", str(tmp_path / "adapter"))]
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert yaml.safe_load(card.split("---\n")[1])["library_name"] == "peft" and names(tmp_path / "adapter") == ["README.md"]
     assert "`Qwen/Qwen3-0.6B` taught to call tools by LoRA of rank 24: the adapter alone." in card
-    assert "\npython x.py --output_dir=out b\n" in card
+    assert "\npython x.py --output_dir=out b $HF_TOKEN\n" in card
     assert "8 sequences of `data/synthetic_finetune_dataset.json`, 2 held out; 3 steps;\ncpu, 2026-01-01 00:00." in card
     served = ("vllm serve Qwen/Qwen3-0.6B --enable-lora --max-lora-rank 32 --lora-modules tools={} "
               "--enable-auto-tool-choice --tool-call-parser hermes --reasoning-parser qwen3")

@@ -6,9 +6,11 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import ALARM, ROOT, TINY, WEATHER, run_script, write_jsonl
@@ -187,6 +189,20 @@ def test_memory_that_runs_out_on_several_gpus_ends_the_run(tmp_path, tokenizer):
     with pytest.raises(script.UserError, match="out of GPU memory at step 1 with a stream of 36 tokens; lower --batch_size"):
         trainer.divide_streams(TRAIN[:8], 36)
     assert trainer.streams is trainer.plan
+
+
+def test_held_out_rows_are_shared_out_over_the_gpus(tmp_path, tokenizer, monkeypatch):
+    """Each computes as many batches as the others, the last one perhaps of nothing."""
+    trainer = make_trainer(tmp_path, tokenizer, "--batch_size", "2", held_out=TRAIN[:6])
+    assert len(trainer.held_out_batches) == 3
+    shares = []
+    monkeypatch.setattr(script, "score_batches", lambda model, batches, engine: shares.append(batches) or torch.ones(4))
+    for index in range(2):
+        trainer.accelerator = types.SimpleNamespace(num_processes=2, process_index=index, reduce=lambda sums, how: sums)
+        trainer.evaluation_loop(None)
+    first, second = shares
+    assert [id(batch) for batch in (first[0], second[0], first[1])] == [id(batch) for batch in trainer.held_out_batches]
+    assert len(first) == len(second) == 2 and not (second[1]["labels"] != -100).any()
 
 
 def test_activations_that_are_computed_again_change_nothing(tmp_path, tokenizer):
@@ -375,6 +391,22 @@ Path({marker!r}).touch()
 class OwnConfig(Qwen3Config):
     model_type = "own_qwen3"
 """
+
+
+def test_the_process_that_merges_ends_with_the_one_that_waits_for_it(tmp_path):
+    """Also if that is killed and can tell nobody: it would hold the GPU's memory."""
+    words = ["sh", "-c", f"touch {tmp_path}/runs; exec sleep 30"]
+    parent = subprocess.Popen([sys.executable, "-c", f"""if __name__ == "__main__":
+        import subprocess, train_qwen3_tool_calling
+        train_qwen3_tool_calling.run_fresh(subprocess.call, {words})"""], cwd=ROOT)
+    while not (tmp_path / "runs").exists():
+        assert parent.poll() is None
+        time.sleep(0.05)
+    merging = [child for child in psutil.Process(parent.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+    assert len(merging) == 1
+    parent.kill()
+    parent.wait()
+    assert psutil.wait_procs(merging, timeout=20)[1] == []
 
 
 def test_code_that_comes_with_a_model_is_run_only_if_trusted(tmp_path, monkeypatch):

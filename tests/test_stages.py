@@ -72,6 +72,17 @@ def test_a_run_whose_check_fails_goes_on_without_sharing(job, tmp_path, monkeypa
     assert yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())["share_prefix"] is False
 
 
+@pytest.mark.parametrize("check, flags", [
+    ("check_hub", ["--push_to_hub", "me/tools"]), ("find_gguf_tools", ["--save_gguf", "q8_0"]),
+    ("check_report_to", []), ("check_optim", []), ("check_model", []), ("check_dropout", []), ("check_merge_base", [])])
+def test_what_would_fail_in_the_end_is_looked_at_before_a_model_is_loaded(job, tmp_path, monkeypatch, check, flags):
+    monkeypatch.setattr(script, check, lambda *_, **__: stop(check))
+    monkeypatch.setattr(script, "load_model", lambda *_: pytest.fail("too late"))
+    with pytest.raises(Reached, match=check):
+        run(job, tmp_path, *flags)
+    assert not (tmp_path / "final").exists()
+
+
 def test_two_runs_cannot_write_one_final_folder(job, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "load_model", stop)
     lock = script.lock_folder(str(tmp_path / "final"), "--final_model_dir")
