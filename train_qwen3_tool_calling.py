@@ -181,6 +181,15 @@ def drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def make_console(**settings):
+    """Return a console of rich that goes on, as `say` does, if nobody reads any more; rich would end the process."""
+    from rich.console import Console
+
+    console = Console(highlight=False, **settings)
+    console.on_broken_pipe = drop_output
+    return console
+
+
 def warn(text: str, kind: str = "warning") -> None:
     """Print one line on stderr."""
     if is_main():
@@ -256,7 +265,8 @@ def put_in_place(final: str | Path, written: Path | None = None) -> None:
 
 def write_file(path: str | Path, text: str) -> None:
     """Write a text file under a hidden name and then give it its own: a broken write leaves no half one."""
-    partial_folder(path).write_text(text, encoding="utf-8")
+    # Half a character, of a row or of a file's name, as JSON writes it.
+    partial_folder(path).write_text(text, encoding="utf-8", errors="backslashreplace")
     partial_folder(path).replace(path)
 
 
@@ -401,7 +411,7 @@ def build_parser() -> Parser:
         formatter_class=partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=34, width=120),
         allow_abbrev=False, argument_default=argparse.SUPPRESS,
     )
-    count, positive = number(int, 1), number(float, 0, low_open=True)
+    count = number(int, 1)
     parser.add_argument("--config", metavar="FILE",
                         help="YAML file of settings, `flag: value`, as the run.yaml of each run; flags override it")
 
@@ -452,7 +462,7 @@ def build_parser() -> Parser:
     add("--batch_size", type=count, default=BATCH_SIZE, metavar="N", help="sequences per device and micro-batch")
     add("--gradient_accumulation_steps", type=count, default=GRADIENT_ACCUMULATION_STEPS, metavar="N",
         help="micro-batches per optimizer step")
-    add("--learning_rate", type=positive, metavar="LR",
+    add("--learning_rate", type=number(float, 0, low_open=True), metavar="LR",
         help=f"peak rate; with --lora_rank 0 a tenth of the default (default: {LEARNING_RATE})")
     add("--lr_scheduler_type", type=scheduler, default=LR_SCHEDULER_TYPE, metavar="NAME",
         help="linear, cosine, constant, ... as Transformers names them")
@@ -523,13 +533,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if None not in (args.warmup_ratio, args.warmup_steps):  # the later of the two counts
             setattr(args, "warmup_steps" if share is None else "warmup_ratio", None)
     del args.config, args.help
-    for name in ("output_dir", "final_model_dir", "convert_to"):  # after "=" and in --config, no shell sees to ~
-        setattr(args, name, getattr(args, name) and os.path.expanduser(getattr(args, name)))
-    if isinstance(args.dataset_path, str):
-        args.dataset_path = [args.dataset_path]  # a list as default would look like Python in --help
-    if isinstance(args.target_modules, str):
-        args.target_modules = [args.target_modules]
-    args.target_modules = sorted({*" ".join(args.target_modules).split()})  # their order means nothing
+    for name in ("output_dir", "final_model_dir", "convert_to", "dataset_path", "eval_dataset_path", "tools_path"):
+        if given := getattr(args, name):  # after "=" and in --config, no shell sees to ~
+            paths = [*map(os.path.expanduser, as_list(given))]
+            setattr(args, name, paths if isinstance(given, list) else paths[0])
+    args.dataset_path = as_list(args.dataset_path)  # a list as default would look like Python in --help
+    args.target_modules = sorted({*" ".join(as_list(args.target_modules)).split()})  # their order means nothing
+    if args.lora_rank and not args.target_modules:
+        parser.error("--target_modules: expected at least one name")
     args.dry_run = bool(args.dry_run)
     if args.eval_only and (args.dry_run or args.show_row):
         parser.error("--eval_only trains nothing: leave out --dry_run and --show_row")
@@ -930,7 +941,7 @@ def parse_literal(text: str, what: str):
         objects = [node for node in ast.walk(tree) if isinstance(node, ast.Dict)]
         if any(len({*map(ast.dump, node.keys)}) < len(node.keys) for node in objects):
             raise ValueError("a key stands twice")
-        return json.loads(json.dumps(ast.literal_eval(tree), allow_nan=False))
+        return DECODER.decode(json.dumps(ast.literal_eval(tree), allow_nan=False))
     except (ValueError, TypeError, MemoryError):
         raise ValueError(f"{what} neither JSON nor a Python literal: {shorten(text)}") from None
 
@@ -1076,10 +1087,11 @@ def to_parameters(parameters: object, changes: Counter) -> object:
     """
     if not isinstance(parameters, dict) or not parameters:
         return parameters
+    parameters = drop_nulls(parameters, changes)  # first, or what they leave would look flat when it is read again
     inner = parameters.get("properties")
     nested = isinstance(inner, dict) and all(isinstance(value, dict) for value in inner.values())
     flat = all(isinstance(value, dict) and not key.startswith("$") for key, value in parameters.items())
-    if flat and not nested:
+    if flat and parameters and not nested:
         changes["flat parameters -> schema"] += 1
         required = [name for name, value in parameters.items() if not is_optional(value)]
         properties = {name: {key: item for key, item in value.items()
@@ -1218,6 +1230,8 @@ def to_message(message: dict) -> dict:
     thought, content = split_thought(message, content)
     calls = find_calls(message, "a message", ("tool_calls", "function_call"))
     if role == "calls":
+        if calls and content:
+            raise ValueError("a turn of calls holds calls in content and in another key; expected one of them")
         calls = as_list(parse_literal(content, "a turn of calls is") if isinstance(content, str) else content)
         content = ""
     calls = [*map(to_tool_call, calls)]
@@ -1284,10 +1298,17 @@ def convert_openai(row: dict) -> tuple[list[dict], object]:
     return add_system(row, take(row, "messages", list)), row.get("functions")
 
 
+def split_tags(text: str, tag: str) -> list[str]:
+    """Return a text cut at <tag>...</tag>: every other piece is what stood inside."""
+    done, end, rest = text.rpartition(f"</{tag}>")  # the rest closes none: to look there from each would take too long
+    *cut, last = re.split(f"<{tag}>(.*?)</{tag}>", done + end, flags=re.DOTALL)
+    return [*cut, last + rest]
+
+
 def split_hermes_system(text: str) -> tuple[list | None, str]:
     """Return (tools inside <tools> or None, the text without the sentences about the <tools> and <tool_call> tags)."""
     tools = None
-    for block in re.findall(r"<tools>(.*?)</tools>", text, re.DOTALL):
+    for block in split_tags(text, "tools")[1::2]:
         if block.strip():
             found, rest = find_tools(block)
             if rest.strip(" \n\t\r,"):  # not all of it is JSON
@@ -1306,7 +1327,7 @@ def split_hermes_turn(turn: dict) -> list[dict]:
     role = ROLES.get(role, role) if isinstance(role, str) else role
     if role == "assistant" and isinstance(content, str):
         thought, content = split_thought(turn, content)
-        cut = re.split(r"<tool_call>(.*?)</tool_call>", content, flags=re.DOTALL)  # every other one is a call
+        cut = split_tags(content, "tool_call")
         calls = [call for text in cut[1::2] for call in as_list(parse_literal(text, "the text inside <tool_call> is"))]
         content = "\n".join(map(str.strip, cut[::2])).strip() if len(cut) > 1 else content
         if calls and turn.get("tool_calls"):
@@ -1314,10 +1335,9 @@ def split_hermes_turn(turn: dict) -> list[dict]:
         return [{**turn, "content": content, "reasoning_content": thought,
                  "tool_calls": calls or turn.get("tool_calls") or []}]
     if role == "tool" and isinstance(content, str):
-        replies = re.findall(r"<tool_response>(.*?)</tool_response>", content, re.DOTALL)
-        around = re.sub(r"<tool_response>.*?</tool_response>", "", content, flags=re.DOTALL)
-        if replies and not around.strip():
-            return [{**turn, "content": reply.strip()} for reply in replies]
+        cut = split_tags(content, "tool_response")
+        if len(cut) > 1 and not "".join(cut[::2]).strip():
+            return [{**turn, "content": reply.strip()} for reply in cut[1::2]]
     return [turn]
 
 
@@ -1519,8 +1539,8 @@ def check_roles(messages: list[dict]) -> list[str]:
     state, waiting, by_id = "start", [], True  # waiting: ids (or None) of the calls without a reply
     for index, message in enumerate(messages, start=1):
         role, allowed = message["role"], NEXT_ROLES[state]
-        if state == "tool":
-            allowed = ("assistant",) if not waiting else ("tool",) if by_id else ("tool", "assistant")
+        if state == "tool" and (by_id or not waiting):
+            allowed = ("tool",) if waiting else ("assistant",)
         if role not in allowed:
             reason = f"; {len(waiting)} of its calls still wait for their reply" if waiting and state == "tool" else ""
             return [f"message {index} has the role {shorten(role)}; expected {' or '.join(allowed)}{reason}"]
@@ -1568,8 +1588,7 @@ def check_text(messages: list[dict]) -> list[str]:
             continue
         if not content.strip() and message["role"] != "tool" and not message.get("tool_calls"):
             problems.append(f"{name}: content is empty")
-        calls = to_json(message["tool_calls"]) if "tool_calls" in message else ""
-        for text in (content, message.get("reasoning_content", ""), calls):
+        for text in (content, message.get("reasoning_content", ""), to_json(message.get("tool_calls", []))):
             if problem := find_forbidden(text):
                 is_call = text is content and message["role"] == "assistant" and "</tool_call>" in content
                 problems.append(f"{name}: {problem}" + ", or read it as a call with --format hermes" * is_call)
@@ -1596,8 +1615,8 @@ def describe(error) -> str:
     path = "arguments" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.absolute_path)
     got = f", got {shorten(error.instance)}"
     if error.validator == "type":
-        types = [error.validator_value] if isinstance(error.validator_value, str) else error.validator_value
-        return f"{path} must be {' or '.join(TYPE_NAMES.get(name, name) for name in types)}{got}"
+        types = [TYPE_NAMES.get(name, name) for name in as_list(error.validator_value)]
+        return f"{path} must be {' or '.join(types)}{got}"
     if error.validator == "enum":
         return f"{path} must be one of {', '.join(shorten(value) for value in error.validator_value)}{got}"
     if error.validator == "required":
@@ -1864,7 +1883,7 @@ def render_text(tokenizer, messages: list[dict], date: str | None = None, **opti
         options["strftime_now"] = lambda form: time.strftime(form, time.strptime(date, "%Y-%m-%d"))
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, TypeError, ValueError) as error:  # the last two as Python words what it computes
         raise ValueError(f"the chat template refuses it: {error}") from None
 
 
@@ -1990,7 +2009,6 @@ def render_examples(tokenizer, examples: list[Example], max_seq_length: int, dat
 
 def show_row(tokenizer, sequence: Sequence, whole: bool = False) -> None:
     """Print a row as the model sees it, cut unless `whole`; ▶ ... ◀ (green on a terminal) is what is supervised."""
-    from rich.console import Console
     from rich.text import Text
 
     prompt = tokenizer.decode(sequence.input_ids[: sequence.prompt_length])
@@ -2000,7 +2018,7 @@ def show_row(tokenizer, sequence: Sequence, whole: bool = False) -> None:
     text = Text(f"\n{sequence.where}  ({sequence.prompt_length:,} prompt tokens, "
                 f"{len(sequence.input_ids) - sequence.prompt_length} supervised)\n", style="bold")
     text += Text(prompt, style="dim") + Text(f"▶{answer}◀", style="green")
-    Console(highlight=False, soft_wrap=True).print(text)
+    make_console(soft_wrap=True).print(text)
 
 
 def find_shown(args: argparse.Namespace, examples: list[Example]) -> str | None:
@@ -2240,8 +2258,6 @@ def split_rows(rows: list[Sequence], size: int, limit: float = math.inf) -> list
     """Return rows in parts of at most `size`, and of `limit` tokens if they share; neighbours share the most."""
     ordered = [row for row, _ in to_tree(rows)]
     parts = [ordered[i : i + size] for i in range(0, len(ordered), size)]
-    if limit == math.inf:
-        return parts
     return [half for part in parts for half in (
         [part] if len(part) == 1 or count_tokens(part) <= limit else split_rows(part, -(-len(part) // 2), limit))]
 
@@ -2404,6 +2420,13 @@ def check_weights(folder: Path, what: str) -> None:
     """Refuse a folder with a *.safetensors that is cut off, or a pointer of git-lfs in place of weights."""
     from safetensors import SafetensorError, safe_open
 
+    index = folder / "model.safetensors.index.json"
+    try:
+        parts = {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()} if index.is_file() else {}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{what}: {index.name} does not say which weights are where; download it again") from None
+    if missing := sorted(name for name in parts if not (folder / name).is_file()):
+        raise UserError(f"{what}: has no {list_first(missing, 3)}; download it again")
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, "np"):
@@ -2483,14 +2506,14 @@ def to_dtype(device: str):
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
-def find_optim(args: argparse.Namespace, cuda: bool | None = None) -> str:
-    """Return the optimizer of a run, on CUDA or not (None: as it is here), also if it names none."""
+def find_optim(args: argparse.Namespace, cuda: bool = False) -> str:
+    """Return the optimizer of a run as it is here, or on CUDA with `cuda`, also if it names none."""
     import torch
 
     if args.optim:
         return args.optim
     split = args.fsdp and not args.lora_rank  # bitsandbytes' optimizers cannot hold moments that are split
-    return CUDA_OPTIM if (torch.cuda.is_available() if cuda is None else cuda) and not split else "adamw_torch"
+    return CUDA_OPTIM if (cuda or torch.cuda.is_available()) and not split else "adamw_torch"
 
 
 def use_checkpointing(args: argparse.Namespace) -> bool:
@@ -2592,9 +2615,14 @@ def load_base(model_id: str, load_in_4bit: bool, trust: bool = False, dtype=None
         free_gpu()  # or what PyTorch keeps of the model before this one would not count as free
         room = {name: int(0.75 * size) if isinstance(name, int) else size for name, size in get_max_memory().items()}
         options |= {"max_memory": room}
-    model, info = AutoModelForCausalLM.from_pretrained(
-        model_id, dtype=dtype, attn_implementation="blocks", device_map=place or device, use_safetensors=True,
-        trust_remote_code=trust, output_loading_info=True, **options)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            model_id, dtype=dtype, attn_implementation="blocks", device_map=place or device, use_safetensors=True,
+            trust_remote_code=trust, output_loading_info=True, **options)
+    except (OSError, RuntimeError) as error:
+        if is_disk_full(error) or isinstance(error, RuntimeError) and "mismatched" not in str(error):
+            raise
+        raise UserError(f"{model_id}: its weights cannot be loaded: {str(error).splitlines()[0]}") from None
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{model_id}: has no weights for {list_first(missing, 3)}; download it again")
     for module in model.modules():
@@ -2602,6 +2630,18 @@ def load_base(model_id: str, load_in_4bit: bool, trust: bool = False, dtype=None
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def load_adapter(model, adapter: str):
+    """Return a model with its adapter, each part where it is.
+
+    PEFT would spread it anew by what is free now, and so count weights twice that are there already.
+    """
+    from peft import PeftModel
+
+    places = getattr(model, "hf_device_map", {})
+    return PeftModel.from_pretrained(model, adapter, device_map={
+        f"base_model.model.{name}".rstrip("."): place for name, place in places.items()})
 
 
 def load_model(args: argparse.Namespace, engine: str, plan: Plan):
@@ -2728,11 +2768,8 @@ def gather_whole(state):
 
 def gather_weights(model) -> dict:
     """Return a split model's weights by name, as gather_whole does; one that has two names stands there once."""
-    once, weights = dict(model.named_parameters()), model.state_dict()
-    for name, _ in model.named_parameters(remove_duplicate=False):
-        if name not in once:
-            del weights[name]
-    return gather_whole(weights)
+    again = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
+    return gather_whole({name: value for name, value in model.state_dict().items() if name not in again})
 
 
 def to_prefix_seg_info(subtree_end):
@@ -2869,8 +2906,7 @@ def autocast(model):
 
 def find_stop_tokens(model, tokenizer) -> list[int]:
     """Return the tokens at which servers end an answer: the tokenizer's, and those of generation_config.json."""
-    others = model.generation_config.eos_token_id
-    return sorted({tokenizer.eos_token_id, *(others if isinstance(others, list) else [others])} - {None})
+    return sorted({tokenizer.eos_token_id, *as_list(model.generation_config.eos_token_id)} - {None})
 
 
 def generate_tokens(model, prompts: list[list[int]], stops: list[int], max_new_tokens: int) -> list[list[int]]:
@@ -2887,14 +2923,13 @@ def generate_tokens(model, prompts: list[list[int]], stops: list[int], max_new_t
     prefix, cache = DynamicCache(), DynamicCache()
     if shared:
         model(torch.tensor([prompts[0][:shared]], device=model.device), past_key_values=prefix, logits_to_keep=1)
-    width = max(map(len, prompts)) - shared
-    ids = torch.tensor([[0] * (width + shared - len(prompt)) + prompt[shared:] for prompt in prompts])
-    filled = torch.tensor([[0] * (width + shared - len(prompt)) + [1] * (len(prompt) - shared) for prompt in prompts])
-    ids, filled = ids.to(model.device), filled.to(model.device)
+    rests = [torch.tensor(prompt[shared:]) for prompt in prompts]
+    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
+    ids, filled = (pad(rows).to(model.device) for rows in (rests, [*map(torch.ones_like, rests)]))
     positions = (shared + filled.cumsum(dim=1) - 1).clamp(min=0)
     # Padding sees itself, so that no token sees nothing; nothing else sees padding.
-    mask = (filled[:, None, :].bool() & torch.ones(width, width, dtype=torch.bool, device=ids.device).tril())
-    mask = (mask | torch.eye(width, dtype=torch.bool, device=ids.device))[:, None]
+    own = torch.eye(ids.shape[1], dtype=torch.bool, device=ids.device)
+    mask = (filled[:, None, :].bool() & torch.ones_like(own).tril() | own)[:, None]
     answers, open_rows = [[] for _ in prompts], range(len(prompts))
     for _ in range(max_new_tokens):
         logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
@@ -3039,7 +3074,8 @@ def compare_sharing(model, rows: list[Sequence], lengths: tuple[int, ...], engin
     shared = compute_gradient(model, [build_stream(rows, lengths)], engine)
     single = compute_gradient(model, [build_padded(rows[i : i + 2]) for i in range(0, len(rows), 2)], engine)
     model.train(was_training)
-    return abs(shared[0] - single[0]) / abs(single[0]), relative_difference(shared[1], single[1])
+    loss = abs(shared[0] - single[0]) / max(abs(single[0]), sys.float_info.min)
+    return loss, relative_difference(shared[1], single[1])
 
 
 def check_sharing(args: argparse.Namespace, model, train: list[Sequence], plan: Plan, engine: str) -> bool:
@@ -3094,7 +3130,7 @@ def explain_memory(row: Sequence, step: int) -> str:
 def explain_numbers(step: int, loss: float, norm: float, rows: list[Sequence]) -> str:
     """Return what is not finite in a step, its rows, and what to do."""
     wrong = f"the norm of the gradient is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
-    names = dict.fromkeys(row.where for row in rows)
+    names = dict.fromkeys(row.where for row in rows if row.prompt_length < len(row.input_ids))  # not an empty stream's
     return (f"step {step:,}: {wrong}; expected a finite number. Nothing of it is saved, and a checkpoint written "
             f"before is good. Lower --learning_rate, or look at the rows of this step: {list_first(names, NAMED_ROWS)}")
 
@@ -3630,14 +3666,14 @@ def load_trained(trainer, checkpoint: str) -> None:
     trainer._load_from_checkpoint(str(best or checkpoint))
 
 
-def report_gpu(stage: str) -> None:
+def report_gpu() -> None:
     """Print the GPU's name and memory use; on CPU print nothing."""
     import torch
 
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory / 2**30
         peak = torch.cuda.max_memory_reserved() / 2**30
-        say(stage, f"{torch.cuda.get_device_name(0)}, {total:.1f} GiB; {peak:.2f} GiB reserved at peak "
+        say("gpu", f"{torch.cuda.get_device_name(0)}, {total:.1f} GiB; {peak:.2f} GiB reserved at peak "
                    f"({peak / total:.1%} of the card)")
 
 
@@ -3822,7 +3858,7 @@ def count_classes(pairs: list[tuple[str, str]]) -> float | None:
 def check_folder(path: str, flag: str) -> None:
     """Refuse a folder that holds anything and was not written by this script."""
     folder, marker = Path(path), Path(path) / "run.yaml"
-    if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
+    if os.path.lexists(path) and not folder.is_dir():
         raise UserError(f"{flag} {path}: is a file, or a link to nothing; expected a folder")
     nearest = find_existing(path)
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
@@ -3838,8 +3874,7 @@ def check_final(args: argparse.Namespace) -> None:
     final = Path(args.final_model_dir)
     for flag in ("output_dir", "model_id", "merge_model_id", "dataset_path", "eval_dataset_path", "tools_path",
                  "resume_from_checkpoint"):
-        given = getattr(args, flag) or []
-        for kept in given if isinstance(given, list) else [given]:
+        for kept in as_list(getattr(args, flag) or []):
             is_path = flag == "output_dir" or Path(kept).exists()  # not a name on the Hub
             if is_path and Path(kept).resolve().is_relative_to(final.resolve()):
                 raise UserError(f"--final_model_dir {final}: is replaced as a whole, and --{flag} {kept} is in it; "
@@ -3858,12 +3893,10 @@ def lock_folder(folder: str, flag: str = "--output_dir"):
     The lock dies with the process that holds it. Where there are no such locks, as on Windows, the run does without.
     Of several processes only the one that writes locks. The final folder is replaced as a whole: its lock lies outside.
     """
-    if not is_main():
+    if not is_main() or os.name == "nt":
         return contextlib.nullcontext()
-    try:
-        import fcntl
-    except ImportError:
-        return contextlib.nullcontext()
+    import fcntl
+
     name = f"qwen3-{os.getuid()}-{digest(str(Path(folder).resolve()))[:16]}{LOCK}"
     path = Path(folder) / LOCK if flag == "--output_dir" else Path(tempfile.gettempdir()) / name
     try:
@@ -3976,7 +4009,7 @@ def check_disk(args: argparse.Namespace, config, checkpoints: int) -> None:
              ("--final_model_dir", args.final_model_dir, f"the {'merged' if lora else 'trained'} model",
               sizes["merged_model"] + SMALL_FILES)]
     disks: dict[int, list] = {}
-    for need in needs:
+    for need in needs[: 1 if args.save_method == "lora" else 2]:
         folder = find_existing(need[1])
         disks.setdefault(folder.stat().st_dev, []).append((*need, shutil.disk_usage(folder).free))
     for wanted in disks.values():
@@ -4173,8 +4206,6 @@ def merge_and_score(args: argparse.Namespace, base_id: str, adapter: str | None,
     Without an adapter, the trained model is in its partial folder.
     """
     quiet_libraries()
-    from peft import PeftModel
-
     trust, place, small_place = args.trust_remote_code, find_place(args), find_place(args, four_bit=True)
     tokenizer, results = load_tokenizer(args.model_id, trust), {}
     batches = to_small_batches(sequences, plan)
@@ -4193,7 +4224,7 @@ def merge_and_score(args: argparse.Namespace, base_id: str, adapter: str | None,
             del base
             free_gpu()
             base = load_base(args.model_id, True, trust, place=small_place)
-        score("adapter", PeftModel.from_pretrained(base, adapter))
+        score("adapter", load_adapter(base, adapter))
     del base
     free_gpu()
     if args.save_method == "lora":
@@ -4601,7 +4632,8 @@ def find_versions() -> dict:
     """Return {library: version or None} of what a run depends on."""
     from importlib import metadata
 
-    found = {str(library.name).lower(): library.version for library in metadata.distributions()}
+    # Of two of one name the first is imported.
+    found = {str(library.name).lower(): library.version for library in reversed([*metadata.distributions()])}
     names = ("torch", "transformers", "trl", "peft", "bitsandbytes", "unsloth")
     return {"python": sys.version.split()[0], **{name: found.get(name) for name in names}}
 
@@ -4700,7 +4732,7 @@ dl, dd { margin:0 } .facts { display:grid; grid-template-columns:repeat(auto-fil
 {% if first != last %}<span>{{ scores[first].exact_match | percent }}</span> → {% endif %}
 <span class="{{ "fell" if fell else "after" }}">{{ scores[last].exact_match | percent }}</span> of calls exact
 {% else %}{{ headline }}{% endif %}</h1>
-{% if data %}<p class="lead">{{ args.model_id }}
+{% if data %}<p class="lead">{{ args.eval_only or args.model_id }}
 {%- if train %}, trained on {{ data.train | number }} {{ unit }}{% endif %}
 {% if scores %}, measured on {{ scores[last].n | number }} {{ tested }} {{ unit }}{% endif %} of {{ data.path }}
 {%- if device %}, on {{ device }}{% endif %}{% if finished %}, <span>{{ finished }}</span>{% endif %}.</p>{% endif %}
@@ -4784,7 +4816,7 @@ def show_number(value: float | None) -> str | None:
     """Return a number with thousands separated, and three digits of one that is not whole."""
     if not isinstance(value, (int, float)):
         return None
-    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 999.5 else f"{value:.3g}"
 
 
 def show_percent(share: float | None, digits: int = 0) -> str | None:
@@ -4861,7 +4893,7 @@ def write_report(folder: str, report: dict) -> dict:
 
 def hide_folders(text: str) -> str:
     """Return a word of a command line, or the name of a file or model, without the folders of this machine."""
-    return re.sub(r"(^|=)[/~]\S*/(?=[^/])", r"\1", text)
+    return re.sub(r"(^|=)[/~].*/(?=[^/])", r"\1", text)
 
 
 def to_card(report: dict, adapter: bool, name: str, command: str) -> str:
@@ -4972,16 +5004,16 @@ def digest_tools(examples: list[Example]) -> list[str]:
 
 
 def list_calls(example: Example) -> list[list[str]]:
-    """Return the names of the tools that each turn of a row calls; turns without a call are left out."""
-    turns = [[call["function"]["name"] for call in message.get("tool_calls", [])] for message in example.messages]
+    """Return the names of the tools that each trained turn of a row calls; turns without a call are left out."""
+    turns = [[call["function"]["name"] for call in message.get("tool_calls", [])] for message in example.messages
+             if message.get("weight") != 0]
     return [names for names in turns if names]
 
 
 def find_leaks(examples: list[Example], held_out: list[Example]) -> list[tuple[str, str]]:
     """Return (where, where in training) of each held-out row whose prompt also occurs in training."""
     training = {digest_prompt(example): example.where for example in reversed(examples)}
-    found = [(example.where, training.get(digest_prompt(example))) for example in held_out]
-    return [(where, other) for where, other in found if other]
+    return [(example.where, training[key]) for example in held_out if (key := digest_prompt(example)) in training]
 
 
 def find_warnings(examples: list[Example], held_out: list[Example]) -> list[str]:
@@ -5152,7 +5184,6 @@ def audit_run(args: argparse.Namespace, train: list[Sequence], config) -> dict:
 
 def show_table(columns: list[str], rows: list[list]) -> None:
     """Print a table under the lines of `say`; all columns but the first are numbers."""
-    from rich.console import Console
     from rich.padding import Padding
     from rich.table import Table
 
@@ -5162,7 +5193,7 @@ def show_table(columns: list[str], rows: list[list]) -> None:
     for name, *values in rows:
         table.add_row(name, *(f"{value:,.0f}" for value in values))
     # Piped, the width would be taken for 80 whatever the reader has.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console = make_console(width=None if sys.stdout.isatty() else 120)
     console.print(Padding(table, (0, 0, 0, 9), expand=False))
 
 
@@ -5226,8 +5257,7 @@ def write_audit(args: argparse.Namespace, audit: dict) -> Path:
     if not (Path(args.output_dir) / "run.yaml").exists():
         write_run(args, args.output_dir)
     path = Path(args.output_dir) / "audit.json"
-    text = hide_secrets(json.dumps(audit, indent=1, ensure_ascii=False))
-    write_file(path, text.encode("utf-8", "backslashreplace").decode())  # half a character of a row, as JSON writes it
+    write_file(path, hide_secrets(json.dumps(audit, indent=1, ensure_ascii=False)))
     return path
 
 
@@ -5471,20 +5501,18 @@ def evaluate_only(args: argparse.Namespace, command: str) -> dict:
     examples, skipped = read_examples(args, args.eval_dataset_path or args.dataset_path)
     args.engine = "transformers"
     start_engine(args)
-    settings, flag = Path(args.eval_only) / "adapter_config.json", "--eval_only"
-    is_adapter = settings.is_file()
-    try:
-        base_id = json.loads(settings.read_text())["base_model_name_or_path"] if is_adapter else args.eval_only
-    except (ValueError, KeyError, TypeError):
-        base_id = None
-    if not base_id:
-        raise UserError(f"--eval_only {args.eval_only}: adapter_config.json names no base; expected one saved by PEFT")
-    if is_adapter:
+    base_id, flag, given = args.eval_only, "--eval_only", f"--eval_only {args.eval_only}"
+    settings = Path(args.eval_only) / "adapter_config.json"
+    if is_adapter := settings.is_file():
+        try:
+            base_id, flag = json.loads(settings.read_text())["base_model_name_or_path"], f"{given}: its base"
+        except (ValueError, KeyError, TypeError):
+            base_id = None
+        if not base_id:
+            raise UserError(f"{given}: adapter_config.json names no base; expected one saved by PEFT")
         if not list(settings.parent.glob("*.safetensors")):
-            raise UserError(f"--eval_only {args.eval_only}: the adapter holds no *.safetensors; expected one saved by "
-                            "PEFT")
-        check_weights(settings.parent, f"--eval_only {args.eval_only}")
-        flag = f"--eval_only {args.eval_only}: its base"
+            raise UserError(f"{given}: the adapter holds no *.safetensors; expected one saved by PEFT")
+        check_weights(settings.parent, given)
     check_model(base_id, flag, args.trust_remote_code)
     tokenizer = load_tokenizer(base_id, args.trust_remote_code, flag)
     groups, problems = render_examples(tokenizer, examples, args.max_seq_length)
@@ -5497,10 +5525,9 @@ def evaluate_only(args: argparse.Namespace, command: str) -> dict:
     model = load_base(base_id, four_bit, args.trust_remote_code, place=find_place(args, four_bit))
     if is_adapter:
         import torch
-        from peft import PeftModel
 
         try:
-            model = PeftModel.from_pretrained(model, args.eval_only)
+            model = load_adapter(model, args.eval_only)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError) as error:  # the last line names the first layer
@@ -5545,7 +5572,8 @@ def hand_over(args: argparse.Namespace, config, tokenizer, adapter: str | None, 
         write_file(f"{folder}/README.md", to_card(report, is_adapter, name, serve))
     if args.save_gguf:
         folder = write_gguf(args, gguf, tokenizer, thinks)
-        say("gguf", f"{folder}: {args.save_gguf}; for Ollama: ollama create NAME -f {folder / 'Modelfile'}")
+        say("gguf", f"{folder}: {args.save_gguf}; for Ollama: ollama create NAME -f "
+                    f"{shlex.quote(str(folder / 'Modelfile'))}")
     if args.push_to_hub:
         say("push", push_folder(args.push_to_hub, result))
     say("done", f"{'adapter' if only_adapter else 'merged model' if adapter else 'trained model'}: {result}")
@@ -5625,7 +5653,7 @@ def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.Ex
         locks.enter_context(lock_folder(args.final_model_dir, "--final_model_dir"))
     model = load_model(args, engine, plan)
     warn_of_frozen_experts(model)
-    report_gpu("gpu")
+    report_gpu()
     trainer = build_trainer(args, engine, model, tokenizer, train, held_out, plan)
     if plan.share_prefix and not check_sharing(args, trainer.model, train, plan, engine):
         args.share_prefix = False
@@ -5636,7 +5664,7 @@ def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.Ex
     facts = train_model(trainer, checkpoint, train, plan.rows_per_step, complete)
     end = trainer.state.global_step
     facts["tokens_padded"] = count_padded(args, train, plan, range(end - facts["steps"], end))
-    report_gpu("gpu")
+    report_gpu()
 
     plan, tested = trainer.streams, (held_out or train)[: args.eval_samples]
     start = time.perf_counter()
@@ -5735,9 +5763,12 @@ def run_command_line() -> int:
         drop_output()
         lines = ["nobody reads the output any more: the run ends here"]
     except OSError as error:
-        if not is_disk_full(error):
+        reason = error.strerror
+        if is_disk_full(error):
+            reason = "the disk is full; free some space and run again"
+        elif not error.filename or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG):
             raise
-        lines = [f"{error.filename or 'output'}: the disk is full; free some space and run again"]
+        lines = [f"{error.filename or 'output'}: {reason}"]
     except (MemoryError, RuntimeError) as error:
         kinds = {"MemoryError": "memory", "OutOfMemoryError": "GPU memory"}  # torch's by its name, without its import
         if type(error).__name__ not in kinds:

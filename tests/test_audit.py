@@ -396,3 +396,14 @@ def test_memory_is_estimated_as_it_was_measured(flags, tokens, measured):
     args.optim = "adamw_torch"  # 8 bytes of moments instead of 2
     assert script.estimate_memory(args, config, parameters, tokens, script.Plan(8, 1, [], (), args.share_prefix))[
         "adapter"] == 0.15
+
+
+def test_calls_of_turns_that_are_not_trained_do_not_count(tmp_path):
+    row = {"messages": [{"role": "user", "content": "rain in Rome?"},
+                        {"role": "assistant", "weight": 0, "tool_calls": [{"type": "function", "id": "1", "function": {
+                            "name": "get_weather", "arguments": {"city": "Rome"}}}]},
+                        {"role": "tool", "tool_call_id": "1", "content": "rain"},
+                        {"role": "assistant", "content": "Yes, it rains."}]}
+    found, result = audit(tmp_path, rows=[row] * 3)
+    assert line(result, "calls").startswith("calls    0 in 3 trained turns; 100.0% of the rows without a call, ")
+    assert found["calls_per_tool"] == {} and NO_REFUSAL not in result.stderr

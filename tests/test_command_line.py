@@ -321,7 +321,11 @@ def test_an_adapter_of_another_base_is_one_line(tmp_path):
 @pytest.mark.parametrize("harm, message", [
     (lambda file: file.write_text("version https://git-lfs.github.com/spec/v1\n"), "model.safetensors holds no whole weights ("),
     (lambda file: os.truncate(file, 10_000_000), "model.safetensors holds no whole weights ("),
-    (lambda file: leave_out(file, "layers.1."), "has no weights for model.layers.1.")])
+    (lambda file: leave_out(file, "layers.1."), "has no weights for model.layers.1."),
+    (lambda file: file.with_name("model.safetensors.index.json").write_text('{"weight_map": {"a": "2.safetensors"}}'),
+     "has no 2.safetensors"),
+    (lambda file: file.with_name("model.safetensors.index.json").write_text("{"),
+     "model.safetensors.index.json does not say which weights are where")])
 def test_weights_that_are_not_whole_are_one_line(tmp_path, harm, message):
     shutil.copytree(TINY, tmp_path / "base")
     harm(tmp_path / "base" / "model.safetensors")
@@ -329,6 +333,17 @@ def test_weights_that_are_not_whole_are_one_line(tmp_path, harm, message):
                       "--output_dir", tmp_path / "out")
     assert result.returncode == 1 and len(errors(result)) == 1
     assert message in errors(result)[0] and errors(result)[0].endswith("; download it again")
+
+
+def test_weights_of_another_shape_or_out_of_reach_are_one_line(tmp_path):
+    shutil.copytree(TINY, tmp_path / "base")
+    config = json.loads((TINY / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 64}))
+    result = run_here("--eval_only", tmp_path / "base", "--max_samples", 9, "--eval_samples", 1, "--output_dir", tmp_path / "out")
+    assert result.returncode == 1 and len(errors(result)) == 1
+    assert errors(result)[0].startswith(f"error: {tmp_path / 'base'}: its weights cannot be loaded: ")
+    with pytest.raises(script.UserError, match="^me/none: its weights cannot be loaded: .+$"):  # as on a cut-off machine
+        script.load_base("me/none", False)
 
 
 def leave_out(file: Path, part: str) -> None:
@@ -344,6 +359,17 @@ def test_an_output_that_nobody_reads_any_more_ends_nothing(tmp_path):
                             env={**os.environ, "HOME": str(tmp_path)})
     assert (result.returncode, result.stderr) == (0, "")
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 50
+    # The rest is drawn by a library that would end the process.
+    command = command.replace("--convert_to=~/rows.jsonl", f"--dry_run --model_id {TINY} --output_dir=~/out --final_model_dir=~/m")
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT,
+                            env={**os.environ, "HOME": str(tmp_path)})
+    assert (result.returncode, result.stderr) == (0, "") and (tmp_path / "out" / "audit.json").exists()
+
+
+def test_a_path_that_the_system_refuses_is_one_line(tmp_path):
+    name = tmp_path / ("x" * 300)
+    result = run_here("--output_dir", name)
+    assert result.returncode == 1 and errors(result) == [f"error: {name}: File name too long"]
 
 
 def test_help_names_every_flag_with_its_default():
@@ -481,6 +507,11 @@ def test_a_full_disk_is_seen_before_training(tmp_path, monkeypatch):
         f"--output_dir {out} and --final_model_dir {final}: the adapter and 3 checkpoints and the merged model need "
         f"{needed / 1e9:.2f} GB and the disk has {needed / 1e9:.2f} GB free; free some space, choose another disk, or keep "
         "fewer checkpoints with --save_total_limit")
+    args.save_method, free["value"] = "lora", needed - 2 * parameters - script.SMALL_FILES
+    script.check_disk(args, config, 3)
+    free["value"] -= 1
+    with pytest.raises(script.UserError, match=f"^--output_dir {out}: the adapter and 3 checkpoints need "):
+        script.check_disk(args, config, 3)
 
 
 def test_a_merge_that_went_wrong_keeps_the_adapter_and_no_folder(tmp_path, capsys):

@@ -325,3 +325,18 @@ def test_rslora_scales_by_the_root_of_the_rank(tmp_path):
         layers = {name: layer.scaling["default"] for name, layer in model.named_modules() if hasattr(layer, "scaling")
                   and isinstance(layer.scaling, dict)}
         assert len(layers) == 2 and set(layers.values()) == {scale} and all("q_proj" in name for name in layers)
+
+
+def test_no_module_at_all_is_refused():
+    with pytest.raises(script.FlagError, match="^--target_modules: expected at least one name$"):
+        script.parse_args(["--target_modules", ""])
+    assert script.parse_args(["--target_modules", "v_proj q_proj"]).target_modules == ["q_proj", "v_proj"]
+
+
+def test_a_home_folder_is_found_where_no_shell_sees_to_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = tmp_path / "run.yaml"
+    config.write_text("dataset_path: [~/a.json, b.json]\ntools_path: ~/tools.json\noutput_dir: ~/out\n")
+    args = script.parse_args(["--config", str(config)])
+    assert args.dataset_path == [f"{tmp_path}/a.json", "b.json"]
+    assert (args.tools_path, args.output_dir) == (f"{tmp_path}/tools.json", f"{tmp_path}/out")

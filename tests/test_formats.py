@@ -1,6 +1,8 @@
 """Every format: a row as people have it in, the exact example out; its malformed twins; arbitrary JSON."""
 
 import json
+import re
+import time
 
 import pytest
 from conftest import WEATHER, native, run_script, write_jsonl
@@ -505,3 +507,37 @@ def test_deep_nesting_is_a_problem_and_not_a_crash(tools_path, text):
                 {"messages": deep}, {"input": "x", "output": {"function_call": {"name": "f", "arguments": text}}}):
         _, problems, _ = read(row, tools_path=tools_path)
         assert len(problems) == 1 and "\n" not in problems[0]
+
+
+@pytest.mark.parametrize("text", ["", "a", "<t>", "</t>", "<t>1</t>", "a<t>1</t>b<t></t>", "</t><t>1</t>c</t>d", "<t>1<t>2</t>3</t>",
+                                  "<t>1</t><t>2", "a\n<t>\n1\n</t>\nb", "<t>" * 3 + "</t>" * 2])
+def test_texts_are_cut_at_tags_as_by_one_expression(text):
+    assert script.split_tags(text, "t") == re.split("<t>(.*?)</t>", text, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("tag", ["tool_call", "tool_response", "tools"])
+def test_tags_that_are_never_closed_take_no_time(tag):
+    """20,000 of them took 17 s; a row would, if a look for the end began at each."""
+    start = time.process_time()
+    assert script.split_tags(f"<{tag}>" * 200_000, tag) == [f"<{tag}>" * 200_000]
+    assert time.process_time() - start < 5
+
+
+def test_a_key_that_stands_twice_once_it_is_json_is_a_problem():
+    row = sharegpt(("human", "rain?"), ("gpt", "<tool_call>{'name': 'get_weather', 'arguments': {1: 'a', '1': 'b'}}</tool_call>"),
+                   tools=TOOLS)
+    assert read(row)[1][0].startswith("the text inside <tool_call> is neither JSON nor a Python literal: ")
+
+
+def test_calls_in_two_places_of_one_turn_are_a_problem():
+    row = {"conversations": [{"from": "human", "value": "rain?"}, {
+        "from": "function_call", "value": CALL, "tool_calls": [{"name": "get_weather", "arguments": {"city": "Oslo"}}]}], "tools": TOOLS}
+    assert read(row)[1] == ["a turn of calls holds calls in content and in another key; expected one of them"]
+
+
+def test_parameters_with_a_null_are_flat_as_those_without():
+    """Or the row, converted and read again, would not be what it was."""
+    shown = {"input": "x", "output": {"function_call": {"name": "f", "arguments": {}}}}
+    for parameters in ({"a": {"type": "string"}}, {"a": {"type": "string"}, "b": None}):
+        assert read({**shown, "tools": [{"name": "f", "parameters": parameters}]})[1] == ['call 1 "f": arguments.a is missing']
+    assert read({**shown, "tools": [{"name": "f", "parameters": {"b": None}}]})[0].tools[0]["function"]["parameters"] == {}

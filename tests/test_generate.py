@@ -79,6 +79,22 @@ def test_a_model_partly_outside_of_the_device_answers_alike_and_says_so(model, t
     assert capsys.readouterr().err.startswith("warning: the 16-bit model is larger than the GPU's memory: ")
 
 
+def test_an_adapter_leaves_the_parts_of_its_base_where_they_are(tmp_path, sequences, monkeypatch):
+    """By what is free with the base already there, PEFT would find no room for it."""
+    from peft import LoraConfig, get_peft_model
+
+    trained = get_peft_model(script.load_base(str(TINY), False), LoraConfig(
+        r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"))
+    trained.save_pretrained(tmp_path)
+    ids = torch.tensor([sequences[0].input_ids[:50]])
+    expected = trained.eval()(ids).logits
+    monkeypatch.setattr("peft.peft_model.infer_auto_device_map", lambda *_, **__: pytest.fail("spread anew"))
+    for place in (None, {"": "cpu"}, {"model.embed_tokens": "cpu", "model.layers": "cpu", "model.norm": "cpu",
+                                      "model.rotary_emb": "cpu", "lm_head": "cpu"}):
+        model = script.load_adapter(script.load_base(str(TINY), False, place=place), str(tmp_path)).eval()
+        assert torch.equal(model(ids).logits, expected)
+
+
 def test_grouped_query_attention_with_a_prefix_is_attention():
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(3, heads, 5, 8, generator=generator) for heads in (6, 2, 2))

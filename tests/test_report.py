@@ -198,6 +198,39 @@ def test_no_failures():
     assert "Every answer is the expected one." in page.words("p") and "Failures (0)" in page.words("h2")
 
 
+def test_a_model_that_was_only_scored_is_the_one_that_is_named():
+    report = full_report()
+    report["args"] |= {"eval_only": "models/mine", "model_id": "Qwen/Qwen3-0.6B"}
+    lead = read_page(report).words("p")[0]
+    assert lead.startswith("models/mine, ") and "Qwen" not in lead
+
+
+@pytest.mark.parametrize("number, shown", [(999, "999"), (999.4, "999"), (999.5, "1,000"), (999.7, "1,000"), (99.96, "100"),
+                                           (0.12345, "0.123"), (1234.5, "1,234"), (None, None)])
+def test_numbers_are_shown_with_three_digits(number, shown):
+    assert script.show_number(number) == shown
+
+
+def test_folders_of_this_machine_are_hidden_with_spaces_too():
+    for word, shown in [("/home/me/Secret Project X/rows.json", "rows.json"), ("--output_dir=~/a b/c", "--output_dir=c"),
+                        ("data/rows.json", "data/rows.json"), ("/", "/"), ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B")]:
+        assert script.hide_folders(word) == shown
+
+
+def test_the_version_of_what_is_imported_is_named(tmp_path, monkeypatch):
+    (tmp_path / "torch-9.9.9.dist-info").mkdir()
+    (tmp_path / "torch-9.9.9.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 9.9.9\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert script.find_versions()["torch"] == "9.9.9"
+
+
+def test_a_file_name_that_is_no_text_can_be_reported(tmp_path):
+    report = full_report()
+    report["args"]["dataset_path"] = ["caf\udce9.jsonl"]
+    assert script.write_report(str(tmp_path), report) == json.loads((tmp_path / "report.json").read_text())
+    assert "caf\\udce9.jsonl" in (tmp_path / "report.json").read_text()
+
+
 def test_numbers_that_json_has_not_are_left_out(tmp_path):
     report = full_report()
     report["train"]["history"][0]["grad_norm"] = float("nan")

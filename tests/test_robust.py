@@ -261,6 +261,17 @@ def test_a_number_that_is_not_finite_ends_the_run_before_anything_is_saved(
     assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "one" / file).read_bytes()
 
 
+def test_rows_that_are_named_are_those_of_the_step():
+    """A device that has none computes the first row, of which nothing is trained."""
+    nothing = TRAIN[0]._replace(prompt_length=len(TRAIN[0].input_ids))
+    assert script.explain_numbers(3, math.nan, 1.0, [nothing, TRAIN[4]]).endswith("the rows of this step: rows.jsonl:5")
+
+
+def test_a_loss_of_nothing_can_be_compared(monkeypatch):
+    monkeypatch.setattr(script, "compute_gradient", lambda *_: (0.0, torch.zeros(3)))
+    assert script.compare_sharing(torch.nn.Linear(1, 1), TRAIN[:2], (), "transformers") == (0.0, 0.0)
+
+
 def test_a_run_that_diverges_is_one_line(tmp_path, tools_path):
     write_jsonl(tmp_path / "rows.jsonl", ROWS)
     result = run_script(*arguments(tmp_path), "--learning_rate", "1e30", "--warmup_steps", 0, "--save_steps", 1,
@@ -434,7 +445,7 @@ def test_weights_are_read_from_safetensors_alone(tmp_path):
     torch.save({}, tmp_path / "model" / "pytorch_model.bin")
     with pytest.raises(script.UserError, match="the folder holds no .*safetensors"):
         script.check_model(str(tmp_path / "model"))
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(script.UserError, match="its weights cannot be loaded: .*safetensors"):
         script.load_base(str(tmp_path / "model"), load_in_4bit=False)
 
 
