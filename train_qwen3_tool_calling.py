@@ -5246,7 +5246,8 @@ def show_run(audit: dict) -> None:
     else:
         say("memory", "not estimated, nor disk: that takes tokenizer and config.json of the model")
     written, replaced = audit["files"]["written"], audit["files"]["replaced"]
-    say("writes", ", ".join([path for path in written if "checkpoint-" not in Path(path).name]
+    names = {f"checkpoint-{step}" for step in plan["checkpoints"]}
+    say("writes", ", ".join([path for path in written if Path(path).name not in names]
                             + [plural(len(plan["checkpoints"]), "checkpoint")]))
     if replaced:
         say("", f"instead of: {list_first(replaced, SHOWN_PAIRS)}")
@@ -5694,7 +5695,8 @@ def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.Ex
             put_in_place(args.final_model_dir)
     show_saved(args, results, before, time.perf_counter() - start)
     used = sum(len({sequence.where for sequence in side}) for side in (train, held_out))
-    data = {"train": len(train), "held_out": len(held_out), "skipped": rows - used}
+    data = {"train": len(train), "held_out": len(held_out), "skipped": rows - used,
+            "unit": "rows" if used == len(train) + len(held_out) else "turns"}
     lengths = [len(row.input_ids) for row in train]
     report = finish(args, command, tested, results, scores, verdicts, data, lengths, facts)
     hand_over(args, config, tokenizer, adapter, report, train[0].parser, thinks, gguf)

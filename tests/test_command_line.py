@@ -115,9 +115,9 @@ def test_the_best_checkpoint_is_kept_and_a_separate_file_is_held_out(tmp_path):
     (tmp_path / "tools.json").write_text(json.dumps([WEATHER]))
     write_jsonl(tmp_path / "rows.jsonl", ROWS[:16])
     held_out = write_jsonl(tmp_path / "held_out.jsonl", ROWS[16:])
-    result = run_script(*arguments(tmp_path, "--eval_dataset_path", held_out, "--num_epochs", 6, "--eval_steps", 1,
-                                   "--metric_for_best", "loss", "--early_stopping_patience", 1, "--learning_rate", 0.05,
-                                   "--warmup_steps", 0, "--eval_samples", 4, "--max_new_tokens", 8))
+    result = run_here(*arguments(tmp_path, "--eval_dataset_path", held_out, "--num_epochs", 6, "--eval_steps", 1,
+                                 "--metric_for_best", "loss", "--early_stopping_patience", 1, "--learning_rate", 0.05,
+                                 "--warmup_steps", 0, "--eval_samples", 4, "--max_new_tokens", 8))
     assert "render   16 training and 8 held-out sequences" in result.stdout, result.stderr
     losses = [float(x) for x in re.findall(r"held-out loss ([\d.]+)", result.stdout.split("train  ")[0])]
     assert 2 <= len(losses) < 12 and losses[-1] >= min(losses[:-1])  # stopped early, one evaluation after the best
@@ -179,8 +179,8 @@ def test_16_bit_training_answers_like_its_adapter_and_skips_what_it_must(tmp_pat
     bad = native("x", ("get_weather", {}))
     long = native("very " * 600 + "long", ("get_weather", {"city": "Rome"}))
     path = write_jsonl(tmp_path / "rows.jsonl", [bad, *ROWS[:12], long])
-    result = run_script(*arguments(tmp_path, "--no-load_in_4bit", "--on_invalid", "skip", "--max_steps", 2,
-                                   "--max_seq_length", 500))
+    result = run_here(*arguments(tmp_path, "--no-load_in_4bit", "--on_invalid", "skip", "--max_steps", 2,
+                                 "--max_seq_length", 500, "--max_new_tokens", 60))
     assert result.returncode == 0, result.stderr  # the run itself compares the answers
     skipped = [line for line in result.stderr.splitlines() if not line.startswith("warning: ")]
     assert skipped[0] == f'skipped: {path}:1: call 1 "get_weather": arguments.city is missing'
@@ -203,12 +203,12 @@ def test_a_quantised_model_trains_and_names_its_original(tmp_path):
     AutoModelForCausalLM.from_pretrained(TINY, quantization_config=four_bit).save_pretrained(tmp_path / "quantised")
     AutoTokenizer.from_pretrained(TINY).save_pretrained(tmp_path / "quantised")
     command = arguments(tmp_path, "--max_steps", 2, "--model_id", tmp_path / "quantised")
-    result = run_script(*command)
+    result = run_here(*command)
     assert result.returncode == 1
     assert errors(result) == [f"error: --model_id {tmp_path / 'quantised'}: is already quantised, and a merge needs the "
                               "16-bit weights; name the original with --merge_model_id"]
     assert names(tmp_path) == ["quantised", "rows.jsonl", "tools.json"]
-    result = run_script(*command, "--merge_model_id", TINY)
+    result = run_here(*command, "--merge_model_id", TINY)
     assert result.returncode == 0, result.stderr
     assert names(tmp_path / "final") == FINAL_FILES
 

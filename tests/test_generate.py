@@ -20,7 +20,7 @@ def sequences(tokenizer):
     args = script.parse_args(["--dataset_path", str(ROOT / script.DATASET_PATH), "--tools_path",
                               str(ROOT / script.TOOLS_PATH)])
     _, held_out = script.split_examples(script.read_examples(args, args.dataset_path)[0], 0.1)
-    groups, problems = script.render_examples(tokenizer, held_out[:24], 2048)
+    groups, problems = script.render_examples(tokenizer, held_out[8:24], 2048)
     assert not problems
     return [sequence for group in groups for sequence in group]
 
@@ -37,14 +37,14 @@ def test_free_exact_match_is_that_of_generation_row_by_row(model, tokenizer, seq
     args = script.parse_args(["--eval_batch_size", "16", "--max_new_tokens", "60"])
     answers = script.generate_answers(model, tokenizer, sequences, args, "base")
     written = [answer == sequence.answer for answer, sequence in zip(answers, sequences)]
-    assert 3 <= sum(written) <= 21  # both verdicts occur
+    assert 3 <= sum(written) <= 13  # both verdicts occur
 
     def count(batches):
         return script.to_metrics(script.score_batches(model, batches, "transformers"))["exact_match"]
 
     assert [count([script.build_stream([row])]) for row in sequences] == written
     for batches in ([script.build_stream(sequences[:8]), script.build_stream(sequences[8:])],
-                    [script.build_padded(sequences[:12]), script.build_padded(sequences[12:])]):
+                    [script.build_padded(sequences[:9]), script.build_padded(sequences[9:])]):
         assert count(batches) == sum(written) / len(written)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import ALARM, ROOT, TINY, WEATHER, run_script, write_jsonl
+from conftest import ALARM, ROOT, TINY, WEATHER, run_here, run_script, write_jsonl
 from test_command_line import ROWS, arguments, errors, names
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -274,8 +274,8 @@ def test_a_loss_of_nothing_can_be_compared(monkeypatch):
 
 def test_a_run_that_diverges_is_one_line(tmp_path, tools_path):
     write_jsonl(tmp_path / "rows.jsonl", ROWS)
-    result = run_script(*arguments(tmp_path), "--learning_rate", "1e30", "--warmup_steps", 0, "--save_steps", 1,
-                        "--no-load_in_4bit")
+    result = run_here(*arguments(tmp_path), "--learning_rate", "1e30", "--warmup_steps", 0, "--save_steps", 1,
+                      "--no-load_in_4bit")
     assert result.returncode == 1
     lines = errors(result)
     assert len(lines) == 1 and "the loss is nan; expected a finite number. Nothing of it" in lines[0]
