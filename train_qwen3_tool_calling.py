@@ -411,15 +411,15 @@ def build_parser() -> Parser:
         formatter_class=partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=34, width=120),
         allow_abbrev=False, argument_default=argparse.SUPPRESS,
     )
-    count = number(int, 1)
+    count, path = number(int, 1), os.path.expanduser  # after "=" and in --config, no shell sees to ~
     parser.add_argument("--config", metavar="FILE",
                         help="YAML file of settings, `flag: value`, as the run.yaml of each run; flags override it")
 
     add = parser.add_argument_group("data").add_argument
-    add("--dataset_path", nargs="+", default=DATASET_PATH, metavar="PATH",
+    add("--dataset_path", nargs="+", type=path, default=DATASET_PATH, metavar="PATH",
         help="JSON or JSONL files, folders of them, or Hugging Face datasets: name[:split]")
     add("--format", choices=["auto", *FORMATS], default="auto", help="shape of the rows (auto: each row's own)")
-    add("--tools_path", default=TOOLS_PATH, help="JSON array of tools for rows without their own")
+    add("--tools_path", type=path, default=TOOLS_PATH, help="JSON array of tools for rows without their own")
     add("--train_test_split", type=number(float, 0, 1), default=TRAIN_TEST_SPLIT, metavar="SHARE",
         help="share of the rows to hold out")
     add("--max_samples", type=count, metavar="N", help="use only the first N rows (default: all)")
@@ -428,9 +428,9 @@ def build_parser() -> Parser:
     add("--on_invalid", choices=["error", "skip"], default="error", help="what to do with a row that has a problem")
     add("--thinking", choices=["auto", "on", "off"], default="auto",
         help="train answers with reasoning: auto: those that have some, on: all must, off: drop it")
-    add("--eval_dataset_path", nargs="+", metavar="PATH",
+    add("--eval_dataset_path", nargs="+", type=path, metavar="PATH",
         help="rows to hold out, instead of a share of --dataset_path; as there")
-    add("--convert_to", metavar="PATH",
+    add("--convert_to", type=path, metavar="PATH",
         help="train nothing: write the rows of --dataset_path in the OpenAI form to this new JSONL file")
     add("--dry_run", action="store_true",
         help="train nothing: print what a run would do, and write it to OUTPUT_DIR/audit.json")
@@ -502,8 +502,8 @@ def build_parser() -> Parser:
     add("--eval_only", metavar="MODEL", help="train nothing: score this model or adapter on the held-out rows")
 
     add = parser.add_argument_group("output").add_argument
-    add("--output_dir", default=OUTPUT_DIR, help="folder for checkpoints and the adapter")
-    add("--final_model_dir", default=FINAL_MODEL_DIR, help="folder for the merged model")
+    add("--output_dir", type=path, default=OUTPUT_DIR, help="folder for checkpoints and the adapter")
+    add("--final_model_dir", type=path, default=FINAL_MODEL_DIR, help="folder for the merged model")
     add("--save_method", choices=["merged_16bit", "merged_4bit", "lora"], default="merged_16bit",
         help="what to save at the end; lora: only the adapter, in OUTPUT_DIR/adapter")
     add("--save_gguf", type=gguf_names, metavar="NAMES",
@@ -533,10 +533,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if None not in (args.warmup_ratio, args.warmup_steps):  # the later of the two counts
             setattr(args, "warmup_steps" if share is None else "warmup_ratio", None)
     del args.config, args.help
-    for name in ("output_dir", "final_model_dir", "convert_to", "dataset_path", "eval_dataset_path", "tools_path"):
-        if given := getattr(args, name):  # after "=" and in --config, no shell sees to ~
-            paths = [*map(os.path.expanduser, as_list(given))]
-            setattr(args, name, paths if isinstance(given, list) else paths[0])
     args.dataset_path = as_list(args.dataset_path)  # a list as default would look like Python in --help
     args.target_modules = sorted({*" ".join(as_list(args.target_modules)).split()})  # their order means nothing
     if args.lora_rank and not args.target_modules:
@@ -1085,7 +1081,7 @@ def to_parameters(parameters: object, changes: Counter) -> object:
     A parameter may itself be called `type` or `properties`: flat are parameters that are objects one and all, unless
     `properties` holds objects one and all again, as a schema's does.
     """
-    if not isinstance(parameters, dict) or not parameters:
+    if not isinstance(parameters, dict):
         return parameters
     parameters = drop_nulls(parameters, changes)  # first, or what they leave would look flat when it is read again
     inner = parameters.get("properties")
@@ -2417,7 +2413,7 @@ def check_model(model_id: str, flag: str = "--model_id", trust: bool = False):
 
 
 def check_weights(folder: Path, what: str) -> None:
-    """Refuse a folder with a *.safetensors that is cut off, or a pointer of git-lfs in place of weights."""
+    """Refuse a folder that lacks a file its index names, or holds one cut off, or git-lfs' pointer in place of one."""
     from safetensors import SafetensorError, safe_open
 
     index = folder / "model.safetensors.index.json"
@@ -3287,9 +3283,14 @@ def find_damage(checkpoint: Path) -> str | None:
     return None
 
 
+def read_state(checkpoint: str | Path) -> dict:
+    """Return what the trainer wrote of its state into a checkpoint."""
+    return json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+
+
 def to_step(checkpoint: str | Path) -> int:
     """Return the optimizer step that a checkpoint was written after."""
-    return json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    return read_state(checkpoint)["global_step"]
 
 
 def list_checkpoints(folder: str | Path) -> list[Path]:
@@ -3637,7 +3638,7 @@ def check_resume(args: argparse.Namespace, checkpoint: str | None, former: dict,
 
 def is_complete(args: argparse.Namespace, checkpoint: str, train: list[Sequence]) -> bool:
     """Say whether training had ended with this checkpoint: at its last step, or early for want of improvement."""
-    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+    state = read_state(checkpoint)
     stopping = state["stateful_callbacks"].get("EarlyStoppingCallback", {})
     waited = stopping.get("attributes", {}).get("early_stopping_patience_counter", 0)
     return state["global_step"] >= count_steps(args, train)[0] or waited >= (args.early_stopping_patience or math.inf)
@@ -3645,7 +3646,7 @@ def is_complete(args: argparse.Namespace, checkpoint: str, train: list[Sequence]
 
 def find_best(checkpoint: str) -> Path | None:
     """Return the best checkpoint up to this one: beside it, or where the run began that went on in another folder."""
-    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+    state = read_state(checkpoint)
     beside = Path(checkpoint).with_name(f"checkpoint-{state.get('best_global_step')}")
     places = [Path(place) for place in (beside, state.get("best_model_checkpoint")) if place]
     return next((place for place in places if place.is_dir()), None)
@@ -4005,11 +4006,12 @@ def check_disk(args: argparse.Namespace, config, checkpoints: int) -> None:
     parameters = count_parameters(config, args.lora_rank, args.trust_remote_code, args.target_modules)
     sizes, lora = estimate_disk(args, parameters, find_optim(args), checkpoints), parameters["adapter"]
     needs = [("--output_dir", args.output_dir, "the adapter and " * bool(lora) + plural(checkpoints, "checkpoint"),
-              sizes["adapter"] + sizes["checkpoints"] + (1 + checkpoints) * SMALL_FILES),
-             ("--final_model_dir", args.final_model_dir, f"the {'merged' if lora else 'trained'} model",
-              sizes["merged_model"] + SMALL_FILES)]
+              sizes["adapter"] + sizes["checkpoints"] + (1 + checkpoints) * SMALL_FILES)]
+    if args.save_method != "lora":
+        needs.append(("--final_model_dir", args.final_model_dir, f"the {'merged' if lora else 'trained'} model",
+                      sizes["merged_model"] + SMALL_FILES))
     disks: dict[int, list] = {}
-    for need in needs[: 1 if args.save_method == "lora" else 2]:
+    for need in needs:
         folder = find_existing(need[1])
         disks.setdefault(folder.stat().st_dev, []).append((*need, shutil.disk_usage(folder).free))
     for wanted in disks.values():
@@ -4596,6 +4598,16 @@ def show_scores(scores: dict) -> None:
                 f"{score['call_precision']:>18.1%}{score['call_recall']:>8.1%}{score['broken_json']:>8}{score['n']:>7}")
 
 
+def count_origins(sequences: list[Sequence]) -> int:
+    """Return of how many rows these sequences are: one with several trained turns makes several."""
+    return len({sequence.where for sequence in sequences})
+
+
+def name_unit(*sides: list[Sequence]) -> str:
+    """Return what sequences are to be called: rows, or turns where rows have several."""
+    return "rows" if all(count_origins(side) == len(side) for side in sides) else "turns"
+
+
 def to_report(args, command, sequences, results, scores, verdicts, data, lengths, train) -> dict:
     """Return all that is known of the run as one dict, with what report.json promises."""
     import numpy as np
@@ -4610,9 +4622,8 @@ def to_report(args, command, sequences, results, scores, verdicts, data, lengths
     failures = [{"where": sequence.where, "request": sequence.request, "expected": sequence.answer,
                  "got": got[index], **({"before": before[index]} if len(results) > 1 else {})}
                 for index, sequence in enumerate(sequences) if not verdicts[last][index].exact]
-    unit = "rows" if len({sequence.where for sequence in sequences}) == len(sequences) else "turns"
     paths = [*args.dataset_path * bool(train or not args.eval_dataset_path), *(args.eval_dataset_path or [])]
-    data = {"path": " ".join(paths), "unit": unit, "rows": data["train"] + data["held_out"], **data}
+    data = {"path": " ".join(paths), "rows": data["train"] + data["held_out"], **data}
     if lengths:
         bins, edges = np.histogram(lengths, bins=min(30, max(lengths) - min(lengths) + 1))
         data |= {"tokens": {"mean": sum(lengths) / len(lengths), "max": max(lengths)},
@@ -5471,7 +5482,7 @@ def dry_run(args: argparse.Namespace) -> dict:
     problems = [*problems, *more, *unrendered, *too_long]
     sides = to_sides(args, examples, held_out, kept)
 
-    bad, rows = len({where for where, _ in problems}), [len({turn.where for turn in side}) for side in sides]
+    bad, rows = len({where for where, _ in problems}), [*map(count_origins, sides)]
     audit = {
         "rows": {"total": total, "valid": total - bad, "with_problems": bad, "training": rows[0], "held_out": rows[1]},
         **audit_calls(both), "problems": list_some(problems),
@@ -5538,7 +5549,8 @@ def evaluate_only(args: argparse.Namespace, command: str) -> dict:
     held_out = len(sequences) if sides[1] else 0
     if not held_out:
         warn(NOT_HELD_OUT)
-    data = {"train": len(sequences) - held_out, "held_out": held_out, "skipped": skipped + groups.count([])}
+    data = {"train": len(sequences) - held_out, "held_out": held_out, "skipped": skipped + groups.count([]),
+            "unit": name_unit(sequences)}
     if not (Path(args.output_dir) / "run.yaml").exists():
         write_run(args, args.output_dir)
     folder = str(Path(args.output_dir) / "eval_only")  # beside a training run's report, not in its place
@@ -5694,9 +5706,9 @@ def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.Ex
         if args.save_method != "lora":
             put_in_place(args.final_model_dir)
     show_saved(args, results, before, time.perf_counter() - start)
-    used = sum(len({sequence.where for sequence in side}) for side in (train, held_out))
+    used = count_origins(train) + count_origins(held_out)
     data = {"train": len(train), "held_out": len(held_out), "skipped": rows - used,
-            "unit": "rows" if used == len(train) + len(held_out) else "turns"}
+            "unit": name_unit(train, held_out)}
     lengths = [len(row.input_ids) for row in train]
     report = finish(args, command, tested, results, scores, verdicts, data, lengths, facts)
     hand_over(args, config, tokenizer, adapter, report, train[0].parser, thinks, gguf)
