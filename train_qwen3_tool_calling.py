@@ -59,7 +59,8 @@ GRADIENT_ACCUMULATION_STEPS = 4  # 2 x 4 = 8 sequences per optimizer step
 LEARNING_RATE = 2e-4  # the usual rate for LoRA; full fine-tuning takes a tenth of it
 WARMUP_STEPS = 10  # Adam's moments are noise in the first steps
 WEIGHT_DECAY = 0.01
-CUDA_OPTIM = "adamw_8bit"  # on CUDA: its two moments of a weight take 2 bytes instead of 8
+CUDA_OPTIM = "adamw_torch_fused"  # on CUDA: a few launches for all weights of an adapter
+FULL_CUDA_OPTIM = "adamw_8bit"  # of a whole model there: its two moments of a weight take 2 bytes instead of 8
 LR_SCHEDULER_TYPE = "linear"
 SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
               "inverse_sqrt")  # those of Transformers that need nothing but the number of steps
@@ -473,7 +474,7 @@ def build_parser() -> Parser:
                         help="the same as a share of all steps, instead of --warmup_steps")
     add("--weight_decay", type=number(float, 0), default=WEIGHT_DECAY, metavar="W", help="AdamW's decay")
     add("--optim", metavar="NAME",
-        help="optimizer (default: adamw_8bit on CUDA, adamw_torch elsewhere and if split by --fsdp)")
+        help="optimizer (default: adamw_torch; on CUDA adamw_torch_fused, or adamw_8bit for --lora_rank 0)")
     add("--gradient_checkpointing", choices=["auto", "on", "off"], default="auto",
         help="compute activations twice instead of keeping them; auto: on with CUDA")
     add("--share_prefix", action=argparse.BooleanOptionalAction, default=True,
@@ -2506,10 +2507,10 @@ def find_optim(args: argparse.Namespace, cuda: bool = False) -> str:
     """Return the optimizer of a run as it is here, or on CUDA with `cuda`, also if it names none."""
     import torch
 
-    if args.optim:
-        return args.optim
-    split = args.fsdp and not args.lora_rank  # bitsandbytes' optimizers cannot hold moments that are split
-    return CUDA_OPTIM if (cuda or torch.cuda.is_available()) and not split else "adamw_torch"
+    if args.optim or not (cuda or torch.cuda.is_available()):
+        return args.optim or "adamw_torch"
+    # The moments of a whole model that --fsdp splits, bitsandbytes' optimizers cannot hold.
+    return CUDA_OPTIM if args.lora_rank or args.fsdp else FULL_CUDA_OPTIM
 
 
 def use_checkpointing(args: argparse.Namespace) -> bool:
@@ -3322,7 +3323,7 @@ def to_sft_config(args: argparse.Namespace, plan: Plan, evaluate: bool):
         router_aux_loss_coef=0.0,  # routers of experts are not trained, and the loss is that of the answers alone
         restore_callback_states_from_checkpoint=True, max_length=None, remove_unused_columns=False,
         ddp_timeout=PATIENCE, ddp_find_unused_parameters=False, ddp_broadcast_buffers=False,
-        accelerator_config={"even_batches": False},
+        accelerator_config={"even_batches": False, "non_blocking": cuda},
         dataset_kwargs={"skip_prepare_dataset": True})
     if not cuda:
         config.__dict__["_setup_devices"] = torch.device("cpu")  # of several "cpu:0", which torch cannot load to
@@ -3344,6 +3345,7 @@ class StreamTrainer:
         self.streams = plan  # what is computed at once: as planned, or smaller streams once that did not fit in memory
         self.held_out_batches = to_batches(held_out, plan) if held_out else []
         self.step_rows, self.step_loss, self.step_norm = [], 0.0, 0.0  # of the optimizer step in hand
+        self.epoch_batches, self.next_batches = iter(()), []  # the micro-batches of the epoch, and of the next step
         self.tokens_computed, self.staging = 0, None
         # As arrays: lists would be turned into arrays anew in every step.
         self.arrays = [row._replace(input_ids=np.asarray(row.input_ids)) for row in train]
@@ -3364,7 +3366,8 @@ class StreamTrainer:
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Return the micro-batches of a step, and how many tokens all devices supervise in it."""
-        batches = list(islice(epoch_iterator, num_batches))
+        self.epoch_batches = epoch_iterator
+        batches = self.next_batches or list(islice(epoch_iterator, num_batches))
         tokens = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
         return batches, self.accelerator.reduce(tokens, "sum")
 
@@ -3426,9 +3429,13 @@ class StreamTrainer:
         return norm
 
     def _maybe_log_save_evaluate(self, *arguments, **more):
-        """Look at the step's numbers before anything of it is saved; to look earlier, the GPU would stand still."""
+        """Look at the step's numbers before anything of it is saved; to look earlier, the GPU would stand still.
+
+        To look is to wait for the GPU, so the next step's micro-batches are made before, while it computes.
+        """
         from accelerate.utils import gather_object
 
+        self.next_batches = list(islice(self.epoch_batches, self.plan.accumulation))
         loss, norm, rows = self.step_loss, self.step_norm, self.step_rows
         self.step_rows, self.step_loss = [], 0.0
         if not math.isfinite(loss + norm):
@@ -3533,6 +3540,7 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
     trainer = type("StreamTrainer", classes, {})(
         args, engine, plan, train, held_out, model=model, args=to_sft_config(args, plan, bool(held_out)),
         processing_class=tokenizer, train_dataset=numbers[0], eval_dataset=numbers[1])
+    trainer.accelerator.ddp_handler.gradient_as_bucket_view = True  # or each gradient is copied to its bucket and back
     trainer.remove_callback(PrinterCallback)
     trainer.progress = build_progress()
     trainer.add_callback(trainer.progress)

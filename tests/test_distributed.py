@@ -111,9 +111,9 @@ def test_fsdp_needs_several_devices_transformers_and_an_optimizer_that_can_be_sp
         with pytest.raises(script.FlagError, match="--fsdp splits the weights over several GPUs, with Transformers"):
             script.parse_args(["--fsdp", *more])
     args = script.parse_args(["--fsdp"])
-    assert args.engine == "transformers" and script.find_optim(args, cuda=True) == "adamw_8bit"
+    assert args.engine == "transformers" and script.find_optim(args, cuda=True) == "adamw_torch_fused"
     full = ["--fsdp", "--lora_rank", "0"]
-    assert script.find_optim(script.parse_args(full), cuda=True) == "adamw_torch"
+    assert script.find_optim(script.parse_args(full), cuda=True) == "adamw_torch_fused"
     assert script.parse_args([*full, "--optim", "adamw_torch_fused"]).optim == "adamw_torch_fused"
     with pytest.raises(script.FlagError, match="leave out --optim adamw_8bit, or give adamw_torch"):
         script.parse_args([*full, "--optim", "adamw_8bit"])
