@@ -79,7 +79,6 @@ SHOWN_ROWS = 3  # held-out requests whose answers are shown before and after
 CHECKED_ROWS = 8  # so many rows are computed shared and by themselves at the start of each run, and compared
 HELD_SCORES = 2**28  # attention scores held at once when answers are written: 1 GiB in fp32
 RECORDED_BYTES = 2**30  # a stream whose layers' inputs take more than this is not recorded as a CUDA graph
-KEPT_SHARE = 0.125  # of the GPU memory that the model leaves free: what layers' inputs may take there
 READ_BACK_ROWS = 64  # held-out rows on which the losses of merged model and adapter are compared
 READ_BACK_BATCH = 4  # of them at once: their logits are held, with Qwen3's vocabulary 60 MB for an answer of 40 tokens
 MERGE_SLACK = 0.02  # nats per token, and share of the rows, by which the merged model may be worse than the adapter
@@ -2794,10 +2793,8 @@ def read_streams(model, record: bool) -> None:
 
     The step of a small model is bound by the launch of its 6,000 kernels, not by their work. With `record`, forward and
     backward of each stream length are recorded when it first comes in training, and from then on replayed by two
-    launches. Long streams, which would take much memory and keep the GPU busy anyway, are not.
-
-    Checkpointed layers keep their inputs on the GPU where it has room for them. Unsloth's way, for the rest, is to copy
-    them to the machine's memory and back, which a graph cannot hold and several GPUs have to share.
+    launches. Layers are then checkpointed without Unsloth's copies to the CPU, which a graph cannot hold; long streams,
+    whose checkpoints would take much memory and which keep the GPU busy anyway, are left to those.
 
     With several GPUs the self-check must record first: DistributedDataParallel would tie the gradients to the stream it
     is built on, which no recording may touch.
@@ -2807,20 +2804,7 @@ def read_streams(model, record: bool) -> None:
 
     decoder = model.get_base_model().model
     eager, pool = decoder.forward, torch.cuda.graph_pool_handle()
-    decoder.graphs = {} if record else None  # these two: see drop_graphs
-    decoder.room = KEPT_SHARE * torch.cuda.mem_get_info()[0]
-
-    @contextlib.contextmanager
-    def keep_inputs(**how):
-        checkpoint = getattr(torch.utils.checkpoint, "_old_checkpoint", torch.utils.checkpoint.checkpoint)
-        unsloth_checkpoint = getattr(decoder.layers[0], "_gradient_checkpointing_func", None)
-        try:
-            for layer in decoder.layers:
-                layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, **how)
-            yield
-        finally:
-            for layer in decoder.layers:
-                layer._gradient_checkpointing_func = unsloth_checkpoint
+    decoder.graphs = {} if record else None  # see drop_graphs
 
     class Stream(torch.nn.Module):
         captured = False
@@ -2836,11 +2820,14 @@ def read_streams(model, record: bool) -> None:
                          prefix_seg_info=to_prefix_seg_info(subtree_end)).last_hidden_state
 
     def to_graph(*tensors):
+        checkpoint = getattr(torch.utils.checkpoint, "_old_checkpoint", torch.utils.checkpoint.checkpoint)
+        unsloth_checkpoint = getattr(decoder.layers[0], "_gradient_checkpointing_func", None)
         torch.cuda.empty_cache()
         stream = Stream(len(tensors[-1]))
         try:
-            with (keep_inputs(preserve_rng_state=False),  # no dropout, no random numbers
-                  torch.autocast("cuda", torch.get_autocast_dtype("cuda"), cache_enabled=False)):
+            for layer in decoder.layers:
+                layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+            with torch.autocast("cuda", torch.get_autocast_dtype("cuda"), cache_enabled=False):
                 return torch.cuda.make_graphed_callables(
                     stream, tuple(t.clone() for t in tensors), num_warmup_iters=1, pool=pool)
         except torch.OutOfMemoryError:
@@ -2851,6 +2838,9 @@ def read_streams(model, record: bool) -> None:
         except RuntimeError as error:  # which leaves CUDA's allocator in a state not to be trusted
             raise UserError(f"the step cannot be recorded as a CUDA graph ({str(error).splitlines()[0]}); "
                             "run again with --no-cuda_graphs, slower") from None
+        finally:
+            for layer in decoder.layers:
+                layer._gradient_checkpointing_func = unsloth_checkpoint
 
     def forward(*inputs, subtree_end=None, **kwargs):
         if subtree_end is None:
@@ -2862,8 +2852,7 @@ def read_streams(model, record: bool) -> None:
             if length not in decoder.graphs and decoder.training and torch.is_grad_enabled():
                 decoder.graphs[length] = to_graph(*tensors)
             stream = decoder.graphs.get(length)
-        with keep_inputs() if not stream and held <= decoder.room else contextlib.nullcontext():
-            return BaseModelOutputWithPast(last_hidden_state=(stream or Stream(length))(*tensors))
+        return BaseModelOutputWithPast(last_hidden_state=(stream or Stream(length))(*tensors))
 
     decoder.forward = forward
 
@@ -2871,13 +2860,12 @@ def read_streams(model, record: bool) -> None:
 def drop_graphs(model) -> None:
     """Free the recorded CUDA graphs of a model; from then on its streams are launched kernel by kernel.
 
-    Where memory ran out, that of the graphs is needed, and that of inputs which Unsloth would copy elsewhere; and a
-    step of several streams cannot use graphs (see load_model).
+    Where memory ran out, that of the graphs is needed; and a step of several streams cannot use them (see load_model).
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     decoder = getattr(base, "model", None)
-    if hasattr(decoder, "graphs"):
-        decoder.graphs, decoder.room = None, 0
+    if getattr(decoder, "graphs", None) is not None:
+        decoder.graphs = None
 
 
 def compute_token_losses(model, batch: dict, engine: str):

@@ -107,14 +107,11 @@ streams = [[s.build_stream(part, plan.lengths)] for part in rows]
 replayed = [s.compute_gradient(model, stream, engine) for stream in streams]
 s.RECORDED_BYTES = 0
 launched = [s.compute_gradient(model, stream, engine) for stream in streams]
-model.get_base_model().model.room = 0
-copied = [s.compute_gradient(model, stream, engine) for stream in streams]
 padded = [s.compute_gradient(model, [s.build_padded([row]) for row in part], engine) for part in rows]
 alone = [s.compute_gradient(model, [s.build_stream([row], plan.lengths) for row in part], engine) for part in rows]
 for i in range(2):
     print("loss", abs(replayed[i][0] / padded[i][0] - 1), "norm", difference(replayed[i], padded[i]),
-          "rounding", difference(alone[i], padded[i]), "graph", difference(replayed[i], launched[i]),
-          "copied", difference(copied[i], launched[i]))
+          "rounding", difference(alone[i], padded[i]), "graph", difference(replayed[i], launched[i]))
 """
 
 
@@ -124,11 +121,11 @@ def test_unsloth_shared_gradients_are_those_of_single_rows_also_from_a_cuda_grap
         [sys.executable, "-c", GRADIENTS, MODEL, folder / "rows.jsonl", folder / "tools.json", *flags],
         capture_output=True, text=True, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, timeout=500)
     assert result.returncode == 0, result.stderr[-3000:]
-    found = re.findall(r"loss (\S+) norm (\S+) rounding (\S+) graph (\S+) copied (\S+)", result.stdout)
+    found = re.findall(r"loss (\S+) norm (\S+) rounding (\S+) graph (\S+)", result.stdout)
     assert len(found) == 2
-    for loss, norm, rounding, graph, copied in [map(float, line) for line in found]:
+    for loss, norm, rounding, graph in [map(float, line) for line in found]:
         assert loss < 0.02 and norm < max(0.02, 2 * rounding) < 0.2  # bf16: coarse on losses near zero
-        assert graph < 1e-3 and copied < 1e-3
+        assert graph < 1e-3
 
 
 SHORT_OF_MEMORY = """
