@@ -1458,7 +1458,7 @@ def is_toolace(row: dict) -> bool:
 
 def is_sharegpt_tools(row: dict) -> bool:
     """Return whether the conversation has tools beside it, or calls or replies as turns."""
-    return "conversations" in row and (row.get("tools") is not None or any(
+    return "conversations" in row and (any(row.get(key) is not None for key in ("tools", "functions")) or any(
         ROLES.get(role, role) in ("calls", "tool") for role, _ in peek(row, "conversations")))
 
 
@@ -1472,7 +1472,7 @@ FORMATS = {  # name: (whether a row is of this format, converter to (turns, tool
                convert_hermes),
     "toolace": (is_toolace, convert_toolace),
     # {"conversations": [{"from": "human" | "gpt" | "function_call" | "observation", "value": "..."}], "tools": ...}
-    "sharegpt-tools": (is_sharegpt_tools, lambda row: (read_turns(row), None)),
+    "sharegpt-tools": (is_sharegpt_tools, lambda row: (read_turns(row), row.get("functions"))),
     "sharegpt": (lambda row: "conversations" in row, lambda row: (read_turns(row), [])),  # plain chat: without tools
     "xlam": (lambda row: "query" in row and "answers" in row, convert_xlam),
     "glaive": (lambda row: "chat" in row, convert_glaive),

@@ -100,6 +100,9 @@ CASES = {  # name: (row, format, messages, tools)
         sharegpt(("human", "rain in Rome?"), ("function_call", f"[{CALL}, {CALL}]"), ("observation", '{"rain": true}'),
                  ("gpt", "Yes."), system="", tools=TOOLS),
         "sharegpt-tools", [USER, calls("Rome", "Rome"), REPLY, YES], [WEATHER]),
+    "sharegpt-tools with functions, none of them called": (
+        {**sharegpt(("human", "rain in Rome?"), ("gpt", "Yes.")), "functions": [BARE]},
+        "sharegpt-tools", [USER, YES], [WEATHER]),
     "sharegpt-tools without tools": (
         sharegpt(("human", "rain in Rome?"), ("gpt", "Yes."), system="Be brief.", tools=""),
         "sharegpt-tools", [{"role": "system", "content": "Be brief."}, USER, YES], []),
