@@ -37,7 +37,7 @@ import warnings
 from collections import Counter
 from datetime import timedelta
 from functools import lru_cache, partial
-from itertools import chain, islice
+from itertools import chain, islice, starmap
 from multiprocessing import resource_tracker
 from pathlib import Path
 from types import SimpleNamespace
@@ -91,7 +91,7 @@ MEASURED_EPOCHS = 50  # so many epochs of a run are measured to plan its streams
 NAMED_ROWS = 8  # so many rows of a step that failed are named
 CLEAR_RISE = 0.02  # nats by which, beside a tenth, the held-out loss must rise to be pointed out
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")  # their values are written nowhere
-SHOWN_CHANGES = 8  # kinds of change to tools that the line after reading names
+SHOWN_CHANGES = 8  # kinds of change to tools, and keys that are not read, that a line after reading names
 WRITTEN_BY = "# written by train_qwen3_tool_calling.py\n"  # first line of run.yaml: marks a folder as ours to replace
 MANIFEST = "manifest.json"  # in each checkpoint: size and SHA-256 of its files
 LOCK = ".lock"  # in --output_dir, and for --final_model_dir among the temporary files: held while a run lasts
@@ -886,6 +886,12 @@ GLAIVE_BOILERPLATE = re.compile(r"You are a helpful assistant with access to the
                                 r"Use them if required\s*-?")
 QUESTION_KEYS = ("instruction", "question", "prompt", "query", "input")
 ANSWER_KEYS = ("output", "answer", "response", "completion")
+KNOWN_KEYS = {  # what has a meaning in some format
+    "row": {"messages", "conversations", "tools", "functions", "system", "history", "context", "answers", "chat",
+            *QUESTION_KEYS, *ANSWER_KEYS},
+    "turn": {"role", "from", "content", "value", "name", "weight", "tool_calls", "function_call", "tool_call_id",
+             "reasoning_content", "thinking", "reasoning"},
+}
 KIND_NAMES = {list: "a list of objects", dict: "an object", str: "text"}
 
 
@@ -1495,6 +1501,15 @@ def convert(row: object, name: str) -> tuple[str, list[dict], object]:
     turns, tools = FORMATS[name][1](row)
     own = row.get("tools")  # these count, unless they are none and the row has some elsewhere
     return name, to_messages(turns), tools if own is None or tools and own in ([], "", "[]") else own
+
+
+def list_unknown(row: object) -> list[tuple[str, str]]:
+    """Return as ("row" or "turn", key) what holds something in a row or one of its turns, and is read in no format."""
+    if not isinstance(row, dict):
+        return []
+    turns = [turn for key in ("messages", "conversations") for turn in as_list(row.get(key)) if isinstance(turn, dict)]
+    return [(place, key) for place, holder in [("row", row), *(("turn", turn) for turn in turns)]
+            for key, value in holder.items() if key not in KNOWN_KEYS[place] and value not in (None, "", [], {})]
 
 
 def to_row(example: Example) -> dict:
@@ -5286,7 +5301,14 @@ def write_audit(args: argparse.Namespace, audit: dict) -> Path:
 # ---------------------------------------------------------------------------------------------------------------
 def check_rows(args: argparse.Namespace, paths: list[str]) -> tuple[list[Example], list[tuple[str, str]], int]:
     """Return (valid examples of the files, (where, problem) pairs, number of rows); no valid row is a UserError."""
-    examples, problems, total, changes = to_examples(read_rows(paths, args.max_samples), args.tools_path, args.format)
+    unknown = Counter()
+
+    def note_unknown(where, row):
+        unknown.update(list_unknown(row))
+        return where, row
+
+    rows = starmap(note_unknown, read_rows(paths, args.max_samples))
+    examples, problems, total, changes = to_examples(rows, args.tools_path, args.format)
     examples, more = apply_thinking(examples, args.thinking)
     problems += more
     if not examples:
@@ -5295,6 +5317,9 @@ def check_rows(args: argparse.Namespace, paths: list[str]) -> tuple[list[Example
     if changes:
         counts = (f"{change} {count:,}".replace("->", "→") for change, count in changes.most_common())
         say("read", f"tools normalised: {list_first(counts, SHOWN_CHANGES)}")
+    if unknown:
+        counts = (f"{shorten(key)} of {plural(count, place)}" for (place, key), count in unknown.most_common())
+        say("read", f"not read, as no format has it: {list_first(counts, SHOWN_CHANGES)}")
     return examples, problems, total
 
 

@@ -424,6 +424,21 @@ def test_changes_are_counted_once_per_list_of_tools_and_shown(tmp_path, capsys):
         "type INTEGER → integer 1")
 
 
+def test_keys_that_no_format_has_are_named(tmp_path, capsys):
+    turn = {"role": "assistant", "content": "I look.", "tool_call": [json.loads(CALL)], "audio": None, "refusal": ""}
+    rows = [{"messages": [USER, turn, USER, turn], "id": number, "available_tools": [BARE]} for number in range(2)]
+    path = write_jsonl(tmp_path / "rows.jsonl", [*rows, sharegpt(("human", "rain in Rome?"), ("gpt", "Yes."), id=0)])
+    args = script.parse_args(["--dataset_path", path])
+    assert len(script.read_examples(args, args.dataset_path)[0]) == 3
+    assert capsys.readouterr().out.splitlines()[0] == (
+        "read     not read, as no format has it: \"tool_call\" of 4 turns, \"id\" of 3 rows, \"available_tools\" of 2 rows")
+
+
+def test_what_the_formats_read_is_known():
+    unknown = {found for row, *_ in CASES.values() for found in script.list_unknown(row)}
+    assert unknown == {("row", key) for key in ("id", "category", "metadata", "parallel_tool_calls")}
+
+
 def test_a_tools_file_is_normalised_too(tmp_path):
     path = tmp_path / "tools.json"
     path.write_text(json.dumps([MOBILE_TOOL]))
