@@ -923,6 +923,11 @@ def parse_json(text: str, what: str):
         raise ValueError(f"{what} not valid JSON: {shorten(text)}") from None
 
 
+def unpack(value: object, what: str):
+    """Return the list or object that a JSON text holds, as tables keep them; anything else as it is."""
+    return parse_json(value, what) if isinstance(value, str) and value.lstrip()[:1] in ("[", "{") else value
+
+
 def parse_python(text: str) -> ast.expr:
     """Return the tree of a Python expression, which is never run; ValueError if it is none."""
     try:
@@ -1131,7 +1136,9 @@ def to_tools(tools: object) -> tuple[object, Counter]:
     changes: Counter = Counter()
     if isinstance(tools, str):
         tools = parse_json(tools, "tools are") if tools.strip() else []
-    return [to_tool(tool, changes) for tool in tools] if isinstance(tools, list) else tools, changes
+    if isinstance(tools, list):
+        tools = [to_tool(unpack(tool, f"tool {index} is"), changes) for index, tool in enumerate(tools, start=1)]
+    return tools, changes
 
 
 def is_tool(value: object) -> bool:
@@ -1172,9 +1179,8 @@ def to_tool_call(call: object) -> dict:
     inner = call.get("function", call) if isinstance(call, dict) else call
     if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or "arguments" not in inner:
         raise ValueError('a call must be {"name": "...", "arguments": {...}}, got ' + shorten(inner))
-    name, arguments = inner["name"], inner["arguments"]
-    if isinstance(arguments, str):
-        arguments = parse_json(arguments, f"call {shorten(name)}: arguments are")
+    name = inner["name"]
+    arguments = unpack(inner["arguments"], f"call {shorten(name)}: arguments are")
     if not isinstance(arguments, dict):
         raise ValueError(f"call {shorten(name)}: arguments must be an object, got {shorten(arguments)}")
     converted = {"type": "function", "function": {"name": name, "arguments": arguments}}
@@ -1211,7 +1217,7 @@ def find_calls(holder: dict, what: str, keys: tuple[str, ...]) -> list:
     given = [key for key in keys if holder.get(key)]
     if len(given) > 1:
         raise ValueError(f"{what} holds {given[0]} and {given[1]}; expected one of them")
-    calls = holder[given[0]] if given else []
+    calls = unpack(holder[given[0]], f"{given[0]} is") if given else []
     calls = [calls] if given == ["function_call"] else calls
     if not isinstance(calls, list):
         raise ValueError(f"{given[0]} must be a list, got " + shorten(calls))
@@ -1301,6 +1307,13 @@ def convert_openai(row: dict) -> tuple[list[dict], object]:
     return add_system(row, take(row, "messages", list)), row.get("functions")
 
 
+def convert_prompt_completion(row: dict) -> tuple[list[dict], object]:
+    """{"prompt": [{"role": "user", "content": "..."}], "completion": [{"role": "assistant", ...}], "tools": [...]}; of
+    these turns only the completion is trained."""
+    prompt = [{**turn, "weight": 0} for turn in take(row, "prompt", list)]
+    return add_system(row, [*prompt, *take(row, "completion", list)]), None
+
+
 def split_tags(text: str, tag: str) -> list[str]:
     """Return a text cut at <tag>...</tag>: every other piece is what stood inside."""
     done, end, rest = text.rpartition(f"</{tag}>")  # the rest closes none: to look there from each would take too long
@@ -1330,7 +1343,10 @@ def split_hermes_turn(turn: dict) -> list[dict]:
     role = ROLES.get(role, role) if isinstance(role, str) else role
     if role == "assistant" and isinstance(content, str):
         thought, content = split_thought(turn, content)
-        cut = split_tags(content, "tool_call")
+        tag = "TOOLCALL" if "<TOOLCALL>" in content else "tool_call"
+        cut = split_tags(content, tag)
+        if any(f"<{tag}>" in text for text in cut[::2]):
+            raise ValueError(f"a turn has <{tag}> without </{tag}>; expected both")
         calls = [call for text in cut[1::2] for call in as_list(parse_literal(text, "the text inside <tool_call> is"))]
         content = "\n".join(map(str.strip, cut[::2])).strip() if len(cut) > 1 else content
         if calls and turn.get("tool_calls"):
@@ -1346,7 +1362,8 @@ def split_hermes_turn(turn: dict) -> list[dict]:
 
 def convert_hermes(row: dict) -> tuple[list[dict], object]:
     """{"conversations": [{"from": "system", "value": "... <tools>[...]</tools> ..."}, {"from": "gpt", "value":
-    "<tool_call>\\n{...}\\n</tool_call>"}, {"from": "tool", "value": "<tool_response>...</tool_response>"}]}"""
+    "<tool_call>\\n{...}\\n</tool_call>"}, {"from": "tool", "value": "<tool_response>...</tool_response>"}]}; calls may
+    also stand as a list in <TOOLCALL>"""
     turns, tools = [], None
     for turn in read_turns(row):
         if turn["role"] in ("system", "developer") and isinstance(turn["content"], str):
@@ -1362,7 +1379,7 @@ def convert_xlam(row: dict) -> tuple[list[dict], object]:
     """{"query": "...", "answers": "[{\\"name\\": ..., \\"arguments\\": {...}}]", "tools": "[...]"}"""
     if "answers" not in row:
         raise ValueError('"answers" is missing; expected a list of calls')
-    answers = parse_json(row["answers"], "answers are") if isinstance(row["answers"], str) else row["answers"]
+    answers = unpack(row["answers"], "answers are")
     if not isinstance(answers, list):
         raise ValueError('"answers" must be a list of calls, got ' + shorten(answers))
     turns = [{"role": "user", "content": take(row, "query", str)}, {"role": "assistant", "tool_calls": answers}]
@@ -1454,6 +1471,12 @@ def is_mobile(row: dict) -> bool:
         isinstance(tool, dict) and "function" in tool and "type" not in tool for tool in tools)
 
 
+def is_hermes(row: dict) -> bool:
+    """Return whether tools or calls stand between tags in the text."""
+    texts = [text for key in ("messages", "conversations") for _, text in peek(row, key)]
+    return any(tag in text for text in texts for tag in ("<tool_call>", "<tools>", "<TOOLCALL>"))
+
+
 def is_toolace(row: dict) -> bool:
     """Return whether calls are written as [Name(key=value)], or the tools stand in the system text."""
     turns = peek(row, "conversations")
@@ -1473,19 +1496,21 @@ FORMATS = {  # name: (whether a row is of this format, converter to (turns, tool
     "swift": (lambda row: any(role in ("tool_call", "tool_response") for role, _ in peek(row, "messages")),
               convert_openai),
     "mobile-actions": (is_mobile, convert_openai),
+    "hermes": (is_hermes, convert_hermes),
     "openai": (lambda row: "messages" in row, convert_openai),
-    "hermes": (lambda row: any("<tool_call>" in text or "<tools>" in text for _, text in peek(row, "conversations")),
-               convert_hermes),
     "toolace": (is_toolace, convert_toolace),
     # {"conversations": [{"from": "human" | "gpt" | "function_call" | "observation", "value": "..."}], "tools": ...}
     "sharegpt-tools": (is_sharegpt_tools, lambda row: (read_turns(row), row.get("functions"))),
     "sharegpt": (lambda row: "conversations" in row, lambda row: (read_turns(row), [])),  # plain chat: without tools
     "xlam": (lambda row: "query" in row and "answers" in row, convert_xlam),
     "glaive": (lambda row: "chat" in row, convert_glaive),
+    "prompt-completion": (lambda row: isinstance(row.get("prompt"), list) and "completion" in row,
+                          convert_prompt_completion),
     "alpaca": (lambda row: any(key in row for key in QUESTION_KEYS) and any(key in row for key in ANSWER_KEYS),
                convert_alpaca),
 }
-SHAPES = '"messages"; "conversations"; "input" and "output"; "query" and "answers"; "chat"; "question" and "answer"'
+SHAPES = ('"messages"; "conversations"; "input" and "output"; "query" and "answers"; "chat"; "question" and "answer"; '
+          '"prompt" and "completion"')
 
 
 def convert(row: object, name: str) -> tuple[str, list[dict], object]:
@@ -1494,6 +1519,7 @@ def convert(row: object, name: str) -> tuple[str, list[dict], object]:
         raise row
     if not isinstance(row, dict):
         raise ValueError(f"a row must be an object, got {shorten(row)}")
+    row = {**row, **{key: unpack(row[key], f'"{key}" is') for key in ("messages", "conversations") if key in row}}
     if name == "auto":
         name = next((found for found, (fits, _) in FORMATS.items() if fits(row)), "")
     if not name:

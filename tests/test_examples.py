@@ -110,7 +110,8 @@ def test_array_and_jsonl_give_the_same_rows_and_lines(tmp_path):
     ({"input": 5, "output": {"content": "y"}}, '"input" must be text, got 5'),
     ({"input": " ", "output": {"content": "y"}}, "message 1 (user): content is empty"),
     ({"prompt": "x"}, 'no known format; expected an object with "messages"; "conversations"; "input" and "output"; '
-                      '"query" and "answers"; "chat"; "question" and "answer"; got {"prompt": "x"}'),
+                      '"query" and "answers"; "chat"; "question" and "answer"; "prompt" and "completion"; '
+                      'got {"prompt": "x"}'),
     ('"text"', 'a row must be an object, got "text"'),
     ("{broken", "not valid JSON: Expecting property name enclosed in double quotes; "
                 "expected one JSON object a line, or a JSON array"),

@@ -96,6 +96,17 @@ CASES = {  # name: (row, format, messages, tools)
             "name": "get_weather", "arguments": "{\"city\": \"Rome\"}"}},
             {"role": "function", "name": "get_weather", "content": '{"rain": true}'}, YES], "functions": [BARE]},
         "openai", [USER, calls("Rome"), REPLY, YES], [WEATHER]),
+    "openai as JSON text": (
+        {"messages": json.dumps([USER, {"role": "assistant", "tool_calls": f"[{CALL}]"}]), "tools": [json.dumps(BARE)]},
+        "openai", [USER, calls("Rome")], [WEATHER]),
+    "hermes with a list of calls": (
+        {"messages": [USER, {"role": "assistant", "content": f"I look.\n<TOOLCALL>[{CALL}, {CALL}]</TOOLCALL>"}],
+         "tools": [json.dumps(BARE)]},
+        "hermes", [USER, calls("Rome", "Rome", content="I look.")], [WEATHER]),
+    "prompt-completion": (
+        {"prompt": [USER, {"role": "assistant", "tool_calls": [json.loads(CALL)]}, REPLY], "completion": [YES],
+         "tools": [WEATHER]},
+        "prompt-completion", [USER, {**calls("Rome"), "weight": 0}, REPLY, YES], [WEATHER]),
     "sharegpt-tools": (
         sharegpt(("human", "rain in Rome?"), ("function_call", f"[{CALL}, {CALL}]"), ("observation", '{"rain": true}'),
                  ("gpt", "Yes."), system="", tools=TOOLS),
@@ -239,7 +250,7 @@ def test_a_converted_row_has_its_arguments_as_text():
                                   'answer, response, completion, got {"question": "x"}'),
     ("auto", [], "a row must be an object, got []"),
     ("auto", {"messages": [USER, {"role": "assistant", "function_call": {"name": "f", "arguments": "a=1"}}]},
-     'call "f": arguments are not valid JSON: "a=1"'),
+     'call "f": arguments must be an object, got "a=1"'),
     ("auto", {"messages": [USER, {**YES, "weight": 0}]}, "no turn is trained; every weight is 0"),
     ("auto", {"tools": TOOLS, "messages": [USER, *({"role": "tool_call", "content": CALL, "thinking": x} for x in "ab")]},
      "a turn of calls joins one that has another thought or weight; expected the same"),
@@ -268,7 +279,7 @@ def test_a_converted_row_has_its_arguments_as_text():
      "message 2 (assistant): holds the control token <tool_call>, which would forge a turn; remove it"),
     ("auto", sharegpt(("system", "Use <tools>f, g</tools>"), ("human", "hi"), ("gpt", "x")),
      'the text inside <tools> is neither JSON nor a Python literal: "f, g"'),
-    ("auto", {"query": "x", "answers": "none", "tools": TOOLS}, 'answers are not valid JSON: "none"'),
+    ("auto", {"query": "x", "answers": "none", "tools": TOOLS}, '"answers" must be a list of calls, got "none"'),
     ("auto", {"query": "x", "answers": "{}", "tools": TOOLS}, '"answers" must be a list of calls, got {}'),
     ("auto", {"query": "x", "answers": [], "tools": TOOLS}, "message 2 (assistant): content is empty"),
     ("auto", {"chat": "hello"}, '"chat" must start with "USER:", got "hello"'),
