@@ -1372,7 +1372,7 @@ def convert_hermes(row: dict) -> tuple[list[dict], object]:
             turns += [{**turn, "content": text}] if text else []
         else:
             turns += split_hermes_turn(turn)
-    return turns, tools
+    return turns, row.get("functions") if tools is None else tools
 
 
 def convert_xlam(row: dict) -> tuple[list[dict], object]:
