@@ -474,7 +474,8 @@ def build_parser() -> Parser:
                         help="the same as a share of all steps, instead of --warmup_steps")
     add("--weight_decay", type=number(float, 0), default=WEIGHT_DECAY, metavar="W", help="AdamW's decay")
     add("--optim", metavar="NAME",
-        help="optimizer (default: adamw_torch; on CUDA adamw_torch_fused, or adamw_8bit for --lora_rank 0)")
+        help="optimizer (default: adamw_torch; on CUDA adamw_torch_fused, or adamw_8bit if all weights are trained on "
+             "each GPU)")
     add("--gradient_checkpointing", choices=["auto", "on", "off"], default="auto",
         help="compute activations twice instead of keeping them; auto: on with CUDA")
     add("--share_prefix", action=argparse.BooleanOptionalAction, default=True,
@@ -892,6 +893,7 @@ KNOWN_KEYS = {  # what has a meaning in some format
     "turn": {"role", "from", "content", "value", "name", "weight", "tool_calls", "function_call", "tool_call_id",
              "reasoning_content", "thinking", "reasoning"},
 }
+KNOWN_KEYS["output"] = {*KNOWN_KEYS["turn"], "function_calls"}
 KIND_NAMES = {list: "a list of objects", dict: "an object", str: "text"}
 
 
@@ -1304,14 +1306,7 @@ def convert_native(row: dict) -> tuple[list[dict], object]:
 
 def convert_openai(row: dict) -> tuple[list[dict], object]:
     """{"messages": [{"role": "...", "content": "...", "tool_calls": [...]}, ...], "tools": [...]}"""
-    return add_system(row, take(row, "messages", list)), row.get("functions")
-
-
-def convert_prompt_completion(row: dict) -> tuple[list[dict], object]:
-    """{"prompt": [{"role": "user", "content": "..."}], "completion": [{"role": "assistant", ...}], "tools": [...]}; of
-    these turns only the completion is trained."""
-    prompt = [{**turn, "weight": 0} for turn in take(row, "prompt", list)]
-    return add_system(row, [*prompt, *take(row, "completion", list)]), None
+    return add_system(row, take(row, "messages", list)), None
 
 
 def split_tags(text: str, tag: str) -> list[str]:
@@ -1347,10 +1342,10 @@ def split_hermes_turn(turn: dict) -> list[dict]:
         cut = split_tags(content, tag)
         if any(f"<{tag}>" in text for text in cut[::2]):
             raise ValueError(f"a turn has <{tag}> without </{tag}>; expected both")
-        calls = [call for text in cut[1::2] for call in as_list(parse_literal(text, "the text inside <tool_call> is"))]
+        calls = [call for text in cut[1::2] for call in as_list(parse_literal(text, f"the text inside <{tag}> is"))]
         content = "\n".join(map(str.strip, cut[::2])).strip() if len(cut) > 1 else content
         if calls and turn.get("tool_calls"):
-            raise ValueError("a turn holds tool_calls and <tool_call>; expected one of them")
+            raise ValueError(f"a turn holds tool_calls and <{tag}>; expected one of them")
         return [{**turn, "content": content, "reasoning_content": thought,
                  "tool_calls": calls or turn.get("tool_calls") or []}]
     if role == "tool" and isinstance(content, str):
@@ -1372,7 +1367,15 @@ def convert_hermes(row: dict) -> tuple[list[dict], object]:
             turns += [{**turn, "content": text}] if text else []
         else:
             turns += split_hermes_turn(turn)
-    return turns, row.get("functions") if tools is None else tools
+    return turns, tools
+
+
+def convert_prompt_completion(row: dict) -> tuple[list[dict], object]:
+    """{"prompt": [{"role": "user", "content": "..."}], "completion": [{"role": "assistant", ...}], "tools": [...]}; of
+    these turns only the completion is trained."""
+    prompt = [{**turn, "weight": 0} for turn in take(row, "prompt", list)]
+    row = {**row, "messages": [*prompt, *take(row, "completion", list)]}
+    return (convert_hermes if is_hermes(row) else convert_openai)(row)
 
 
 def convert_xlam(row: dict) -> tuple[list[dict], object]:
@@ -1460,7 +1463,7 @@ def convert_alpaca(row: dict) -> tuple[list[dict], object]:
 def peek(row: dict, key: str) -> list[tuple[str, str]]:
     """Return the (role, text) pairs of a conversation as far as there are any, to recognise its format."""
     turns = [turn for turn in row[key] if isinstance(turn, dict)] if isinstance(row.get(key), list) else []
-    pairs = [(turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in turns]
+    pairs = [(turn.get("from", turn.get("role")), join_text(turn.get("value", turn.get("content")))) for turn in turns]
     return [(role, text if isinstance(text, str) else "") for role, text in pairs if isinstance(role, str)]
 
 
@@ -1472,9 +1475,15 @@ def is_mobile(row: dict) -> bool:
 
 
 def is_hermes(row: dict) -> bool:
-    """Return whether tools or calls stand between tags in the text."""
-    texts = [text for key in ("messages", "conversations") for _, text in peek(row, key)]
-    return any(tag in text for text in texts for tag in ("<tool_call>", "<tools>", "<TOOLCALL>"))
+    """Return whether calls stand between tags in the text, or tools do; in `messages`, of a row that has no others."""
+    turns = [*peek(row, "messages"), *peek(row, "conversations")]
+    if "conversations" in row:
+        places = turns
+    else:
+        has_tools = row.get("tools") is not None or row.get("functions") is not None
+        places = [(role, text) for role, text in turns if role in ("system", "developer") and not has_tools]
+    return any("<tools>" in text for _, text in places) or any(
+        tag in text for _, text in turns for tag in ("<tool_call>", "<TOOLCALL>"))
 
 
 def is_toolace(row: dict) -> bool:
@@ -1495,12 +1504,12 @@ FORMATS = {  # name: (whether a row is of this format, converter to (turns, tool
     "native": (lambda row: "input" in row and isinstance(row.get("output"), dict), convert_native),
     "swift": (lambda row: any(role in ("tool_call", "tool_response") for role, _ in peek(row, "messages")),
               convert_openai),
-    "mobile-actions": (is_mobile, convert_openai),
     "hermes": (is_hermes, convert_hermes),
+    "mobile-actions": (is_mobile, convert_openai),
     "openai": (lambda row: "messages" in row, convert_openai),
     "toolace": (is_toolace, convert_toolace),
     # {"conversations": [{"from": "human" | "gpt" | "function_call" | "observation", "value": "..."}], "tools": ...}
-    "sharegpt-tools": (is_sharegpt_tools, lambda row: (read_turns(row), row.get("functions"))),
+    "sharegpt-tools": (is_sharegpt_tools, lambda row: (read_turns(row), None)),
     "sharegpt": (lambda row: "conversations" in row, lambda row: (read_turns(row), [])),  # plain chat: without tools
     "xlam": (lambda row: "query" in row and "answers" in row, convert_xlam),
     "glaive": (lambda row: "chat" in row, convert_glaive),
@@ -1525,16 +1534,21 @@ def convert(row: object, name: str) -> tuple[str, list[dict], object]:
     if not name:
         raise ValueError(f"no known format; expected an object with {SHAPES}; got {shorten(row)}")
     turns, tools = FORMATS[name][1](row)
-    own = row.get("tools")  # these count, unless they are none and the row has some elsewhere
-    return name, to_messages(turns), tools if own is None or tools and own in ([], "", "[]") else own
+    # Those of the row itself count, under the newer name first, unless they are none and there are some elsewhere.
+    given = [found for found in (row.get("tools"), row.get("functions"), tools) if found is not None]
+    some = [found for found in given if found not in ([], "", "[]")]
+    return name, to_messages(turns), (some or given or [None])[0]
 
 
 def list_unknown(row: object) -> list[tuple[str, str]]:
-    """Return as ("row" or "turn", key) what holds something in a row or one of its turns, and is read in no format."""
+    """Return as (place, key) what holds something in a row, its output or a turn, and is read in no format."""
     if not isinstance(row, dict):
         return []
-    turns = [turn for key in ("messages", "conversations") for turn in as_list(row.get(key)) if isinstance(turn, dict)]
-    return [(place, key) for place, holder in [("row", row), *(("turn", turn) for turn in turns)]
+    places = [("row", row), ("output", row.get("output"))]
+    for key in ("messages", "conversations", "prompt", "completion"):
+        with contextlib.suppress(ValueError):  # of a JSON text; what is wrong with it, to_examples says
+            places += [("turn", turn) for turn in as_list(unpack(row.get(key), key))]
+    return [(place, key) for place, holder in places if isinstance(holder, dict)
             for key, value in holder.items() if key not in KNOWN_KEYS[place] and value not in (None, "", [], {})]
 
 
@@ -1554,7 +1568,8 @@ def to_row(example: Example) -> dict:
 # 4  Validate: example -> list of problems; a check_ returns problems, one place raises
 # ---------------------------------------------------------------------------------------------------------------
 # Inside content these tokens would forge turns, calls or thoughts: the tokenizer turns them into control tokens.
-CONTROL_TOKEN = re.compile(r"<\|[a-z_]+\|>|</?(?:tool_call|tool_response|think)>")
+# The last is another model's: an answer with it is a call that was not read.
+CONTROL_TOKEN = re.compile(r"<\|[a-z_]+\|>|</?(?:tool_call|tool_response|think|TOOLCALL)>")
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can write one alone, UTF-8 cannot
 NEXT_ROLES = {  # who may speak after whom
     "start": ("system", "user"),
@@ -1628,8 +1643,8 @@ def check_text(messages: list[dict]) -> list[str]:
             problems.append(f"{name}: content is empty")
         for text in (content, message.get("reasoning_content", ""), to_json(message.get("tool_calls", []))):
             if problem := find_forbidden(text):
-                is_call = text is content and message["role"] == "assistant" and "</tool_call>" in content
-                problems.append(f"{name}: {problem}" + ", or read it as a call with --format hermes" * is_call)
+                is_call = text is content and message["role"] == "assistant" and re.search(r"</tool_?call>", text, re.I)
+                problems.append(f"{name}: {problem}" + ", or read it as a call with --format hermes" * bool(is_call))
     return problems
 
 
@@ -3407,7 +3422,8 @@ class StreamTrainer:
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Return the micro-batches of a step, and how many tokens all devices supervise in it."""
-        self.epoch_batches = epoch_iterator
+        if epoch_iterator is not self.epoch_batches:  # what was fetched of another, that was left early, is not of it
+            self.epoch_batches, self.next_batches = epoch_iterator, []
         batches = self.next_batches or list(islice(epoch_iterator, num_batches))
         tokens = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
         return batches, self.accelerator.reduce(tokens, "sum")
@@ -3581,7 +3597,7 @@ def build_trainer(args: argparse.Namespace, engine: str, model, tokenizer, train
     trainer = type("StreamTrainer", classes, {})(
         args, engine, plan, train, held_out, model=model, args=to_sft_config(args, plan, bool(held_out)),
         processing_class=tokenizer, train_dataset=numbers[0], eval_dataset=numbers[1])
-    trainer.accelerator.ddp_handler.gradient_as_bucket_view = True  # or each gradient is copied to its bucket and back
+    trainer.accelerator.ddp_handler.gradient_as_bucket_view = True  # or each gradient is copied back from its bucket
     trainer.remove_callback(PrinterCallback)
     trainer.progress = build_progress()
     trainer.add_callback(trainer.progress)
@@ -5344,7 +5360,8 @@ def check_rows(args: argparse.Namespace, paths: list[str]) -> tuple[list[Example
         counts = (f"{change} {count:,}".replace("->", "→") for change, count in changes.most_common())
         say("read", f"tools normalised: {list_first(counts, SHOWN_CHANGES)}")
     if unknown:
-        counts = (f"{shorten(key)} of {plural(count, place)}" for (place, key), count in unknown.most_common())
+        found = sorted(unknown.items(), key=lambda item: (item[0][0] == "row", -item[1]))  # columns are often many
+        counts = (f"{shorten(key)} of {plural(count, place)}" for (place, key), count in found)
         say("read", f"not read, as no format has it: {list_first(counts, SHOWN_CHANGES)}")
     return examples, problems, total
 

@@ -103,6 +103,21 @@ CASES = {  # name: (row, format, messages, tools)
         {"messages": [USER, {"role": "assistant", "content": f"I look.\n<TOOLCALL>[{CALL}, {CALL}]</TOOLCALL>"}],
          "tools": [json.dumps(BARE)]},
         "hermes", [USER, calls("Rome", "Rome", content="I look.")], [WEATHER]),
+    "hermes in prompt and completion": (
+        {"prompt": [{"role": "system", "content": f"Be brief. <tools>[{json.dumps(BARE)}]</tools>"}, USER],
+         "completion": [{"role": "assistant", "content": f"<TOOLCALL>[{CALL}]</TOOLCALL>"}], "functions": []},
+        "prompt-completion", [{"role": "system", "content": "Be brief."}, USER, calls("Rome")], [WEATHER]),
+    "openai that speaks of tags": (
+        {"messages": [{"role": "system", "content": "Use what stands in <tools>. Be brief."}, USER, calls("Rome")],
+         "tools": [WEATHER]},
+        "openai", [{"role": "system", "content": "Use what stands in <tools>. Be brief."}, USER, calls("Rome")],
+        [WEATHER]),
+    "hermes in messages that name their tools": (
+        {"messages": [{"role": "system", "content": f"Be brief.\n<tools>{json.dumps(BARE)}</tools>"}, USER, YES]},
+        "hermes", [{"role": "system", "content": "Be brief."}, USER, YES], [WEATHER]),
+    "alpaca with functions": (
+        {"instruction": "rain in Rome?", "output": "Yes.", "functions": [BARE], "tools": None},
+        "alpaca", [USER, YES], [WEATHER]),
     "prompt-completion": (
         {"prompt": [USER, {"role": "assistant", "tool_calls": [json.loads(CALL)]}, REPLY], "completion": [YES],
          "tools": [WEATHER]},
@@ -440,11 +455,14 @@ def test_changes_are_counted_once_per_list_of_tools_and_shown(tmp_path, capsys):
 def test_keys_that_no_format_has_are_named(tmp_path, capsys):
     turn = {"role": "assistant", "content": "I look.", "tool_call": [json.loads(CALL)], "audio": None, "refusal": ""}
     rows = [{"messages": [USER, turn, USER, turn], "id": number, "available_tools": [BARE]} for number in range(2)]
+    rows += [{"prompt": [USER], "completion": [turn], "id": 2}, {"messages": json.dumps([USER, turn]), "id": 3},
+             {"input": "rain in Rome?", "output": {"content": "Yes.", "function_cals": [json.loads(CALL)]}, "id": 4}]
     path = write_jsonl(tmp_path / "rows.jsonl", [*rows, sharegpt(("human", "rain in Rome?"), ("gpt", "Yes."), id=0)])
     args = script.parse_args(["--dataset_path", path])
-    assert len(script.read_examples(args, args.dataset_path)[0]) == 3
+    assert len(script.read_examples(args, args.dataset_path)[0]) == 6
     assert capsys.readouterr().out.splitlines()[0] == (
-        "read     not read, as no format has it: \"tool_call\" of 4 turns, \"id\" of 3 rows, \"available_tools\" of 2 rows")
+        'read     not read, as no format has it: "tool_call" of 6 turns, "function_cals" of 1 output, "id" of 6 rows, '
+        '"available_tools" of 2 rows')
 
 
 def test_what_the_formats_read_is_known():
@@ -490,7 +508,7 @@ WORDS = [
     "string", "str", "List[int]", "Optional[", "array", "function", "(", "#", "#/x", "http://[", "a{9999999999}",
     CALL, TOOLS, f"<tool_call>{CALL}</tool_call>", f"<tools>{TOOLS}</tools>", "<think>a</think>b", "[f(a=1)]",
     "[f(a={1: 2})]", "[f(a={(1,2): {3}})]", "USER: a\nASSISTANT: b", f"USER: a\nASSISTANT: <functioncall> {CALL}",
-    "\ud800", "a\nb"]
+    f"<TOOLCALL>[{CALL}]</TOOLCALL>", "Use <tools>. Be brief.", "\ud800", "a\nb"]
 KEYS = [
     "messages", "conversations", "role", "content", "from", "value", "tools", "functions", "tool_calls",
     "function_call", "function_calls", "id", "tool_call_id", "name", "arguments", "function", "parameters",
@@ -513,7 +531,7 @@ TALK = st.lists(TURN, max_size=4) | JSON
 CALLING = st.fixed_dictionaries({"input": TEXTS, "tools": st.lists(TOOL, max_size=2), "output": st.fixed_dictionaries(
     {"function_call": st.fixed_dictionaries({"name": TEXTS, "arguments": JSON})})})
 ROW = CALLING | st.fixed_dictionaries({}, optional={
-    "messages": TALK, "conversations": TALK, "tools": st.lists(TOOL, max_size=2) | JSON, "functions": JSON,
+    "messages": TALK, "conversations": TALK, "prompt": TALK, "completion": TALK, "tools": st.lists(TOOL, max_size=2) | JSON, "functions": JSON,
     "system": TEXTS | JSON, "input": JSON, "output": JSON, "query": TEXTS | JSON, "answers": JSON,
     "chat": TEXTS | JSON, "instruction": TEXTS | JSON, "history": JSON, "answer": TEXTS | JSON})
 
