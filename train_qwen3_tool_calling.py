@@ -1474,16 +1474,19 @@ def is_mobile(row: dict) -> bool:
         isinstance(tool, dict) and "function" in tool and "type" not in tool for tool in tools)
 
 
+def names_tools(row: dict) -> bool:
+    """Return whether a row has tools beside its turns, or says there that it has none."""
+    return any(row.get(key) is not None for key in ("tools", "functions"))
+
+
 def is_hermes(row: dict) -> bool:
     """Return whether calls stand between tags in the text, or tools do; in `messages`, of a row that has no others."""
     turns = [*peek(row, "messages"), *peek(row, "conversations")]
-    if "conversations" in row:
-        places = turns
-    else:
-        has_tools = row.get("tools") is not None or row.get("functions") is not None
-        places = [(role, text) for role, text in turns if role in ("system", "developer") and not has_tools]
-    return any("<tools>" in text for _, text in places) or any(
-        tag in text for _, text in turns for tag in ("<tool_call>", "<TOOLCALL>"))
+    if any("<tool_call>" in text or "<TOOLCALL>" in text for _, text in turns):
+        return True
+    anywhere, nowhere = "conversations" in row, names_tools(row)
+    return any("<tools>" in text and (anywhere or not nowhere and role in ("system", "developer"))
+               for role, text in turns)
 
 
 def is_toolace(row: dict) -> bool:
@@ -1496,7 +1499,7 @@ def is_toolace(row: dict) -> bool:
 
 def is_sharegpt_tools(row: dict) -> bool:
     """Return whether the conversation has tools beside it, or calls or replies as turns."""
-    return "conversations" in row and (any(row.get(key) is not None for key in ("tools", "functions")) or any(
+    return "conversations" in row and (names_tools(row) or any(
         ROLES.get(role, role) in ("calls", "tool") for role, _ in peek(row, "conversations")))
 
 
@@ -2312,7 +2315,8 @@ def split_rows(rows: list[Sequence], size: int, limit: float = math.inf) -> list
     ordered = [row for row, _ in to_tree(rows)]
     parts = [ordered[i : i + size] for i in range(0, len(ordered), size)]
     return [half for part in parts for half in (
-        [part] if len(part) == 1 or count_tokens(part) <= limit else split_rows(part, -(-len(part) // 2), limit))]
+        [part] if limit == math.inf or len(part) == 1 or count_tokens(part) <= limit
+        else split_rows(part, -(-len(part) // 2), limit))]
 
 
 def divide_plan(plan: Plan, size: int, sequences: list[Sequence], args: argparse.Namespace) -> Plan:

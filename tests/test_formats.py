@@ -531,7 +531,8 @@ TALK = st.lists(TURN, max_size=4) | JSON
 CALLING = st.fixed_dictionaries({"input": TEXTS, "tools": st.lists(TOOL, max_size=2), "output": st.fixed_dictionaries(
     {"function_call": st.fixed_dictionaries({"name": TEXTS, "arguments": JSON})})})
 ROW = CALLING | st.fixed_dictionaries({}, optional={
-    "messages": TALK, "conversations": TALK, "prompt": TALK, "completion": TALK, "tools": st.lists(TOOL, max_size=2) | JSON, "functions": JSON,
+    "messages": TALK, "conversations": TALK, "prompt": TALK, "completion": TALK,
+    "tools": st.lists(TOOL, max_size=2) | JSON, "functions": JSON,
     "system": TEXTS | JSON, "input": JSON, "output": JSON, "query": TEXTS | JSON, "answers": JSON,
     "chat": TEXTS | JSON, "instruction": TEXTS | JSON, "history": JSON, "answer": TEXTS | JSON})
 
