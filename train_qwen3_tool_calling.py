@@ -78,7 +78,7 @@ MAX_NEW_TOKENS = 256  # longest answer; several calls fit
 SHOWN_ROWS = 3  # held-out requests whose answers are shown before and after
 CHECKED_ROWS = 8  # so many rows are computed shared and by themselves at the start of each run, and compared
 HELD_SCORES = 2**28  # attention scores held at once when answers are written: 1 GiB in fp32
-RECORDED_BYTES = 2**30  # a stream whose layers' inputs take more than this is not recorded as a CUDA graph
+RECORDED_SHARE = 0.25  # of free GPU memory: streams whose layers' inputs take more are not recorded as CUDA graphs
 READ_BACK_ROWS = 64  # held-out rows on which the losses of merged model and adapter are compared
 READ_BACK_BATCH = 4  # of them at once: their logits are held, with Qwen3's vocabulary 60 MB for an answer of 40 tokens
 MERGE_SLACK = 0.02  # nats per token, and share of the rows, by which the merged model may be worse than the adapter
@@ -2728,7 +2728,7 @@ def load_model(args: argparse.Namespace, engine: str, plan: Plan):
         # Streams have few lengths, so attention compiled for exactly these is worth it: half the time of "any length".
         prefix_grouper_kernel._flex_attention_compiled = torch.compile(flex_attention, dynamic=False)
         # A recorded gradient lies where the next one will be written, so there must be one stream per step.
-        read_streams(model, record=args.cuda_graphs and plan.accumulation == 1 and not args.lora_dropout)
+        read_streams(model, plan, record=args.cuda_graphs and plan.accumulation == 1 and not args.lora_dropout)
         return model
 
     from peft import LoraConfig, get_peft_model
@@ -2848,22 +2848,22 @@ def to_prefix_seg_info(subtree_end):
     return seg_info
 
 
-def read_streams(model, record: bool) -> None:
+def read_streams(model, plan: Plan, record: bool) -> None:
     """Make Unsloth's decoder take streams (`subtree_end`), and replay them as CUDA graphs where that pays.
 
     The step of a small model is bound by the launch of its 6,000 kernels, not by their work. With `record`, forward and
-    backward of each stream length are recorded when it first comes in training, and from then on replayed by two
-    launches. Layers are then checkpointed without Unsloth's copies to the CPU, which a graph cannot hold; long streams,
-    whose checkpoints would take much memory and which keep the GPU busy anyway, are left to those.
-
-    With several GPUs the self-check must record first: DistributedDataParallel would tie the gradients to the stream it
-    is built on, which no recording may touch.
+    backward of each length of the plan are recorded when it first comes in training, and from then on replayed by two
+    launches. Layers are then checkpointed without Unsloth's copies to the CPU, which a graph cannot hold, so that each
+    recorded length keeps the inputs of its layers; where these would take much of the memory, nothing is recorded.
     """
     import torch.utils.checkpoint
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
     decoder = model.get_base_model().model
     eager, pool = decoder.forward, torch.cuda.graph_pool_handle()
+    free_gpu()
+    held = 2 * sum(plan.lengths) * decoder.config.hidden_size * len(decoder.layers)
+    record = record and held <= RECORDED_SHARE * torch.cuda.mem_get_info()[0]
     decoder.graphs = {} if record else None  # see drop_graphs
 
     class Stream(torch.nn.Module):
@@ -2906,9 +2906,8 @@ def read_streams(model, record: bool) -> None:
         if subtree_end is None:
             return eager(*inputs, **kwargs)
         length, tensors = len(subtree_end), (kwargs["input_ids"], kwargs["position_ids"], subtree_end)
-        held = 2 * length * decoder.config.hidden_size * len(decoder.layers)
         stream = None
-        if decoder.graphs is not None and held <= RECORDED_BYTES:
+        if decoder.graphs is not None and length in plan.lengths:
             if length not in decoder.graphs and decoder.training and torch.is_grad_enabled():
                 decoder.graphs[length] = to_graph(*tensors)
             stream = decoder.graphs.get(length)
@@ -3108,6 +3107,18 @@ def compute_gradient(model, batches: list[dict], engine: str):
     return total, gradient
 
 
+def compute_lengths(model, train: list[Sequence], plan: Plan, engine: str) -> None:
+    """Compute a stream of each length of the plan, by which Unsloth's are recorded as CUDA graphs before training.
+
+    On several GPUs later is too late: DistributedDataParallel ties the gradients to the stream that it is built on, and
+    CUDA refuses to record what belongs to another.
+    """
+    model.train()
+    shortest = min(train, key=lambda row: len(row.input_ids))  # no stream is shorter
+    for length in plan.lengths:
+        compute_gradient(model, [build_stream([shortest], (length,))], engine)
+
+
 def relative_difference(gradient, other) -> float:
     """Return how much a gradient differs from another, as a share of the other's norm; of all devices' parts."""
     from accelerate.utils import gather_object
@@ -3158,6 +3169,8 @@ def check_sharing(args: argparse.Namespace, model, train: list[Sequence], plan: 
         make_room(model)  # not above, where the failed computation is still held
         rows = rows[: len(rows) // 2]
         lengths = choose_lengths([count_tokens(rows)]) if lengths else ()
+    if plan.devices > 1:
+        compute_lengths(model, train, plan, engine)
     free_gpu()
     limit = 1e-4 if to_dtype(model.device.type) == torch.float32 else 0.2
     if broadcast_object_list([gradient <= limit])[0]:  # all devices do as the first one finds
@@ -5219,7 +5232,7 @@ def estimate_memory(args: argparse.Namespace, config, parameters: dict[str, int]
     widths = 4 * config.hidden_size + 3 * head_dim * (heads + config.num_key_value_heads) + 2 * config.intermediate_size
     inputs = 2 * tokens * config.hidden_size * config.num_hidden_layers
     recorded = (args.engine != "transformers" and args.cuda_graphs and plan.share_prefix and plan.accumulation == 1
-                and not args.lora_dropout and inputs <= RECORDED_BYTES)
+                and not args.lora_dropout)
     fixed, working = RECORDED_MEMORY if recorded else EAGER_MEMORY
     kept = 2 * tokens * widths
     activations = kept * config.num_hidden_layers if args.gradient_checkpointing == "off" else inputs + working * kept

@@ -12,6 +12,8 @@ import pytest
 from conftest import ALARM, ROOT, TINY, WEATHER, native, run_script, write_jsonl
 from test_command_line import FINAL_FILES, ROWS, names
 
+import train_qwen3_tool_calling as script
+
 try:
     import torch
 
@@ -105,7 +107,7 @@ def difference(one, other):
 rows = [train[:8], train[8:16]]
 streams = [[s.build_stream(part, plan.lengths)] for part in rows]
 replayed = [s.compute_gradient(model, stream, engine) for stream in streams]
-s.RECORDED_BYTES = 0
+s.drop_graphs(model)
 launched = [s.compute_gradient(model, stream, engine) for stream in streams]
 padded = [s.compute_gradient(model, [s.build_padded([row]) for row in part], engine) for part in rows]
 alone = [s.compute_gradient(model, [s.build_stream([row], plan.lengths) for row in part], engine) for part in rows]
@@ -196,7 +198,7 @@ two_gpus = pytest.mark.skipif(not has_gpu or torch.cuda.device_count() < 2, reas
 
 
 def run_on_two(folder, name, *flags) -> str:
-    """Run the command line on two GPUs with the Transformers engine, and return what it prints."""
+    """Run the command line on two GPUs, with the Transformers engine if no other is named; return what it prints."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
                ROOT / "train_qwen3_tool_calling.py", "--model_id", MODEL, "--engine", "transformers", "--dataset_path",
                folder / "rows.jsonl", "--tools_path", folder / "tools.json", "--train_test_split", "0.25",
@@ -226,3 +228,20 @@ def test_all_weights_split_over_two_gpus_are_trained_saved_and_resumed(folder):
     shutil.rmtree(folder / "full" / "checkpoint-2")
     resumed = run_on_two(folder, "full", "--fsdp", "--lora_rank", "0", "--save_steps", "1", "--resume_from_checkpoint")
     assert losses(resumed) == pytest.approx(losses(output)[1:], rel=1e-3)
+
+
+@two_gpus
+def test_unsloth_on_two_gpus_replays_streams_of_several_lengths(folder):
+    """CUDA refuses to record a stream once DistributedDataParallel is built on another: all come before."""
+    generator = random.Random(0)
+    rows = [native(" ".join(generator.choices(WORDS, k=words)), ("set_alarm", {"time": "6"}))
+            for words in (10, 100, 250, 500) * 6]
+    write_jsonl(folder / "lengths.jsonl", rows)
+    args = script.parse_args(["--dataset_path", str(folder / "lengths.jsonl"), "--batch_size", "1", "--tools_path",
+                              str(folder / "tools.json"), "--gradient_accumulation_steps", "1", "--train_test_split",
+                              "0.25"])
+    train, _ = script.render_all(args, script.load_tokenizer(MODEL), script.read_examples(args, args.dataset_path)[0])
+    assert len(script.plan_streams(train, args, "unsloth").lengths) > 2
+    output = run_on_two(folder, "lengths", "--engine", "unsloth", "--dataset_path", folder / "lengths.jsonl",
+                        "--max_steps", "8", "--save_method", "lora")
+    assert "Unsloth" in output and len(losses(output)) == 8

@@ -283,6 +283,21 @@ def test_the_self_check_passes_and_a_broken_mask_fails_it(model, monkeypatch, ca
     assert "more than rounding (1e-04): sharing is switched off" in capsys.readouterr().err
 
 
+def test_on_several_devices_a_stream_of_each_length_is_computed_before_training(model):
+    train = [*CASES["one tool set"], row([1, 2], [3], "short:1")]
+    computed = []
+    handle = model.get_input_embeddings().register_forward_hook(lambda *given: computed.append(given[1][0].shape[1]))
+    try:
+        for devices in (1, 2):
+            planned = script.Plan(4, 1, script.group_rows(train), (16, 32, 64), devices=devices)
+            assert script.check_sharing(settings_of(4, 1, 100), model, train, planned, "transformers") is True
+            streams = [length for length in computed if length in planned.lengths]
+            assert streams == [32] if devices == 1 else [32, 16, 32, 64]  # the rows of the check need 32
+            computed.clear()
+    finally:
+        handle.remove()
+
+
 def test_held_out_rows_that_share_nothing_make_no_larger_streams_than_training(model):
     train = [row([*range(1, 31), i % 8], [9]) for i in range(16)]
     strangers = [row([i, *range(1, 31)], [9]) for i in range(16)]
