@@ -78,7 +78,7 @@ MAX_NEW_TOKENS = 256  # longest answer; several calls fit
 SHOWN_ROWS = 3  # held-out requests whose answers are shown before and after
 CHECKED_ROWS = 8  # so many rows are computed shared and by themselves at the start of each run, and compared
 HELD_SCORES = 2**28  # attention scores held at once when answers are written: 1 GiB in fp32
-RECORDED_SHARE = 0.25  # of free GPU memory: streams whose layers' inputs take more are not recorded as CUDA graphs
+RECORDED_SHARE = 0.25  # of the free GPU memory: CUDA graphs that keep more for their backward pass are not recorded
 READ_BACK_ROWS = 64  # held-out rows on which the losses of merged model and adapter are compared
 READ_BACK_BATCH = 4  # of them at once: their logits are held, with Qwen3's vocabulary 60 MB for an answer of 40 tokens
 MERGE_SLACK = 0.02  # nats per token, and share of the rows, by which the merged model may be worse than the adapter
@@ -2727,8 +2727,7 @@ def load_model(args: argparse.Namespace, engine: str, plan: Plan):
         add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "is_top1"))
         # Streams have few lengths, so attention compiled for exactly these is worth it: half the time of "any length".
         prefix_grouper_kernel._flex_attention_compiled = torch.compile(flex_attention, dynamic=False)
-        # A recorded gradient lies where the next one will be written, so there must be one stream per step.
-        read_streams(model, plan, record=args.cuda_graphs and plan.accumulation == 1 and not args.lora_dropout)
+        read_streams(model, find_recorded(args, plan, model.config))
         return model
 
     from peft import LoraConfig, get_peft_model
@@ -2848,23 +2847,44 @@ def to_prefix_seg_info(subtree_end):
     return seg_info
 
 
-def read_streams(model, plan: Plan, record: bool) -> None:
-    """Make Unsloth's decoder take streams (`subtree_end`), and replay them as CUDA graphs where that pays.
+def count_kept(config) -> int:
+    """Return how many numbers a token a layer keeps for its backward pass: the inputs of its norms and projections."""
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 4 * config.hidden_size + 3 * head_dim * (heads + config.num_key_value_heads) + 2 * config.intermediate_size
 
-    The step of a small model is bound by the launch of its 6,000 kernels, not by their work. With `record`, forward and
-    backward of each length of the plan are recorded when it first comes in training, and from then on replayed by two
-    launches. Layers are then checkpointed without Unsloth's copies to the CPU, which a graph cannot hold, so that each
-    recorded length keeps the inputs of its layers; where these would take much of the memory, nothing is recorded.
+
+def find_recorded(args: argparse.Namespace, plan: Plan, config) -> tuple[int, ...]:
+    """Return the lengths of streams that are recorded as CUDA graphs (see read_streams): all of the plan's, or none.
+
+    A recorded gradient lies where the next one will be written, so there must be one stream per step; and dropout would
+    be the recorded one. Each recorded length keeps for good what its backward pass needs: with checkpointing the inputs
+    of layers, without it all activations, which those of the longest would be in any case.
+    """
+    import torch
+
+    lengths = plan.lengths
+    if not lengths or not args.cuda_graphs or plan.accumulation > 1 or args.lora_dropout:
+        return ()
+    kept = sum(lengths) * config.hidden_size if use_checkpointing(args) else sum(lengths[:-1]) * count_kept(config)
+    free_gpu()
+    return lengths if 2 * kept * config.num_hidden_layers <= RECORDED_SHARE * torch.cuda.mem_get_info()[0] else ()
+
+
+def read_streams(model, recorded: tuple[int, ...]) -> None:
+    """Make Unsloth's decoder take streams (`subtree_end`), and replay those of some lengths as CUDA graphs.
+
+    Most of a small model's step is spent launching 6,000 kernels one by one; and on several GPUs, the processes launch
+    more slowly than one does, so that large models wait too. Forward and backward of each length of `recorded` are
+    therefore recorded when it first comes in training, and from then on replayed by two launches. Layers are then
+    checkpointed without Unsloth's copies to the CPU, which a graph cannot hold.
     """
     import torch.utils.checkpoint
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
     decoder = model.get_base_model().model
     eager, pool = decoder.forward, torch.cuda.graph_pool_handle()
-    free_gpu()
-    held = 2 * sum(plan.lengths) * decoder.config.hidden_size * len(decoder.layers)
-    record = record and held <= RECORDED_SHARE * torch.cuda.mem_get_info()[0]
-    decoder.graphs = {} if record else None  # see drop_graphs
+    decoder.graphs = {} if recorded else None  # see drop_graphs
 
     class Stream(torch.nn.Module):
         captured = False
@@ -2907,7 +2927,7 @@ def read_streams(model, plan: Plan, record: bool) -> None:
             return eager(*inputs, **kwargs)
         length, tensors = len(subtree_end), (kwargs["input_ids"], kwargs["position_ids"], subtree_end)
         stream = None
-        if decoder.graphs is not None and length in plan.lengths:
+        if decoder.graphs is not None and length in recorded:
             if length not in decoder.graphs and decoder.training and torch.is_grad_enabled():
                 decoder.graphs[length] = to_graph(*tensors)
             stream = decoder.graphs.get(length)
@@ -3567,7 +3587,7 @@ class SplitTrainer:
         model._is_accelerate_prepared = True  # accelerate would refuse a model split in part, and average once more
         if not self.run.lora_rank:
             return model
-        return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def autocast_smart_context_manager(self, cache_enabled=True):
         return autocast(self.model)
@@ -5224,18 +5244,15 @@ def audit_plan(train: list[Sequence], args: argparse.Namespace, plan: Plan) -> d
 def estimate_memory(args: argparse.Namespace, config, parameters: dict[str, int], tokens: int, plan: Plan) -> dict:
     """Return the GiB of GPU memory that training holds at its peak when the longest micro-batch has so many tokens.
 
-    A layer's backward pass keeps the inputs of its norms and projections, 2 bytes each. With checkpointing that is so
-    for one layer at a time, and of the others only the input is kept. CUDA's own memory is not in it.
+    A layer's backward pass keeps so many numbers of 2 bytes (see count_kept). With checkpointing that is so for one
+    layer at a time, and of the others only the input is kept. CUDA's own memory is not in it.
     """
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    widths = 4 * config.hidden_size + 3 * head_dim * (heads + config.num_key_value_heads) + 2 * config.intermediate_size
-    inputs = 2 * tokens * config.hidden_size * config.num_hidden_layers
     recorded = (args.engine != "transformers" and args.cuda_graphs and plan.share_prefix and plan.accumulation == 1
                 and not args.lora_dropout)
     fixed, working = RECORDED_MEMORY if recorded else EAGER_MEMORY
-    kept = 2 * tokens * widths
-    activations = kept * config.num_hidden_layers if args.gradient_checkpointing == "off" else inputs + working * kept
+    kept, inputs = 2 * count_kept(config), 2 * config.hidden_size  # bytes a token and layer
+    held = config.num_hidden_layers * (recorded and sum(plan.lengths) or tokens)  # each recorded length keeps its own
+    activations = held * kept if args.gradient_checkpointing == "off" else held * inputs + working * tokens * kept
     base = parameters["linear"] * (0.53 if args.load_in_4bit else 2) + 2 * parameters["other"]
     # Without an adapter all weights are trained in fp32, and "base" is their copy in 16 bits that autocast holds.
     trained = parameters["adapter"] or parameters["linear"] + parameters["other"]

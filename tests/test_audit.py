@@ -393,6 +393,9 @@ def test_memory_is_estimated_as_it_was_measured(flags, tokens, measured):
     found = script.estimate_memory(args, config, parameters, tokens, script.Plan(8, 1, [], (), args.share_prefix))
     assert found["total"] == pytest.approx(measured, rel=0.05)
     assert found["base"] == (1.11 if "--no-load_in_4bit" in flags else 0.51) and found["adapter"] == 0.09
+    if not flags:  # streams of a second length are recorded too, and keep the inputs of 28 layers
+        two = script.estimate_memory(args, config, parameters, tokens, script.Plan(8, 1, [], (1024, tokens)))
+        assert two["total"] - found["total"] == pytest.approx(1024 * 1024 * 28 * 2 / 2**30, abs=0.011)
     args.optim = None  # PyTorch's: 8 bytes of moments instead of 2
     assert script.estimate_memory(args, config, parameters, tokens, script.Plan(8, 1, [], (), args.share_prefix))[
         "adapter"] == 0.15

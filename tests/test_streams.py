@@ -298,6 +298,22 @@ def test_on_several_devices_a_stream_of_each_length_is_computed_before_training(
         handle.remove()
 
 
+@pytest.mark.parametrize("flags, lengths, kept", [
+    (["--gradient_checkpointing", "on"], (128, 256), 384 * 32 * 2 * 2),  # tokens, width, layers, bytes
+    (["--gradient_checkpointing", "off"], (128, 256), 128 * (4 * 32 + 3 * 16 * 3 + 2 * 64) * 2 * 2),
+    (["--gradient_checkpointing", "off"], (256,), 0)])
+def test_streams_are_recorded_where_a_quarter_of_the_free_memory_holds_them(model, monkeypatch, flags, lengths, kept):
+    flags += ["--lora_dropout", "0"]
+    plan = script.Plan(8, 1, [], lengths)
+    for free, found in ((4 * kept, lengths), (4 * kept - 4, lengths if kept == 0 else ())):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (max(0, free), 2**40))
+        assert script.find_recorded(script.parse_args(flags), plan, model.config) == found
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**40, 2**40))
+    assert script.find_recorded(script.parse_args([*flags, "--no-cuda_graphs"]), plan, model.config) == ()
+    assert script.find_recorded(script.parse_args([*flags[:2], "--lora_dropout", "0.1"]), plan, model.config) == ()
+    assert script.find_recorded(script.parse_args(flags), plan._replace(accumulation=2), model.config) == ()
+
+
 def test_held_out_rows_that_share_nothing_make_no_larger_streams_than_training(model):
     train = [row([*range(1, 31), i % 8], [9]) for i in range(16)]
     strangers = [row([i, *range(1, 31)], [9]) for i in range(16)]
