@@ -401,6 +401,19 @@ def test_memory_is_estimated_as_it_was_measured(flags, tokens, measured):
         "adapter"] == 0.15
 
 
+@pytest.mark.parametrize("hidden, inner, layers, heads, tied, measured", [  # Qwen3 of 0.6B to 32B, on an H200
+    (1024, 3072, 28, 16, True, 1.42), (2048, 6144, 28, 16, True, 2.82), (2560, 9728, 36, 32, True, 4.91),
+    (4096, 12288, 36, 32, False, 9.12), (5120, 17408, 40, 40, False, 13.92), (5120, 25600, 64, 64, False, 25.10)])
+def test_memory_of_all_sizes_is_estimated_as_it_was_measured(hidden, inner, layers, heads, tied, measured):
+    from transformers import Qwen3Config
+
+    config = Qwen3Config(hidden_size=hidden, num_hidden_layers=layers, intermediate_size=inner, vocab_size=151936,
+                         num_attention_heads=heads, num_key_value_heads=8, head_dim=128, tie_word_embeddings=tied)
+    parameters, plan = script.count_parameters(config, rank=16), script.Plan(64, 1, [], (5248,))
+    found = script.estimate_memory(script.parse_args([]), config, parameters, 5248, plan)
+    assert found["total"] == pytest.approx(measured, rel=0.05)
+
+
 def test_calls_of_turns_that_are_not_trained_do_not_count(tmp_path):
     row = {"messages": [{"role": "user", "content": "rain in Rome?"},
                         {"role": "assistant", "weight": 0, "tool_calls": [{"type": "function", "id": "1", "function": {
