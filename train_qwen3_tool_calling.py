@@ -870,7 +870,7 @@ PLAIN_TYPES = {**{name: {"type": kind} for name, kind in TYPES.items()},
                "any": {}, "set": {"type": "array", "uniqueItems": True}}
 SCHEMA_PLACES = {  # keywords of JSON Schema: what stands there
     "one": ("items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames"),
-    "list": ("anyOf", "oneOf", "allOf", "prefixItems", "items"),
+    "list": ("anyOf", "oneOf", "allOf", "prefixItems"),
     "named": ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas"),
 }
 OPTIONAL = re.compile(r"(?:,\s*)?\(?\boptional\)?\s*$", re.IGNORECASE)  # the end of "str, optional"
@@ -1058,6 +1058,29 @@ def list_required(schema: dict, changes: Counter) -> dict:
     return {**schema, "properties": properties, "required": required}
 
 
+def replace_dialect(schema: dict, changes: Counter) -> dict:
+    """Return the schema with what OpenAPI 3.0 and earlier drafts write otherwise in the words of today's JSON Schema.
+
+    OpenAPI's `nullable` counts only beside a type (https://spec.openapis.org/oas/v3.0.3#schema-object); a bound was
+    made exclusive by a flag until Draft 4, and the items of a tuple stood in `items` until 2019-09.
+    """
+    schema, kinds = dict(schema), as_list(schema["type"]) if "type" in schema else []
+    if isinstance(nullable := schema.get("nullable"), bool) and (kinds or not nullable):
+        del schema["nullable"]
+        schema |= {"type": [*kinds, "null"]} if nullable and "null" not in kinds else {}
+        changes["nullable -> type null" if nullable else "nullable false -> removed"] += 1
+    for bound, flag in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):
+        if isinstance(schema.get(flag), bool):
+            exclusive = schema.pop(flag) and bound in schema
+            schema |= {flag: schema.pop(bound)} if exclusive else {}
+            changes[f"{flag} {'true -> number' if exclusive else 'without effect -> removed'}"] += 1
+    if isinstance(schema.get("items"), list):
+        schema["prefixItems"] = schema.pop("items")
+        schema |= {"items": schema.pop("additionalItems")} if "additionalItems" in schema else {}
+        changes["items of a tuple -> prefixItems"] += 1
+    return schema
+
+
 def drop_nulls(found: dict, changes: Counter) -> dict:
     """Return the object without its nulls, which say nothing, except as a value of the argument itself."""
     kept = {key: value for key, value in found.items() if value is not None or key in ("default", "const")}
@@ -1069,7 +1092,8 @@ def to_schema(schema: object, changes: Counter) -> object:
     """Return a JSON Schema in which foreign types are replaced at every place that holds a schema."""
     if not isinstance(schema, dict):
         return schema
-    schema = list_required(replace_type(drop_nulls(schema, changes), changes), changes)
+    for step in (drop_nulls, replace_type, replace_dialect, list_required):
+        schema = step(schema, changes)
     for key, value in schema.items():
         if key in SCHEMA_PLACES["named"] and isinstance(value, dict):
             schema[key] = {name: to_schema(part, changes) for name, part in value.items()}
@@ -1278,8 +1302,8 @@ def add_system(row: dict, turns: list[dict]) -> list[dict]:
 def read_turns(row: dict) -> list[dict]:
     """Return the turns of a ShareGPT row, {"from", "value"} or {"role", "content"}, with its `system` in front."""
     key = "messages" if "messages" in row and "conversations" not in row else "conversations"
-    turns = [{**turn, "role": turn.get("from", turn.get("role")), "content": turn.get("value", turn.get("content"))}
-             for turn in take(row, key, list)]
+    turns = [{**turn, "role": turn.get("from", turn.get("role")),
+              "content": join_text(turn.get("value", turn.get("content")))} for turn in take(row, key, list)]
     return add_system(row, turns)
 
 

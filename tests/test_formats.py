@@ -68,6 +68,11 @@ MOBILE_TOOL = {"function": {"name": "get_weather", "description": "Weather of a 
         "city": {"type": "STRING"}, "days": {"type": "INTEGER", "minimum": 1, "maximum": 7},
         "units": {"type": "STRING", "enum": ["celsius", "fahrenheit"]}}}}}
 
+
+def parts(*texts: str) -> list[dict]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
 CASES = {  # name: (row, format, messages, tools)
     "native": (
         {**native("rain in Rome?", ("get_weather", {"city": "Rome"})), "system": "Be brief.", "tools": [WEATHER]},
@@ -146,6 +151,11 @@ CASES = {  # name: (row, format, messages, tools)
                  ("gpt", f"<tool_call>\n{CALL}\n</tool_call>")),
         "hermes", [{"role": "system", "content": "You are a function calling AI model.\nBe brief."}, USER,
                    calls("Rome")], [WEATHER]),
+    "hermes with texts as lists of parts": (
+        {"messages": [{"role": "system", "content": parts(HERMES_SYSTEM % repr([WEATHER]))}, {**USER, "content": parts(
+            USER["content"])}, {"role": "assistant", "content": parts(f"<tool_call>\n{CALL}\n", "</tool_call>")}]},
+        "hermes", [{"role": "system", "content": "You are a function calling AI model."}, USER, calls("Rome")],
+        [WEATHER]),
     "xlam": (
         {"id": 0, "query": "rain in Rome?", "answers": f"[{CALL}]", "tools": json.dumps([{
             "name": "get_weather", "description": "d", "parameters": {
@@ -440,6 +450,29 @@ def test_types_are_replaced_only_where_a_schema_stands_and_every_change_is_count
                        "required true or false in a property -> list": 2}
     assert script.to_tools(tools) == (tools, {})  # and once is enough
     assert script.to_tools([WEATHER]) == ([WEATHER], {})
+
+
+@pytest.mark.parametrize("given, expected, change", [
+    ({"type": "STRING", "nullable": True}, {"type": ["string", "null"]}, "nullable -> type null"),
+    ({"type": ["integer", "null"], "nullable": True}, {"type": ["integer", "null"]}, "nullable -> type null"),
+    ({"type": "string", "nullable": False}, {"type": "string"}, "nullable false -> removed"),
+    ({"enum": [1], "nullable": True}, {"enum": [1], "nullable": True}, None),  # without a type it says nothing
+    ({"minimum": 0, "exclusiveMinimum": True}, {"exclusiveMinimum": 0}, "exclusiveMinimum true -> number"),
+    ({"maximum": 9, "exclusiveMaximum": False}, {"maximum": 9}, "exclusiveMaximum without effect -> removed"),
+    ({"exclusiveMinimum": True}, {}, "exclusiveMinimum without effect -> removed"),
+    ({"exclusiveMaximum": 9}, {"exclusiveMaximum": 9}, None),
+    ({"items": [{"type": "number"}, {"type": "number", "nullable": True}], "additionalItems": False},
+     {"prefixItems": [{"type": "number"}, {"type": ["number", "null"]}], "items": False},
+     "items of a tuple -> prefixItems")])
+def test_schemas_of_openapi_and_earlier_drafts_are_read_as_they_are_meant(given, expected, change):
+    def tool(schema):
+        return {"type": "function", "function": {"name": "f", "parameters": {
+            "type": "object", "properties": {"nullable": schema}}}}
+
+    tools, changes = script.to_tools([tool(given)])
+    assert tools == [tool(expected)] and (changes[change] == 1 if change else not changes)
+    assert script.to_tools(tools) == (tools, {})
+    assert script.check_tools(tools)[1] == []
 
 
 def test_changes_are_counted_once_per_list_of_tools_and_shown(tmp_path, capsys):
