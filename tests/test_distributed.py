@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -255,6 +256,21 @@ def test_the_command_line_trains_all_weights_split_and_proves_the_model_that_it_
     assert float(saved[1]) == pytest.approx(float(saved[2]), rel=1e-3)
     assert names(tmp_path) == ["final", "out"] and names(tmp_path / "final") == FINAL_FILES
     assert result.stdout.splitlines()[-2] == f"done     trained model: {tmp_path / 'final'}"
+
+
+def test_two_machines_make_one_model(command, tmp_path):
+    """Two torchruns that find each other by the name of one machine, as README says; here both are this one."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        endpoint = f"localhost:{free.getsockname()[1]}"
+    machines = [start("-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend", "c10d",
+                      "--rdzv_endpoint", endpoint, *command[len(TORCHRUN):], "--output_dir", tmp_path / "out",
+                      "--final_model_dir", tmp_path / "final", "--num_epochs", 2) for _ in range(2)]
+    results = [wait(machine) for machine in machines]
+    assert [result.returncode for result in results] == [0, 0], results[0].stderr + results[1].stderr
+    assert sorted(result.stdout.count("done     merged model: ") for result in results) == [0, 1]
+    assert sum(result.stdout.count(" on 2 devices in ") for result in results) == 1
+    assert names(tmp_path) == ["final", "out"] and names(tmp_path / "final") == FINAL_FILES
 
 
 def test_a_mistake_in_the_data_is_said_once(command, tmp_path):
