@@ -849,7 +849,7 @@ def read_rows(paths: list[str], max_samples: int | None = None):
 
     What exists as a path is never looked up on the Hub. A broken line is yielded as a ValueError in place of its row.
     """
-    yield from islice(chain.from_iterable(map(read_source, paths)), max_samples)
+    yield from islice(chain.from_iterable(map(read_source, paths)), max_samples and min(max_samples, sys.maxsize))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -873,6 +873,8 @@ SCHEMA_PLACES = {  # keywords of JSON Schema: what stands there
     "list": ("anyOf", "oneOf", "allOf", "prefixItems"),
     "named": ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas"),
 }
+SCHEMA_SUBJECTS = {"type", "properties", "patternProperties", "additionalProperties", "$ref", "anyOf", "oneOf", "allOf"}
+SCHEMA_NOTES = {"$schema", "$id", "$defs", "definitions", "title", "description", "required"}  # they name no property
 OPTIONAL = re.compile(r"(?:,\s*)?\(?\boptional\)?\s*$", re.IGNORECASE)  # the end of "str, optional"
 QUOTED = r""" "(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*' """.strip()
 OUTSIDE = re.compile(QUOTED + "|.", re.DOTALL)  # a quoted text, or one character
@@ -894,6 +896,7 @@ KNOWN_KEYS = {  # what has a meaning in some format
              "reasoning_content", "thinking", "reasoning"},
 }
 KNOWN_KEYS["output"] = {*KNOWN_KEYS["turn"], "function_calls"}
+TEXT_PART = {"type", "text", "annotations", "cache_control"}  # a part of content with other keys says more than a text
 KIND_NAMES = {list: "a list of objects", dict: "an object", str: "text"}
 
 
@@ -1061,22 +1064,26 @@ def list_required(schema: dict, changes: Counter) -> dict:
 def replace_dialect(schema: dict, changes: Counter) -> dict:
     """Return the schema with what OpenAPI 3.0 and earlier drafts write otherwise in the words of today's JSON Schema.
 
-    OpenAPI's `nullable` counts only beside a type (https://spec.openapis.org/oas/v3.0.3#schema-object); a bound was
-    made exclusive by a flag until Draft 4, and the items of a tuple stood in `items` until 2019-09.
+    OpenAPI's `nullable` counts beside a type or alternatives (https://spec.openapis.org/oas/v3.0.3#schema-object); a
+    bound was made exclusive by a flag until Draft 4, and the items of a tuple stood in `items` until 2019-09.
     """
-    schema, kinds = dict(schema), as_list(schema["type"]) if "type" in schema else []
-    if isinstance(nullable := schema.get("nullable"), bool) and (kinds or not nullable):
+    schema, kinds, choices = dict(schema), as_list(schema["type"]) if "type" in schema else [], schema.get("anyOf")
+    if isinstance(nullable := schema.get("nullable"), bool) and (kinds or isinstance(choices, list) or not nullable):
         del schema["nullable"]
-        schema |= {"type": [*kinds, "null"]} if nullable and "null" not in kinds else {}
+        if nullable and kinds:
+            schema["type"] = [*kinds, *["null"] * ("null" not in kinds)]
+        elif nullable:
+            schema["anyOf"] = [*choices, {"type": "null"}]
         changes["nullable -> type null" if nullable else "nullable false -> removed"] += 1
     for bound, flag in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):
         if isinstance(schema.get(flag), bool):
             exclusive = schema.pop(flag) and bound in schema
             schema |= {flag: schema.pop(bound)} if exclusive else {}
             changes[f"{flag} {'true -> number' if exclusive else 'without effect -> removed'}"] += 1
-    if isinstance(schema.get("items"), list):
-        schema["prefixItems"] = schema.pop("items")
-        schema |= {"items": schema.pop("additionalItems")} if "additionalItems" in schema else {}
+    if isinstance(schema.get("items"), list) and "prefixItems" not in schema:
+        items, rest = schema.pop("items"), schema.get("additionalItems")
+        schema |= {"prefixItems": items} if items else {}
+        schema |= {"items": schema.pop("additionalItems")} if isinstance(rest, dict | bool) else {}
         changes["items of a tuple -> prefixItems"] += 1
     return schema
 
@@ -1096,7 +1103,8 @@ def to_schema(schema: object, changes: Counter) -> object:
         schema = step(schema, changes)
     for key, value in schema.items():
         if key in SCHEMA_PLACES["named"] and isinstance(value, dict):
-            schema[key] = {name: to_schema(part, changes) for name, part in value.items()}
+            schema[key] = {name: to_schema(part, changes) for name, part in value.items() if part is not None}
+            changes.update(["property null -> removed"] * (len(value) - len(schema[key])))
         elif key in SCHEMA_PLACES["list"] and isinstance(value, list):
             schema[key] = [to_schema(part, changes) for part in value]
         elif key in SCHEMA_PLACES["one"]:
@@ -1116,20 +1124,22 @@ def is_optional(parameter: dict) -> bool:
 def to_parameters(parameters: object, changes: Counter) -> object:
     """Return a tool's parameters as JSON Schema; flat ones, {"city": {"type": "str"}}, become an object's properties.
 
-    A parameter may itself be called `type` or `properties`: flat are parameters that are objects one and all, unless
-    `properties` holds objects one and all again, as a schema's does.
+    A parameter may itself be called `type` or `properties`: flat are parameters that are objects one and all, but for a
+    list of those required, unless `properties` holds schemas one and all again, as a schema's does.
     """
     if not isinstance(parameters, dict):
         return parameters
     parameters = drop_nulls(parameters, changes)  # first, or what they leave would look flat when it is read again
     inner = parameters.get("properties")
-    nested = isinstance(inner, dict) and all(isinstance(value, dict) for value in inner.values())
-    flat = all(isinstance(value, dict) and not key.startswith("$") for key, value in parameters.items())
-    if flat and parameters and not nested:
+    nested = isinstance(inner, dict) and all(isinstance(value, dict | bool | None) for value in inner.values())
+    listed = parameters.get("required") if isinstance(parameters.get("required"), list) else None
+    flat = {name: value for name, value in parameters.items() if name != "required" or listed is None}
+    is_flat = all(isinstance(value, dict) and not name.startswith("$") for name, value in flat.items())
+    if is_flat and flat and not nested:
         changes["flat parameters -> schema"] += 1
-        required = [name for name, value in parameters.items() if not is_optional(value)]
+        required = [name for name, value in flat.items() if not is_optional(value)] if listed is None else listed
         properties = {name: {key: item for key, item in value.items()
-                             if key != "required" or not isinstance(item, bool)} for name, value in parameters.items()}
+                             if key != "required" or not isinstance(item, bool)} for name, value in flat.items()}
         parameters = {"type": "object", "properties": properties, "required": required}
     return to_schema(parameters, changes)
 
@@ -1207,6 +1217,7 @@ def to_tool_call(call: object) -> dict:
         raise ValueError('a call must be {"name": "...", "arguments": {...}}, got ' + shorten(inner))
     name = inner["name"]
     arguments = unpack(inner["arguments"], f"call {shorten(name)}: arguments are")
+    arguments = {} if arguments in (None, "") else arguments  # of a tool without any; else the schema says which miss
     if not isinstance(arguments, dict):
         raise ValueError(f"call {shorten(name)}: arguments must be an object, got {shorten(arguments)}")
     converted = {"type": "function", "function": {"name": name, "arguments": arguments}}
@@ -1218,24 +1229,25 @@ def join_text(content: object) -> object:
     """Return content as text where it is text, nothing, or a list of text parts; other content stays as it is."""
     if content is None:
         return ""
-    if isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str)
-                                         and part.get("type", "text") == "text" for part in content):
+    if content and isinstance(content, list) and all(
+            isinstance(part, dict) and isinstance(part.get("text"), str) and part.get("type", "text") == "text"
+            and part.keys() <= TEXT_PART for part in content):
         return "".join(part["text"] for part in content)
     return content
 
 
 def split_thought(message: dict, content: object) -> tuple[str, object]:
     """Return (thought, content) of an assistant message: the thought from its own key or from a leading think block."""
-    thoughts = [message[key] for key in ("reasoning_content", "thinking", "reasoning")
-                if isinstance(message.get(key), str) and message[key].strip()]
-    block = re.match(r"\s*<think>(.*?)</think>\s*", content, re.DOTALL) if isinstance(content, str) else None
-    if not block:
-        return thoughts[0] if thoughts else "", content
-    inside = block[1].strip()
-    if thoughts and inside and inside != thoughts[0].strip():
-        raise ValueError("a message has two different thoughts, in its reasoning and in its <think> block; "
-                         "expected one")
-    return thoughts[0] if thoughts else inside, content[block.end() :]
+    thoughts = [join_text(message.get(key)) for key in ("reasoning_content", "thinking", "reasoning")]
+    if wrong := [thought for thought in thoughts if not isinstance(thought, str)]:
+        raise ValueError("reasoning must be text, got " + shorten(wrong[0]))
+    if block := re.match(r"\s*<think>(.*?)</think>\s*", content, re.DOTALL) if isinstance(content, str) else None:
+        thoughts.append(block[1].strip())
+        content = content[block.end() :]
+    thoughts = [thought for thought in thoughts if thought.strip()]
+    if len({*map(str.strip, thoughts)}) > 1:
+        raise ValueError("a message has two different thoughts, in its reasoning or in its <think> block; expected one")
+    return thoughts[0] if thoughts else "", content
 
 
 def find_calls(holder: dict, what: str, keys: tuple[str, ...]) -> list:
@@ -1472,6 +1484,16 @@ def convert_toolace(row: dict) -> tuple[list[dict], object]:
     return turns, tools
 
 
+def is_call_text(text: object) -> bool:
+    """Return whether a text is the JSON of a call, of several, or of an answer that holds some."""
+    try:
+        found = as_list(unpack(text, "it is")) if isinstance(text, str) else []
+    except (ValueError, RecursionError):
+        return False
+    return any(isinstance(call, dict) and (call.keys() >= {"name", "arguments"} or not call.keys().isdisjoint(
+        ("function_call", "function_calls", "tool_calls"))) for call in found)
+
+
 def convert_alpaca(row: dict) -> tuple[list[dict], object]:
     """{"instruction": "...", "input": "", "output": "...", "system": "...", "history": [["u", "a"]]}, or a question, a
     "context" and an answer by other names: plain requests, so without tools unless the row has its own."""
@@ -1480,6 +1502,12 @@ def convert_alpaca(row: dict) -> tuple[list[dict], object]:
     if not question or not answer:
         raise ValueError(f"expected one of {', '.join(QUESTION_KEYS)} and one of {', '.join(ANSWER_KEYS)}, got "
                          + shorten(row))
+    for key, others in ((question, QUESTION_KEYS), (answer, ANSWER_KEYS)):
+        if more := [other for other in others if row.get(other) and other not in (key, "input")]:
+            raise ValueError(f'"{key}" and "{more[0]}" both have a place in the row; expected one of them')
+    if is_call_text(row[answer]):
+        raise ValueError(f'"{answer}" is a call as text, {shorten(row[answer], 40)}; expected a form that is read as a '
+                         'call, such as {"input": "...", "output": {"function_call": {...}}}')
     turns = [*read_request(row, question), {"role": "assistant", "content": take(row, answer, str)}]
     return add_system(row, turns), []
 
@@ -1514,11 +1542,14 @@ def is_hermes(row: dict) -> bool:
 
 
 def is_toolace(row: dict) -> bool:
-    """Return whether calls are written as [Name(key=value)], or the tools stand in the system text."""
-    turns = peek(row, "conversations")
+    """Return whether calls are written as [Name(key=value)], or tools stand in the system text; in `messages`, both."""
+    def calls(turns):
+        return any(role in ("assistant", "gpt") and BRACKET_CALLS.fullmatch(text) for role, text in turns)
+
+    turns, messages = peek(row, "conversations"), [] if names_tools(row) else peek(row, "messages")
     system = row.get("system") if isinstance(row.get("system"), str) else ""
-    return bool(turns and TOOL_LIST.search(system)) or any(
-        role in ("assistant", "gpt") and BRACKET_CALLS.fullmatch(text) for role, text in turns)
+    return bool(turns and TOOL_LIST.search(system)) or calls(turns) or calls(messages) and any(
+        role == "system" and TOOL_LIST.search(text) for role, text in [*messages, ("system", system)])
 
 
 def is_sharegpt_tools(row: dict) -> bool:
@@ -1532,9 +1563,9 @@ FORMATS = {  # name: (whether a row is of this format, converter to (turns, tool
     "swift": (lambda row: any(role in ("tool_call", "tool_response") for role, _ in peek(row, "messages")),
               convert_openai),
     "hermes": (is_hermes, convert_hermes),
+    "toolace": (is_toolace, convert_toolace),
     "mobile-actions": (is_mobile, convert_openai),
     "openai": (lambda row: "messages" in row, convert_openai),
-    "toolace": (is_toolace, convert_toolace),
     # {"conversations": [{"from": "human" | "gpt" | "function_call" | "observation", "value": "..."}], "tools": ...}
     "sharegpt-tools": (is_sharegpt_tools, lambda row: (read_turns(row), None)),
     "sharegpt": (lambda row: "conversations" in row, lambda row: (read_turns(row), [])),  # plain chat: without tools
@@ -1556,6 +1587,11 @@ def convert(row: object, name: str) -> tuple[str, list[dict], object]:
     if not isinstance(row, dict):
         raise ValueError(f"a row must be an object, got {shorten(row)}")
     row = {**row, **{key: unpack(row[key], f'"{key}" is') for key in ("messages", "conversations") if key in row}}
+    if "prompt" in row and "completion" in row:  # which may as well be plain text that begins with a bracket
+        with contextlib.suppress(ValueError, RecursionError):
+            turns = {key: unpack(row[key], key) for key in ("prompt", "completion")}
+            row |= turns if all(isinstance(turn, dict) and "role" in turn for part in turns.values()
+                                for turn in as_list(part)) else {}
     if name == "auto":
         name = next((found for found, (fits, _) in FORMATS.items() if fits(row)), "")
     if not name:
@@ -1573,7 +1609,7 @@ def list_unknown(row: object) -> list[tuple[str, str]]:
         return []
     places = [("row", row), ("output", row.get("output"))]
     for key in ("messages", "conversations", "prompt", "completion"):
-        with contextlib.suppress(ValueError):  # of a JSON text; what is wrong with it, to_examples says
+        with contextlib.suppress(ValueError, RecursionError):  # of a JSON text; what is wrong, to_examples says
             places += [("turn", turn) for turn in as_list(unpack(row.get(key), key))]
     return [(place, key) for place, holder in places if isinstance(holder, dict)
             for key, value in holder.items() if key not in KNOWN_KEYS[place] and value not in (None, "", [], {})]
@@ -1687,6 +1723,8 @@ def to_strict(schema: object) -> object:
             strict["additionalProperties"] = False
     if "items" in schema:
         strict["items"] = to_strict(schema["items"])
+    if isinstance(schema.get("prefixItems"), list):
+        strict["prefixItems"] = [*map(to_strict, schema["prefixItems"])]
     return strict
 
 
@@ -1721,6 +1759,10 @@ def check_tool(text: str) -> tuple[object, str | None]:
     schema = tool["function"].get("parameters") or {"type": "object", "properties": {}}
     if not isinstance(schema, dict):
         return validator({}), f"parameters must be an object, got {shorten(schema)}"
+    strays = [key for key in schema if key not in SCHEMA_NOTES]
+    if strays and not schema.keys() & SCHEMA_SUBJECTS:  # valid JSON Schema, by which any call would pass
+        return validator({}), (f"parameters.{strays[0]} is no word of JSON Schema; expected "
+                               '{"type": "object", "properties": {...}}')
     try:
         validator.check_schema(schema, format_checker=validator.FORMAT_CHECKER)
         # An empty registry: a $ref to elsewhere is a problem, never a download.
@@ -1825,7 +1867,10 @@ def read_tools(path: str) -> tuple[list[dict], Counter]:
     if not text.lstrip().startswith("["):
         raise UserError(f'{path}: expected a JSON array of tools, [{{"type": "function", "function": {{...}}}}, ...]')
     pairs = list(read_array(path, text))
-    tools, changes = to_tools([tool for _, tool in pairs])
+    try:
+        tools, changes = to_tools([tool for _, tool in pairs])
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {error}") from None
     located = [(pairs[int(re.match(r"tool (\d+)", problem)[1]) - 1][0], problem) for problem in check_tools(tools)[1]]
     report_problems(located, "error", len(tools), "tool")
     return tools, changes

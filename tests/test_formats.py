@@ -156,6 +156,16 @@ CASES = {  # name: (row, format, messages, tools)
             USER["content"])}, {"role": "assistant", "content": parts(f"<tool_call>\n{CALL}\n", "</tool_call>")}]},
         "hermes", [{"role": "system", "content": "You are a function calling AI model."}, USER, calls("Rome")],
         [WEATHER]),
+    "toolace in messages": (
+        {"messages": [{"role": "system", "content": TOOLACE_SYSTEM % json.dumps([BARE])}, USER,
+                      {"role": "assistant", "content": "[get_weather(city='Rome')]"}]},
+        "toolace", [USER, calls("Rome")], [WEATHER]),
+    "prompt and completion as JSON texts": (
+        {"prompt": json.dumps([USER]), "completion": json.dumps([YES]), "tools": TOOLS},
+        "prompt-completion", [USER, YES], [WEATHER]),
+    "prompt and completion as texts in brackets": (
+        {"prompt": "[rain in Rome?]", "completion": "[1]"},
+        "alpaca", [{"role": "user", "content": "[rain in Rome?]"}, {"role": "assistant", "content": "[1]"}], []),
     "xlam": (
         {"id": 0, "query": "rain in Rome?", "answers": f"[{CALL}]", "tools": json.dumps([{
             "name": "get_weather", "description": "d", "parameters": {
@@ -286,9 +296,29 @@ def test_a_converted_row_has_its_arguments_as_text():
      "call with --format hermes"),
     ("auto", {"messages": [USER, {**YES, "weight": 0.5}]}, "weight must be 0 or 1, got 0.5"),
     ("auto", {"messages": [USER, {"role": "assistant", "content": "<think>a</think>b", "thinking": "c"}]},
-     "a message has two different thoughts, in its reasoning and in its <think> block; expected one"),
+     "a message has two different thoughts, in its reasoning or in its <think> block; expected one"),
     ("auto", {"messages": [USER, {**YES, "content": [{"type": "image_url", "image_url": "x"}]}]},
      'message 2 (assistant): content must be text, got [{"type": "image_url", "image_url": "x"}]'),
+    ("auto", {"messages": [USER, {**YES, "content": [{"text": "Rome", "url": "u"}]}]},
+     'message 2 (assistant): content must be text, got [{"text": "Rome", "url": "u"}]'),
+    ("auto", {"messages": [{**USER, "content": []}, YES]}, "message 1 (user): content must be text, got []"),
+    ("auto", {"messages": [USER, {**YES, "reasoning_content": [{"type": "image_url"}]}]},
+     'reasoning must be text, got [{"type": "image_url"}]'),
+    ("auto", {"messages": [USER, {**YES, "reasoning_content": "a", "thinking": "b"}]},
+     "a message has two different thoughts, in its reasoning or in its <think> block; expected one"),
+    ("auto", {"instruction": "Answer as a pirate.", "question": "rain?", "answer": "Yes."},
+     '"instruction" and "question" both have a place in the row; expected one of them'),
+    ("auto", {"question": "rain?", "answer": "Yes.", "response": "No."},
+     '"answer" and "response" both have a place in the row; expected one of them'),
+    ("auto", {"input": "rain?", "output": f'{{"function_call": {CALL}}}'},
+     '"output" is a call as text, ' + script.shorten(f'{{"function_call": {CALL}}}', 40) + '; expected a form that is '
+     'read as a call, such as {"input": "...", "output": {"function_call": {...}}}'),
+    ("auto", {"query": "rain?", "answer": f"[{CALL}]", "tools": TOOLS},
+     '"answer" is a call as text, ' + script.shorten(f"[{CALL}]", 40) + '; expected a form that is read as a call, '
+     'such as {"input": "...", "output": {"function_call": {...}}}'),
+    ("auto", {"messages": [USER, YES], "tools": [{"name": "f", "parameters": {"city": "the city"}}]},
+     'tool 1 "f": parameters.city is no word of JSON Schema; expected {"type": "object", "properties": {...}}'),
+    ("auto", {"messages": "[" * 100_000 + "]" * 100_000}, "is nested too deeply; expected at most some hundred levels"),
     ("auto", {"messages": [USER, {**YES, "content": "a\ud800"}]},
      "message 2 (assistant): holds \\ud800, one half of a character; remove it or write the other half too"),
     ("auto", {"messages": [USER, YES], "tools": "[{"}, 'tools are not valid JSON: "[{"'),
@@ -461,6 +491,13 @@ def test_types_are_replaced_only_where_a_schema_stands_and_every_change_is_count
     ({"maximum": 9, "exclusiveMaximum": False}, {"maximum": 9}, "exclusiveMaximum without effect -> removed"),
     ({"exclusiveMinimum": True}, {}, "exclusiveMinimum without effect -> removed"),
     ({"exclusiveMaximum": 9}, {"exclusiveMaximum": 9}, None),
+    ({"type": "Union[int, List[str]]", "nullable": True}, {"anyOf": [
+        {"type": "integer"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]}, "nullable -> type null"),
+    ({"anyOf": [{"type": "string"}], "nullable": True}, {"anyOf": [{"type": "string"}, {"type": "null"}]},
+     "nullable -> type null"),
+    ({"type": "object", "properties": {"a": {"type": "string"}, "b": None}},
+     {"type": "object", "properties": {"a": {"type": "string"}}}, "property null -> removed"),
+    ({"type": "array", "items": []}, {"type": "array"}, "items of a tuple -> prefixItems"),
     ({"items": [{"type": "number"}, {"type": "number", "nullable": True}], "additionalItems": False},
      {"prefixItems": [{"type": "number"}, {"type": ["number", "null"]}], "items": False},
      "items of a tuple -> prefixItems")])
@@ -473,6 +510,39 @@ def test_schemas_of_openapi_and_earlier_drafts_are_read_as_they_are_meant(given,
     assert tools == [tool(expected)] and (changes[change] == 1 if change else not changes)
     assert script.to_tools(tools) == (tools, {})
     assert script.check_tools(tools)[1] == []
+
+
+def test_flat_parameters_beside_a_list_of_those_required_are_a_schema():
+    given = {"name": "f", "parameters": {"city": {"type": "str"}, "day": {"type": "int"}, "required": ["city"]}}
+    tools, changes = script.to_tools([given])
+    assert tools == [{"type": "function", "function": {"name": "f", "parameters": {
+        "type": "object", "properties": {"city": {"type": "string"}, "day": {"type": "integer"}}, "required": ["city"]}}}]
+    assert changes["flat parameters -> schema"] == 1 and script.to_tools(tools) == (tools, {})
+    validators, problems = script.check_tools(tools)
+    assert problems == [] and script.check_call("f", {"city": 5, "zz": 1}, validators) == [
+        "arguments.zz is not an argument of this tool", "arguments.city must be a string, got 5"]
+
+
+def test_unknown_arguments_inside_a_tuple_are_refused_too():
+    pair = {"type": "array", "items": [{"type": "number"}, {"type": "object", "properties": {"a": {"type": "string"}}}]}
+    validators, _ = script.check_tools(script.to_tools([tool({"pair": pair})])[0])
+    assert script.check_call("f", {"pair": [1, {"a": "x"}]}, validators) == []
+    assert script.check_call("f", {"pair": [1, {"b": "x"}]}, validators) == [
+        "arguments.pair[1].b is not an argument of this tool"]
+
+
+@pytest.mark.parametrize("nothing", [None, "", "{}"])
+def test_a_call_without_arguments_may_say_so_in_several_ways(nothing):
+    assert script.to_tool_call({"name": "f", "arguments": nothing}) == {
+        "type": "function", "function": {"name": "f", "arguments": {}}}
+
+
+def test_a_tools_file_that_cannot_be_read_is_named_itself(tmp_path):
+    path = tmp_path / "tools.json"
+    path.write_text('["{broken"]')
+    with pytest.raises(script.UserError) as error:
+        read(native("rain in Rome?", content="Yes."), tools_path=str(path))
+    assert str(error.value) == f'{path}: tool 1 is not valid JSON: "{{broken"'
 
 
 def test_changes_are_counted_once_per_list_of_tools_and_shown(tmp_path, capsys):
@@ -496,6 +566,10 @@ def test_keys_that_no_format_has_are_named(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[0] == (
         'read     not read, as no format has it: "tool_call" of 6 turns, "function_cals" of 1 output, "id" of 6 rows, '
         '"available_tools" of 2 rows')
+
+
+def test_what_is_nested_too_deeply_ends_no_run_before_it_is_named():
+    assert script.list_unknown({"messages": "[" * 100_000 + "]" * 100_000}) == []
 
 
 def test_what_the_formats_read_is_known():
