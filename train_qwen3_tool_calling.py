@@ -78,7 +78,7 @@ MAX_NEW_TOKENS = 256  # longest answer; several calls fit
 SHOWN_ROWS = 3  # held-out requests whose answers are shown before and after
 CHECKED_ROWS = 8  # so many rows are computed shared and by themselves at the start of each run, and compared
 HELD_SCORES = 2**28  # attention scores held at once when answers are written: 1 GiB in fp32
-RECORDED_SHARE = 0.25  # of the free GPU memory: CUDA graphs that keep more for their backward pass are not recorded
+RECORDED_SHARE = 0.5  # of the free GPU memory: CUDA graphs that would hold more are not recorded
 READ_BACK_ROWS = 64  # held-out rows on which the losses of merged model and adapter are compared
 READ_BACK_BATCH = 4  # of them at once: their logits are held, with Qwen3's vocabulary 60 MB for an answer of 40 tokens
 MERGE_SLACK = 0.02  # nats per token, and share of the rows, by which the merged model may be worse than the adapter
@@ -753,10 +753,10 @@ def read_file(path: str):
             raise UserError(f"{path}: changed while it was read; start again when nothing writes to it")
 
 
-def find_files(folder: str) -> list[str]:
-    """Return the JSON and JSONL files of a folder and the folders in it, sorted, without hidden ones and NOT_ROWS."""
+def find_files(folder: str, tools_path: str) -> list[str]:
+    """Return the JSON and JSONL files of a folder and those in it, sorted; not hidden ones, NOT_ROWS and the tools."""
     found = [path for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in ROW_FILES
-             and path.name not in NOT_ROWS and not path.is_dir()
+             and path.name not in NOT_ROWS and not path.is_dir() and path.resolve() != Path(tools_path).resolve()
              and not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     if not found:
         raise UserError(f"{folder}: holds no .json or .jsonl file of rows; expected at least one")
@@ -830,12 +830,12 @@ def read_hub(name: str, config: str | None, split: str | None):
             yield f"{whole}:{split}[{index}]", error
 
 
-def read_source(path: str):
+def read_source(path: str, tools_path: str):
     """Yield the (where, row) pairs of a file, of the files in a folder, or of a Hub dataset `name[[:config]:split]`."""
     if match := match_hub(path):
         sources = {path: read_hub(**match.groupdict())}
     else:
-        sources = {file: read_file(file) for file in (find_files(path) if os.path.isdir(path) else [path])}
+        sources = {file: read_file(file) for file in (find_files(path, tools_path) if os.path.isdir(path) else [path])}
     for name, pairs in sources.items():
         count = 0
         for count, pair in enumerate(pairs, start=1):
@@ -844,12 +844,13 @@ def read_source(path: str):
             raise UserError(f"{name}: holds no rows")
 
 
-def read_rows(paths: list[str], max_samples: int | None = None):
+def read_rows(paths: list[str], max_samples: int | None = None, tools_path: str = TOOLS_PATH):
     """Yield the (where, row) pairs of files, folders and Hub datasets, at most `max_samples` in all.
 
     What exists as a path is never looked up on the Hub. A broken line is yielded as a ValueError in place of its row.
     """
-    yield from islice(chain.from_iterable(map(read_source, paths)), max_samples and min(max_samples, sys.maxsize))
+    rows = chain.from_iterable(read_source(path, tools_path) for path in paths)
+    yield from islice(rows, max_samples and min(max_samples, sys.maxsize))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -2209,6 +2210,16 @@ def count_tokens(rows: list[Sequence]) -> int:
     return sum(len(row.input_ids) - shared for row, shared in to_tree(rows))
 
 
+def fill_up(size: int, lengths: tuple[int, ...]) -> int:
+    """Return the first of the lengths that holds a stream of `size` tokens.
+
+    One that is longer than all, as of held-out rows unlike those of training, goes up to the next quarter of the
+    longest, in the kernel's steps of 128: attention is compiled anew for each length. Without any, nothing is filled.
+    """
+    step = -(-lengths[-1] // 512) * 128 if lengths else 1
+    return next((length for length in lengths if length >= size), -(-size // step) * step)
+
+
 def build_stream(rows: list[Sequence], lengths: tuple[int, ...] = ()) -> dict:
     """Lay rows out as one sequence in which a prefix that several rows share stands once.
 
@@ -2218,14 +2229,14 @@ def build_stream(rows: list[Sequence], lengths: tuple[int, ...] = ()) -> dict:
 
     Args:
         rows: sequences in any order.
-        lengths: the stream is filled to the first of these lengths that holds it, with tokens that see only themselves.
+        lengths: the stream is filled up to one of these (see fill_up), with tokens that see only themselves.
     Returns: int64 tensors of shape [1, tokens]: input_ids, position_ids, labels (-100: not supervised), subtree_end.
     """
     import numpy as np
     import torch
 
     columns = {"input_ids": [], "position_ids": [], "labels": []}
-    subtree_end = np.zeros(sum(len(row.input_ids) for row in rows) + max(lengths, default=0), dtype=np.int64)
+    subtree_end = np.zeros(fill_up(sum(len(row.input_ids) for row in rows), lengths), dtype=np.int64)
     path, size = np.zeros(0, dtype=np.int64), 0  # path: where the tokens of the row before stand in the stream
     for row, shared in to_tree(rows):
         subtree_end[path[shared:]] = size
@@ -2236,7 +2247,7 @@ def build_stream(rows: list[Sequence], lengths: tuple[int, ...] = ()) -> dict:
         path = np.concatenate([path[:shared], np.arange(size, size + len(tokens) - shared)])
         size += len(tokens) - shared
     subtree_end[path] = size
-    fill = next((length for length in lengths if length >= size), size) - size
+    fill = fill_up(size, lengths) - size
     subtree_end[size : size + fill] = np.arange(size + 1, size + fill + 1)
     stream = {name: np.concatenate(parts + [np.full(fill, -100 if name == "labels" else 0)])
               for name, parts in columns.items()}
@@ -2323,8 +2334,7 @@ def measure_batches(sequences: list[Sequence], plan: Plan, batches: list[list[in
     batches = [[sequences[i] for i in batch] for batch in batches if batch]
     if not plan.share_prefix:
         return [len(batch) * max(len(row.input_ids) for row in batch) for batch in batches]
-    sizes = [count_tokens(batch) for batch in batches]
-    return [next((length for length in plan.lengths if length >= size), size) for size in sizes]
+    return [fill_up(count_tokens(batch), plan.lengths) for batch in batches]
 
 
 def count_measured_epochs(args: argparse.Namespace, sequences: list[Sequence]) -> int:
@@ -2916,28 +2926,33 @@ def to_prefix_seg_info(subtree_end):
     return seg_info
 
 
-def count_kept(config) -> int:
-    """Return how many numbers a token a layer keeps for its backward pass: the inputs of its norms and projections."""
+def count_token_bytes(args: argparse.Namespace, config, working: float) -> float:
+    """Return the bytes of GPU memory that a token of a stream takes in training.
+
+    A layer's backward pass keeps the inputs of its norms and projections, 2 bytes each. With checkpointing that is so
+    for one layer at a time, `working` times with what is computed from them, and of the others only the input is kept.
+    """
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return 4 * config.hidden_size + 3 * head_dim * (heads + config.num_key_value_heads) + 2 * config.intermediate_size
+    kept = 4 * config.hidden_size + 3 * head_dim * (heads + config.num_key_value_heads) + 2 * config.intermediate_size
+    if args.gradient_checkpointing == "off":
+        return 2 * config.num_hidden_layers * kept
+    return 2 * config.num_hidden_layers * config.hidden_size + working * 2 * kept
 
 
 def find_recorded(args: argparse.Namespace, plan: Plan, config) -> tuple[int, ...]:
     """Return the lengths of streams that are recorded as CUDA graphs (see read_streams): all of the plan's, or none.
 
     A recorded gradient lies where the next one will be written, so there must be one stream per step; and dropout would
-    be the recorded one. Each recorded length keeps for good what its backward pass needs: with checkpointing the inputs
-    of layers, without it all activations, which those of the longest would be in any case.
+    be the recorded one. Each recorded length holds for good what it needs: together no more than RECORDED_SHARE.
     """
     import torch
 
-    lengths = plan.lengths
-    if not lengths or not args.cuda_graphs or plan.accumulation > 1 or args.lora_dropout:
+    if not plan.lengths or not args.cuda_graphs or plan.accumulation > 1 or args.lora_dropout:
         return ()
-    kept = sum(lengths) * config.hidden_size if use_checkpointing(args) else sum(lengths[:-1]) * count_kept(config)
     free_gpu()
-    return lengths if 2 * kept * config.num_hidden_layers <= RECORDED_SHARE * torch.cuda.mem_get_info()[0] else ()
+    held = sum(plan.lengths) * count_token_bytes(args, config, RECORDED_MEMORY[1])
+    return plan.lengths if held <= RECORDED_SHARE * torch.cuda.mem_get_info()[0] else ()
 
 
 def read_streams(model, recorded: tuple[int, ...]) -> None:
@@ -3200,12 +3215,19 @@ def compute_lengths(model, train: list[Sequence], plan: Plan, engine: str) -> No
     """Compute a stream of each length of the plan, by which Unsloth's are recorded as CUDA graphs before training.
 
     On several GPUs later is too late: DistributedDataParallel ties the gradients to the stream that it is built on, and
-    CUDA refuses to record what belongs to another.
+    CUDA refuses to record what belongs to another. Where memory runs out, nothing stays recorded.
     """
+    import torch
+
     model.train()
-    shortest = min(train, key=lambda row: len(row.input_ids))  # no stream is shorter
-    for length in plan.lengths:
-        compute_gradient(model, [build_stream([shortest], (length,))], engine)
+    shortest, fits = min(train, key=lambda row: len(row.input_ids)), True  # no stream is shorter
+    try:
+        for length in plan.lengths:
+            compute_gradient(model, [build_stream([shortest], (length,))], engine)
+    except torch.OutOfMemoryError:
+        fits = False
+    if not fits:  # not above, where the failed computation is still held
+        make_room(model)
 
 
 def relative_difference(gradient, other) -> float:
@@ -3515,6 +3537,9 @@ class StreamTrainer:
         self.arrays.append(last._replace(prompt_length=len(last.input_ids)))  # trains nothing: see StreamSampler
         super().__init__(data_collator=self.collate, **settings)
 
+    def create_model_card(self, *args, **kwargs):
+        """Write none: TRL's knows no scores. hand_over writes one beside each model that is kept."""
+
     def collate(self, indices):
         return {**build_batch([self.arrays[index] for index in indices], self.plan), "rows": indices}
 
@@ -3800,11 +3825,16 @@ def check_resume(args: argparse.Namespace, checkpoint: str | None, former: dict,
     if best and (damage := find_damage(best)):
         problems.append(f"{best}, the best so far, is damaged: {damage}; remove it to go on without")
     steps = count_steps(args, train)[0]
+    planned = count_steps(argparse.Namespace(**vars(args) | {name: former[name] for name in former.keys() & {
+        "max_steps", "num_epochs"}}), train)[0]
     if to_step(checkpoint) > steps:
         problems.append(f"{checkpoint} is from step {to_step(checkpoint):,}, and --max_steps or --num_epochs ends at "
                         f"{steps:,}; expected no fewer steps")
     if problems:
         raise UserError("\n".join(problems))
+    if steps != planned and not args.lr_scheduler_type.startswith("constant"):
+        warn(f"{checkpoint} is from a run of {planned:,} steps, and this one has {steps:,}: from here on the learning "
+             "rate is that of the latter")
 
 
 def is_complete(args: argparse.Namespace, checkpoint: str, train: list[Sequence]) -> bool:
@@ -4239,6 +4269,7 @@ def save_adapter(model, output_dir: str) -> str:
     adapter = str(Path(output_dir) / "adapter")
     with discard_partial(adapter) as folder:
         model.save_pretrained(folder)
+        (Path(folder) / "README.md").unlink(missing_ok=True)  # PEFT's empty form: hand_over writes a card with scores
         put_in_place(adapter)
     return adapter
 
@@ -4375,29 +4406,36 @@ def merge_and_score(args: argparse.Namespace, base_id: str, adapter: str | None,
     """Answer the sequences with base, adapter, and the model to keep read back; return {name: result} of each.
 
     Runs in a fresh process, because Unsloth changes Transformers' classes for good, and the proof must hold where no
-    Unsloth is. The adapter stands on the base that it was trained on, in 4 bits if that was so; the others have 16.
-    Without an adapter, the trained model is in its partial folder.
+    Unsloth is. The adapter stands on the base that it was trained on, in 4 bits if that was so; the others have 16. Its
+    loss on the base in 16 bits, too, is what the merged model must have. Without an adapter, the trained model is in
+    its partial folder.
     """
     quiet_libraries()
     trust, place, small_place = args.trust_remote_code, find_place(args), find_place(args, four_bit=True)
     tokenizer, results = load_tokenizer(args.model_id, trust), {}
     batches = to_small_batches(sequences, plan)
 
+    def measure(model):
+        free_gpu()  # of what answers needed; a loss needs larger pieces
+        return to_metrics(score_batches(model, batches, "transformers"))["loss"]
+
     def score(name, model):
         answers = generate_answers(model, tokenizer, sequences, args, name)
-        free_gpu()  # of what answers needed; a loss needs larger pieces
-        results[name] = {"answers": answers, "loss": to_metrics(score_batches(model, batches, "transformers"))["loss"]}
+        results[name] = {"answers": answers, "loss": measure(model)}
 
     base = load_base(base_id, False, trust, place=place)
     warn_if_spread(base)
     results["base"] = {"answers": generate_answers(base, tokenizer, sequences, args, "base")}
     sums = None if adapter else sum_weights(base)
     if adapter:
+        whole = {}
         if args.load_in_4bit:
+            whole["loss_in_16_bits"] = measure(load_adapter(base, adapter))
             del base
             free_gpu()
             base = load_base(args.model_id, True, trust, place=small_place)
         score("adapter", load_adapter(base, adapter))
+        results["adapter"] |= whole
     del base
     free_gpu()
     if args.save_method == "lora":
@@ -4485,11 +4523,12 @@ def is_worse(loss: float, expected: float) -> bool:
 def check_merged(args: argparse.Namespace, adapter: str, results: dict, scores: dict, exact: list[bool]) -> None:
     """Compare the merged model read back with the adapter it came from; a mismatch is a UserError.
 
-    After 16-bit training both are the same model up to the rounding of the merge and must answer alike wherever the
-    adapter's answer is `exact`; where it is not, the model is unsure, and rounding decides what wrong answer it gives.
-    After 4-bit training the merged model stands on the unquantised base, a little different and as a rule better, so
-    loss and score decide. A merged model in 4 bits may be worse than its adapter; the user who asked for it is told by
-    how much. One answer alone proves nothing, however few there are: rounding may tip it.
+    Both are the same model up to the rounding of the merge, if the adapter stands on the base in 16 bits as well. So
+    after 16-bit training they must score alike, and answer alike wherever the adapter's answer is `exact`; where it is
+    not, the model is unsure, and rounding decides what wrong answer it gives. After 4-bit training the losses on that
+    base decide. What the adapter has learned on the base in 4 bits may be worth less there, most of all after a short
+    training, and a merged model in 4 bits may be worse than its adapter: the user is told by how much. One answer alone
+    proves nothing, however few there are: rounding may tip it.
     """
     expected, got = results["adapter"], results["merged"]
     slack = max(MERGE_SLACK, 1 / len(exact))
@@ -4497,11 +4536,16 @@ def check_merged(args: argparse.Namespace, adapter: str, results: dict, scores: 
     worse = round((scores["adapter"]["exact_match"] - scores["merged"]["exact_match"]) * len(exact)) / len(exact)
     different = sum(sure and a != b for sure, a, b in zip(exact, expected["answers"], got["answers"])) / len(exact)
     wrong = is_worse(got["loss"], expected["loss"]) or worse > slack
-    found = (f"held-out loss {got['loss']:.4f}, adapter {expected['loss']:.4f}; exact "
+    broken = is_worse(got["loss"], expected["loss_in_16_bits"]) if args.load_in_4bit else wrong or different > slack
+    in_16_bits = f" and {expected['loss_in_16_bits']:.4f} on the base in 16 bits" if args.load_in_4bit else ""
+    found = (f"held-out loss {got['loss']:.4f}, adapter {expected['loss']:.4f}{in_16_bits}; exact "
              f"{scores['merged']['exact_match']:.1%}, adapter {scores['adapter']['exact_match']:.1%}")
     if args.save_method == "merged_4bit" and math.isfinite(got["loss"]):
         return warn(f"4 bits cost something: {found}") if wrong else None
-    if wrong or not math.isfinite(got["loss"]) or (not args.load_in_4bit and different > slack):
+    if wrong and not broken:
+        return warn(f"the merged model, in 16 bits, does worse than the adapter on the base in 4 bits that it was "
+                    f"trained on: {found}; train longer, or with --no-load_in_4bit")
+    if broken:
         shutil.rmtree(partial_folder(args.final_model_dir), ignore_errors=True)
         raise UserError(f"the merged model does not do what the adapter does: {found}; {different:.1%} of the answers "
                         f"are no longer its exact ones; nothing was written to {args.final_model_dir}, the adapter is "
@@ -4559,6 +4603,8 @@ def show_saved(args: argparse.Namespace, results: dict, before: float | None, se
     if name != "adapter":
         text = f"{'4' if args.save_method == 'merged_4bit' else '16'}-bit, read back by a fresh process: {text}, "
         text += f"adapter {results['adapter']['loss']:.4f}" if name == "merged" else f"before saving {before:.4f}"
+        if whole := results.get("adapter", {}).get("loss_in_16_bits"):
+            text += f", on the 16-bit base {whole:.4f}"
     say("merge" if name == "merged" else "save", f"{text} ({seconds:.0f} s with {answers:,} answers)")
 
 
@@ -4850,6 +4896,7 @@ REPORT_TEMPLATE = """<!doctype html>
 {% macro bar(score, kind) %}<div class="bar {{ kind }}"><i style="--exact:{{ score.exact | share }};
 --tool:{{ score.tool | share }}"></i><span>{{ score.exact | percent }}</span></div>{% endmacro %}
 {% set unit = data.unit or "rows" %}{% set tested = "training" if data and not data.held_out else "held-out" %}
+{% macro named(name) %}{{ name if name == "model" else name ~ " model" }}{% endmacro %}
 {% set fell = scores and scores[last].exact_match < scores[first].exact_match %}
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
@@ -4933,7 +4980,7 @@ dl, dd { margin:0 } .facts { display:grid; grid-template-columns:repeat(auto-fil
 {% if first != last %}{{ bar(tool[first], "first") }}{% endif %}{{ bar(tool[last], "last") }}</td></tr>
 {% endfor %}</tbody></table>{% endcall %}{% endif %}
 {% if matrix.rows %}
-{% call section("Confusion", "Rows: the tool expected. Columns: the tool called by the " ~ last ~ " model.") %}
+{% call section("Confusion", "Rows: the tool expected. Columns: the tool called by the " ~ named(last) ~ ".") %}
 <div class="wide" tabindex="0" role="region" aria-label="Confusion table"><table class="matrix">
 <thead><tr><td></td>{% for name in matrix.columns %}<th scope="col">{{ name | breakable }}</th>{% endfor %}</tr></thead>
 <tbody>{% for name, cells in matrix.rows %}<tr><th scope="row">{{ name | breakable }}</th>
@@ -4953,10 +5000,10 @@ dl, dd { margin:0 } .facts { display:grid; grid-template-columns:repeat(auto-fil
 {{ listed("facts", [("samples per second", train.samples_per_second | number),
 ("tokens per second", train.tokens_per_second | number), ("tokens computed: " ~ computed | number ~ " instead of " ~
 padded | number, computed and "%.1f times fewer" % (padded / computed)), ("peak memory", memory and memory ~ " GiB"),
-("for " ~ train.steps | number ~ " steps", "%d min %d s" % (train.seconds // 60, train.seconds % 60)),
+("for " ~ train.steps | plural("step"), "%d min %d s" % (train.seconds // 60, train.seconds % 60)),
 ("mean loss", train.loss | number), ("resumed from", train.resumed_from)]) }}{% endcall %}{% endif %}
 {% if failures or scores and scores[last].exact_match == 1 %}
-{% call section("Failures (" ~ failures | length | number ~ ")", failures and "Answers of the " ~ last ~ " model that
+{% call section("Failures (" ~ failures | length | number ~ ")", failures and "Answers of the " ~ named(last) ~ " that
 are not the expected ones. Underlined: only expected. Struck: only answered." or "Every answer is the expected one.") %}
 {% for failure in failures %}{% set expected, got = mark_difference(failure.expected, failure.got) %}
 <details><summary><span class="note">{{ failure.where }}</span> <bdi dir="auto">{{ failure.request }}</bdi></summary>
@@ -5047,7 +5094,8 @@ def render_report(report: dict) -> str:
     from markupsafe import Markup, escape
 
     page = Environment(autoescape=True, undefined=ChainableUndefined, finalize=show_text, trim_blocks=True)
-    page.filters |= {"percent": show_percent, "number": show_number, "share": lambda part: f"{100 * (part or 0):.1f}%",
+    page.filters |= {"percent": show_percent, "number": show_number, "plural": plural,
+                     "share": lambda part: f"{100 * (part or 0):.1f}%",
                      "breakable": lambda name: Markup("_<wbr>").join(show_text(name).split("_")),
                      "whole": lambda text: Markup(escape(show_text(text, sys.maxsize)))}  # not cut: it is to be copied
     scores, train, tools = report.get("scores") or {}, report.get("train") or {}, report.get("per_tool") or {}
@@ -5095,7 +5143,7 @@ def to_card(report: dict, adapter: bool, name: str, command: str) -> str:
               for model, row in report["scores"].items()]
     settings = [f"| `{key}` | {args[key]} |" for key in (
         "num_epochs", "max_steps", "batch_size", "gradient_accumulation_steps", "max_seq_length", *AGREED[1:])
-                if args[key] is not None]
+                if args[key] is not None and not (key == "num_epochs" and args["max_steps"])]
     words = [shlex.quote(hide_folders(word)) for word in shlex.split(report["command"])]
     paths = ", ".join(f"`{hide_folders(path)}`" for path in args["dataset_path"])
     return hide_secrets(f"""---
@@ -5109,7 +5157,7 @@ def to_card(report: dict, adapter: bool, name: str, command: str) -> str:
 {chr(10).join(scores)}
 
 Each model wrote its answers greedily. *Exact* compares calls as JSON values, in any order; a request that needs no
-call is right when none is made.
+call is right when none is made, and one without tools when the text is the same.
 
 ## Use
 
@@ -5313,15 +5361,13 @@ def audit_plan(train: list[Sequence], args: argparse.Namespace, plan: Plan) -> d
 def estimate_memory(args: argparse.Namespace, config, parameters: dict[str, int], tokens: int, plan: Plan) -> dict:
     """Return the GiB of GPU memory that training holds at its peak when the longest micro-batch has so many tokens.
 
-    A layer's backward pass keeps so many numbers of 2 bytes (see count_kept). With checkpointing that is so for one
-    layer at a time, and of the others only the input is kept. CUDA's own memory is not in it.
+    CUDA's own memory is not in it.
     """
     recorded = (args.engine != "transformers" and args.cuda_graphs and plan.share_prefix and plan.accumulation == 1
                 and not args.lora_dropout)
     fixed, working = RECORDED_MEMORY if recorded else EAGER_MEMORY
-    kept, inputs = 2 * count_kept(config), 2 * config.hidden_size  # bytes a token and layer
-    held = config.num_hidden_layers * (recorded and sum(plan.lengths) or tokens)  # each recorded length keeps its own
-    activations = held * kept if args.gradient_checkpointing == "off" else held * inputs + working * tokens * kept
+    tokens = recorded and sum(plan.lengths) or tokens  # each recorded length has memory of its own
+    activations = tokens * count_token_bytes(args, config, working)
     base = parameters["linear"] * (0.53 if args.load_in_4bit else 2) + 2 * parameters["other"]
     # Without an adapter all weights are trained in fp32, and "base" is their copy in 16 bits that autocast holds.
     trained = parameters["adapter"] or parameters["linear"] + parameters["other"]
@@ -5452,7 +5498,7 @@ def check_rows(args: argparse.Namespace, paths: list[str]) -> tuple[list[Example
         unknown.update(list_unknown(row))
         return where, row
 
-    rows = starmap(note_unknown, read_rows(paths, args.max_samples))
+    rows = starmap(note_unknown, read_rows(paths, args.max_samples, args.tools_path))
     examples, problems, total, changes = to_examples(rows, args.tools_path, args.format)
     examples, more = apply_thinking(examples, args.thinking)
     problems += more
@@ -5545,12 +5591,12 @@ def show_plan(train: list[Sequence], args: argparse.Namespace, plan: Plan) -> No
     computed, padded = sum(streams), sum(batches)
     devices = f" on {plan.devices} devices" * (plan.devices > 1)
     if not plan.share_prefix:
-        say("plan", f"{rows} rows per step{devices} in {len(batches)} padded batches of about "
+        say("plan", f"{plural(rows, 'row')} per step{devices} in {plural(len(batches), 'padded batch')} of about "
                     f"{padded // len(batches):,} tokens")
         return
-    say("plan", f"{rows} rows per step{devices} in {plural(len(streams), 'stream')} of about "
-                f"{computed // len(streams):,} tokens instead of {len(batches)} batches of {padded // len(batches):,} "
-                f"({padded / computed:.1f} times fewer)")
+    say("plan", f"{plural(rows, 'row')} per step{devices} in {plural(len(streams), 'stream')} of about "
+                f"{computed // len(streams):,} tokens instead of {plural(len(batches), 'batch')} of "
+                f"{padded // len(batches):,} ({padded / computed:.1f} times fewer)")
 
 
 def start_output(args: argparse.Namespace, checkpoint: str | None, train: list[Sequence], plan: Plan,
@@ -5660,6 +5706,8 @@ def dry_run(args: argparse.Namespace) -> dict:
     too_long = [(where, describe_length(size, limit)) for where, size in lengths["too_long"]]
     problems = [*problems, *more, *unrendered, *too_long]
     sides = to_sides(args, examples, held_out, kept)
+    hoped = args.train_test_split > 0 and bool(sides[0]) and not sides[1]  # with 0 it is as it was wished
+    warnings = find_warnings(examples, held_out) + [NOT_HELD_OUT] * hoped
 
     bad, rows = len({where for where, _ in problems}), [*map(count_origins, sides)]
     audit = {
@@ -5667,7 +5715,7 @@ def dry_run(args: argparse.Namespace) -> dict:
         **audit_calls(both), "problems": list_some(problems),
         "unit": "characters" if missing else "tokens", "tokenizer_missing": missing, "turns": sum(map(len, groups)),
         "sizes": audit_sizes(tokenizer, both, groups), "length": {} if missing else lengths,
-        "repeats": audit_repeats(examples, held_out), "warnings": find_warnings(examples, held_out)}
+        "repeats": audit_repeats(examples, held_out), "warnings": warnings}
     if sides[0]:
         limited = argparse.Namespace(**{**vars(args), "max_seq_length": limit})
         audit |= audit_run(limited, sides[0], config)
@@ -5724,6 +5772,7 @@ def evaluate_only(args: argparse.Namespace, command: str) -> dict:
         except (RuntimeError, ValueError) as error:  # the last line names the first layer
             reason = str(error).strip().splitlines()[-1].strip()
             raise UserError(f"{flag} {base_id} is another model than it was trained on ({reason})") from None
+        say("load", f"adapter on its base {base_id} in {4 if four_bit else 16} bits")
     results = {"model": {"answers": generate_answers(model, tokenizer, sequences, args, args.eval_only)}}
     held_out = len(sequences) if sides[1] else 0
     if not held_out:
@@ -5849,6 +5898,7 @@ def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.Ex
     trainer = build_trainer(args, engine, model, tokenizer, train, held_out, plan)
     if plan.share_prefix and not check_sharing(args, trainer.model, train, plan, engine):
         args.share_prefix = False
+        make_room(trainer.model)  # of what the check has recorded
         plan = plan_streams(train, args, engine)
         trainer = build_trainer(args, engine, model, tokenizer, train, held_out, plan)
     start_output(args, checkpoint, train, plan, date)

@@ -393,9 +393,11 @@ def test_memory_is_estimated_as_it_was_measured(flags, tokens, measured):
     found = script.estimate_memory(args, config, parameters, tokens, script.Plan(8, 1, [], (), args.share_prefix))
     assert found["total"] == pytest.approx(measured, rel=0.05)
     assert found["base"] == (1.11 if "--no-load_in_4bit" in flags else 0.51) and found["adapter"] == 0.09
-    if not flags:  # streams of a second length are recorded too, and keep the inputs of 28 layers
+    if not flags:  # streams of a second length are recorded too, in memory of their own
         two = script.estimate_memory(args, config, parameters, tokens, script.Plan(8, 1, [], (1024, tokens)))
-        assert two["total"] - found["total"] == pytest.approx(1024 * 1024 * 28 * 2 / 2**30, abs=0.011)
+        kept = 4 * 1024 + 3 * 128 * (16 + 8) + 2 * 3072
+        token = 28 * 2 * 1024 + 1.25 * 2 * kept
+        assert two["total"] - found["total"] == pytest.approx(1024 * token / 2**30, abs=0.011)
     args.optim = None  # PyTorch's: 8 bytes of moments instead of 2
     assert script.estimate_memory(args, config, parameters, tokens, script.Plan(8, 1, [], (), args.share_prefix))[
         "adapter"] == 0.15
@@ -412,6 +414,12 @@ def test_memory_of_all_sizes_is_estimated_as_it_was_measured(hidden, inner, laye
     parameters, plan = script.count_parameters(config, rank=16), script.Plan(64, 1, [], (5248,))
     found = script.estimate_memory(script.parse_args([]), config, parameters, 5248, plan)
     assert found["total"] == pytest.approx(measured, rel=0.05)
+
+
+def test_few_rows_of_which_none_is_held_out_are_warned_of(tmp_path):
+    for share, warned in ((0.1, True), (0, False)):
+        found, result = audit(tmp_path, "--train_test_split", share, rows=ROWS[:1])
+        assert (script.NOT_HELD_OUT in found["warnings"]) == (script.NOT_HELD_OUT in result.stderr) == warned
 
 
 def test_calls_of_turns_that_are_not_trained_do_not_count(tmp_path):

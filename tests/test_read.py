@@ -216,6 +216,12 @@ def test_a_folder_in_a_hidden_folder_is_read(tmp_path):
     assert read(tmp_path / ".cache" / "mine") == [(f"{path}:1", A)]
 
 
+def test_the_tools_of_the_run_are_no_rows_of_a_folder(tmp_path):
+    path = write_jsonl(tmp_path / "mine.jsonl", [A])
+    (tmp_path / "my_tools.json").write_text("[]")
+    assert list(script.read_rows([str(tmp_path)], tools_path=str(tmp_path / "my_tools.json"))) == [(f"{path}:1", A)]
+
+
 def test_a_folder_without_rows_is_one_line(tmp_path):
     (tmp_path / "tools.json").write_text("[]")
     assert error_of(tmp_path) == f"{tmp_path}: holds no .json or .jsonl file of rows; expected at least one"

@@ -203,6 +203,10 @@ def test_a_model_that_was_only_scored_is_the_one_that_is_named():
     report["args"] |= {"eval_only": "models/mine", "model_id": "Qwen/Qwen3-0.6B"}
     lead = read_page(report).words("p")[0]
     assert lead.startswith("models/mine, ") and "Qwen" not in lead
+    report["scores"] = {"model": report["scores"]["merged"]}
+    report["per_tool"] = {name: {"support": row["support"], "model": row["merged"]} for name, row in
+                          report["per_tool"].items()}
+    assert "model model" not in (page := script.render_report(report)) and "called by the model." in page
 
 
 @pytest.mark.parametrize("number, shown", [(999, "999"), (999.4, "999"), (999.5, "1,000"), (999.7, "1,000"), (99.96, "100"),

@@ -396,12 +396,20 @@ def test_a_damaged_best_checkpoint_is_found_before_training(tmp_path):
                                 "go on without")
 
 
-def test_a_run_may_grow_and_not_shrink(tmp_path):
+def test_a_run_may_grow_and_not_shrink_and_says_what_that_does_to_its_rate(tmp_path, capsys):
     checkpoint = str(make_checkpoint(tmp_path, 3))
     args, former = agreed_run()
+    planned = script.count_steps(args, SEQUENCES)[0]
     for epochs, steps in ((9, None), (4, 3), (1, 7)):
         args.num_epochs, args.max_steps = epochs, steps
         script.check_resume(args, checkpoint, former, SEQUENCES)
+        expected = script.count_steps(args, SEQUENCES)[0]
+        assert expected != planned and capsys.readouterr().err == (
+            f"warning: {checkpoint} is from a run of {planned} steps, and this one has {expected}: from here on the learning "
+            "rate is that of the latter\n")
+    args.lr_scheduler_type = former["lr_scheduler_type"] = "constant_with_warmup"
+    script.check_resume(args, checkpoint, former, SEQUENCES)
+    assert capsys.readouterr().err == ""
     args.max_steps = 2
     with pytest.raises(script.UserError, match="-3 is from step 3, and --max_steps or --num_epochs ends at 2; "):
         script.check_resume(args, checkpoint, former, SEQUENCES)

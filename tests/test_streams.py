@@ -63,6 +63,15 @@ def test_filling_tokens_see_only_themselves():
                       "subtree_end": [3, 3, 3, 4]}
 
 
+def test_streams_longer_than_planned_have_few_lengths_too():
+    assert [script.fill_up(size, (1024, 2816)) for size in (1, 1024, 1025, 2816)] == [1024, 1024, 2816, 2816]
+    assert {script.fill_up(size, (1024, 2816)) for size in range(2817, 5633)} == {3072, 3840, 4608, 5376, 6144}
+    assert script.fill_up(7, ()) == 7
+    long = [row([1, 2, 3], [4]), row([5] * 700, [6])]
+    assert script.build_stream(long, (512,))["input_ids"].shape == (1, 768)
+    assert script.measure_batches(long, script.Plan(2, 1, [], (512,)), [[0, 1]]) == [768]
+
+
 @pytest.fixture(scope="module")
 def model():
     """A small random Qwen3 with LoRA whose two factors are both alive, in float32."""
@@ -298,20 +307,36 @@ def test_on_several_devices_a_stream_of_each_length_is_computed_before_training(
         handle.remove()
 
 
-@pytest.mark.parametrize("flags, lengths, kept", [
-    (["--gradient_checkpointing", "on"], (128, 256), 384 * 32 * 2 * 2),  # tokens, width, layers, bytes
-    (["--gradient_checkpointing", "off"], (128, 256), 128 * (4 * 32 + 3 * 16 * 3 + 2 * 64) * 2 * 2),
-    (["--gradient_checkpointing", "off"], (256,), 0)])
-def test_streams_are_recorded_where_a_quarter_of_the_free_memory_holds_them(model, monkeypatch, flags, lengths, kept):
-    flags += ["--lora_dropout", "0"]
+KEPT = 4 * 32 + 3 * 16 * 3 + 2 * 64  # inputs of norms and projections of one layer
+
+
+@pytest.mark.parametrize("flags, token", [
+    (["--gradient_checkpointing", "on"], 2 * 2 * 32 + 1.25 * 2 * KEPT),  # bytes, layers, width; and one layer at work
+    (["--gradient_checkpointing", "off"], 2 * 2 * KEPT)])
+def test_streams_are_recorded_where_half_of_the_free_memory_holds_them(model, monkeypatch, flags, token):
+    flags, lengths = [*flags, "--lora_dropout", "0"], (128, 256)
     plan = script.Plan(8, 1, [], lengths)
-    for free, found in ((4 * kept, lengths), (4 * kept - 4, lengths if kept == 0 else ())):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (max(0, free), 2**40))
+    for free, found in ((2 * 384 * token, lengths), (2 * 384 * token - 1, ())):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 2**40))
         assert script.find_recorded(script.parse_args(flags), plan, model.config) == found
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**40, 2**40))
     assert script.find_recorded(script.parse_args([*flags, "--no-cuda_graphs"]), plan, model.config) == ()
     assert script.find_recorded(script.parse_args([*flags[:2], "--lora_dropout", "0.1"]), plan, model.config) == ()
     assert script.find_recorded(script.parse_args(flags), plan._replace(accumulation=2), model.config) == ()
+
+
+def test_where_recording_runs_out_of_memory_nothing_stays_recorded(model, monkeypatch):
+    decoder, computed = model.get_base_model().model, []
+
+    def compute(model, batches, engine):
+        computed.append(batches[0]["input_ids"].shape[1])
+        if computed[-1] == 64:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(script, "compute_gradient", compute)
+    monkeypatch.setattr(decoder, "graphs", {}, raising=False)
+    script.compute_lengths(model, CASES["one tool set"], script.Plan(4, 1, [], (32, 64, 128)), "unsloth")
+    assert computed == [32, 64] and decoder.graphs is None
 
 
 def test_held_out_rows_that_share_nothing_make_no_larger_streams_than_training(model):
