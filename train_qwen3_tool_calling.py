@@ -1239,7 +1239,7 @@ def join_text(content: object) -> object:
 
 def split_thought(message: dict, content: object) -> tuple[str, object]:
     """Return (thought, content) of an assistant message: the thought from its own key or from a leading think block."""
-    thoughts = [join_text(message.get(key)) for key in ("reasoning_content", "thinking", "reasoning")]
+    thoughts = [join_text(message.get(key) or "") for key in ("reasoning_content", "thinking", "reasoning")]
     if wrong := [thought for thought in thoughts if not isinstance(thought, str)]:
         raise ValueError("reasoning must be text, got " + shorten(wrong[0]))
     if block := re.match(r"\s*<think>(.*?)</think>\s*", content, re.DOTALL) if isinstance(content, str) else None:
@@ -5706,8 +5706,7 @@ def dry_run(args: argparse.Namespace) -> dict:
     too_long = [(where, describe_length(size, limit)) for where, size in lengths["too_long"]]
     problems = [*problems, *more, *unrendered, *too_long]
     sides = to_sides(args, examples, held_out, kept)
-    hoped = args.train_test_split > 0 and bool(sides[0]) and not sides[1]  # with 0 it is as it was wished
-    warnings = find_warnings(examples, held_out) + [NOT_HELD_OUT] * hoped
+    unmeasured = bool(sides[0]) and not sides[1] and args.train_test_split > 0  # 0 says that it is so wished
 
     bad, rows = len({where for where, _ in problems}), [*map(count_origins, sides)]
     audit = {
@@ -5715,7 +5714,8 @@ def dry_run(args: argparse.Namespace) -> dict:
         **audit_calls(both), "problems": list_some(problems),
         "unit": "characters" if missing else "tokens", "tokenizer_missing": missing, "turns": sum(map(len, groups)),
         "sizes": audit_sizes(tokenizer, both, groups), "length": {} if missing else lengths,
-        "repeats": audit_repeats(examples, held_out), "warnings": warnings}
+        "repeats": audit_repeats(examples, held_out),
+        "warnings": find_warnings(examples, held_out) + [NOT_HELD_OUT] * unmeasured}
     if sides[0]:
         limited = argparse.Namespace(**{**vars(args), "max_seq_length": limit})
         audit |= audit_run(limited, sides[0], config)

@@ -531,6 +531,13 @@ def test_unknown_arguments_inside_a_tuple_are_refused_too():
         "arguments.pair[1].b is not an argument of this tool"]
 
 
+def test_reasoning_that_holds_nothing_is_none():
+    message = {"role": "assistant", "content": "Yes.", "reasoning_content": [], "thinking": None, "reasoning": {}}
+    assert script.to_message(message) == YES
+    parts_of_it = {**message, "reasoning_content": parts("It ", "rains.")}
+    assert script.to_message(parts_of_it) == {**YES, "reasoning_content": "It rains."}
+
+
 @pytest.mark.parametrize("nothing", [None, "", "{}"])
 def test_a_call_without_arguments_may_say_so_in_several_ways(nothing):
     assert script.to_tool_call({"name": "f", "arguments": nothing}) == {
