@@ -538,12 +538,6 @@ def test_reasoning_that_holds_nothing_is_none():
     assert script.to_message(parts_of_it) == {**YES, "reasoning_content": "It rains."}
 
 
-@pytest.mark.parametrize("nothing", [None, "", "{}"])
-def test_a_call_without_arguments_may_say_so_in_several_ways(nothing):
-    assert script.to_tool_call({"name": "f", "arguments": nothing}) == {
-        "type": "function", "function": {"name": "f", "arguments": {}}}
-
-
 def test_a_tools_file_that_cannot_be_read_is_named_itself(tmp_path):
     path = tmp_path / "tools.json"
     path.write_text('["{broken"]')
