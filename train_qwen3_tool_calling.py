@@ -755,8 +755,9 @@ def read_file(path: str):
 
 def find_files(folder: str, tools_path: str) -> list[str]:
     """Return the JSON and JSONL files of a folder and those in it, sorted; not hidden ones, NOT_ROWS and the tools."""
+    tools = Path(tools_path).resolve()
     found = [path for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in ROW_FILES
-             and path.name not in NOT_ROWS and not path.is_dir() and path.resolve() != Path(tools_path).resolve()
+             and path.name not in NOT_ROWS and not path.is_dir() and path.resolve() != tools
              and not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     if not found:
         raise UserError(f"{folder}: holds no .json or .jsonl file of rows; expected at least one")
@@ -1079,12 +1080,14 @@ def replace_dialect(schema: dict, changes: Counter) -> dict:
     for bound, flag in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):
         if isinstance(schema.get(flag), bool):
             exclusive = schema.pop(flag) and bound in schema
-            schema |= {flag: schema.pop(bound)} if exclusive else {}
+            if exclusive:
+                schema[flag] = schema.pop(bound)
             changes[f"{flag} {'true -> number' if exclusive else 'without effect -> removed'}"] += 1
     if isinstance(schema.get("items"), list) and "prefixItems" not in schema:
-        items, rest = schema.pop("items"), schema.get("additionalItems")
-        schema |= {"prefixItems": items} if items else {}
-        schema |= {"items": schema.pop("additionalItems")} if isinstance(rest, dict | bool) else {}
+        if items := schema.pop("items"):
+            schema["prefixItems"] = items
+        if isinstance(schema.get("additionalItems"), dict | bool):
+            schema["items"] = schema.pop("additionalItems")
         changes["items of a tuple -> prefixItems"] += 1
     return schema
 
@@ -2925,6 +2928,11 @@ def to_prefix_seg_info(subtree_end):
     return seg_info
 
 
+# Held while training, measured with Unsloth on Qwen3-0.6B: GiB that no stream needs but every run has, and the work of
+# one layer as a multiple of what its backward pass keeps. A recorded graph frees nothing between its kernels.
+EAGER_MEMORY, RECORDED_MEMORY = (0.11, 0.7), (0.27, 1.25)
+
+
 def count_token_bytes(args: argparse.Namespace, config, working: float) -> float:
     """Return the bytes of GPU memory that a token of a stream takes in training.
 
@@ -2939,15 +2947,23 @@ def count_token_bytes(args: argparse.Namespace, config, working: float) -> float
     return 2 * config.num_hidden_layers * config.hidden_size + working * 2 * kept
 
 
-def find_recorded(args: argparse.Namespace, plan: Plan, config) -> tuple[int, ...]:
-    """Return the lengths of streams that are recorded as CUDA graphs (see read_streams): all of the plan's, or none.
+def can_record(args: argparse.Namespace, plan: Plan) -> bool:
+    """Return whether streams may be recorded as CUDA graphs (see read_streams).
 
     A recorded gradient lies where the next one will be written, so there must be one stream per step; and dropout would
-    be the recorded one. Each recorded length holds for good what it needs: together no more than RECORDED_SHARE.
+    be the recorded one.
+    """
+    return args.cuda_graphs and plan.share_prefix and plan.accumulation == 1 and not args.lora_dropout
+
+
+def find_recorded(args: argparse.Namespace, plan: Plan, config) -> tuple[int, ...]:
+    """Return the lengths of streams that are recorded: all of the plan's, or none if they hold over RECORDED_SHARE.
+
+    Each recorded length holds for good what it needs.
     """
     import torch
 
-    if not plan.lengths or not args.cuda_graphs or plan.accumulation > 1 or args.lora_dropout:
+    if not can_record(args, plan):
         return ()
     free_gpu()
     held = sum(plan.lengths) * count_token_bytes(args, config, RECORDED_MEMORY[1])
@@ -5174,9 +5190,6 @@ SHOWN_PAIRS = 5  # rows that the screen names for each finding
 SHOWN_TOOLS = 8
 REPEATS = {"duplicates": "exact duplicates", "conflicts": "equal requests with different answers",
            "held_out_in_training": "held-out rows that also occur in training"}
-# Held while training, measured with Unsloth on Qwen3-0.6B: GiB that no stream needs but every run has, and the work of
-# one layer as a multiple of what its backward pass keeps. A recorded graph frees nothing between its kernels.
-EAGER_MEMORY, RECORDED_MEMORY = (0.11, 0.7), (0.27, 1.25)
 
 
 class Characters:
@@ -5349,10 +5362,9 @@ def estimate_memory(args: argparse.Namespace, config, parameters: dict[str, int]
 
     CUDA's own memory is not in it.
     """
-    recorded = (args.engine != "transformers" and args.cuda_graphs and plan.share_prefix and plan.accumulation == 1
-                and not args.lora_dropout)
+    recorded = args.engine != "transformers" and can_record(args, plan)
     fixed, working = RECORDED_MEMORY if recorded else EAGER_MEMORY
-    tokens = recorded and sum(plan.lengths) or tokens  # each recorded length has memory of its own
+    tokens = sum(plan.lengths) if recorded and plan.lengths else tokens  # each recorded length has memory of its own
     activations = tokens * count_token_bytes(args, config, working)
     base = parameters["linear"] * (0.53 if args.load_in_4bit else 2) + 2 * parameters["other"]
     # Without an adapter all weights are trained in fp32, and "base" is their copy in 16 bits that autocast holds.

@@ -91,3 +91,11 @@ def real_tokenizer():
     if not REAL_TOKENIZER.is_dir():
         pytest.skip("the stock Qwen3 tokenizer is not here")
     return AutoTokenizer.from_pretrained(REAL_TOKENIZER)
+
+
+def qwen3_config(hidden: int, inner: int, layers: int, heads: int, tied: bool):
+    """Return the config of a Qwen3 of a published size."""
+    from transformers import Qwen3Config
+
+    return Qwen3Config(hidden_size=hidden, num_hidden_layers=layers, intermediate_size=inner, vocab_size=151936,
+                       num_attention_heads=heads, num_key_value_heads=8, head_dim=128, tie_word_embeddings=tied)

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import yaml
-from conftest import ALARM, ROOT, TINY, WEATHER, native, run_here, run_script, write_jsonl
+from conftest import ALARM, ROOT, TINY, WEATHER, native, qwen3_config, run_here, run_script, write_jsonl
 
 import train_qwen3_tool_calling as script
 
@@ -383,10 +383,7 @@ MEASURED = [  # flags, tokens of the longest micro-batch, GiB reserved at peak w
 
 @pytest.mark.parametrize("flags, tokens, measured", MEASURED)
 def test_memory_is_estimated_as_it_was_measured(flags, tokens, measured):
-    from transformers import Qwen3Config
-
-    config = Qwen3Config(hidden_size=1024, num_hidden_layers=28, intermediate_size=3072, num_attention_heads=16,
-                         num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=True)
+    config = qwen3_config(1024, 3072, 28, 16, True)
     parameters = script.count_parameters(config, rank=16)
     assert parameters == {"linear": 440_401_920, "other": 155_648_000, "adapter": 10_092_544}
     args = script.parse_args([*flags, "--optim", "adamw_8bit"])
@@ -407,10 +404,7 @@ def test_memory_is_estimated_as_it_was_measured(flags, tokens, measured):
     (1024, 3072, 28, 16, True, 1.42), (2048, 6144, 28, 16, True, 2.82), (2560, 9728, 36, 32, True, 4.91),
     (4096, 12288, 36, 32, False, 9.12), (5120, 17408, 40, 40, False, 13.92), (5120, 25600, 64, 64, False, 25.10)])
 def test_memory_of_all_sizes_is_estimated_as_it_was_measured(hidden, inner, layers, heads, tied, measured):
-    from transformers import Qwen3Config
-
-    config = Qwen3Config(hidden_size=hidden, num_hidden_layers=layers, intermediate_size=inner, vocab_size=151936,
-                         num_attention_heads=heads, num_key_value_heads=8, head_dim=128, tie_word_embeddings=tied)
+    config = qwen3_config(hidden, inner, layers, heads, tied)
     parameters, plan = script.count_parameters(config, rank=16), script.Plan(64, 1, [], (5248,))
     found = script.estimate_memory(script.parse_args([]), config, parameters, 5248, plan)
     assert found["total"] == pytest.approx(measured, rel=0.05)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import yaml
-from conftest import ROOT, TINY, WEATHER, native, run_script, write_jsonl
+from conftest import ROOT, TINY, WEATHER, native, qwen3_config, run_script, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from train_small import make_base
@@ -139,14 +139,11 @@ def test_wrong_flags_are_one_line(tmp_path):
 @pytest.mark.parametrize("name, card, hidden, inner, layers, heads, tied", [
     ("config_8gb.yaml", 8, 2048, 6144, 28, 16, True), ("config_80gb.yaml", 80, 4096, 12288, 36, 32, False)])
 def test_the_example_files_give_reasons_and_fit_their_cards(name, card, hidden, inner, layers, heads, tied):
-    from transformers import Qwen3Config
-
     lines = (ROOT / "data" / name).read_text().split("\n\n")[1].splitlines()
     assert len(lines) > 10 and all(re.fullmatch(r"\w+: \S+  # \w.{7,}", line) for line in lines)
     args = script.parse_args(["--config", str(ROOT / "data" / name)])
     assert {line.split(":")[0] for line in lines} <= set(vars(args))
-    config = Qwen3Config(hidden_size=hidden, num_hidden_layers=layers, intermediate_size=inner, vocab_size=151936,
-                         num_attention_heads=heads, num_key_value_heads=8, head_dim=128, tie_word_embeddings=tied)
+    config = qwen3_config(hidden, inner, layers, heads, tied)
     parameters = script.count_parameters(config, args.lora_rank)
     plan = script.Plan(args.batch_size, 1, [])
     training = script.estimate_memory(args, config, parameters, args.batch_size * args.max_seq_length, plan)["total"]

@@ -502,12 +502,8 @@ def test_types_are_replaced_only_where_a_schema_stands_and_every_change_is_count
      {"prefixItems": [{"type": "number"}, {"type": ["number", "null"]}], "items": False},
      "items of a tuple -> prefixItems")])
 def test_schemas_of_openapi_and_earlier_drafts_are_read_as_they_are_meant(given, expected, change):
-    def tool(schema):
-        return {"type": "function", "function": {"name": "f", "parameters": {
-            "type": "object", "properties": {"nullable": schema}}}}
-
-    tools, changes = script.to_tools([tool(given)])
-    assert tools == [tool(expected)] and (changes[change] == 1 if change else not changes)
+    tools, changes = script.to_tools([tool({"nullable": given})])  # which is a parameter's name here
+    assert tools == [tool({"nullable": expected})] and (changes[change] == 1 if change else not changes)
     assert script.to_tools(tools) == (tools, {})
     assert script.check_tools(tools)[1] == []
 
