@@ -3007,8 +3007,11 @@ def read_streams(model, recorded: tuple[int, ...]) -> None:
             for layer in decoder.layers:
                 layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
             with torch.autocast("cuda", torch.get_autocast_dtype("cuda"), cache_enabled=False):
-                return torch.cuda.make_graphed_callables(
+                graph = torch.cuda.make_graphed_callables(
                     stream, tuple(t.clone() for t in tensors), num_warmup_iters=1, pool=pool)
+            # A stream longer than Unsloth's tables of rotations replaces them, but the graph goes on reading these.
+            graph.rotations = [module.get_cached() for module in decoder.modules() if hasattr(module, "get_cached")]
+            return graph
         except torch.OutOfMemoryError:
             if not stream.captured:  # in the trial before the recording, after which a smaller stream can be tried
                 raise
@@ -5360,20 +5363,25 @@ def audit_plan(train: list[Sequence], args: argparse.Namespace, plan: Plan) -> d
 def estimate_memory(args: argparse.Namespace, config, parameters: dict[str, int], tokens: int, plan: Plan) -> dict:
     """Return the GiB of GPU memory that training holds at its peak when the longest micro-batch has so many tokens.
 
-    CUDA's own memory is not in it.
+    "without_graphs" is the total when no stream is recorded, by wish or for want of memory. CUDA's own memory is not
+    in it.
     """
-    recorded = args.engine != "transformers" and can_record(args, plan)
-    fixed, working = RECORDED_MEMORY if recorded else EAGER_MEMORY
-    tokens = sum(plan.lengths) if recorded and plan.lengths else tokens  # each recorded length has memory of its own
-    activations = tokens * count_token_bytes(args, config, working)
+    def hold(recorded: bool) -> float:
+        fixed, working = RECORDED_MEMORY if recorded else EAGER_MEMORY
+        held = sum(plan.lengths) if recorded and plan.lengths else tokens  # each recorded length has memory of its own
+        return held * count_token_bytes(args, config, working) / 2**30 + fixed
+
     base = parameters["linear"] * (0.53 if args.load_in_4bit else 2) + 2 * parameters["other"]
     # Without an adapter all weights are trained in fp32, and "base" is their copy in 16 bits that autocast holds.
     trained = parameters["adapter"] or parameters["linear"] + parameters["other"]
     trained *= 8 + count_moment_bytes(find_optim(args, cuda=True))
     if args.fsdp:
         base, trained = base / plan.devices, trained / (1 if args.lora_rank else plan.devices)
-    parts = {"base": base / 2**30, "adapter": trained / 2**30, "longest_stream": activations / 2**30 + fixed}
-    return {"total": round(sum(parts.values()), 2)} | {name: round(part, 2) for name, part in parts.items()}
+    stream = hold(args.engine != "transformers" and can_record(args, plan))
+    parts = {"base": base / 2**30, "adapter": trained / 2**30, "longest_stream": stream}
+    total = sum(parts.values())
+    found = {"total": total, **parts, "without_graphs": total - stream + hold(False)}
+    return {name: round(part, 2) for name, part in found.items()}
 
 
 def list_writes(args: argparse.Namespace, checkpoints: list[int]) -> dict:
@@ -5461,9 +5469,10 @@ def show_run(audit: dict) -> None:
                 f"{plural(plan['streams_per_step'], name)} of {span} {unit}")
     if "memory_gib" in audit:
         memory, disk = audit["memory_gib"], audit["disk_gb"]
+        graphs = f"; without CUDA graphs {memory['without_graphs']:.2f}" * (memory["without_graphs"] < memory["total"])
         say("memory", f"about {memory['total']:.2f} GiB of GPU memory (an estimate): base {memory['base']:.2f}, "
                       f"trained weights and optimizer {memory['adapter']:.2f}, longest {name} "
-                      f"{memory['longest_stream']:.2f}")
+                      f"{memory['longest_stream']:.2f}{graphs}")
         say("disk", f"{disk['merged_model']:.2f} GB for the final model, {disk['checkpoints']:.2f} GB for "
                     f"{plural(disk['checkpoints_kept'], 'checkpoint')}; {disk['free']:,.1f} GB free")
     else:

@@ -395,6 +395,9 @@ def test_memory_is_estimated_as_it_was_measured(flags, tokens, measured):
         kept = 4 * 1024 + 3 * 128 * (16 + 8) + 2 * 3072
         token = 28 * 2 * 1024 + 1.25 * 2 * kept
         assert two["total"] - found["total"] == pytest.approx(1024 * token / 2**30, abs=0.011)
+        saved = 0.16 + 0.55 * 2 * kept * tokens / 2**30
+        assert found["total"] - found["without_graphs"] == pytest.approx(saved, abs=0.011)
+        assert two["without_graphs"] == found["without_graphs"]  # of eager streams, the longest counts
     args.optim = None  # PyTorch's: 8 bytes of moments instead of 2
     assert script.estimate_memory(args, config, parameters, tokens, script.Plan(8, 1, [], (), args.share_prefix))[
         "adapter"] == 0.15
