@@ -44,7 +44,7 @@ from types import SimpleNamespace
 from typing import NamedTuple, NoReturn
 
 # ---------------------------------------------------------------------------------------------------------------
-# 0  Defaults: edit these for a new dataset; every one is also a flag
+# 0  Defaults: edit these for a new dataset; each is also a flag
 # ---------------------------------------------------------------------------------------------------------------
 MODEL_ID = "Qwen/Qwen3-0.6B"  # the smallest Qwen3: enough for tens of tools, trains on any GPU
 DATASET_PATH = "data/synthetic_finetune_dataset.json"
@@ -59,11 +59,7 @@ GRADIENT_ACCUMULATION_STEPS = 4  # 2 x 4 = 8 sequences per optimizer step
 LEARNING_RATE = 2e-4  # the usual rate for LoRA; full fine-tuning takes a tenth of it
 WARMUP_STEPS = 10  # Adam's moments are noise in the first steps
 WEIGHT_DECAY = 0.01
-CUDA_OPTIM = "adamw_torch_fused"  # on CUDA: a few launches for all weights of an adapter
-FULL_CUDA_OPTIM = "adamw_8bit"  # of a whole model there: its two moments of a weight take 2 bytes instead of 8
 LR_SCHEDULER_TYPE = "linear"
-SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
-              "inverse_sqrt")  # those of Transformers that need nothing but the number of steps
 MAX_SEQ_LENGTH = 2048  # longer sequences are reported, never cut
 SEED = 3407
 
@@ -75,13 +71,19 @@ TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"
 EVAL_SAMPLES = 200  # held-out rows answered by the base, the adapter and the merged model: +-3 of 100 at 95 %
 EVAL_BATCH_SIZE = 64  # answers written at once
 MAX_NEW_TOKENS = 256  # longest answer; several calls fit
+
+# No flags from here on: what was measured, and names that are used throughout.
+CUDA_OPTIM = "adamw_torch_fused"  # on CUDA: a few launches for all weights of an adapter
+FULL_CUDA_OPTIM = "adamw_8bit"  # of a whole model there: its two moments of a weight take 2 bytes instead of 8
+SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+              "inverse_sqrt")  # those of Transformers that need nothing but the number of steps
 SHOWN_ROWS = 3  # held-out requests whose answers are shown before and after
 CHECKED_ROWS = 8  # so many rows are computed shared and by themselves at the start of each run, and compared
 HELD_SCORES = 2**28  # attention scores held at once when answers are written: 1 GiB in fp32
 RECORDED_SHARE = 0.5  # of the free GPU memory: CUDA graphs that would hold more are not recorded
 READ_BACK_ROWS = 64  # held-out rows on which the losses of merged model and adapter are compared
 READ_BACK_BATCH = 4  # of them at once: their logits are held, with Qwen3's vocabulary 60 MB for an answer of 40 tokens
-MERGE_SLACK = 0.02  # nats per token, and share of the rows, by which the merged model may be worse than the adapter
+MERGE_SLACK = 0.02  # nats per token (a share of losses over 1), and share of the rows, that a merge may cost
 ROUNDED_WEIGHTS = 2**26  # of a weight, so many numbers are rounded or summed at a time: it takes as much memory again
 COMPARED_NUMBERS = 2**27  # of a gradient of more numbers, every n-th is compared: half a GiB each time it is held
 SHOWN_PROBLEMS = 20
@@ -259,9 +261,13 @@ def put_in_place(final: str | Path, written: Path | None = None) -> None:
     os.umask(umask)
     for file in written.glob("*.safetensors"):  # written for the owner alone
         file.chmod(0o666 & ~umask)
-    old = move_aside(Path(final))
-    written.rename(final)
+    noted: list[int] = []
+    with handle_signals(lambda number, frame: noted.append(number)):  # between the two there is no such folder
+        old = move_aside(Path(final))
+        written.rename(final)
     shutil.rmtree(old, ignore_errors=True)
+    for number in noted:
+        signal.raise_signal(number)
 
 
 def write_file(path: str | Path, text: str) -> None:
@@ -285,17 +291,19 @@ def discard_partial(final: str | Path):
 
     Of several processes, the first one looks after the folder.
     """
-    partial, main = partial_folder(final), is_main()
-    shutil.rmtree(partial, ignore_errors=True) if main else None
+    folder = partial_folder(final)
+    if is_main():
+        shutil.rmtree(folder, ignore_errors=True)
     try:
-        yield partial
+        yield folder
     except Exception as error:
         if is_disk_full(error):
             raise UserError(f"{final}: the disk is full; free some space, then go on from the last checkpoint with "
                             "--resume_from_checkpoint") from None
         raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True) if main else None
+        if is_main():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -772,7 +780,7 @@ def match_hub(path: str) -> re.Match | None:
     return match
 
 
-def drop_filled(value: object, feature: object) -> object:
+def drop_null_columns(value: object, feature: object) -> object:
     """Return a value of a table without the keys whose value is null; one that JSON cannot hold is a ValueError.
 
     A table has the same columns in every row: the arguments of one tool appear as nulls in the calls of all others, and
@@ -780,9 +788,9 @@ def drop_filled(value: object, feature: object) -> object:
     empty arguments look the same; a null in a list, or in a column that keeps JSON text, was in the data and stays.
     """
     if isinstance(value, dict) and isinstance(feature, dict):
-        return {key: drop_filled(inner, feature[key]) for key, inner in value.items() if inner is not None}
+        return {key: drop_null_columns(inner, feature[key]) for key, inner in value.items() if inner is not None}
     if isinstance(value, list) and hasattr(feature, "feature"):
-        return [drop_filled(inner, feature.feature) for inner in value]
+        return [drop_null_columns(inner, feature.feature) for inner in value]
     if not isinstance(value, (str, int, float, list, dict, type(None))):
         raise ValueError(f"holds the {type(value).__name__} {str(value)[:40]}; expected text or another JSON value "
                          "(a table may have made dates of texts: name the dataset's own file instead)")
@@ -826,7 +834,7 @@ def read_hub(name: str, config: str | None, split: str | None):
         # A whole column of images or dates is none that a format reads; such a value inside an object is a problem.
         columns = {key: value for key, value in row.items() if isinstance(value, (str, int, float, list, dict))}
         try:
-            yield f"{whole}:{split}[{index}]", drop_filled(columns, table.features)
+            yield f"{whole}:{split}[{index}]", drop_null_columns(columns, table.features)
         except ValueError as error:
             yield f"{whole}:{split}[{index}]", error
 
@@ -913,6 +921,11 @@ def as_list(value: object) -> list:
     return value if isinstance(value, list) else [value]
 
 
+def to_role(role: object) -> object:
+    """Return a role as OpenAI names it; one that is in no format stays as it is."""
+    return ROLES.get(role, role) if isinstance(role, str) else role
+
+
 def take(row: dict, key: str, kind: type):
     """Return row[key]; ValueError if it is missing or of another kind."""
     if key not in row:
@@ -961,14 +974,14 @@ def parse_literal(text: str, what: str):
         raise ValueError(f"{what} neither JSON nor a Python literal: {shorten(text)}") from None
 
 
-def split_outside(text: str, mark: str) -> list[str]:
-    """Split a text wherever `mark` stands outside quotes and brackets; ValueError if one of them stays open."""
+def split_at_commas(text: str) -> list[str]:
+    """Split a text at the commas that stand outside quotes and brackets; ValueError if one of them stays open."""
     parts, depth, start = [], 0, 0
     for token in OUTSIDE.finditer(text):
         depth += (token[0] in "([{") - (token[0] in ")]}")
         if depth < 0 or token[0] in "\"'":
             break
-        if token[0] == mark and not depth:
+        if token[0] == "," and not depth:
             parts.append(text[start : token.start()])
             start = token.end()
     else:
@@ -1267,8 +1280,7 @@ def find_calls(holder: dict, what: str, keys: tuple[str, ...]) -> list:
 
 def to_message(message: dict) -> dict:
     """Return a message with only what a chat template reads, its ids, and weight 0 if it is not to be trained."""
-    role, content = message.get("role"), join_text(message.get("content"))
-    role = ROLES.get(role, role) if isinstance(role, str) else role
+    role, content = to_role(message.get("role")), join_text(message.get("content"))
     if role == "tool":
         call_id = message.get("tool_call_id")
         return {"role": role, **({"tool_call_id": call_id} if isinstance(call_id, str) and call_id else {}),
@@ -1373,8 +1385,7 @@ def split_hermes_system(text: str) -> tuple[list | None, str]:
 
 def split_hermes_turn(turn: dict) -> list[dict]:
     """Return a turn of a Hermes row as OpenAI messages: calls out of <tool_call>, replies out of <tool_response>."""
-    role, content = turn["role"], turn["content"]
-    role = ROLES.get(role, role) if isinstance(role, str) else role
+    role, content = to_role(turn["role"]), turn["content"]
     if role == "assistant" and isinstance(content, str):
         thought, content = split_thought(turn, content)
         tag = "TOOLCALL" if "<TOOLCALL>" in content else "tool_call"
@@ -1458,12 +1469,12 @@ def convert_glaive(row: dict) -> tuple[list[dict], object]:
 def parse_bracket_calls(text: str) -> list[dict]:
     """Return the calls of `[Name of a/tool(a="X", n=3), other()]`; ValueError if a part of it is anything else."""
     calls = []
-    for part in split_outside(text.strip()[1:-1], ","):
+    for part in split_at_commas(text.strip()[1:-1]):
         name, bracket, inner = part.partition("(")
         if not name.strip() or not bracket or not inner.endswith(")"):
             raise ValueError(f"expected calls like [name(key=value)], got {shorten(part)}")
         arguments = {}
-        for pair in split_outside(inner[:-1], ",") if inner[:-1].strip() else []:
+        for pair in split_at_commas(inner[:-1]) if inner[:-1].strip() else []:
             key, equals, value = pair.partition("=")
             if not equals or not key.strip() or key.strip() in arguments:
                 raise ValueError(f"call {shorten(name.strip())}: expected arguments like key=value, each key once, "
@@ -1558,7 +1569,7 @@ def is_toolace(row: dict) -> bool:
 def is_sharegpt_tools(row: dict) -> bool:
     """Return whether the conversation has tools beside it, or calls or replies as turns."""
     return "conversations" in row and (names_tools(row) or any(
-        ROLES.get(role, role) in ("calls", "tool") for role, _ in peek(row, "conversations")))
+        to_role(role) in ("calls", "tool") for role, _ in peek(row, "conversations")))
 
 
 FORMATS = {  # name: (whether a row is of this format, converter to (turns, tools or None)); the first that fits
@@ -1649,6 +1660,11 @@ TYPE_NAMES = {"integer": "an integer", "number": "a number", "string": "a string
               "array": "an array", "object": "an object", "null": "null"}
 
 
+def is_trained(message: dict) -> bool:
+    """Say whether a message is an answer that is supervised: only one of weight 0 keeps a weight (see to_message)."""
+    return message["role"] == "assistant" and "weight" not in message
+
+
 def check_roles(messages: list[dict]) -> list[str]:
     """Check that the conversation alternates as a chat does, that its replies answer its calls, and that it trains.
 
@@ -1674,7 +1690,7 @@ def check_roles(messages: list[dict]) -> list[str]:
         state = "calls" if role == "assistant" and waiting else role
     if not messages or messages[-1]["role"] != "assistant":
         return ["the last message must be the assistant's: it is what is trained"]
-    if not any(message["role"] == "assistant" and "weight" not in message for message in messages):
+    if not any(map(is_trained, messages)):
         return ["no turn is trained; every weight is 0"]
     return []
 
@@ -1918,7 +1934,7 @@ def apply_thinking(examples: list[Example], thinking: str) -> tuple[list[Example
                                            for message in example.messages]) for example in examples], []
     problems = [(example.where, f"message {index}: has no reasoning; with --thinking on every trained answer needs it")
                 for example in examples for index, message in enumerate(example.messages, start=1)
-                if message["role"] == "assistant" and message.get("weight") != 0 and "reasoning_content" not in message]
+                if is_trained(message) and "reasoning_content" not in message]
     bad = {where for where, _ in problems}
     return [example for example in examples if example.where not in bad], problems
 
@@ -2111,8 +2127,7 @@ def render_examples(tokenizer, examples: list[Example], max_seq_length: int, dat
     rendered, problems, bad = [], [], set()
     parser, control_token = check_template(tokenizer, examples), find_control_tokens(tokenizer)
     for index, example in enumerate(track(examples, "render", transient=True, disable=not sys.stdout.isatty())):
-        turns = [i for i, message in enumerate(example.messages)
-                 if message["role"] == "assistant" and message.get("weight") != 0]
+        turns = [i for i, message in enumerate(example.messages) if is_trained(message)]
         try:
             check_control_tokens(example, control_token) if control_token else None
             rendered += [(index, turn, *render_turn(tokenizer, example, turn, parser, date)) for turn in turns]
@@ -2237,24 +2252,21 @@ def build_stream(rows: list[Sequence], lengths: tuple[int, ...] = ()) -> dict:
     import numpy as np
     import torch
 
-    columns = {"input_ids": [], "position_ids": [], "labels": []}
-    subtree_end = np.zeros(fill_up(sum(len(row.input_ids) for row in rows), lengths), dtype=np.int64)
+    tree = to_tree(rows)
+    length = fill_up(sum(len(row.input_ids) - shared for row, shared in tree), lengths)
+    stream = {"input_ids": np.zeros(length, dtype=np.int64), "position_ids": np.zeros(length, dtype=np.int64),
+              "labels": np.full(length, -100), "subtree_end": np.arange(1, length + 1)}  # what fills it up
     path, size = np.zeros(0, dtype=np.int64), 0  # path: where the tokens of the row before stand in the stream
-    for row, shared in to_tree(rows):
-        subtree_end[path[shared:]] = size
-        tokens = np.asarray(row.input_ids, dtype=np.int64)
-        labels = np.where(np.arange(len(tokens)) < row.prompt_length, -100, tokens)
-        for name, values in zip(columns, (tokens, np.arange(len(tokens)), labels)):
-            columns[name].append(values[shared:])
-        path = np.concatenate([path[:shared], np.arange(size, size + len(tokens) - shared)])
-        size += len(tokens) - shared
-    subtree_end[path] = size
-    fill = fill_up(size, lengths) - size
-    subtree_end[size : size + fill] = np.arange(size + 1, size + fill + 1)
-    stream = {name: np.concatenate(parts + [np.full(fill, -100 if name == "labels" else 0)])
-              for name, parts in columns.items()}
-    stream["subtree_end"] = subtree_end[: size + fill]
-    return {name: torch.from_numpy(values.astype(np.int64))[None] for name, values in stream.items()}
+    for row, shared in tree:
+        stream["subtree_end"][path[shared:]] = size
+        tokens, positions = np.asarray(row.input_ids, dtype=np.int64), np.arange(len(row.input_ids))
+        own = slice(size, size + len(tokens) - shared)
+        stream["input_ids"][own], stream["position_ids"][own] = tokens[shared:], positions[shared:]
+        stream["labels"][own] = np.where(positions < row.prompt_length, -100, tokens)[shared:]
+        path = np.concatenate([path[:shared], np.arange(own.start, own.stop)])
+        size = own.stop
+    stream["subtree_end"][path] = size
+    return {name: torch.from_numpy(values)[None] for name, values in stream.items()}
 
 
 def build_padded(rows: list[Sequence]) -> dict:
@@ -2425,7 +2437,7 @@ def to_small_batches(sequences: list[Sequence], plan: Plan) -> list[dict]:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 7  Model: model id -> model with LoRA, by Unsloth or by Transformers + PEFT; only this section knows the engine
+# 7  Model: model id -> model with LoRA, by Unsloth or by Transformers + PEFT
 # ---------------------------------------------------------------------------------------------------------------
 UNSLOTH_TREES = ("llama", "qwen2", "qwen3")  # config.model_type of the models whose layers take prefix_seg_info
 
@@ -2476,6 +2488,9 @@ def start_engine(args: argparse.Namespace) -> str:
             os.environ.setdefault("UNSLOTH_BLOCK_COMPILE", "0")  # compiled blocks serve padded batches, for ten seconds
             os.environ.setdefault("UNSLOTH_LOGPROB_CHUNK_GB", "0.0625")  # scratch for logits and for cuBLAS: with
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")  # 0.3 GB more they are no faster
+            if torch.cuda.get_device_capability() < (8, 0):  # 64 KiB of shared memory, of which Unsloth's tiles take 96
+                os.environ.setdefault("PG_FLEX_BF16_BLOCK_M", "64")
+                os.environ.setdefault("PG_FLEX_BF16_BLOCK_N", "32")
         import unsloth  # noqa: F401
     import transformers
 
@@ -2641,7 +2656,7 @@ def to_dtype(device: str):
 
     if device != "cuda":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def find_optim(args: argparse.Namespace, cuda: bool = False) -> str:
@@ -2749,6 +2764,8 @@ def load_base(model_id: str, load_in_4bit: bool, trust: bool = False, dtype=None
     AttentionInterface.register("blocks", attend_in_blocks)
     AttentionMaskInterface.register("blocks", sdpa_mask)
     options = {"quantization_config": four_bit} if load_in_4bit else {}  # None would undo that of the folder
+    if place == "auto" and getattr(load_config(model_id, trust=trust), "quantization_config", None):
+        place = device  # bitsandbytes computes on GPUs alone, and Transformers would spread by far too little room
     if place == "auto":  # of the GPUs' free memory a quarter is left, for what answers need
         free_gpu()  # or what PyTorch keeps of the model before this one would not count as free
         room = {name: int(0.75 * size) if isinstance(name, int) else size for name, size in get_max_memory().items()}
@@ -3012,12 +3029,12 @@ def read_streams(model, recorded: tuple[int, ...]) -> None:
             # A stream longer than Unsloth's tables of rotations replaces them, but the graph goes on reading these.
             graph.rotations = [module.get_cached() for module in decoder.modules() if hasattr(module, "get_cached")]
             return graph
-        except torch.OutOfMemoryError:
-            if not stream.captured:  # in the trial before the recording, after which a smaller stream can be tried
+        except RuntimeError as error:
+            if not stream.captured:  # in the trial before the recording, after which the run can go on
                 raise
-            raise UserError("out of GPU memory while the step was recorded as a CUDA graph; run again with "
-                            "--no-cuda_graphs, slower, or lower --batch_size") from None
-        except RuntimeError as error:  # which leaves CUDA's allocator in a state not to be trusted
+            if isinstance(error, torch.OutOfMemoryError):  # now CUDA's allocator is in a state not to be trusted
+                raise UserError("out of GPU memory while the step was recorded as a CUDA graph; run again with "
+                                "--no-cuda_graphs, slower, or lower --batch_size") from None
             raise UserError(f"the step cannot be recorded as a CUDA graph ({str(error).splitlines()[0]}); "
                             "run again with --no-cuda_graphs, slower") from None
         finally:
@@ -3041,7 +3058,7 @@ def read_streams(model, recorded: tuple[int, ...]) -> None:
 def drop_graphs(model) -> None:
     """Free the recorded CUDA graphs of a model; from then on its streams are launched kernel by kernel.
 
-    Where memory ran out, that of the graphs is needed; and a step of several streams cannot use them (see load_model).
+    Where memory ran out, that of the graphs is needed; and a step of several streams cannot use them (see can_record).
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     decoder = getattr(base, "model", None)
@@ -3183,6 +3200,11 @@ def to_metrics(sums) -> dict:
     return {"loss": loss / tokens, "exact_match": exact / sequences}
 
 
+def measure_loss(model, batches, engine: str) -> float:
+    """Return the mean loss in nats per supervised token over batches."""
+    return to_metrics(score_batches(model, batches, engine))["loss"]
+
+
 def free_gpu() -> None:
     """Give the GPU memory of models that are no longer held back to the driver, for the next process."""
     import torch
@@ -3295,6 +3317,12 @@ def check_sharing(args: argparse.Namespace, model, train: list[Sequence], plan: 
         except torch.OutOfMemoryError:
             if len(rows) == 1 or args.fsdp:  # one device alone cannot try again
                 raise
+        except RuntimeError as error:  # of the compiler
+            if plan.devices > 1:
+                raise
+            warn(f"attention with a shared prefix cannot be computed here ({str(error).splitlines()[0]}): sharing is "
+                 "switched off")
+            return False
         make_room(model)  # not above, where the failed computation is still held
         rows = rows[: len(rows) // 2]
         lengths = choose_lengths([count_tokens(rows)]) if lengths else ()
@@ -3393,7 +3421,7 @@ def build_progress():
     return ProgressBar()
 
 
-def build_stopper():
+def build_stopper(checkpoint: str | None = None):
     """Return a TrainerCallback whose `note` handles signals: the first ends training after its step and a checkpoint.
 
     A step that ends an epoch leaves the checkpoint to the end of the epoch, after the held-out rows are scored, as in
@@ -3418,6 +3446,9 @@ def build_stopper():
 
         def on_train_begin(self, args, state, control, **kwargs):
             state.compute_steps(args, state.max_steps)  # a resumed run has the intervals of its own flags
+            if checkpoint and state.best_global_step and not find_best(checkpoint):  # else its score would rule on
+                warn(f"the best checkpoint, of step {state.best_global_step:,}, is gone: the best is sought anew")
+                state.best_metric = state.best_global_step = None
             if count_devices() > 1:
                 self.group = distributed.new_group(backend="gloo")  # so that no GPU has to wait
 
@@ -3791,10 +3822,10 @@ def hash_rows(sequences: list[Sequence]) -> str:
     """Return a SHA-256 over tokens and prompt lengths of the sequences, in order."""
     import numpy as np
 
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for row in sequences:
-        digest.update(np.array([row.prompt_length, len(row.input_ids), *row.input_ids], dtype="<i8").tobytes())
-    return digest.hexdigest()
+        found.update(np.array([row.prompt_length, len(row.input_ids), *row.input_ids], dtype="<i8").tobytes())
+    return found.hexdigest()
 
 
 def read_run(checkpoint: str | None) -> dict:
@@ -3814,14 +3845,14 @@ def read_run(checkpoint: str | None) -> dict:
     return vars(parse_args([])) | settings | (settings.get("facts") or {})
 
 
-def count_rows(args: argparse.Namespace) -> int:
+def count_rows_per_step(args: argparse.Namespace) -> int:
     """Return how many rows an optimizer step has: the effective batch."""
     return args.batch_size * args.gradient_accumulation_steps * count_devices()
 
 
 def count_steps(args: argparse.Namespace, train: list[Sequence]) -> tuple[int, int]:
     """Return (optimizer steps of the whole run, of one epoch)."""
-    per_epoch = math.ceil(len(train) / count_rows(args))
+    per_epoch = math.ceil(len(train) / count_rows_per_step(args))
     return args.max_steps or args.num_epochs * per_epoch, per_epoch
 
 
@@ -3833,8 +3864,8 @@ def check_resume(args: argparse.Namespace, checkpoint: str | None, former: dict,
     former = former | {"optim": former.get("optimizer") or find_optim(argparse.Namespace(**former))}
     problems = [f"--{name} is {settings[name]}, and {former.get(name)} in the run that {checkpoint} is from; "
                 "expected the same" for name in AGREED if settings[name] != former.get(name)]
-    if former.get("rows_per_step") != count_rows(args):
-        problems.append(f"--batch_size x --gradient_accumulation_steps x devices is {count_rows(args)}, and "
+    if former.get("rows_per_step") != count_rows_per_step(args):
+        problems.append(f"--batch_size x --gradient_accumulation_steps x devices is {count_rows_per_step(args)}, and "
                         f"{former.get('rows_per_step')} in the run that {checkpoint} is from; expected the same")
     if former.get("training_rows") != hash_rows(train):
         problems.append(f"the training rows are not those of the run that {checkpoint} is from; "
@@ -3842,11 +3873,11 @@ def check_resume(args: argparse.Namespace, checkpoint: str | None, former: dict,
     best = find_best(checkpoint) if args.metric_for_best else None
     if best and (damage := find_damage(best)):
         problems.append(f"{best}, the best so far, is damaged: {damage}; remove it to go on without")
-    steps = count_steps(args, train)[0]
+    steps, done = count_steps(args, train)[0], to_step(checkpoint)
     planned = count_steps(argparse.Namespace(**vars(args) | {name: former[name] for name in former.keys() & {
         "max_steps", "num_epochs"}}), train)[0]
-    if to_step(checkpoint) > steps:
-        problems.append(f"{checkpoint} is from step {to_step(checkpoint):,}, and --max_steps or --num_epochs ends at "
+    if done > steps:
+        problems.append(f"{checkpoint} is from step {done:,}, and --max_steps or --num_epochs ends at "
                         f"{steps:,}; expected no fewer steps")
     if problems:
         raise UserError("\n".join(problems))
@@ -3939,7 +3970,7 @@ def is_alike(got: object, expected: object, schema: object) -> bool:
     """Say whether two values match by BFCL's rules: types by the schema, strings without case and punctuation."""
     schema = schema if isinstance(schema, dict) else {}
     types = schema.get("type", [])
-    if types and JSON_TYPES[type(got)].isdisjoint([types] if isinstance(types, str) else types):
+    if types and JSON_TYPES[type(got)].isdisjoint(as_list(types)):
         return False
     if isinstance(got, dict) and isinstance(expected, dict):
         return has_alike_arguments(got, expected, schema)
@@ -3992,11 +4023,11 @@ def score_answer(got: str, expected: str, tools: list[dict], parser: str = "herm
     if tools:
         schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
         exact = can_pair(calls, wanted, is_same)
-        ast = exact or can_pair(calls, wanted, lambda call, other: call["name"] == other["name"]
-                                and is_alike(call["arguments"], other["arguments"], schemas.get(call["name"])))
+        alike = exact or can_pair(calls, wanted, lambda call, other: call["name"] == other["name"]
+                                  and is_alike(call["arguments"], other["arguments"], schemas.get(call["name"])))
     else:
-        exact = ast = got.strip() == expected.strip()
-    return Verdict(exact, ast, False, wanted_names, tuple(call["name"] for call in calls))
+        exact = alike = got.strip() == expected.strip()
+    return Verdict(exact, alike, False, wanted_names, tuple(call["name"] for call in calls))
 
 
 def divide(part: float, whole: float) -> float:
@@ -4154,7 +4185,7 @@ def count_checkpoints(args: argparse.Namespace, train: list[Sequence], checkpoin
     return min(written, kept)
 
 
-def build_skeleton(config, trust: bool = False):
+def build_skeleton(config, trust: bool):
     """Return the model that a config describes, with the shapes of its weights and no memory for them."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -4258,7 +4289,7 @@ def check_merge_base(args: argparse.Namespace, config) -> str:
     return args.merge_model_id
 
 
-def check_same_shape(config, merge_model_id: str, trust: bool = False) -> None:
+def check_same_shape(config, merge_model_id: str, trust: bool) -> None:
     """Refuse a merge base whose layers are not those of the model that is trained."""
     other = check_model(merge_model_id, "--merge_model_id", trust)
     if getattr(other, "quantization_config", None) is not None:
@@ -4280,6 +4311,12 @@ def write_run(args: argparse.Namespace, folder: str | Path, **facts) -> None:
     settings = {name: value for name, value in vars(args).items() if name not in ONCE}
     settings = hide_secrets(yaml.safe_dump(settings | ({"facts": facts} if facts else {}), sort_keys=False))
     write_file(Path(folder) / "run.yaml", WRITTEN_BY + settings)
+
+
+def mark_output(args: argparse.Namespace) -> None:
+    """Mark the output folder as ours by a run.yaml, unless it has that of an earlier run."""
+    if not (Path(args.output_dir) / "run.yaml").exists():
+        write_run(args, args.output_dir)
 
 
 def save_adapter(model, output_dir: str) -> str:
@@ -4372,7 +4409,6 @@ def merge_layers(model) -> None:
 def merge_adapter(args: argparse.Namespace, base_id: str, adapter: str) -> Path:
     """Merge the adapter into the 16-bit base, save the model whole, and return its folder, not yet the final one."""
     import torch
-    from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     def load(place):
@@ -4385,7 +4421,7 @@ def merge_adapter(args: argparse.Namespace, base_id: str, adapter: str) -> Path:
         free_gpu()
         base = load("cpu")
     sums = sum_weights(base)
-    model = PeftModel.from_pretrained(base, adapter)
+    model = load_adapter(base, adapter)
     torch.manual_seed(args.seed)
     merge_layers(model)
     merged = model.unload()
@@ -4393,12 +4429,9 @@ def merge_adapter(args: argparse.Namespace, base_id: str, adapter: str) -> Path:
     return save_whole(args, merged)
 
 
-def quantise_folder(folder: Path, trust: bool = False, place: str | None = None) -> None:
+def quantise_folder(folder: Path, trust: bool, place: str) -> None:
     """Put the model of a folder, saved in 16 bits, into 4 bits as bitsandbytes has them; the rest stays as it was."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
-    model = load_base(str(folder), True, trust, config.dtype, place)
+    model = load_base(str(folder), True, trust, load_config(str(folder), trust=trust).dtype, place)
     for file in folder.glob("model*.safetensors*"):  # the model may still read it: removed, not written over
         file.unlink()
     model.save_pretrained(folder)
@@ -4435,7 +4468,7 @@ def merge_and_score(args: argparse.Namespace, base_id: str, adapter: str | None,
     def score(name, model):
         answers = generate_answers(model, tokenizer, sequences, args, name)
         free_gpu()  # of what answers needed; a loss needs larger pieces
-        results[name] = {"answers": answers, "loss": to_metrics(score_batches(model, batches, "transformers"))["loss"]}
+        results[name] = {"answers": answers, "loss": measure_loss(model, batches, "transformers")}
 
     base = load_base(base_id, False, trust, place=place)
     warn_if_spread(base)
@@ -4528,7 +4561,7 @@ def run_fresh(function, *arguments):
 
 def is_worse(loss: float, expected: float) -> bool:
     """Say whether a held-out loss is above the expected one by more than rounding explains, or is no number."""
-    return not loss <= expected + max(0.02 * expected, MERGE_SLACK)
+    return not loss <= expected + MERGE_SLACK * max(1, expected)
 
 
 def check_merged(args: argparse.Namespace, adapter: str, results: dict, scores: dict, exact: list[bool]) -> None:
@@ -4559,7 +4592,7 @@ def check_merged(args: argparse.Namespace, adapter: str, results: dict, scores: 
                         f"safe in {adapter}" + advice * args.load_in_4bit)
 
 
-def gather_model(model, dtype, trust: bool = False):
+def gather_model(model, dtype, trust: bool):
     """Return a split model whole, in `dtype` and on the CPU, on the first process; all must call this."""
     weights = gather_weights(model)
     if not is_main():
@@ -4579,13 +4612,13 @@ def round_trained(args: argparse.Namespace, model, dtype, batches: list[dict], e
     """
     import torch
 
-    before, dtype = to_metrics(score_batches(model, batches, engine))["loss"], dtype or model.dtype
+    before, dtype = measure_loss(model, batches, engine), dtype or model.dtype
     torch.manual_seed(args.seed)
     for parameter in model.parameters():
         if dtype == torch.bfloat16:
             round_at_random(held_part(parameter.data))
         parameter.data.copy_(parameter.data.to(dtype))
-    after = to_metrics(score_batches(model, batches, engine))["loss"]
+    after = measure_loss(model, batches, engine)
     if is_worse(after, before):
         warn(f"{dtype} holds less than training changed: held-out loss {after:.4f}, in 32 bits {before:.4f}; train "
              "longer or raise --learning_rate")
@@ -4688,7 +4721,7 @@ def to_modelfile(tokenizer, file: str, context: int, thinks: bool) -> str:
     Its fixed texts are cut out of a rendered prompt, so they are those of training. Only the JSON of tools is spaced
     and ordered as Ollama does it. A chat format other than Qwen's is left to Ollama, which knows the common ones.
     """
-    render = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True, enable_thinking=thinks)
+    render = partial(render_text, tokenizer, add_generation_prompt=True, enable_thinking=thinks)
     user, tool = {"role": "user", "content": "USER"}, {"type": "function", "function": {"name": "x"}}
     before, _, after = render([{"role": "system", "content": "SYSTEM"}, user], tools=[tool]).partition(json.dumps(tool))
     lines = [f"FROM ./{file}", "PARAMETER temperature 0", f"PARAMETER num_ctx {context}"]
@@ -4709,18 +4742,18 @@ def write_gguf(args: argparse.Namespace, tools: tuple[list[str], list[str]], tok
     what = f"--save_gguf (the model is whole in {model})"
     with discard_partial(model / "gguf") as folder:
         folder.mkdir()
-        whole, names = folder / "whole.gguf", args.save_gguf.split(",")
+        whole = folder / "whole.gguf"
+        files = {name: folder / f"{model.resolve().name}-{name}.gguf" for name in args.save_gguf.split(",")}
         if quantizer:
             run_llama_tool([*converter, str(model), "--outfile", str(whole), "--outtype", "bf16"], what)
-        for name in names:
-            file = folder / f"{model.resolve().name}-{name}.gguf"
+        for name, file in files.items():
             convert = [*converter, str(model), "--outfile", str(file), "--outtype", name]
             quantize = [*quantizer, str(whole), str(file), name.upper()]
             run_llama_tool(convert if name in CONVERTED_GGUF else quantize, what)
             if not file.is_file():
                 raise UserError(f"{what}: llama.cpp wrote no {file.name}")
         whole.unlink(missing_ok=True)
-        first = f"{model.resolve().name}-{names[0]}.gguf"
+        first = next(iter(files.values())).name
         (folder / "Modelfile").write_text(
             to_modelfile(tokenizer, first, max(4096, args.max_seq_length), thinks), encoding="utf-8")
         put_in_place(model / "gguf")
@@ -4865,10 +4898,9 @@ def find_versions() -> dict:
     """Return {library: version or None} of what a run depends on."""
     from importlib import metadata
 
-    # Of two of one name the first is imported.
-    found = {str(library.name).lower(): library.version for library in reversed([*metadata.distributions()])}
     names = ("torch", "transformers", "trl", "peft", "bitsandbytes", "unsloth")
-    return {"python": sys.version.split()[0], **{name: found.get(name) for name in names}}
+    found = {name: next(metadata.distributions(name=name), None) for name in names}  # of two, the first is imported
+    return {"python": sys.version.split()[0], **{name: library and library.version for name, library in found.items()}}
 
 
 def find_commit() -> str | None:
@@ -5237,8 +5269,8 @@ def digest_tools(examples: list[Example]) -> list[str]:
 
 def list_calls(example: Example) -> list[list[str]]:
     """Return the names of the tools that each trained turn of a row calls; turns without a call are left out."""
-    turns = [[call["function"]["name"] for call in message.get("tool_calls", [])] for message in example.messages
-             if message.get("weight") != 0]
+    turns = [[call["function"]["name"] for call in message.get("tool_calls", [])]
+             for message in filter(is_trained, example.messages)]
     return [names for names in turns if names]
 
 
@@ -5279,7 +5311,7 @@ def count_tool_tokens(tokenizer, examples: list[Example]) -> list[int]:
     for example, key in zip(examples, keys):
         if key not in sizes:
             messages = example.messages[: find_first_answer(example)]
-            prompts = [tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+            prompts = [render_text(tokenizer, messages, tools=tools, add_generation_prompt=True)
                        for tools in (example.tools or None, None)]
             long, short = tokenizer(prompts, add_special_tokens=False)["input_ids"]
             sizes[key] = len(long) - len(short)
@@ -5487,8 +5519,7 @@ def show_run(audit: dict) -> None:
 
 def write_audit(args: argparse.Namespace, audit: dict) -> Path:
     """Write audit.json into the output folder and return its path; the run.yaml of an earlier run stays."""
-    if not (Path(args.output_dir) / "run.yaml").exists():
-        write_run(args, args.output_dir)
+    mark_output(args)
     path = Path(args.output_dir) / "audit.json"
     write_file(path, hide_secrets(json.dumps(audit, indent=1, ensure_ascii=False)))
     return path
@@ -5616,8 +5647,9 @@ def start_output(args: argparse.Namespace, checkpoint: str | None, train: list[S
         return
     output = Path(args.output_dir)
     resumed = checkpoint is not None and Path(checkpoint).resolve().parent == output.resolve()
+    last = to_step(checkpoint) if resumed else 0
     for old in list_checkpoints(output):
-        if not resumed or int(old.name[11:]) > to_step(checkpoint):
+        if int(old.name[11:]) > last:
             shutil.rmtree(move_aside(old), ignore_errors=True)
     for leftover in (*output.glob(".*.partial"), *output.glob(".*.old")):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -5643,7 +5675,7 @@ def count_trained(step: int, rows: int, rows_per_step: int) -> int:
     return epochs * rows + more * rows_per_step
 
 
-def train_model(trainer, checkpoint: str | None, train: list[Sequence], rows_per_step: int, complete: bool) -> dict:
+def train_model(trainer, checkpoint: str | None, complete: bool) -> dict:
     """Train, from a checkpoint if there is one; print and return the facts of the steps made now.
 
     After a signal this ends with Interrupted, when the step is done and its checkpoint written.
@@ -5658,7 +5690,7 @@ def train_model(trainer, checkpoint: str | None, train: list[Sequence], rows_per
     if complete:
         load_trained(trainer, checkpoint)
     else:
-        stopper = build_stopper()
+        stopper = build_stopper(checkpoint)
         trainer.add_callback(stopper)
         with handle_signals(stopper.note):
             try:
@@ -5668,8 +5700,8 @@ def train_model(trainer, checkpoint: str | None, train: list[Sequence], rows_per
             number = stopper.agree()
         if number:
             raise Interrupted(number)
-    seconds, last = time.perf_counter() - start, trainer.state.global_step
-    before, after = (count_trained(step, len(train), rows_per_step) for step in (first, last))
+    seconds, last, train = time.perf_counter() - start, trainer.state.global_step, trainer.train_rows
+    before, after = (count_trained(step, len(train), trainer.plan.rows_per_step) for step in (first, last))
     steps, rows = last - first, after - before
     tokens = rows * sum(len(sequence.input_ids) for sequence in train) / len(train)
     history = trainer.state.log_history
@@ -5786,8 +5818,7 @@ def evaluate_only(args: argparse.Namespace, command: str) -> dict:
         warn(NOT_HELD_OUT)
     data = {"train": len(sequences) - held_out, "held_out": held_out, "skipped": skipped + groups.count([]),
             "unit": name_unit(sequences)}
-    if not (Path(args.output_dir) / "run.yaml").exists():
-        write_run(args, args.output_dir)
+    mark_output(args)
     folder = str(Path(args.output_dir) / "eval_only")  # beside a training run's report, not in its place
     write_run(args, folder)
     args.output_dir = folder
@@ -5796,7 +5827,7 @@ def evaluate_only(args: argparse.Namespace, command: str) -> dict:
 
 def finish(args: argparse.Namespace, command: str, sequences: list[Sequence], results: dict, scores: dict,
            verdicts: dict, data: dict, lengths: list[int], train: dict | None = None) -> dict:
-    """Show the scores and three answers; write and return the report."""
+    """Show the first answers and the scores; write and return the report."""
     report = to_report(args, command, sequences, results, scores, verdicts, data, lengths, train)
     show_answers(sequences, results, verdicts)
     show_scores(scores)
@@ -5871,8 +5902,8 @@ def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.Ex
     shown = find_shown(args, [*examples, *held_out])
     for warning in find_warnings(examples, held_out):
         warn(warning)
-    thinks = any("reasoning_content" in message and message.get("weight") != 0
-                 for example in examples for message in example.messages)
+    thinks = any("reasoning_content" in message for example in examples
+                 for message in filter(is_trained, example.messages))
     gguf = find_gguf_tools(args.save_gguf)
     check_hub(args.push_to_hub)
 
@@ -5910,7 +5941,7 @@ def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.Ex
         trainer = build_trainer(args, engine, model, tokenizer, train, held_out, plan)
     start_output(args, checkpoint, train, plan, date)
     complete = checkpoint is not None and is_complete(args, checkpoint, train)
-    facts = train_model(trainer, checkpoint, train, plan.rows_per_step, complete)
+    facts = train_model(trainer, checkpoint, complete)
     end = trainer.state.global_step
     facts["tokens_padded"] = count_padded(args, train, plan, range(end - facts["steps"], end))
     report_gpu()

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -567,4 +568,23 @@ def test_a_final_folder_is_replaced_whole(tmp_path):
     script.partial_folder(str(final)).mkdir()
     (script.partial_folder(str(final)) / "new").write_text("new")
     script.put_in_place(str(final))
+    assert names(tmp_path) == ["final"] and names(final) == ["new"]
+
+
+def test_a_signal_between_two_names_comes_after_the_second(tmp_path, monkeypatch):
+    final, rename, seen = tmp_path / "final", Path.rename, []
+    for folder, file in ((final, "old"), (script.partial_folder(final), "new")):
+        folder.mkdir()
+        (folder / file).touch()
+
+    def rename_and_signal(source, target):
+        rename(source, target)
+        seen.append(names(tmp_path))
+        if len(seen) == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Path, "rename", rename_and_signal)
+    with pytest.raises(script.Interrupted), script.handle_signals(script.raise_interrupted):
+        script.put_in_place(final)
+    assert seen == [[".final.old", ".final.partial"], [".final.old", "final"]]
     assert names(tmp_path) == ["final"] and names(final) == ["new"]

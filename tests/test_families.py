@@ -276,7 +276,7 @@ def test_a_mixture_of_experts_is_merged_with_its_experts(tmp_path):
     plan = script.plan_streams(rows, args, "transformers")
     model = script.load_model(args, "transformers", plan)
     trainer = script.build_trainer(args, "transformers", model, tokenizer, rows, [], plan)
-    assert script.train_model(trainer, None, rows, 8, complete=False)["steps"] == 2
+    assert script.train_model(trainer, None, complete=False)["steps"] == 2
     changed = {name for name, weight in trainer.model.named_parameters() if "lora_B" in name and weight.any()}
     assert any("experts" in name for name in changed) and any("q_proj" in name for name in changed)
     adapter = script.save_adapter(trainer.model, args.output_dir)

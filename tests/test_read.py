@@ -267,7 +267,7 @@ def test_only_the_nulls_of_columns_are_dropped():
                          "output": {"content": text, "call": {"name": text, "arguments": {"x": text, "y": text}}}})
     row = {"input": "i", "system": None, "raw": {"kept": None}, "tags": ["t", None], "turns": [{"a": None}, {"a": "b"}],
            "output": {"content": None, "call": {"name": "f", "arguments": {"x": None, "y": None}}}}
-    assert script.drop_filled(row, features) == {
+    assert script.drop_null_columns(row, features) == {
         "input": "i", "raw": {"kept": None}, "tags": ["t", None], "turns": [{}, {"a": "b"}],
         "output": {"call": {"name": "f", "arguments": {}}}}
 

@@ -396,6 +396,21 @@ def test_a_damaged_best_checkpoint_is_found_before_training(tmp_path):
                                 "go on without")
 
 
+def test_where_the_best_checkpoint_is_gone_the_best_is_sought_anew(tmp_path, capsys):
+    from transformers import TrainerState, TrainingArguments
+
+    best, last = make_checkpoint(tmp_path, 2), make_checkpoint(tmp_path, 3)
+    state = {"global_step": 3, "best_global_step": 2, "best_metric": 0.9, "stateful_callbacks": {}}
+    (last / "trainer_state.json").write_text(json.dumps(state))
+    for there in (True, False):
+        loaded = TrainerState.load_from_json(str(last / "trainer_state.json"))
+        script.build_stopper(str(last)).on_train_begin(TrainingArguments(str(tmp_path), use_cpu=True), loaded, None)
+        assert (loaded.best_global_step, loaded.best_metric) == ((2, 0.9) if there else (None, None))
+        assert capsys.readouterr().err == "" if there else (
+            "warning: the best checkpoint, of step 2, is gone: the best is sought anew\n")
+        shutil.rmtree(best, ignore_errors=True)
+
+
 def test_a_run_may_grow_and_not_shrink_and_says_what_that_does_to_its_rate(tmp_path, capsys):
     checkpoint = str(make_checkpoint(tmp_path, 3))
     args, former = agreed_run()

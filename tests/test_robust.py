@@ -159,6 +159,21 @@ def test_the_self_check_takes_fewer_rows_when_memory_is_short(tmp_path, tokenize
         script.check_sharing(args, trainer.model, TRAIN, plan, "transformers")
 
 
+def test_a_kernel_that_cannot_be_compiled_switches_sharing_off(tmp_path, tokenizer, monkeypatch, capsys):
+    trainer = make_trainer(tmp_path, tokenizer)
+    plan = script.Plan(8, 1, script.group_rows(TRAIN))
+
+    def fail(*_):
+        raise RuntimeError("No valid triton configs.\nout of resource: shared memory")
+
+    monkeypatch.setattr(script, "compare_sharing", fail)
+    assert script.check_sharing(script.parse_args([]), trainer.model, TRAIN, plan, "transformers") is False
+    assert capsys.readouterr().err == ("warning: attention with a shared prefix cannot be computed here (No valid "
+                                       "triton configs.): sharing is switched off\n")
+    with pytest.raises(RuntimeError):  # one of several devices does not decide for all
+        script.check_sharing(script.parse_args([]), trainer.model, TRAIN, plan._replace(devices=2), "transformers")
+
+
 @pytest.mark.parametrize("error, kind", [(MemoryError(), "memory"), (torch.OutOfMemoryError("x"), "GPU memory")])
 def test_memory_that_runs_out_elsewhere_is_one_line(monkeypatch, capsys, error, kind):
     def run_out(argv):
@@ -248,7 +263,7 @@ def test_a_number_that_is_not_finite_ends_the_run_before_anything_is_saved(
     bar = trainer.progress.bar
     bar.disable = False  # as on a terminal
     with pytest.raises(script.UserError) as error:
-        script.train_model(trainer, None, TRAIN, 10, complete=False)
+        script.train_model(trainer, None, complete=False)
     assert bar.finished is False and not bar.live.is_started  # or the message would be drawn through it
     plan = script.Plan(5, 2, script.group_rows(TRAIN))
     rows = [TRAIN[index].where for index in script.order_rows(plan, script.SEED, 0)[10:20]]

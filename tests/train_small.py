@@ -61,7 +61,7 @@ def live(folder: Path, flags: list[str]) -> None:
                                    plan)
     script.start_output(args, checkpoint, train, plan)
     complete = checkpoint is not None and script.is_complete(args, checkpoint, train)
-    script.train_model(trainer, checkpoint, train, plan.rows_per_step, complete)
+    script.train_model(trainer, checkpoint, complete)
     if not args.lora_rank:
         whole, _ = script.round_trained(args, trainer.model, None, script.to_batches(held_out, plan), "transformers")
     if script.leave_group():
