@@ -37,7 +37,7 @@ import warnings
 from collections import Counter
 from datetime import timedelta
 from functools import lru_cache, partial
-from itertools import chain, islice, starmap
+from itertools import chain, islice
 from multiprocessing import resource_tracker
 from pathlib import Path
 from types import SimpleNamespace
@@ -647,6 +647,9 @@ def open_file(path: str):
                 raise UserError(f"{path}: is {kind}; expected JSON or JSONL: unpack or convert it first")
             if wide := re.search(rb"[\0\xfe\xff]", start):  # UTF-16, or no text at all
                 raise UserError(f"{path}: not UTF-8 text (byte {wide.start()}); save it as UTF-8 JSON or JSONL")
+            first = start.lstrip(b"\xef\xbb\xbf \r\n\t")[:1]
+            if path.lower().endswith((".csv", ".tsv")) and first not in (b"", b"{", b"["):
+                raise UserError(f"{path}: is a table of text; expected JSON or JSONL: convert it first")
             file.seek(0)
             yield file
     except OSError as error:
@@ -899,13 +902,8 @@ GLAIVE_BOILERPLATE = re.compile(r"You are a helpful assistant with access to the
                                 r"Use them if required\s*-?")
 QUESTION_KEYS = ("instruction", "question", "prompt", "query", "input")
 ANSWER_KEYS = ("output", "answer", "response", "completion")
-KNOWN_KEYS = {  # what has a meaning in some format
-    "row": {"messages", "conversations", "tools", "functions", "system", "history", "context", "answers", "chat",
-            *QUESTION_KEYS, *ANSWER_KEYS},
-    "turn": {"role", "from", "content", "value", "name", "weight", "tool_calls", "function_call", "tool_call_id",
-             "reasoning_content", "thinking", "reasoning"},
-}
-KNOWN_KEYS["output"] = {*KNOWN_KEYS["turn"], "function_calls"}
+TURN_KEYS = {"role", "from", "content", "value", "name", "weight", "tool_calls", "function_call", "tool_call_id",
+             "reasoning_content", "thinking", "reasoning"}
 TEXT_PART = {"type", "text", "annotations", "cache_control"}  # a part of content with other keys says more than a text
 KIND_NAMES = {list: "a list of objects", dict: "an object", str: "text"}
 
@@ -939,8 +937,8 @@ def parse_json(text: str, what: str):
     """Return the value of a JSON text; ValueError names `what` is broken."""
     try:
         return DECODER.decode(text)
-    except ValueError:
-        raise ValueError(f"{what} not valid JSON: {shorten(text)}") from None
+    except ValueError as error:
+        raise ValueError(f"{what} {explain(error)}: {shorten(text)}") from None
 
 
 def unpack(value: object, what: str):
@@ -1498,16 +1496,6 @@ def convert_toolace(row: dict) -> tuple[list[dict], object]:
     return turns, tools
 
 
-def is_call_text(text: object) -> bool:
-    """Return whether a text is the JSON of a call, of several, or of an answer that holds some."""
-    try:
-        found = as_list(unpack(text, "it is")) if isinstance(text, str) else []
-    except (ValueError, RecursionError):
-        return False
-    return any(isinstance(call, dict) and (call.keys() >= {"name", "arguments"} or not call.keys().isdisjoint(
-        ("function_call", "function_calls", "tool_calls"))) for call in found)
-
-
 def convert_alpaca(row: dict) -> tuple[list[dict], object]:
     """{"instruction": "...", "input": "", "output": "...", "system": "...", "history": [["u", "a"]]}, or a question, a
     "context" and an answer by other names: plain requests, so without tools unless the row has its own."""
@@ -1519,9 +1507,6 @@ def convert_alpaca(row: dict) -> tuple[list[dict], object]:
     for key, others in ((question, QUESTION_KEYS), (answer, ANSWER_KEYS)):
         if more := [other for other in others if row.get(other) and other not in (key, "input")]:
             raise ValueError(f'"{key}" and "{more[0]}" both have a place in the row; expected one of them')
-    if is_call_text(row[answer]):
-        raise ValueError(f'"{answer}" is a call as text, {shorten(row[answer], 40)}; expected a form that is read as a '
-                         'call, such as {"input": "...", "output": {"function_call": {...}}}')
     turns = [*read_request(row, question), {"role": "assistant", "content": take(row, answer, str)}]
     return add_system(row, turns), []
 
@@ -1572,23 +1557,26 @@ def is_sharegpt_tools(row: dict) -> bool:
         to_role(role) in ("calls", "tool") for role, _ in peek(row, "conversations")))
 
 
-FORMATS = {  # name: (whether a row is of this format, converter to (turns, tools or None)); the first that fits
-    "native": (lambda row: "input" in row and isinstance(row.get("output"), dict), convert_native),
+# name: (whether a row is of this format, converter to (turns, tools or None), the keys it reads beside tools and
+# system); the first that fits
+FORMATS = {
+    "native": (lambda row: "input" in row and isinstance(row.get("output"), dict), convert_native,
+               {"input", "output", "instruction", "history", "context"}),
     "swift": (lambda row: any(role in ("tool_call", "tool_response") for role, _ in peek(row, "messages")),
-              convert_openai),
-    "hermes": (is_hermes, convert_hermes),
-    "toolace": (is_toolace, convert_toolace),
-    "mobile-actions": (is_mobile, convert_openai),
-    "openai": (lambda row: "messages" in row, convert_openai),
+              convert_openai, {"messages"}),
+    "hermes": (is_hermes, convert_hermes, {"messages", "conversations"}),
+    "toolace": (is_toolace, convert_toolace, {"messages", "conversations"}),
+    "mobile-actions": (is_mobile, convert_openai, {"messages"}),
+    "openai": (lambda row: "messages" in row, convert_openai, {"messages"}),
     # {"conversations": [{"from": "human" | "gpt" | "function_call" | "observation", "value": "..."}], "tools": ...}
-    "sharegpt-tools": (is_sharegpt_tools, lambda row: (read_turns(row), None)),
-    "sharegpt": (lambda row: "conversations" in row, lambda row: (read_turns(row), [])),  # plain chat: without tools
-    "xlam": (lambda row: "query" in row and "answers" in row, convert_xlam),
-    "glaive": (lambda row: "chat" in row, convert_glaive),
+    "sharegpt-tools": (is_sharegpt_tools, lambda row: (read_turns(row), None), {"conversations"}),
+    "sharegpt": (lambda row: "conversations" in row, lambda row: (read_turns(row), []), {"conversations"}),  # no tools
+    "xlam": (lambda row: "query" in row and "answers" in row, convert_xlam, {"query", "answers"}),
+    "glaive": (lambda row: "chat" in row, convert_glaive, {"chat"}),
     "prompt-completion": (lambda row: isinstance(row.get("prompt"), list) and "completion" in row,
-                          convert_prompt_completion),
+                          convert_prompt_completion, {"prompt", "completion"}),
     "alpaca": (lambda row: any(key in row for key in QUESTION_KEYS) and any(key in row for key in ANSWER_KEYS),
-               convert_alpaca),
+               convert_alpaca, {*QUESTION_KEYS, *ANSWER_KEYS, "history", "context"}),
 }
 SHAPES = ('"messages"; "conversations"; "input" and "output"; "query" and "answers"; "chat"; "question" and "answer"; '
           '"prompt" and "completion"')
@@ -1601,15 +1589,19 @@ def convert(row: object, name: str) -> tuple[str, list[dict], object]:
     if not isinstance(row, dict):
         raise ValueError(f"a row must be an object, got {shorten(row)}")
     row = {**row, **{key: unpack(row[key], f'"{key}" is') for key in ("messages", "conversations") if key in row}}
+    if row.get("messages") and row.get("conversations"):
+        raise ValueError('"messages" and "conversations" both have a place in the row; expected one of them')
     if "prompt" in row and "completion" in row:  # which may as well be plain text that begins with a bracket
         with contextlib.suppress(ValueError, RecursionError):
             turns = {key: unpack(row[key], key) for key in ("prompt", "completion")}
             row |= turns if all(isinstance(turn, dict) and "role" in turn for part in turns.values()
                                 for turn in as_list(part)) else {}
     if name == "auto":
-        name = next((found for found, (fits, _) in FORMATS.items() if fits(row)), "")
+        name = next((found for found, (fits, *_) in FORMATS.items() if fits(row)), "")
     if not name:
-        raise ValueError(f"no known format; expected an object with {SHAPES}; got {shorten(row)}")
+        inside = [key for key, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+        hint = f'; if its "{inside[0]}" are the rows, give that list alone' if inside else ""
+        raise ValueError(f"no known format; expected an object with {SHAPES}; got {shorten(row)}{hint}")
     turns, tools = FORMATS[name][1](row)
     # Those of the row itself count, under the newer name first, unless they are none and there are some elsewhere.
     given = [found for found in (row.get("tools"), row.get("functions"), tools) if found is not None]
@@ -1617,16 +1609,18 @@ def convert(row: object, name: str) -> tuple[str, list[dict], object]:
     return name, to_messages(turns), (some or given or [None])[0]
 
 
-def list_unknown(row: object) -> list[tuple[str, str]]:
-    """Return as (place, key) what holds something in a row, its output or a turn, and is read in no format."""
-    if not isinstance(row, dict):
-        return []
-    places = [("row", row), ("output", row.get("output"))]
-    for key in ("messages", "conversations", "prompt", "completion"):
-        with contextlib.suppress(ValueError, RecursionError):  # of a JSON text; what is wrong, to_examples says
-            places += [("turn", turn) for turn in as_list(unpack(row.get(key), key))]
-    return [(place, key) for place, holder in places if isinstance(holder, dict)
-            for key, value in holder.items() if key not in KNOWN_KEYS[place] and value not in (None, "", [], {})]
+def list_unread(row: dict, name: str) -> list[tuple[str, str]]:
+    """Return as (place, key) what holds something in a row, its output or a turn, and is not read in its format."""
+    keys = FORMATS[name][2]
+    places = [("row", row, {*keys, "tools", "functions", "system"})]
+    if name == "native":
+        places.append(("output", row["output"], {*TURN_KEYS, "function_calls"}))
+    elif name != "alpaca":  # whose `prompt` and `completion` are plain text
+        lists = [unpack(row[key], key) for key in ("messages", "conversations", "prompt", "completion")
+                 if key in keys and row.get(key)]
+        places += [("turn", turn, TURN_KEYS) for turns in lists for turn in as_list(turns)]
+    return [(place, key) for place, holder, known in places if isinstance(holder, dict)
+            for key, value in holder.items() if key not in known and value not in (None, "", [], {})]
 
 
 def to_row(example: Example) -> dict:
@@ -1645,8 +1639,9 @@ def to_row(example: Example) -> dict:
 # 4  Validate: example -> list of problems; a check_ returns problems, one place raises
 # ---------------------------------------------------------------------------------------------------------------
 # Inside content these tokens would forge turns, calls or thoughts: the tokenizer turns them into control tokens.
-# The last is another model's: an answer with it is a call that was not read.
-CONTROL_TOKEN = re.compile(r"<\|[a-z_]+\|>|</?(?:tool_call|tool_response|think|TOOLCALL)>")
+# The last three are other models': an answer with one is a call that was not read.
+CONTROL_TOKEN = re.compile(r"<\|[a-z_]+\|>|</?(?:tool_call|tool_response|think|TOOLCALL|functioncall)>|\[TOOL_CALLS\]")
+CODE_FENCE = re.compile(r"\s*```\w*\n(.*)```\s*", re.DOTALL)
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can write one alone, UTF-8 cannot
 NEXT_ROLES = {  # who may speak after whom
     "start": ("system", "user"),
@@ -1712,8 +1707,18 @@ def find_forbidden(text: str, control_token: re.Pattern = CONTROL_TOKEN) -> str 
     return None
 
 
+def is_call_text(text: str) -> bool:
+    """Return whether a text is the JSON of a call, of several, or of an answer that holds some."""
+    try:
+        found = as_list(unpack(CODE_FENCE.sub(r"\1", text), "it is"))
+    except (ValueError, RecursionError):
+        return False
+    return any(isinstance(call, dict) and (call.keys() >= {"name", "arguments"} or not call.keys().isdisjoint(
+        ("function_call", "function_calls", "tool_calls"))) for call in found)
+
+
 def check_text(messages: list[dict]) -> list[str]:
-    """Check that every content is text, that none is missing, and that none holds a control token."""
+    """Check that every content is text, that none is missing or a call, and that none holds a control token."""
     problems = []
     for index, message in enumerate(messages, start=1):
         name = f"message {index} ({message['role']})"
@@ -1723,6 +1728,9 @@ def check_text(messages: list[dict]) -> list[str]:
             continue
         if not content.strip() and message["role"] != "tool" and not message.get("tool_calls"):
             problems.append(f"{name}: content is empty")
+        if is_trained(message) and is_call_text(content):
+            problems.append(f"{name}: content is a call as text, {shorten(content, 40)}; expected it in a form that is "
+                            'read as a call, such as "tool_calls"')
         for text in (content, message.get("reasoning_content", ""), to_json(message.get("tool_calls", []))):
             if problem := find_forbidden(text):
                 is_call = text is content and message["role"] == "assistant" and re.search(r"</tool_?call>", text, re.I)
@@ -1730,20 +1738,43 @@ def check_text(messages: list[dict]) -> list[str]:
     return problems
 
 
-def to_strict(schema: object) -> object:
-    """Return the schema with unknown arguments refused wherever `properties` are listed and nothing else is said."""
+COMBINED = ("allOf", "anyOf", "oneOf", "then", "else")  # where parts of a value's schema stand
+
+
+def names_properties(schema: object) -> bool:
+    """Return whether a schema lists properties, by itself or by what it is combined of."""
+    return isinstance(schema, dict) and (not schema.keys().isdisjoint(("properties", "$ref")) or any(
+        names_properties(part) for key in COMBINED for part in as_list(schema.get(key))))
+
+
+def to_strict(schema: object, whole: bool = True) -> object:
+    """Return the schema with unknown arguments refused wherever `properties` are listed and nothing else is said.
+
+    A definition or an alternative is not the `whole` schema of a value: what is unknown is decided where these are
+    combined, by `unevaluatedProperties`, which knows what each of them has let pass
+    (https://json-schema.org/draft/2020-12/json-schema-core#section-11.3).
+    """
     if not isinstance(schema, dict):
         return schema
     strict = dict(schema)
-    if isinstance(schema.get("properties"), dict):
-        strict["properties"] = {name: to_strict(value) for name, value in schema["properties"].items()}
-        # Combinators may name further arguments, so there the schema's own word stands.
-        if not schema.keys() & {"additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "if", "$ref"}:
-            strict["additionalProperties"] = False
-    if "items" in schema:
-        strict["items"] = to_strict(schema["items"])
-    if isinstance(schema.get("prefixItems"), list):
-        strict["prefixItems"] = [*map(to_strict, schema["prefixItems"])]
+    for key, value in schema.items():
+        if key in SCHEMA_PLACES["named"] and isinstance(value, dict):
+            strict[key] = {name: to_strict(part, key.endswith("roperties")) for name, part in value.items()}
+        elif key in ("items", "additionalProperties"):
+            strict[key] = to_strict(value)
+        elif key == "prefixItems" and isinstance(value, list):
+            strict[key] = [*map(to_strict, value)]
+        elif key in COMBINED:
+            parts = [to_strict(part, whole=False) for part in as_list(value)]
+            strict[key] = parts if isinstance(value, list) else parts[0]
+    if schema.keys() & {"additionalProperties", "patternProperties", "unevaluatedProperties"}:
+        return strict
+    if names_properties(schema):
+        word = "unevaluatedProperties" if schema.keys() & {*COMBINED, "$ref", "if", "dependentSchemas"} else (
+            "additionalProperties")  # which is faster
+        return {**strict, word: False} if whole else strict
+    if not whole and ("object" in as_list(schema.get("type")) or schema.keys() <= {"title", "description"}):
+        strict["additionalProperties"] = True  # it lets any property pass
     return strict
 
 
@@ -1763,6 +1794,13 @@ def describe(error) -> str:
         unknown = [name for name in error.instance if name not in named
                    and not any(re.search(pattern, name) for pattern in patterns)]
         return f"{path}.{unknown[0]} is not an argument of this tool"
+    if error.validator == "unevaluatedProperties" and error.validator_value is False:
+        unknown = next((name for name in error.instance if repr(name) in error.message), "")
+        return f"{path}.{unknown} is not an argument of this tool"
+    if error.validator in ("anyOf", "oneOf"):  # as {...} or null: what is wrong with the only one of the value's type
+        inner = [part for part in error.context if part.validator != "type" or part.relative_path]
+        if len({part.relative_schema_path[0] for part in inner}) == 1:
+            return describe(inner[0])
     return f"{path}: {error.message if len(error.message) < 200 else f'{error.validator} is not met'}"
 
 
@@ -1845,7 +1883,10 @@ def check_call(name: str, arguments: dict, validators: dict) -> list[str]:
         if not isinstance(validators[name], str):
             with limit_time(CHECK_SECONDS):
                 errors = [*validators[name].iter_errors(arguments)]
-            return [describe(error) for error in sorted(errors, key=lambda error: error.json_path)]
+            # Of what fails as a whole, no part has let its properties pass.
+            failed = {error.json_path for error in errors if error.validator != "unevaluatedProperties"}
+            return [describe(error) for error in sorted(errors, key=lambda error: error.json_path)
+                    if error.validator != "unevaluatedProperties" or error.json_path not in failed]
     except TimeoutError:
         validators[name] = f"its tool's schema takes over {CHECK_SECONDS} s to apply; simplify its patterns"
     except referencing.exceptions.Unresolvable as error:
@@ -1896,12 +1937,16 @@ def read_tools(path: str) -> tuple[list[dict], Counter]:
 
 
 def to_examples(rows, tools_path: str,
-                name: str = "auto") -> tuple[list[Example], list[tuple[str, str]], int, Counter]:
-    """Convert and check every (where, row); return (valid examples, (where, problem) pairs, rows, changes to tools)."""
-    examples, problems, changes, checked, total = [], [], Counter(), {}, 0
+                name: str = "auto") -> tuple[list[Example], list[tuple[str, str]], int, Counter, Counter]:
+    """Convert and check every (where, row).
+
+    Returned are (valid examples, (where, problem) pairs, number of rows, changes to tools, what list_unread finds).
+    """
+    examples, problems, changes, unread, checked, total = [], [], Counter(), Counter(), {}, 0
     for total, (where, row) in enumerate(rows, start=1):
         try:
             found_format, messages, tools = convert(row, name)
+            unread.update(list_unread(row, found_format))
             key = json.dumps(tools)
             if key not in checked:  # most rows share their tools: convert and check each list once
                 if tools is None and not Path(tools_path).exists():
@@ -1918,7 +1963,7 @@ def to_examples(rows, tools_path: str,
         problems += [(where, " ".join(problem.splitlines())) for problem in found]
         if not found:
             examples.append(Example(where, messages, tools, found_format))
-    return examples, problems, total, changes
+    return examples, problems, total, changes, unread
 
 
 def apply_thinking(examples: list[Example], thinking: str) -> tuple[list[Example], list[tuple[str, str]]]:
@@ -5480,7 +5525,8 @@ def show_data(audit: dict) -> None:
         show_table(["", *audit["sizes"]["all"]], [[name, *sizes.values()] for name, sizes in audit["sizes"].items()])
     if length := audit["length"]:
         long = [f"{where} ({size:,})" for where, size in length["too_long"]]
-        say("length", f"{len(long):,} rows over --max_seq_length {length['max_seq_length']:,}{': ' * bool(long)}"
+        say("length", f"{plural(len(long), 'row')} over --max_seq_length {length['max_seq_length']:,}"
+                      f"{': ' * bool(long)}"
                       f"{list_first(long, SHOWN_PAIRS)}; the smallest that loses nothing is {length['smallest']:,}")
     found = {name: audit["repeats"][key] for key, name in REPEATS.items()}
     say("repeats", ", ".join(f"{pairs['count']:,} {name}" for name, pairs in found.items()))
@@ -5530,14 +5576,8 @@ def write_audit(args: argparse.Namespace, audit: dict) -> Path:
 # ---------------------------------------------------------------------------------------------------------------
 def check_rows(args: argparse.Namespace, paths: list[str]) -> tuple[list[Example], list[tuple[str, str]], int]:
     """Return (valid examples of the files, (where, problem) pairs, number of rows); no valid row is a UserError."""
-    unknown = Counter()
-
-    def note_unknown(where, row):
-        unknown.update(list_unknown(row))
-        return where, row
-
-    rows = starmap(note_unknown, read_rows(paths, args.max_samples, args.tools_path))
-    examples, problems, total, changes = to_examples(rows, args.tools_path, args.format)
+    rows = read_rows(paths, args.max_samples, args.tools_path)
+    examples, problems, total, changes, unread = to_examples(rows, args.tools_path, args.format)
     examples, more = apply_thinking(examples, args.thinking)
     problems += more
     if not examples:
@@ -5546,10 +5586,10 @@ def check_rows(args: argparse.Namespace, paths: list[str]) -> tuple[list[Example
     if changes:
         counts = (f"{change} {count:,}".replace("->", "→") for change, count in changes.most_common())
         say("read", f"tools normalised: {list_first(counts, SHOWN_CHANGES)}")
-    if unknown:
-        found = sorted(unknown.items(), key=lambda item: (item[0][0] == "row", -item[1]))  # columns are often many
+    if unread:
+        found = sorted(unread.items(), key=lambda item: (item[0][0] == "row", -item[1]))  # columns are often many
         counts = (f"{shorten(key)} of {plural(count, place)}" for (place, key), count in found)
-        say("read", f"not read, as no format has it: {list_first(counts, SHOWN_CHANGES)}")
+        say("read", f"not read, as the format has no such key: {list_first(counts, SHOWN_CHANGES)}")
     return examples, problems, total
 
 
@@ -5559,8 +5599,8 @@ def read_examples(args: argparse.Namespace, paths: list[str]) -> tuple[list[Exam
     examples, problems, total = check_rows(args, paths)
     report_problems(problems, args.on_invalid, total)
     calls = sum(bool(message.get("tool_calls")) for example in examples for message in example.messages)
-    say("read", f"{len(examples):,} valid rows, {calls:,} turns that call, from {' '.join(paths)} "
-                f"({time.perf_counter() - start:.1f} s)")
+    say("read", f"{plural(len(examples), 'valid row')}, {plural(calls, 'turn')} that call{'s' * (calls == 1)}, from "
+                f"{' '.join(paths)} ({time.perf_counter() - start:.1f} s)")
     return examples, total - len(examples)
 
 
@@ -5575,7 +5615,7 @@ def write_converted(args: argparse.Namespace) -> None:
         write_file(path, "".join(json.dumps(to_row(example), ensure_ascii=False) + "\n" for example in examples))
     except OSError as error:
         raise UserError(f"--convert_to {path}: cannot be written: {error.strerror}") from None
-    say("write", f"{len(examples):,} rows: {path}")
+    say("write", f"{plural(len(examples), 'row')}: {path}")
 
 
 def to_sides(args: argparse.Namespace, examples: list[Example], held_out: list[Example],

@@ -253,7 +253,7 @@ def test_rows_that_are_too_long_are_named(tmp_path, dry):
     where = f"{tmp_path}/rows.jsonl:5"  # the parallel calls
     assert found["length"] == {"max_seq_length": smallest - 1, "smallest": smallest, "too_long": [[where, smallest]]}
     assert found["rows"]["training"] == 5 and found["rows"]["with_problems"] == 1
-    assert line(result, "length") == (f"length   1 rows over --max_seq_length {smallest - 1}: {where} ({smallest}); "
+    assert line(result, "length") == (f"length   1 row over --max_seq_length {smallest - 1}: {where} ({smallest}); "
                                       f"the smallest that loses nothing is {smallest}")
     assert result.returncode == 1 and result.stderr.splitlines()[0] == (
         f"error: {where}: {smallest} tokens; --max_seq_length is {smallest - 1} and no answer is ever cut")

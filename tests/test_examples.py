@@ -102,7 +102,7 @@ def test_array_and_jsonl_give_the_same_rows_and_lines(tmp_path):
     ({"input": "x", "output": {"function_call": {"name": "set_alarm"}}},
      'a call must be {"name": "...", "arguments": {...}}, got {"name": "set_alarm"}'),
     ({"input": "x", "output": {"function_call": {"name": "set_alarm", "arguments": "{time: 6}"}}},
-     'call "set_alarm": arguments are not valid JSON: "{time: 6}"'),
+     'call "set_alarm": arguments are not valid JSON: Expecting property name enclosed in double quotes: "{time: 6}"'),
     ({"input": "x", "output": {"function_call": {"name": "set_alarm", "arguments": [1]}}},
      'call "set_alarm": arguments must be an object, got [1]'),
     ({"input": "x", "output": {}},
@@ -112,6 +112,9 @@ def test_array_and_jsonl_give_the_same_rows_and_lines(tmp_path):
     ({"prompt": "x"}, 'no known format; expected an object with "messages"; "conversations"; "input" and "output"; '
                       '"query" and "answers"; "chat"; "question" and "answer"; "prompt" and "completion"; '
                       'got {"prompt": "x"}'),
+    ({"data": [{"input": "x"}]}, 'no known format; expected an object with "messages"; "conversations"; "input" and '
+     '"output"; "query" and "answers"; "chat"; "question" and "answer"; "prompt" and "completion"; got {"data": '
+     '[{"input": "x"}]}; if its "data" are the rows, give that list alone'),
     ('"text"', 'a row must be an object, got "text"'),
     ("{broken", "not valid JSON: Expecting property name enclosed in double quotes; "
                 "expected one JSON object a line, or a JSON array"),
@@ -161,12 +164,56 @@ def test_rows_without_tools_are_plain_conversations(tmp_path):
 
 def test_open_schemas_stay_open():
     free = {"type": "object", "properties": {"a": {}}, "additionalProperties": True}
-    either = {"type": "object", "properties": {"a": {}}, "anyOf": [{"required": ["a"]}, {"required": ["b"]}]}
     assert script.to_strict(free) == free
-    assert script.to_strict(either) == either
     nested = {"type": "array", "items": {"type": "object", "properties": {"a": {"type": "string"}}}}
     assert script.to_strict(nested)["items"]["additionalProperties"] is False
     assert "additionalProperties" not in nested["items"]
+
+
+PLACE = {"type": "object", "properties": {"lat": {"type": "number"}, "lon": {"type": "number"}}, "required": ["lat"]}
+COMBINED = {"type": "object", "$defs": {"Place": PLACE, "Free": {"type": "object"}}, "properties": {
+    "ref": {"$ref": "#/$defs/Place"},
+    "maybe": {"anyOf": [{"$ref": "#/$defs/Place"}, {"type": "null"}], "default": None},
+    "inline": {"anyOf": [PLACE, {"type": "null"}]},
+    "many": {"type": "array", "items": {"$ref": "#/$defs/Place"}},
+    "named": {"type": "object", "additionalProperties": {"$ref": "#/$defs/Place"}},
+    "inherits": {"allOf": [{"$ref": "#/$defs/Place"}, {"properties": {"name": {"type": "string"}}}]},
+    "free": {"anyOf": [{"$ref": "#/$defs/Free"}, {"type": "null"}]},
+    "any": {"anyOf": [{"type": "object"}, {"type": "string"}]},
+    "kind": {"oneOf": [{"properties": {"circle": {"type": "number"}}, "required": ["circle"]},
+                       {"properties": {"square": {"type": "number"}}, "required": ["square"]}]},
+    "wide": {"type": "object", "properties": {"a": {}, "b": {}}, "anyOf": [{"required": ["a"]}, {"required": ["b"]}]},
+    "flag": {"type": "object", "properties": {"deep": {"type": "boolean"}}, "if": {"required": ["deep"]},
+             "then": {"properties": {"depth": {"type": "integer"}}}},
+    "one": {"type": "object", "oneOf": [{"required": ["a"]}, {"required": ["b"]}]}}}
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    *(({name: value}, None) for name, value in [
+        ("ref", {"lat": 1}), ("maybe", {"lat": 1, "lon": 2}), ("maybe", None), ("inline", {"lat": 1}),
+        ("many", [{"lat": 1}]), ("named", {"home": {"lat": 1}}), ("inherits", {"lat": 1, "name": "x"}),
+        ("free", {"x": {"y": 1}}), ("any", {"x": 1}), ("any", "x"), ("kind", {"circle": 1}), ("kind", {"square": 1}),
+        ("wide", {"a": 1}), ("wide", {"a": 1, "b": 2}), ("flag", {"deep": True, "depth": 2}), ("flag", {}),
+        ("one", {"a": 1, "c": 2})]),
+    ({"ref": {"lat": 1, "lonn": 2}}, "arguments.ref.lonn is not an argument of this tool"),
+    ({"maybe": {"lat": 1, "lonn": 2}}, "arguments.maybe.lonn is not an argument of this tool"),
+    ({"inline": {"lat": 1, "lonn": 2}}, "arguments.inline.lonn is not an argument of this tool"),
+    ({"many": [{"lat": 1, "x": 2}]}, "arguments.many[0].x is not an argument of this tool"),
+    ({"named": {"home": {"lat": 1, "x": 2}}}, "arguments.named.home.x is not an argument of this tool"),
+    ({"inherits": {"lat": 1, "x": "y"}}, "arguments.inherits.x is not an argument of this tool"),
+    ({"kind": {"circle": 1, "x": 1}}, "arguments.kind.x is not an argument of this tool"),
+    ({"wide": {"a": 1, "c": 2}}, "arguments.wide.c is not an argument of this tool"),
+    ({"flag": {"depth": 2}}, "arguments.flag.depth is not an argument of this tool"),
+    ({"maybe": {"lat": "1"}}, 'arguments.maybe.lat must be a number, got "1"'),
+    ({"inline": {"lon": 1}}, "arguments.inline.lat is missing"),
+    ({"ref": {"lat": 1, "lon": None}}, "arguments.ref.lon must be a number, got null"),
+    ({"other": 1}, "arguments.other is not an argument of this tool"),
+])
+def test_unknown_arguments_are_found_wherever_schemas_are_combined(arguments, expected):
+    tool = {"type": "function", "function": {"name": "f", "parameters": COMBINED}}
+    validators, problems = script.check_tools([tool])
+    assert problems == []
+    assert script.check_call("f", arguments, validators) == [expected] * (expected is not None)
 
 
 @pytest.mark.parametrize("content, expected", [

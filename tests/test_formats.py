@@ -5,7 +5,7 @@ import re
 import time
 
 import pytest
-from conftest import WEATHER, native, run_script, write_jsonl
+from conftest import ROOT, WEATHER, native, run_script, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -28,9 +28,13 @@ def calls(*cities: str, **more) -> dict:
 
 def read(row, name: str = "auto", tools_path: str = "no/such/tools.json"):
     """Return (the example or None, problems, changes) of one row."""
-    examples, problems, total, changes = script.to_examples([("x:1", row)], tools_path, name)
+    examples, problems, total, changes, _ = script.to_examples([("x:1", row)], tools_path, name)
     assert total == 1 and bool(examples) != bool(problems) and all(where == "x:1" for where, _ in problems)
     return (examples or [None])[0], [problem for _, problem in problems], dict(changes)
+
+
+CALL_AS_TEXT = ("message 2 (assistant): content is a call as text, {}; expected it in a form that is read as a call, such "
+                'as "tool_calls"')
 
 
 def sharegpt(*turns: tuple[str, str], **more) -> dict:
@@ -261,10 +265,10 @@ def test_the_formats_of_the_flag_are_those_of_the_table():
 
 def test_rows_of_every_format_may_be_mixed_and_converting_twice_changes_nothing(tools_path):
     rows = [(f"x:{i}", row) for i, (row, *_) in enumerate(CASES.values(), start=1)]
-    examples, problems, total, _ = script.to_examples(rows, tools_path)
+    examples, problems, total, *_ = script.to_examples(rows, tools_path)
     assert problems == [] and len(examples) == total == len(CASES)
     lines = [(example.where, json.loads(json.dumps(script.to_row(example)))) for example in examples]
-    again, problems, _, changes = script.to_examples(lines, "no/such/tools.json")
+    again, problems, _, changes, _ = script.to_examples(lines, "no/such/tools.json")
     assert problems == [] and not changes
     assert again == [example._replace(format="openai") for example in examples]
 
@@ -311,17 +315,28 @@ def test_a_converted_row_has_its_arguments_as_text():
     ("auto", {"question": "rain?", "answer": "Yes.", "response": "No."},
      '"answer" and "response" both have a place in the row; expected one of them'),
     ("auto", {"input": "rain?", "output": f'{{"function_call": {CALL}}}'},
-     '"output" is a call as text, ' + script.shorten(f'{{"function_call": {CALL}}}', 40) + '; expected a form that is '
-     'read as a call, such as {"input": "...", "output": {"function_call": {...}}}'),
+     CALL_AS_TEXT.format(script.shorten(f'{{"function_call": {CALL}}}', 40))),
     ("auto", {"query": "rain?", "answer": f"[{CALL}]", "tools": TOOLS},
-     '"answer" is a call as text, ' + script.shorten(f"[{CALL}]", 40) + '; expected a form that is read as a call, '
-     'such as {"input": "...", "output": {"function_call": {...}}}'),
+     CALL_AS_TEXT.format(script.shorten(f"[{CALL}]", 40))),
+    ("auto", {"messages": [USER, {**YES, "content": CALL}], "tools": TOOLS},
+     CALL_AS_TEXT.format(script.shorten(CALL, 40))),
+    ("auto", {"messages": [USER, {**YES, "content": f"```json\n{CALL}\n```"}], "tools": TOOLS},
+     CALL_AS_TEXT.format(script.shorten(f"```json\n{CALL}\n```", 40))),
+    ("auto", sharegpt(("human", "rain?"), ("gpt", CALL), tools=TOOLS), CALL_AS_TEXT.format(script.shorten(CALL, 40))),
+    ("auto", {"input": "rain?", "output": {"content": CALL}, "tools": TOOLS},
+     CALL_AS_TEXT.format(script.shorten(CALL, 40))),
+    ("auto", {"messages": [USER, {**YES, "content": f"<functioncall> {CALL}"}], "tools": TOOLS},
+     "message 2 (assistant): holds the control token <functioncall>, which would forge a turn; remove it"),
+    ("auto", {"messages": [USER, {**YES, "content": f"[TOOL_CALLS] [{CALL}]"}], "tools": TOOLS},
+     "message 2 (assistant): holds the control token [TOOL_CALLS], which would forge a turn; remove it"),
+    ("auto", {"messages": [USER, YES], "conversations": [{"from": "human", "value": "x"}]},
+     '"messages" and "conversations" both have a place in the row; expected one of them'),
     ("auto", {"messages": [USER, YES], "tools": [{"name": "f", "parameters": {"city": "the city"}}]},
      'tool 1 "f": parameters.city is no word of JSON Schema; expected {"type": "object", "properties": {...}}'),
     ("auto", {"messages": "[" * 100_000 + "]" * 100_000}, "is nested too deeply; expected at most some hundred levels"),
     ("auto", {"messages": [USER, {**YES, "content": "a\ud800"}]},
      "message 2 (assistant): holds \\ud800, one half of a character; remove it or write the other half too"),
-    ("auto", {"messages": [USER, YES], "tools": "[{"}, 'tools are not valid JSON: "[{"'),
+    ("auto", {"messages": [USER, YES], "tools": "[{"}, 'tools are not valid JSON: Expecting property name enclosed in double quotes: "[{"'),
     ("auto", sharegpt(("human", "hi"), ("function_call", "f(1)"), tools=TOOLS),
      'a turn of calls is neither JSON nor a Python literal: "f(1)"'),
     ("auto", sharegpt(("human", "hi"), ("function_call", "[1]"), tools=TOOLS),
@@ -343,7 +358,7 @@ def test_a_converted_row_has_its_arguments_as_text():
     ("auto", {"chat": "USER: a\n\n\nASSISTANT: <functioncall> get it"},
      'the text after <functioncall> is neither JSON nor a Python literal: " get it"'),
     ("auto", {"chat": "USER: a\n\nASSISTANT: <functioncall> {\"name\": \"f\", \"arguments\": '{a}'} <|endoftext|>"},
-     'call "f": arguments are not valid JSON: "{a}"'),
+     'call "f": arguments are not valid JSON: Expecting property name enclosed in double quotes: "{a}"'),
     ("auto", sharegpt(("user", "a"), ("assistant", "[f(1)]"), tools=TOOLS),
      'call "f": expected arguments like key=value, each key once, got "1"'),
     ("auto", sharegpt(("user", "a"), ("assistant", "[f(a=1, a=2)]"), tools=""),
@@ -539,7 +554,8 @@ def test_a_tools_file_that_cannot_be_read_is_named_itself(tmp_path):
     path.write_text('["{broken"]')
     with pytest.raises(script.UserError) as error:
         read(native("rain in Rome?", content="Yes."), tools_path=str(path))
-    assert str(error.value) == f'{path}: tool 1 is not valid JSON: "{{broken"'
+    assert str(error.value) == (
+        f'{path}: tool 1 is not valid JSON: Expecting property name enclosed in double quotes: "{{broken"')
 
 
 def test_changes_are_counted_once_per_list_of_tools_and_shown(tmp_path, capsys):
@@ -561,17 +577,25 @@ def test_keys_that_no_format_has_are_named(tmp_path, capsys):
     args = script.parse_args(["--dataset_path", path])
     assert len(script.read_examples(args, args.dataset_path)[0]) == 6
     assert capsys.readouterr().out.splitlines()[0] == (
-        'read     not read, as no format has it: "tool_call" of 6 turns, "function_cals" of 1 output, "id" of 6 rows, '
-        '"available_tools" of 2 rows')
+        'read     not read, as the format has no such key: "tool_call" of 6 turns, "function_cals" of 1 output, "id" of 6 '
+        'rows, "available_tools" of 2 rows')
 
 
-def test_what_is_nested_too_deeply_ends_no_run_before_it_is_named():
-    assert script.list_unknown({"messages": "[" * 100_000 + "]" * 100_000}) == []
+@pytest.mark.parametrize("row, unread", [
+    ({"query": "and tomorrow?", "answers": "[]", "history": [["rain today?", "No."]]}, [("row", "history")]),
+    ({"messages": [USER, YES], "context": "in Rome", "prompt": "p"}, [("row", "context"), ("row", "prompt")]),
+    ({"input": "a", "output": {"content": "b"}, "messages": [USER, YES]}, [("row", "messages")]),
+    ({"prompt": "a", "completion": '{"city": "Rome"}'}, []),  # text, not a turn
+])
+def test_keys_of_another_format_are_named_too(row, unread):
+    *_, found = script.to_examples([("x:1", {**row, "tools": []})], "no/such/tools.json")
+    assert sorted(found) == unread
 
 
 def test_what_the_formats_read_is_known():
-    unknown = {found for row, *_ in CASES.values() for found in script.list_unknown(row)}
-    assert unknown == {("row", key) for key in ("id", "category", "metadata", "parallel_tool_calls")}
+    rows = [("x:1", row) for row, *_ in CASES.values()]
+    *_, unread = script.to_examples(rows, str(ROOT / "data" / "tools.json"))
+    assert set(unread) == {("row", key) for key in ("id", "category", "metadata", "parallel_tool_calls")}
 
 
 def test_a_tools_file_is_normalised_too(tmp_path):
@@ -646,7 +670,7 @@ ROW = CALLING | st.fixed_dictionaries({}, optional={
 @given(rows=st.lists(JSON | ROW, min_size=1, max_size=4), name=st.sampled_from(["auto", "auto", *script.FORMATS]))
 def test_arbitrary_json_is_an_example_or_a_located_problem(tools_path, rows, name):
     rows = [(f"x:{line}", row) for line, row in enumerate(rows, start=1)]
-    examples, problems, total, _ = script.to_examples(rows, tools_path, name)
+    examples, problems, total, *_ = script.to_examples(rows, tools_path, name)
     valid, broken = {example.where for example in examples}, {where for where, _ in problems}
     assert total == len(rows) and not valid & broken and valid | broken == {where for where, _ in rows}
     assert all(problem and "\n" not in problem and len(problem) < 800 for _, problem in problems)

@@ -137,6 +137,14 @@ def test_unsloth_shared_gradients_are_those_of_single_rows_also_from_a_cuda_grap
     assert float(re.search(r"again (\S+)", result.stdout)[1]) < 1e-3
 
 
+def test_where_the_kernel_cannot_be_compiled_rows_are_padded(folder, monkeypatch):
+    """As on a GPU with less shared memory than the kernel's tiles take; of 96, the mask's blocks are no multiple."""
+    padded = run(folder, "--no-share_prefix", **{"--max_steps": 2, "--output_dir": folder / "padded"})
+    monkeypatch.setenv("PG_FLEX_BF16_BLOCK_N", "96")
+    output = run(folder, **{"--max_steps": 2, "--output_dir": folder / "uncompiled"})
+    assert "\ncheck " not in output and losses(output) == pytest.approx(losses(padded), rel=0.01)
+
+
 SHORT_OF_MEMORY = """
 import sys, torch
 import train_qwen3_tool_calling as s

@@ -22,7 +22,7 @@ def row(arguments: object, *tools: dict, name: str = "f", request: str = "go") -
 
 
 def problems_of(*rows: dict) -> list[str]:
-    examples, problems, total, _ = script.to_examples([(f"x:{i}", row) for i, row in enumerate(rows, 1)], "no/tools.json")
+    examples, problems, total, *_ = script.to_examples([(f"x:{i}", row) for i, row in enumerate(rows, 1)], "no/tools.json")
     assert total == len(rows) == len(examples) + len({where for where, _ in problems})
     return [f"{where}: {problem}" for where, problem in problems]
 
@@ -118,7 +118,7 @@ def test_a_hostile_line_is_a_located_problem_and_its_neighbours_are_read(tmp_pat
     path = tmp_path / "rows.jsonl"
     good = json.dumps(GOOD).encode()
     path.write_bytes(b"\xef\xbb\xbf" + good + b"\r\n" + line + b"\r\n" + good + b"\r\n")
-    examples, problems, total, _ = script.to_examples(script.read_rows([str(path)]), str(tmp_path / "tools.json"))
+    examples, problems, total, *_ = script.to_examples(script.read_rows([str(path)]), str(tmp_path / "tools.json"))
     assert total == 3 and [example.where for example in examples][::2 - bool(problems)] == [f"{path}:1", f"{path}:3"]
     if BAD_LINES[line] is None:
         assert problems == []
@@ -153,7 +153,7 @@ def test_nothing_from_the_data_is_run(tmp_path):
         native("x", ("get_weather", {"city": "{{ cycler.__init__.__globals__.os.system('touch " + str(marker) + "') }}"})),
     ]
     (tmp_path / "tools.json").write_text(json.dumps([WEATHER]))
-    examples, problems, _, _ = script.to_examples(
+    examples, problems, *_ = script.to_examples(
         [(f"x:{i}", row) for i, row in enumerate(rows, 1)], str(tmp_path / "tools.json"))
     assert [where for where, _ in problems] == ["x:1", "x:2", "x:3"] and len(examples) == 1  # the last is a text
     report = {"failures": [{"where": "x:4", "request": "{{ 7 * 7 }}", "expected": rows[3]["input"], "got": "{{ 7 * 7 }}"}]}

@@ -139,6 +139,14 @@ def test_what_follows_an_array_is_not_lost(tmp_path):
     assert error_of(path) == f"{path}:1: more follows the ] of the array; expected the end of the file"
 
 
+def test_a_table_of_text_is_named_and_rows_under_its_name_are_read(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('\ufeffinput,output\n"x","y"\n')
+    assert error_of(path) == f"{path}: is a table of text; expected JSON or JSONL: convert it first"
+    path.write_text('\ufeff {"a": 1}\n')
+    assert list(script.read_rows([str(path)])) == [(f"{path}:1", {"a": 1})]
+
+
 def test_files_that_are_no_text_are_one_line(tmp_path):
     pipe, packed, zipped = tmp_path / "pipe.jsonl", tmp_path / "rows.jsonl.gz", tmp_path / "rows.zip"
     os.mkfifo(pipe)
@@ -406,7 +414,7 @@ def test_the_memory_of_reading_does_not_grow_with_the_file(tmp_path):
 def test_a_hundred_thousand_rows_fit_into_a_gibibyte(tmp_path):
     path = write_many(tmp_path / "rows.jsonl", 100_000)
     code = ("import re, sys, train_qwen3_tool_calling as s\n"
-            "examples, problems, total, _ = s.to_examples(s.read_rows([sys.argv[1]]), s.TOOLS_PATH)\n"
+            "examples, problems, total, *_ = s.to_examples(s.read_rows([sys.argv[1]]), s.TOOLS_PATH)\n"
             "print(len(examples), len(problems), total, re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n")
     start = time.perf_counter()
     result = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True, cwd=ROOT)

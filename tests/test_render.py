@@ -154,7 +154,7 @@ def test_the_bundled_data_renders_without_a_problem(tokenizer):
     from conftest import ROOT
 
     rows = list(script.read_rows([str(ROOT / "data" / "synthetic_finetune_dataset.json")]))
-    examples, problems, total, _ = script.to_examples(rows, str(ROOT / "data" / "tools.json"))
+    examples, problems, total, *_ = script.to_examples(rows, str(ROOT / "data" / "tools.json"))
     assert problems == [] and len(examples) == total == 2000
     groups, problems = script.render_examples(tokenizer, examples, script.MAX_SEQ_LENGTH)
     assert problems == []
