@@ -1759,7 +1759,8 @@ def to_strict(schema: object, whole: bool = True) -> object:
     strict = dict(schema)
     for key, value in schema.items():
         if key in SCHEMA_PLACES["named"] and isinstance(value, dict):
-            strict[key] = {name: to_strict(part, key.endswith("roperties")) for name, part in value.items()}
+            of_values = key in ("properties", "patternProperties")
+            strict[key] = {name: to_strict(part, whole=of_values) for name, part in value.items()}
         elif key in ("items", "additionalProperties"):
             strict[key] = to_strict(value)
         elif key == "prefixItems" and isinstance(value, list):
@@ -1789,12 +1790,7 @@ def describe(error) -> str:
         return f"{path} must be one of {', '.join(shorten(value) for value in error.validator_value)}{got}"
     if error.validator == "required":
         return f"{path}.{error.message.rsplit(' is a required', 1)[0][1:-1]} is missing"
-    if error.validator == "additionalProperties" and error.validator_value is False:
-        named, patterns = error.schema.get("properties", {}), error.schema.get("patternProperties", {})
-        unknown = [name for name in error.instance if name not in named
-                   and not any(re.search(pattern, name) for pattern in patterns)]
-        return f"{path}.{unknown[0]} is not an argument of this tool"
-    if error.validator == "unevaluatedProperties" and error.validator_value is False:
+    if error.validator in ("additionalProperties", "unevaluatedProperties") and error.validator_value is False:
         unknown = next((name for name in error.instance if repr(name) in error.message), "")
         return f"{path}.{unknown} is not an argument of this tool"
     if error.validator in ("anyOf", "oneOf"):  # as {...} or null: what is wrong with the only one of the value's type
