@@ -2865,7 +2865,8 @@ def load_model(args: argparse.Namespace, engine: str, plan: Plan):
             use_gradient_checkpointing="unsloth" if use_checkpointing(args) else False)
         add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "is_top1"))
         # Streams have few lengths, so attention compiled for exactly these is worth it: half the time of "any length".
-        prefix_grouper_kernel._flex_attention_compiled = torch.compile(flex_attention, dynamic=False)
+        # By fullgraph, what cannot be compiled is an error (see check_sharing) and not, as Unsloth wants it, uncompiled.
+        prefix_grouper_kernel._flex_attention_compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
         read_streams(model, find_recorded(args, plan, model.config))
         return model
 
