@@ -403,14 +403,16 @@ def test_memory_is_estimated_as_it_was_measured(flags, tokens, measured):
         "adapter"] == 0.15
 
 
-@pytest.mark.parametrize("hidden, inner, layers, heads, tied, measured", [  # Qwen3 of 0.6B to 32B, on an H200
-    (1024, 3072, 28, 16, True, 1.42), (2048, 6144, 28, 16, True, 2.82), (2560, 9728, 36, 32, True, 4.91),
-    (4096, 12288, 36, 32, False, 9.12), (5120, 17408, 40, 40, False, 13.92), (5120, 25600, 64, 64, False, 25.10)])
-def test_memory_of_all_sizes_is_estimated_as_it_was_measured(hidden, inner, layers, heads, tied, measured):
+@pytest.mark.parametrize("hidden, inner, layers, heads, tied, in_4, in_16", [  # Qwen3 of 0.6B to 32B, on an H200
+    (1024, 3072, 28, 16, True, 1.42, 2.04), (2048, 6144, 28, 16, True, 2.82, 4.68),
+    (2560, 9728, 36, 32, True, 4.91, 9.78), (4096, 12288, 36, 32, False, 9.12, 18.51),
+    (5120, 17408, 40, 40, False, 13.92, 31.71), (5120, 25600, 64, 64, False, 25.10, 67.62)])
+def test_memory_of_all_sizes_is_estimated_as_it_was_measured(hidden, inner, layers, heads, tied, in_4, in_16):
     config = qwen3_config(hidden, inner, layers, heads, tied)
     parameters, plan = script.count_parameters(config, rank=16), script.Plan(64, 1, [], (5248,))
-    found = script.estimate_memory(script.parse_args([]), config, parameters, 5248, plan)
-    assert found["total"] == pytest.approx(measured, rel=0.05)
+    for flag, measured in (("--load_in_4bit", in_4), ("--no-load_in_4bit", in_16)):
+        found = script.estimate_memory(script.parse_args([flag]), config, parameters, 5248, plan)
+        assert found["total"] == pytest.approx(measured, rel=0.05)
 
 
 def test_few_rows_of_which_none_is_held_out_are_warned_of(tmp_path):
