@@ -262,12 +262,14 @@ def put_in_place(final: str | Path, written: Path | None = None) -> None:
     for file in written.glob("*.safetensors"):  # written for the owner alone
         file.chmod(0o666 & ~umask)
     noted: list[int] = []
-    with handle_signals(lambda number, frame: noted.append(number)):  # between the two there is no such folder
-        old = move_aside(Path(final))
-        written.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
-    for number in noted:
-        signal.raise_signal(number)
+    try:
+        with handle_signals(lambda number, frame: noted.append(number)):  # between the two there is no such folder
+            old = move_aside(Path(final))
+            written.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        for number in noted:
+            signal.raise_signal(number)
 
 
 def write_file(path: str | Path, text: str) -> None:
@@ -1589,7 +1591,7 @@ def convert(row: object, name: str) -> tuple[str, list[dict], object]:
     if not isinstance(row, dict):
         raise ValueError(f"a row must be an object, got {shorten(row)}")
     row = {**row, **{key: unpack(row[key], f'"{key}" is') for key in ("messages", "conversations") if key in row}}
-    if row.get("messages") and row.get("conversations"):
+    if name in ("auto", "hermes", "toolace") and row.get("messages") and row.get("conversations"):
         raise ValueError('"messages" and "conversations" both have a place in the row; expected one of them')
     if "prompt" in row and "completion" in row:  # which may as well be plain text that begins with a bracket
         with contextlib.suppress(ValueError, RecursionError):
@@ -1639,9 +1641,10 @@ def to_row(example: Example) -> dict:
 # 4  Validate: example -> list of problems; a check_ returns problems, one place raises
 # ---------------------------------------------------------------------------------------------------------------
 # Inside content these tokens would forge turns, calls or thoughts: the tokenizer turns them into control tokens.
-# The last three are other models': an answer with one is a call that was not read.
-CONTROL_TOKEN = re.compile(r"<\|[a-z_]+\|>|</?(?:tool_call|tool_response|think|TOOLCALL|functioncall)>|\[TOOL_CALLS\]")
-CODE_FENCE = re.compile(r"\s*```\w*\n(.*)```\s*", re.DOTALL)
+# The last is another model's: an answer with it is a call that was not read.
+CONTROL_TOKEN = re.compile(r"<\|[a-z_]+\|>|</?(?:tool_call|tool_response|think|TOOLCALL)>")
+UNREAD_CALL = re.compile(r"<functioncall>|\[TOOL_CALLS\]")  # as other models write one, in an answer
+CODE_FENCE = re.compile(r"```\w*\n(.*)```", re.DOTALL)
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can write one alone, UTF-8 cannot
 NEXT_ROLES = {  # who may speak after whom
     "start": ("system", "user"),
@@ -1708,13 +1711,18 @@ def find_forbidden(text: str, control_token: re.Pattern = CONTROL_TOKEN) -> str 
 
 
 def is_call_text(text: str) -> bool:
-    """Return whether a text is the JSON of a call, of several, or of an answer that holds some."""
+    """Return whether an answer is the JSON of a call, of several, or of a message with some, or a foreign call."""
+    def is_call(found: object) -> bool:
+        return isinstance(found, dict) and (
+            isinstance(found.get("name"), str) and isinstance(found.get("arguments"), (dict, str))
+            or any(found.get(key) for key in ("function_call", "function_calls", "tool_calls")))
+
+    fence = CODE_FENCE.fullmatch(text.strip())
     try:
-        found = as_list(unpack(CODE_FENCE.sub(r"\1", text), "it is"))
+        found = as_list(unpack(fence[1] if fence else text, "it is"))
     except (ValueError, RecursionError):
-        return False
-    return any(isinstance(call, dict) and (call.keys() >= {"name", "arguments"} or not call.keys().isdisjoint(
-        ("function_call", "function_calls", "tool_calls"))) for call in found)
+        found = []
+    return any(map(is_call, found)) or bool(UNREAD_CALL.search(text))
 
 
 def check_text(messages: list[dict]) -> list[str]:
@@ -1752,8 +1760,11 @@ def to_strict(schema: object, whole: bool = True) -> object:
 
     A definition or an alternative is not the `whole` schema of a value: what is unknown is decided where these are
     combined, by `unevaluatedProperties`, which knows what each of them has let pass
-    (https://json-schema.org/draft/2020-12/json-schema-core#section-11.3).
+    (https://json-schema.org/draft/2020-12/json-schema-core#section-11.3). So what names no property says that it lets
+    any pass, but for a part that only chooses among properties beside it, as {"required": ["a"]} does.
     """
+    if schema is True:
+        return {"additionalProperties": True}
     if not isinstance(schema, dict):
         return schema
     strict = dict(schema)
@@ -1761,21 +1772,22 @@ def to_strict(schema: object, whole: bool = True) -> object:
         if key in SCHEMA_PLACES["named"] and isinstance(value, dict):
             of_values = key in ("properties", "patternProperties")
             strict[key] = {name: to_strict(part, whole=of_values) for name, part in value.items()}
-        elif key in ("items", "additionalProperties"):
+        elif key in ("items", "additionalProperties") and isinstance(value, dict):
             strict[key] = to_strict(value)
         elif key == "prefixItems" and isinstance(value, list):
             strict[key] = [*map(to_strict, value)]
         elif key in COMBINED:
             parts = [to_strict(part, whole=False) for part in as_list(value)]
             strict[key] = parts if isinstance(value, list) else parts[0]
-    if schema.keys() & {"additionalProperties", "patternProperties", "unevaluatedProperties"}:
+    if schema.keys() & {"additionalProperties", "unevaluatedProperties"}:
         return strict
-    if names_properties(schema):
+    if names_properties(schema) and "patternProperties" not in schema:
         word = "unevaluatedProperties" if schema.keys() & {*COMBINED, "$ref", "if", "dependentSchemas"} else (
             "additionalProperties")  # which is faster
         return {**strict, word: False} if whole else strict
-    if not whole and ("object" in as_list(schema.get("type")) or schema.keys() <= {"title", "description"}):
-        strict["additionalProperties"] = True  # it lets any property pass
+    if (whole or "patternProperties" in schema or "object" in as_list(schema.get("type"))
+            or schema.keys().isdisjoint((*COMBINED, "if", "not", "required"))):
+        strict["additionalProperties"] = True
     return strict
 
 
@@ -1879,12 +1891,14 @@ def check_call(name: str, arguments: dict, validators: dict) -> list[str]:
         if not isinstance(validators[name], str):
             with limit_time(CHECK_SECONDS):
                 errors = [*validators[name].iter_errors(arguments)]
-            # Of what fails as a whole, no part has let its properties pass.
-            failed = {error.json_path for error in errors if error.validator != "unevaluatedProperties"}
+            # Where something in a value fails, the part that says so has let none of the value's properties pass.
+            failed = [error.json_path for error in errors if error.validator != "unevaluatedProperties"]
             return [describe(error) for error in sorted(errors, key=lambda error: error.json_path)
-                    if error.validator != "unevaluatedProperties" or error.json_path not in failed]
+                    if error.validator != "unevaluatedProperties"
+                    or not any(path.startswith(error.json_path) for path in failed)]
     except TimeoutError:
-        validators[name] = f"its tool's schema takes over {CHECK_SECONDS} s to apply; simplify its patterns"
+        validators[name] = (f"its tool's schema takes over {CHECK_SECONDS} s to apply; simplify its patterns or "
+                            "alternatives")
     except referencing.exceptions.Unresolvable as error:
         return [f"its tool's schema refers to {error.ref}, which is not inside that schema"]
     except Exception as error:  # as in check_tool
@@ -2806,7 +2820,7 @@ def load_base(model_id: str, load_in_4bit: bool, trust: bool = False, dtype=None
     AttentionMaskInterface.register("blocks", sdpa_mask)
     options = {"quantization_config": four_bit} if load_in_4bit else {}  # None would undo that of the folder
     if place == "auto" and getattr(load_config(model_id, trust=trust), "quantization_config", None):
-        place = device  # bitsandbytes computes on GPUs alone, and Transformers would spread by far too little room
+        place = device  # Transformers counts on far too little room, and would leave a part of it on the CPU
     if place == "auto":  # of the GPUs' free memory a quarter is left, for what answers need
         free_gpu()  # or what PyTorch keeps of the model before this one would not count as free
         room = {name: int(0.75 * size) if isinstance(name, int) else size for name, size in get_max_memory().items()}
@@ -2865,7 +2879,7 @@ def load_model(args: argparse.Namespace, engine: str, plan: Plan):
             use_gradient_checkpointing="unsloth" if use_checkpointing(args) else False)
         add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "is_top1"))
         # Streams have few lengths, so attention compiled for exactly these is worth it: half the time of "any length".
-        # By fullgraph, what cannot be compiled is an error (see check_sharing) and not, as Unsloth wants it, uncompiled.
+        # By fullgraph, what cannot be compiled is an error (see check_sharing), and not run uncompiled as by Unsloth.
         prefix_grouper_kernel._flex_attention_compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
         read_streams(model, find_recorded(args, plan, model.config))
         return model
@@ -3359,8 +3373,8 @@ def check_sharing(args: argparse.Namespace, model, train: list[Sequence], plan: 
         except torch.OutOfMemoryError:
             if len(rows) == 1 or args.fsdp:  # one device alone cannot try again
                 raise
-        except RuntimeError as error:  # of the compiler
-            if plan.devices > 1:
+        except RuntimeError as error:  # as a rule of the compiler, which Unsloth's attention alone needs
+            if engine != "unsloth" or plan.devices > 1:
                 raise
             warn(f"attention with a shared prefix cannot be computed here ({str(error).splitlines()[0]}): sharing is "
                  "switched off")
@@ -4400,7 +4414,8 @@ def refuse_unchanged(sums: dict[str, float], model) -> None:
 def find_place(args: argparse.Namespace, four_bit: bool = False) -> str:
     """Return the device map of a trained model: all GPUs and, for what they cannot hold, the machine's memory.
 
-    In 16 bits it may be too large for the GPU that trained it in 4. Weights in 4 bits must be on GPUs.
+    In 16 bits it may be too large for the GPU that trained it in 4. Weights in 4 bits must be on GPUs; a model that is
+    saved so is loaded on one (see load_base).
     """
     import torch
 

@@ -164,14 +164,21 @@ def test_rows_without_tools_are_plain_conversations(tmp_path):
 
 def test_open_schemas_stay_open():
     free = {"type": "object", "properties": {"a": {}}, "additionalProperties": True}
-    assert script.to_strict(free) == free
+    assert script.to_strict(free) == {**free, "properties": {"a": {"additionalProperties": True}}}
     nested = {"type": "array", "items": {"type": "object", "properties": {"a": {"type": "string"}}}}
     assert script.to_strict(nested)["items"]["additionalProperties"] is False
     assert "additionalProperties" not in nested["items"]
 
 
 PLACE = {"type": "object", "properties": {"lat": {"type": "number"}, "lon": {"type": "number"}}, "required": ["lat"]}
-COMBINED = {"type": "object", "$defs": {"Place": PLACE, "Free": {"type": "object"}}, "properties": {
+COMBINED = {"type": "object", "$defs": {
+    "Place": PLACE, "Free": {"type": "object"}, "Any": True, "Noted": {"examples": [1]}, "Few": {"minProperties": 1},
+    "Listed": {"enum": [{"a": 1}]}, "Numbers": {"type": "object", "additionalProperties": {"type": "number"}},
+    "Patterns": {"type": "object", "properties": {"a": {}}, "patternProperties": {"^x": {}}}}, "properties": {
+    **{name.lower(): {"$ref": f"#/$defs/{name}"} for name in ("Any", "Noted", "Few", "Listed", "Numbers", "Patterns")},
+    "anything": {"anyOf": [{"$ref": "#/$defs/Place"}, True]},
+    "numbered": {"anyOf": [{"$ref": "#/$defs/Place"}, {"$ref": "#/$defs/Numbers"}]},
+    "elsewhere": {"$ref": "#/properties/open"}, "open": {"type": "object"},
     "ref": {"$ref": "#/$defs/Place"},
     "maybe": {"anyOf": [{"$ref": "#/$defs/Place"}, {"type": "null"}], "default": None},
     "inline": {"anyOf": [PLACE, {"type": "null"}]},
@@ -179,7 +186,7 @@ COMBINED = {"type": "object", "$defs": {"Place": PLACE, "Free": {"type": "object
     "named": {"type": "object", "additionalProperties": {"$ref": "#/$defs/Place"}},
     "inherits": {"allOf": [{"$ref": "#/$defs/Place"}, {"properties": {"name": {"type": "string"}}}]},
     "free": {"anyOf": [{"$ref": "#/$defs/Free"}, {"type": "null"}]},
-    "any": {"anyOf": [{"type": "object"}, {"type": "string"}]},
+    "loose": {"anyOf": [{"type": "object"}, {"type": "string"}]},
     "kind": {"oneOf": [{"properties": {"circle": {"type": "number"}}, "required": ["circle"]},
                        {"properties": {"square": {"type": "number"}}, "required": ["square"]}]},
     "wide": {"type": "object", "properties": {"a": {}, "b": {}}, "anyOf": [{"required": ["a"]}, {"required": ["b"]}]},
@@ -192,7 +199,9 @@ COMBINED = {"type": "object", "$defs": {"Place": PLACE, "Free": {"type": "object
     *(({name: value}, None) for name, value in [
         ("ref", {"lat": 1}), ("maybe", {"lat": 1, "lon": 2}), ("maybe", None), ("inline", {"lat": 1}),
         ("many", [{"lat": 1}]), ("named", {"home": {"lat": 1}}), ("inherits", {"lat": 1, "name": "x"}),
-        ("free", {"x": {"y": 1}}), ("any", {"x": 1}), ("any", "x"), ("kind", {"circle": 1}), ("kind", {"square": 1}),
+        ("free", {"x": {"y": 1}}), ("loose", {"x": 1}), ("loose", "x"),
+        *((name, {"a": 1}) for name in ("any", "noted", "few", "listed", "numbers", "anything", "numbered", "elsewhere")),
+        ("patterns", {"b": 1, "xb": 2}), ("kind", {"circle": 1}), ("kind", {"square": 1}),
         ("wide", {"a": 1}), ("wide", {"a": 1, "b": 2}), ("flag", {"deep": True, "depth": 2}), ("flag", {}),
         ("one", {"a": 1, "c": 2})]),
     ({"ref": {"lat": 1, "lonn": 2}}, "arguments.ref.lonn is not an argument of this tool"),
@@ -207,6 +216,7 @@ COMBINED = {"type": "object", "$defs": {"Place": PLACE, "Free": {"type": "object
     ({"maybe": {"lat": "1"}}, 'arguments.maybe.lat must be a number, got "1"'),
     ({"inline": {"lon": 1}}, "arguments.inline.lat is missing"),
     ({"ref": {"lat": 1, "lon": None}}, "arguments.ref.lon must be a number, got null"),
+    ({"inherits": {"lat": "1", "name": "x"}}, 'arguments.inherits.lat must be a number, got "1"'),
     ({"other": 1}, "arguments.other is not an argument of this tool"),
 ])
 def test_unknown_arguments_are_found_wherever_schemas_are_combined(arguments, expected):

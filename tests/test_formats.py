@@ -326,9 +326,9 @@ def test_a_converted_row_has_its_arguments_as_text():
     ("auto", {"input": "rain?", "output": {"content": CALL}, "tools": TOOLS},
      CALL_AS_TEXT.format(script.shorten(CALL, 40))),
     ("auto", {"messages": [USER, {**YES, "content": f"<functioncall> {CALL}"}], "tools": TOOLS},
-     "message 2 (assistant): holds the control token <functioncall>, which would forge a turn; remove it"),
+     CALL_AS_TEXT.format(script.shorten(f"<functioncall> {CALL}", 40))),
     ("auto", {"messages": [USER, {**YES, "content": f"[TOOL_CALLS] [{CALL}]"}], "tools": TOOLS},
-     "message 2 (assistant): holds the control token [TOOL_CALLS], which would forge a turn; remove it"),
+     CALL_AS_TEXT.format(script.shorten(f"[TOOL_CALLS] [{CALL}]", 40))),
     ("auto", {"messages": [USER, YES], "conversations": [{"from": "human", "value": "x"}]},
      '"messages" and "conversations" both have a place in the row; expected one of them'),
     ("auto", {"messages": [USER, YES], "tools": [{"name": "f", "parameters": {"city": "the city"}}]},
@@ -336,7 +336,8 @@ def test_a_converted_row_has_its_arguments_as_text():
     ("auto", {"messages": "[" * 100_000 + "]" * 100_000}, "is nested too deeply; expected at most some hundred levels"),
     ("auto", {"messages": [USER, {**YES, "content": "a\ud800"}]},
      "message 2 (assistant): holds \\ud800, one half of a character; remove it or write the other half too"),
-    ("auto", {"messages": [USER, YES], "tools": "[{"}, 'tools are not valid JSON: Expecting property name enclosed in double quotes: "[{"'),
+    ("auto", {"messages": [USER, YES], "tools": "[{"},
+     'tools are not valid JSON: Expecting property name enclosed in double quotes: "[{"'),
     ("auto", sharegpt(("human", "hi"), ("function_call", "f(1)"), tools=TOOLS),
      'a turn of calls is neither JSON nor a Python literal: "f(1)"'),
     ("auto", sharegpt(("human", "hi"), ("function_call", "[1]"), tools=TOOLS),
@@ -579,6 +580,24 @@ def test_keys_that_no_format_has_are_named(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[0] == (
         'read     not read, as the format has no such key: "tool_call" of 6 turns, "function_cals" of 1 output, "id" of 6 '
         'rows, "available_tools" of 2 rows')
+
+
+@pytest.mark.parametrize("content", [
+    '{"name": "John", "arguments": ["pro", "con"]}', '{"name": "x", "function_call": null}', '{"city": "Rome"}',
+    '[{"role": "assistant", "tool_calls": []}]', "```json\n{}\n``` is empty", "a" + " " * 1_000_000 + "b",
+    "`{" + " " * 1_000_000])
+def test_answers_that_look_like_calls_and_are_none_are_text(content):
+    example, problems, _ = read({"messages": [{**USER, "content": "What is [TOOL_CALLS]?"}, {**YES, "content": content}]},
+                                tools_path=str(ROOT / "data" / "tools.json"))
+    assert problems == [] and example.messages[1]["content"] == content
+
+
+def test_a_named_format_says_which_of_two_conversations_is_read():
+    row = {"messages": [USER, YES], "conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}],
+           "tools": []}
+    examples, *_, unread = script.to_examples([("x:1", row)], "no/such/tools.json", "openai")
+    assert examples[0].messages == [USER, YES] and set(unread) == {("row", "conversations")}
+    assert "expected one of them" in read(row, "hermes")[1][0]
 
 
 @pytest.mark.parametrize("row, unread", [
