@@ -550,8 +550,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.lora_rank and not args.target_modules:
         parser.error("--target_modules: expected at least one name")
     args.dry_run = bool(args.dry_run)
-    if args.eval_only and (args.dry_run or args.show_row):
-        parser.error("--eval_only trains nothing: leave out --dry_run and --show_row")
+    if args.eval_only and (args.dry_run or args.show_row or args.resume_from_checkpoint):
+        parser.error("--eval_only trains nothing: leave out --dry_run, --show_row and --resume_from_checkpoint")
     if args.convert_to and (args.dry_run or args.eval_only):
         parser.error("--convert_to only writes rows: leave out --dry_run and --eval_only")
     if args.dry_run and args.resume_from_checkpoint:
@@ -2588,10 +2588,14 @@ def check_optim(args: argparse.Namespace) -> None:
 def explain_hub_error(message: str, folder: Path) -> str:
     """Return what a user can do about a model that could not be loaded."""
     text = message.lower()
+    if folder.is_file():
+        return "is a file; expected the folder of a model"
+    if (folder / "adapter_config.json").is_file():
+        return "is an adapter; expected the model that it belongs to, its base"
     if "trust_remote_code" in text:
         return "brings Python code of its own, which is not run; if you know who wrote it, add --trust_remote_code"
     if folder.is_dir() or "model type" in text or "model_type" in text:
-        return f"no model that Transformers can load: {message.splitlines()[0]}"
+        return f"nothing that Transformers can load: {cut_text(message)}"
     if "gated" in text or "401" in text or "403" in text:
         return "gated or private; accept its terms on the Hub, then run `hf auth login`"
     if "connect" in text or "offline" in text or "cached" in text or "resolve" in text:
@@ -2692,7 +2696,7 @@ def load_tokenizer(model_id: str, trust: bool = False, flag: str = "--model_id")
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_id, trust_remote_code=trust)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+        reason = explain_hub_error(str(error), Path(model_id))
         raise UserError(f"{flag} {model_id}: its tokenizer cannot be loaded: {reason}") from None
     if not tokenizer.chat_template:
         raise UserError(f"{flag} {model_id}: has no chat template; use a chat model such as {MODEL_ID}")
@@ -3970,6 +3974,7 @@ def load_trained(trainer, checkpoint: str) -> None:
     best = find_best(checkpoint) if wanted else None
     if wanted and not best:
         warn(f"the best checkpoint, of step {trainer.state.best_global_step:,}, is gone: {checkpoint} is kept instead")
+        trainer.state.best_global_step = None
     trainer._load_from_checkpoint(str(best or checkpoint))
 
 
@@ -4186,6 +4191,9 @@ def check_final(args: argparse.Namespace) -> None:
             if is_path and Path(kept).resolve().is_relative_to(final.resolve()):
                 raise UserError(f"--final_model_dir {final}: is replaced as a whole, and --{flag} {kept} is in it; "
                                 "choose another folder")
+    inside = final.resolve().parent == Path(args.output_dir).resolve()
+    if inside and re.fullmatch(r"adapter|eval_only|checkpoint-\d+", final.name):
+        raise UserError(f"--final_model_dir {final}: is where --output_dir has its {final.name}; choose another folder")
     if list_checkpoints(final) or (final / "adapter").exists():
         raise UserError(f"--final_model_dir {final}: is replaced as a whole, and is the --output_dir of a run; choose "
                         "another folder")
@@ -4323,9 +4331,10 @@ def check_disk(args: argparse.Namespace, config, checkpoints: int) -> None:
     for wanted in disks.values():
         flags, folders, names, sizes, free = zip(*wanted)
         if free[0] < sum(sizes):
-            raise UserError(f"{' and '.join(map(' '.join, zip(flags, folders)))}: {' and '.join(names)} need "
-                            f"{sum(sizes) / 1e9:.2f} GB and the disk has {free[0] / 1e9:.2f} GB free; free some space, "
-                            "choose another disk, or keep fewer checkpoints with --save_total_limit")
+            fewer = ", or keep fewer checkpoints with --save_total_limit" * ("--output_dir" in flags)
+            raise UserError(f"{' and '.join(map(' '.join, zip(flags, folders)))}: for {' and '.join(names)} "
+                            f"{sum(sizes) / 1e9:.2f} GB are needed and the disk has {free[0] / 1e9:.2f} GB free; free "
+                            f"some space or choose another disk{fewer}")
 
 
 def check_merge_base(args: argparse.Namespace, config) -> str:
@@ -4363,7 +4372,10 @@ def write_run(args: argparse.Namespace, folder: str | Path, **facts) -> None:
     """
     import yaml
 
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made: {error.strerror}") from None
     settings = {name: value for name, value in vars(args).items() if name not in ONCE}
     settings = hide_secrets(yaml.safe_dump(settings | ({"facts": facts} if facts else {}), sort_keys=False))
     write_file(Path(folder) / "run.yaml", WRITTEN_BY + settings)
@@ -5095,7 +5107,8 @@ dl, dd { margin:0 } .facts { display:grid; grid-template-columns:repeat(auto-fil
 ("tokens per second", train.tokens_per_second | number), ("tokens computed: " ~ computed | number ~ " instead of " ~
 padded | number, computed and "%.1f times fewer" % (padded / computed)), ("peak memory", memory and memory ~ " GiB"),
 ("for " ~ train.steps | plural("step"), "%d min %d s" % (train.seconds // 60, train.seconds % 60)),
-("mean loss", train.loss | number), ("resumed from", train.resumed_from)]) }}{% endcall %}{% endif %}
+("mean loss", train.loss | number), ("the step that is kept", train.kept_step < train.last_step and
+train.kept_step | number), ("resumed from", train.resumed_from)]) }}{% endcall %}{% endif %}
 {% if failures or scores and scores[last].exact_match == 1 %}
 {% call section("Failures (" ~ failures | length | number ~ ")", failures and "Answers of the " ~ named(last) ~ " that
 are not the expected ones. Underlined: only expected. Struck: only answered." or "Every answer is the expected one.") %}
@@ -5225,7 +5238,10 @@ def to_card(report: dict, adapter: bool, name: str, command: str) -> str:
     import yaml
 
     args, data, train = report["args"], report["data"], report["train"]
-    loss = f", loss {train['loss']:.4f}" if train["loss"] is not None else ""  # all logged before the run went on
+    steps = f"{train['kept_step']:,} steps" + (f" of {train['last_step']:,}, the best on held-out rows" if
+                                               train["kept_step"] < train["last_step"] else "")
+    losses = [log["loss"] for log in train["history"] if "loss" in log]  # also of before the run was resumed
+    loss = f", mean loss {sum(losses) / len(losses):.4f}" if losses else ""
     base, rank = hide_folders(args["model_id"].rstrip("/")), args["lora_rank"]
     how = f"LoRA of rank {rank}" if rank else "full fine-tuning"
     what = "the adapter alone" if adapter else {"merged_16bit": "16-bit weights", "merged_4bit": "4-bit weights "
@@ -5261,7 +5277,7 @@ call is right when none is made, and one without tools when the text is the same
 
 ## Training
 
-{data['train']:,} sequences of {paths}, {data['held_out']:,} held out; {train['last_step']:,} steps{loss};
+{data['train']:,} sequences of {paths}, {data['held_out']:,} held out; {steps}{loss};
 {report['device']}, {report['finished']}.
 
 ```bash
@@ -5649,8 +5665,9 @@ def check_sides(args: argparse.Namespace, train: list[Sequence], held_out: list[
         paths = " ".join(args.dataset_path)
         raise UserError(f"{paths}: no row is left to train on; lower --train_test_split or add rows")
     if not held_out and args.metric_for_best:
-        raise UserError("--metric_for_best: no row is held out to choose a checkpoint by; raise --train_test_split, or "
-                        "give --eval_dataset_path")
+        flag = "--early_stopping_patience" if args.early_stopping_patience else "--metric_for_best"
+        raise UserError(f"{flag}: no row is held out to choose a checkpoint by; raise --train_test_split, or give "
+                        "--eval_dataset_path")
 
 
 def render_all(args: argparse.Namespace, tokenizer, examples: list[Example], held_out: list[Example] = [],
@@ -5758,14 +5775,18 @@ def train_model(trainer, checkpoint: str | None, complete: bool) -> dict:
     tokens = rows * sum(len(sequence.input_ids) for sequence in train) / len(train)
     history = trainer.state.log_history
     losses = [log["loss"] for log in history if "loss" in log and (complete or log["step"] > first)]
-    facts = {"loss": sum(losses) / len(losses) if losses else loss, "seconds": seconds,
-             "steps": steps, "last_step": last, "resumed_from": checkpoint, "samples_per_second": rows / seconds,
+    kept = trainer.args.load_best_model_at_end and trainer.state.best_global_step or last
+    facts = {"loss": sum(losses) / len(losses) if losses else loss, "seconds": seconds, "steps": steps,
+             "last_step": last, "kept_step": kept, "resumed_from": checkpoint, "samples_per_second": rows / seconds,
              "tokens_per_second": tokens / seconds,
              "peak_memory_gib": torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None,
              "tokens_computed": sum(gather_object([trainer.tokens_computed])), "history": history}
     if steps:
         say("train", f"{steps:,} steps in {seconds:.0f} s: {facts['samples_per_second']:.1f} samples/s, "
                      f"{facts['tokens_per_second']:,.0f} tokens/s of the rows; loss {facts['loss']:.4f}")
+    if trainer.args.load_best_model_at_end:
+        say("keep", f"step {kept:,}, the best on held-out rows; training ended at step {last:,} of "
+                    f"{trainer.state.max_steps:,}")
     facts["advice"] = None if trainer.args.load_best_model_at_end else find_overfitting(history)
     if facts["advice"]:
         say("advice", facts["advice"])
@@ -5921,7 +5942,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     Raises: UserError (FlagError if in a flag), Interrupted after a signal in training.
     """
     argv = [*map(str, sys.argv[1:] if argv is None else argv)]
-    args, command = parse_args(argv), shlex.join([*LAUNCHER, PROGRAM, *argv])
+    args, command = parse_args(argv), shlex.join([*LAUNCHER, PROGRAM, *drop_resume(argv)])  # to repeat it
     refuse_telemetry()
     return_pages()
     if not is_main() and (args.convert_to or args.dry_run or args.eval_only):
@@ -6034,23 +6055,28 @@ def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.Ex
     return report
 
 
+def drop_resume(argv: list[str]) -> list[str]:
+    """Return the words of a command line without --resume_from_checkpoint and its value."""
+    flag = "--resume_from_checkpoint"
+    return [word for before, word in zip(["", *argv], argv)
+            if word.split("=")[0] != flag and (before != flag or word.startswith("--"))]
+
+
 def to_command(argv: list[str], output_dir: str) -> str:
     """Return the command that goes on from the newest checkpoint of the run that `argv` started.
 
     With --config it is the run's own run.yaml that is named: the file given may have been changed since.
     """
-    flag = "--resume_from_checkpoint"
-    kept = [word for before, word in zip(["", *argv], argv)
-            if word.split("=")[0] != flag and (before != flag or word.startswith("--"))]
+    kept = drop_resume(argv)
     if any(word.split("=")[0] == "--config" for word in argv):
         kept = [argv[0], "--config", str(Path(output_dir) / "run.yaml")]
-    return shlex.join([*LAUNCHER, *kept, flag])
+    return shlex.join([*LAUNCHER, *kept, "--resume_from_checkpoint"])
 
 
 def explain_interrupt(args: argparse.Namespace, argv: list[str], number: int, began: float) -> str:
     """Return one line: what ended the run that began then (seconds since 1970), and how to go on."""
     name, marker = signal.Signals(number).name, Path(args.output_dir) / "run.yaml"
-    if args.eval_only:
+    if args.eval_only or args.dry_run:
         return f"interrupted by {name}"
     # run.yaml is written when training starts; before that, checkpoints in the folder are of an earlier run.
     started = marker.is_file() and marker.stat().st_mtime >= began

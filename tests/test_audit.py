@@ -108,6 +108,8 @@ def test_the_best_checkpoint_needs_held_out_rows(tmp_path):
     assert result.returncode == 1 and result.stderr.splitlines()[-1] == (
         "error: --metric_for_best: no row is held out to choose a checkpoint by; raise --train_test_split, or give "
         "--eval_dataset_path")
+    _, result = audit(tmp_path, "--early_stopping_patience", 2)
+    assert result.stderr.splitlines()[-1].startswith("error: --early_stopping_patience: no row is held out ")
 
 
 def render(tokenizer, row, tools):
@@ -369,10 +371,10 @@ def test_a_run_shows_the_chosen_row_and_not_the_first_two(tokenizer, capsys):
     assert capsys.readouterr() == ("", "warning: --show_row: x:4 is left out; expected a row without a problem\n")
 
 
-@pytest.mark.parametrize("flags", [["--dry_run"], ["--show_row", "1"]])
+@pytest.mark.parametrize("flags", [["--dry_run"], ["--show_row", "1"], ["--resume_from_checkpoint"]])
 def test_eval_only_has_nothing_to_audit(flags):
     result = run_here("--eval_only", "x", *flags)
-    assert result.returncode == 2 and "--eval_only trains nothing: leave out --dry_run and --show_row" in result.stderr
+    assert result.returncode == 2 and "--eval_only trains nothing: leave out --dry_run, --show_row and " in result.stderr
 
 
 PADDED = ["--no-share_prefix"]

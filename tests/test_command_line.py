@@ -123,6 +123,9 @@ def test_the_best_checkpoint_is_kept_and_a_separate_file_is_held_out(tmp_path):
     losses = [float(x) for x in re.findall(r"held-out loss ([\d.]+)", result.stdout.split("train  ")[0])]
     assert 2 <= len(losses) < 12 and losses[-1] >= min(losses[:-1])  # stopped early, one evaluation after the best
     report = json.loads((tmp_path / "out" / "report.json").read_text())
+    best, last = losses.index(min(losses)) + 1, len(losses)
+    assert f"\nkeep     step {best}, the best on held-out rows; training ended at step {last} of 12\n" in result.stdout
+    assert (report["train"]["kept_step"], report["train"]["last_step"]) == (best, last)
     assert report["scores"]["adapter"]["n"] == 4
     assert report["data"]["path"] == f"{tmp_path / 'rows.jsonl'} {held_out}" and report["data"]["skipped"] == 0
 
@@ -428,6 +431,28 @@ def test_a_folder_that_cannot_be_written_is_known_at_the_start(tmp_path, tools_p
     assert errors(result) == [f"error: --output_dir {file / 'out'}: {file} cannot be written; choose another folder"]
 
 
+def test_the_final_folder_is_none_that_the_output_folder_uses(tmp_path, tools_path):
+    for name in ("adapter", "eval_only", "checkpoint-7"):
+        final = tmp_path / "out" / name
+        assert errors(small_job(tmp_path, tools_path, "--final_model_dir", final)) == [
+            f"error: --final_model_dir {final}: is where --output_dir has its {name}; choose another folder"]
+
+
+def test_a_folder_that_cannot_be_made_is_one_line():
+    result = run_here("--eval_only", TINY, "--max_samples", 2, "--eval_samples", 1, "--max_new_tokens", 1, "--output_dir",
+                      "/proc/x")
+    assert result.returncode == 1 and errors(result) == ["error: /proc/x: cannot be made: No such file or directory"]
+
+
+def test_a_file_or_an_adapter_is_no_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    for path, what in ((TINY / "config.json", "is a file; expected the folder of a model"),
+                       (tmp_path, "is an adapter; expected the model that it belongs to, its base")):
+        with pytest.raises(script.UserError) as error:
+            script.load_tokenizer(str(path))
+        assert str(error.value) == f"--model_id {path}: its tokenizer cannot be loaded: {what}"
+
+
 def test_a_run_that_failed_lets_go_of_its_folder(tmp_path, tools_path):
     (tmp_path / "out").mkdir()
     path = write_jsonl(tmp_path / "rows.jsonl", ["not JSON"])
@@ -505,13 +530,13 @@ def test_a_full_disk_is_seen_before_training(tmp_path, monkeypatch):
     with pytest.raises(script.UserError) as error:
         script.check_disk(args, config, 3)
     assert str(error.value) == (
-        f"--output_dir {out} and --final_model_dir {final}: the adapter and 3 checkpoints and the merged model need "
-        f"{needed / 1e9:.2f} GB and the disk has {needed / 1e9:.2f} GB free; free some space, choose another disk, or keep "
-        "fewer checkpoints with --save_total_limit")
+        f"--output_dir {out} and --final_model_dir {final}: for the adapter and 3 checkpoints and the merged model "
+        f"{needed / 1e9:.2f} GB are needed and the disk has {needed / 1e9:.2f} GB free; free some space or choose another "
+        "disk, or keep fewer checkpoints with --save_total_limit")
     args.save_method, free["value"] = "lora", needed - 2 * parameters - script.SMALL_FILES
     script.check_disk(args, config, 3)
     free["value"] -= 1
-    with pytest.raises(script.UserError, match=f"^--output_dir {out}: the adapter and 3 checkpoints need "):
+    with pytest.raises(script.UserError, match=f"^--output_dir {out}: for the adapter and 3 checkpoints "):
         script.check_disk(args, config, 3)
 
 

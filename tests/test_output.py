@@ -400,7 +400,8 @@ def test_only_the_adapter_is_handed_over(tmp_path, capsys):
     pushed = []
     row = {"exact_match": 0.5, "ast_match": 0.5, "tool_macro_f1": 0.5, "broken_json": 0, "n": 2}
     report = {"args": vars(args), "scores": {"base": row, "adapter": row}, "data": {"train": 8, "held_out": 2},
-              "train": {"last_step": 3, "loss": None}, "command": "python x.py --output_dir=/home/me/out ~/a/b hf_abcdefghij",
+              "train": {"last_step": 3, "kept_step": 3, "history": []},
+              "command": "python x.py --output_dir=/home/me/out ~/a/b hf_abcdefghij",
               "device": "cpu", "finished": "2026-01-01 00:00"}
     monkey = pytest.MonkeyPatch()
     with monkey.context() as patch:
@@ -413,6 +414,9 @@ def test_only_the_adapter_is_handed_over(tmp_path, capsys):
     assert "`Qwen/Qwen3-0.6B` taught to call tools by LoRA of rank 24: the adapter alone." in card
     assert "\npython x.py --output_dir=out b $HF_TOKEN\n" in card
     assert "8 sequences of `data/synthetic_finetune_dataset.json`, 2 held out; 3 steps;\ncpu, 2026-01-01 00:00." in card
+    report["train"] = {"last_step": 3, "kept_step": 2, "history": [{"loss": 2.0}, {"loss": 1.0}, {"eval_loss": 3.0}]}
+    assert "2 held out; 2 steps of 3, the best on held-out rows, mean loss 1.5000;\ncpu" in script.to_card(
+        report, True, "tools", "vllm")
     served = ("vllm serve Qwen/Qwen3-0.6B --enable-lora --max-lora-rank 32 --lora-modules tools={} "
               "--enable-auto-tool-choice --tool-call-parser hermes --reasoning-parser qwen3")
     assert served.format("me/tools") in card
@@ -484,7 +488,7 @@ def test_disk_and_memory_are_reckoned_for_what_is_trained_and_saved(tmp_path):
     memory = script.estimate_memory(args, config, parameters, 1000, plan)  # weights, gradients and moments in fp32
     assert (memory["base"], memory["adapter"]) == (round(2 * whole / 2**30, 2), round(16 * whole / 2**30, 2))
     assert script.estimate_disk(args, parameters, "adamw_torch", 3)["checkpoints"] == 3 * 12 * whole
-    with pytest.raises(script.UserError, match="3,000 checkpoints and the trained model need 4"):
+    with pytest.raises(script.UserError, match="for 3,000 checkpoints and the trained model 4"):
         script.check_disk(args, config, 3000)
     written = script.list_writes(args, [3])["written"]
     assert not [path for path in written if path.endswith("adapter")] and written[-1] == str(tmp_path)

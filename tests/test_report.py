@@ -46,7 +46,7 @@ def full_report() -> dict:
         "confusion": {"labels": [*TOOLS, "(broken)"], "counts": counts},
         "train": {"loss": 0.118, "seconds": 165.2, "samples_per_second": 10.9, "tokens_per_second": 10405.0,
                   "peak_memory_gib": 1.05, "tokens_computed": 318600, "tokens_padded": 1730700, "steps": 225,
-                  "resumed_from": None, "history": history},
+                  "last_step": 225, "kept_step": 225, "resumed_from": None, "history": history},
         "data": {"path": "data/x.json", "rows": 2000, "train": 1800, "held_out": 200, "skipped": 0,
                  "tokens": {"mean": 956, "max": 1107},
                  "lengths": {"edges": list(range(800, 1121, 20)),

@@ -458,6 +458,7 @@ def test_what_is_not_of_the_run_is_removed_at_its_start(tmp_path):
                                    ["--resume_from_checkpoint=out/checkpoint-3"]])
 def test_the_command_that_goes_on_names_resume_once(words):
     argv = ["train it.py", "--seed", "1", *words, "--run_name", "it's"]
+    assert script.drop_resume(argv) == ["train it.py", "--seed", "1", "--run_name", "it's"]
     assert script.to_command(argv, "out") == """python 'train it.py' --seed 1 --run_name 'it'"'"'s' --resume_from_checkpoint"""
 
 
