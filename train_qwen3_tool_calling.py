@@ -5775,17 +5775,17 @@ def train_model(trainer, checkpoint: str | None, complete: bool) -> dict:
     tokens = rows * sum(len(sequence.input_ids) for sequence in train) / len(train)
     history = trainer.state.log_history
     losses = [log["loss"] for log in history if "loss" in log and (complete or log["step"] > first)]
-    kept = trainer.args.load_best_model_at_end and trainer.state.best_global_step or last
+    best = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
     facts = {"loss": sum(losses) / len(losses) if losses else loss, "seconds": seconds, "steps": steps,
-             "last_step": last, "kept_step": kept, "resumed_from": checkpoint, "samples_per_second": rows / seconds,
-             "tokens_per_second": tokens / seconds,
+             "last_step": last, "kept_step": best or last, "resumed_from": checkpoint,
+             "samples_per_second": rows / seconds, "tokens_per_second": tokens / seconds,
              "peak_memory_gib": torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None,
              "tokens_computed": sum(gather_object([trainer.tokens_computed])), "history": history}
     if steps:
         say("train", f"{steps:,} steps in {seconds:.0f} s: {facts['samples_per_second']:.1f} samples/s, "
                      f"{facts['tokens_per_second']:,.0f} tokens/s of the rows; loss {facts['loss']:.4f}")
-    if trainer.args.load_best_model_at_end:
-        say("keep", f"step {kept:,}, the best on held-out rows; training ended at step {last:,} of "
+    if best:
+        say("keep", f"step {best:,}, the best on held-out rows; training ended at step {last:,} of "
                     f"{trainer.state.max_steps:,}")
     facts["advice"] = None if trainer.args.load_best_model_at_end else find_overfitting(history)
     if facts["advice"]:
