@@ -624,3 +624,25 @@ def test_an_upload_that_fails_says_that_all_is_there(tmp_path):
         result = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert result.stdout.startswith("--push_to_hub me/tools: ") and result.stdout.endswith(
         "everything is whole in final, push it with: hf upload me/tools final . --private --exclude run.yaml\n"), result
+
+
+def test_bf16_is_for_gpus_that_compute_it(monkeypatch):
+    for computes, dtype in ((True, torch.bfloat16), (False, torch.float16)):  # older ones emulate it
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                            lambda including_emulation=True: including_emulation or computes)
+        assert script.to_dtype("cuda") == dtype
+
+
+def test_a_quantised_model_is_not_spread(monkeypatch):
+    places = []
+
+    def load(model_id, device_map, **options):
+        places.append((device_map, "max_memory" in options))
+        raise OSError("enough")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load)
+    for quantised in ({"quant_method": "bitsandbytes"}, None):
+        monkeypatch.setattr(script, "load_config", lambda *_, **__: types.SimpleNamespace(quantization_config=quantised))
+        with pytest.raises(script.UserError, match="enough"):
+            script.load_base("some/model", False, place="auto")
+    assert places == [("cpu", False), ("auto", True)]
