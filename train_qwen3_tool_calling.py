@@ -1584,8 +1584,27 @@ SHAPES = ('"messages"; "conversations"; "input" and "output"; "query" and "answe
           '"prompt" and "completion"')
 
 
-def convert(row: object, name: str) -> tuple[str, list[dict], object]:
-    """Return (format, OpenAI messages, tools as they are or None) of a row; ValueError if it cannot be converted."""
+def list_unread(row: dict, name: str) -> list[tuple[str, str]]:
+    """Return as (place, key) what holds something in a row, its output or a turn, and is not read in its format.
+
+    Conversations must be lists already, not JSON text.
+    """
+    keys = FORMATS[name][2]
+    places = [("row", row, {*keys, "tools", "functions", "system"})]
+    if name == "native":
+        places.append(("output", row["output"], {*TURN_KEYS, "function_calls"}))
+    elif name != "alpaca":  # whose `prompt` and `completion` are plain text
+        places += [("turn", turn, TURN_KEYS) for key in ("messages", "conversations", "prompt", "completion")
+                   if key in keys and row.get(key) for turn in as_list(row[key])]
+    return [(place, key) for place, holder, known in places if isinstance(holder, dict)
+            for key, value in holder.items() if key not in known and value not in (None, "", [], {})]
+
+
+def convert(row: object, name: str) -> tuple[str, list[dict], object, list[tuple[str, str]]]:
+    """Return (format, OpenAI messages, tools as they are or None, what list_unread finds) of a row.
+
+    ValueError if it cannot be converted.
+    """
     if isinstance(row, ValueError):  # a line that was not JSON
         raise row
     if not isinstance(row, dict):
@@ -1608,21 +1627,7 @@ def convert(row: object, name: str) -> tuple[str, list[dict], object]:
     # Those of the row itself count, under the newer name first, unless they are none and there are some elsewhere.
     given = [found for found in (row.get("tools"), row.get("functions"), tools) if found is not None]
     some = [found for found in given if found not in ([], "", "[]")]
-    return name, to_messages(turns), (some or given or [None])[0]
-
-
-def list_unread(row: dict, name: str) -> list[tuple[str, str]]:
-    """Return as (place, key) what holds something in a row, its output or a turn, and is not read in its format."""
-    keys = FORMATS[name][2]
-    places = [("row", row, {*keys, "tools", "functions", "system"})]
-    if name == "native":
-        places.append(("output", row["output"], {*TURN_KEYS, "function_calls"}))
-    elif name != "alpaca":  # whose `prompt` and `completion` are plain text
-        lists = [unpack(row[key], key) for key in ("messages", "conversations", "prompt", "completion")
-                 if key in keys and row.get(key)]
-        places += [("turn", turn, TURN_KEYS) for turns in lists for turn in as_list(turns)]
-    return [(place, key) for place, holder, known in places if isinstance(holder, dict)
-            for key, value in holder.items() if key not in known and value not in (None, "", [], {})]
+    return name, to_messages(turns), (some or given or [None])[0], list_unread(row, name)
 
 
 def to_row(example: Example) -> dict:
@@ -1955,8 +1960,8 @@ def to_examples(rows, tools_path: str,
     examples, problems, changes, unread, checked, total = [], [], Counter(), Counter(), {}, 0
     for total, (where, row) in enumerate(rows, start=1):
         try:
-            found_format, messages, tools = convert(row, name)
-            unread.update(list_unread(row, found_format))
+            found_format, messages, tools, left_out = convert(row, name)
+            unread.update(left_out)
             key = json.dumps(tools)
             if key not in checked:  # most rows share their tools: convert and check each list once
                 if tools is None and not Path(tools_path).exists():
