@@ -40,7 +40,7 @@ def measure(words: list[str], file: Path, steps: int) -> None:
     plan = script.plan_streams(train, args, engine)
     model = script.load_model(args, engine, plan)
     loaded = torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else 0.0
-    trainer = script.build_trainer(args, engine, model, tokenizer, train, [], plan)
+    trainer = script.build_trainer(args, script.to_sft_config(args, plan, False), engine, model, tokenizer, train, [], plan)
     if not script.check_sharing(args, trainer.model, train, plan, engine):
         raise RuntimeError("sharing is switched off")
     wait_for_turn(file)

@@ -22,6 +22,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train_qwen3_tool_calling as script  # noqa: E402  (imports the standard library only)
+from tool_calling.arguments import number
+from tool_calling.data.examples import read_examples
+from tool_calling.engines.answers import generate_tokens
+from tool_calling.engines.hub import load_tokenizer
+from tool_calling.engines.loading import load_base
+from tool_calling.environment import return_pages
+from tool_calling.engines.start import autocast, start_engine, use_checkpointing
+from tool_calling.processes import is_main
+from tool_calling.prompts import Sequence, render_examples
+from tool_calling.schedule import plan_streams
+from tool_calling.terminal import report_problems
+from tool_calling.training.selfcheck import check_sharing
+from tool_calling.training.trainer import build_trainer
 
 # name: label, engine, how rows are batched, flags, batch size, accumulation steps
 FOUR_BIT, SIXTEEN_BIT = ["--load_in_4bit"], ["--no-load_in_4bit", "--gradient_checkpointing", "off"]
@@ -49,9 +62,9 @@ CPU_RECIPES = {
 }
 
 
-def make_rows(args: argparse.Namespace, tokenizer, tools: int | None) -> list[script.Sequence]:
+def make_rows(args: argparse.Namespace, tokenizer, tools: int | None) -> list[Sequence]:
     """Return the training sequences; with `tools`, every row lists that many (renamed copies make up the number)."""
-    examples, _ = script.read_examples(args, args.dataset_path)
+    examples, _ = read_examples(args, args.dataset_path)
     if tools:
         own = examples[0].tools
         copies = [{**tool, "function": {**tool["function"], "name": f"{tool['function']['name']}_{i // len(own) + 1}"}}
@@ -61,8 +74,8 @@ def make_rows(args: argparse.Namespace, tokenizer, tools: int | None) -> list[sc
         called = [{call["function"]["name"] for m in example.messages for call in m.get("tool_calls", [])}
                   for example in examples]
         examples = [example._replace(tools=listed) for example, calls in zip(examples, called) if calls <= names]
-    groups, problems = script.render_examples(tokenizer, examples, args.max_seq_length)
-    script.report_problems(problems, "error", len(examples))
+    groups, problems = render_examples(tokenizer, examples, args.max_seq_length)
+    report_problems(problems, "error", len(examples))
     return [sequence for group in groups for sequence in group]
 
 
@@ -77,7 +90,7 @@ def make_stock_trainer(args, model, tokenizer, train, packing: bool):
     config = SFTConfig(
         output_dir=args.output_dir, per_device_train_batch_size=args.batch_size, max_steps=args.max_steps,
         gradient_accumulation_steps=args.gradient_accumulation_steps, learning_rate=args.learning_rate, bf16=cuda,
-        optim="adamw_8bit" if cuda else "adamw_torch", gradient_checkpointing=script.use_checkpointing(args),
+        optim="adamw_8bit" if cuda else "adamw_torch", gradient_checkpointing=use_checkpointing(args),
         logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=not cuda, seed=args.seed,
         packing=packing, max_length=8192 if packing else None, remove_unused_columns=not packing,
         dataset_kwargs=None if packing else {"skip_prepare_dataset": True})
@@ -146,7 +159,7 @@ def time_steps(trainer, warm_up: int) -> dict:
 
 def wait_for_turn(result: Path) -> None:
     """Say that this process has loaded, and wait until it may be timed; in a process that run_in_turn started."""
-    if script.is_main():
+    if is_main():
         result.with_suffix(".ready").touch()
     while not result.with_suffix(".go").exists():  # no collective: that would keep a GPU busy
         time.sleep(0.05)
@@ -188,19 +201,19 @@ def run_recipe(options, engine: str, kind: str, flags: list[str], batch_size: in
         "--batch_size", str(batch_size), "--gradient_accumulation_steps", str(accumulation),
         "--dataset_path", options.dataset_path, "--tools_path", options.tools_path])
     args.share_prefix = args.share_prefix and kind == SHARED  # the others run with Unsloth's own settings
-    script.return_pages()  # for all of them: it is Unsloth's own setting
-    script.start_engine(args)
-    tokenizer = script.load_tokenizer(args.model_id)
+    return_pages()  # for all of them: it is Unsloth's own setting
+    start_engine(args)
+    tokenizer = load_tokenizer(args.model_id)
     train = make_rows(args, tokenizer, tools)
-    plan = script.plan_streams(train, args, engine)
+    plan = plan_streams(train, args, engine)
     model = script.load_model(args, engine, plan)
     wait_for_turn(Path(options.result))
     if kind != SHARED:
         trainer = make_stock_trainer(args, model, tokenizer, train, packing=kind == PACKED)
         return time_steps(trainer, options.warm_up)
-    trainer = script.build_trainer(args, engine, model, tokenizer, train, [], plan)
+    trainer = build_trainer(args, script.to_sft_config(args, plan, False), engine, model, tokenizer, train, [], plan)
     start = time.perf_counter()
-    if plan.share_prefix and not script.check_sharing(args, trainer.model, train, plan, engine):
+    if plan.share_prefix and not check_sharing(args, trainer.model, train, plan, engine):
         raise RuntimeError("sharing is switched off")
     checked = time.perf_counter() - start
     result = time_steps(trainer, options.warm_up)
@@ -213,15 +226,15 @@ def time_answers(options, rows: int = 150, tokens: int = 64) -> None:
 
     args = script.parse_args(["--engine", "transformers", "--dataset_path", options.dataset_path, "--tools_path",
                               options.tools_path])
-    script.start_engine(args)
-    train = make_rows(args, script.load_tokenizer(options.model_id), None)[:rows]
+    start_engine(args)
+    train = make_rows(args, load_tokenizer(options.model_id), None)[:rows]
     prompts = [row.input_ids[: row.prompt_length] for row in train]
     for four_bit in (False, True):
-        model = script.load_base(options.model_id, four_bit).eval()
+        model = load_base(options.model_id, four_bit).eval()
         start = time.perf_counter()
-        with torch.inference_mode(), script.autocast(model):
+        with torch.inference_mode(), autocast(model):
             for i in range(0, rows, args.eval_batch_size):
-                script.generate_tokens(model, prompts[i : i + args.eval_batch_size], [-1], tokens)
+                generate_tokens(model, prompts[i : i + args.eval_batch_size], [-1], tokens)
         print(f"{rows} answers of {tokens} tokens, {4 if four_bit else 16}-bit: {time.perf_counter() - start:.1f} s")
 
 
@@ -274,8 +287,8 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true", help="compare padded and shared on CPU with the embedded base")
     parser.add_argument("--answers", action="store_true", help="time 150 answers of 64 tokens, nothing else")
     parser.add_argument("--only", help="comma-separated names of recipes")
-    parser.add_argument("--warm_up", type=script.number(int, 1), default=10)
-    parser.add_argument("--steps", type=script.number(int, 1), default=20)
+    parser.add_argument("--warm_up", type=number(int, 1), default=10)
+    parser.add_argument("--steps", type=number(int, 1), default=20)
     for hidden in ("--job", "--result"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     options = parser.parse_args()

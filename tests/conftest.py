@@ -67,6 +67,15 @@ def run_here(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
+def patch(monkeypatch, name: str, value: object) -> None:
+    """Replace a function or constant in every module of the project that has it."""
+    found = [module for key, module in sys.modules.items() if key.split(".")[0] in ("tool_calling", "train_qwen3_tool_calling")
+             and hasattr(module, name)]
+    assert found, f"no imported module has {name}"
+    for module in found:
+        monkeypatch.setattr(module, name, value)
+
+
 @pytest.fixture
 def tools_path(tmp_path: Path) -> str:
     """A tools file with get_weather and set_alarm."""

@@ -9,9 +9,16 @@ import sys
 import numpy as np
 import pytest
 import yaml
-from conftest import ALARM, ROOT, TINY, WEATHER, native, qwen3_config, run_here, run_script, write_jsonl
+from conftest import ALARM, ROOT, TINY, WEATHER, native, qwen3_config, run_here, run_script, write_jsonl, patch
 
 import train_qwen3_tool_calling as script
+from tool_calling.audit import audit_epoch, audit_plan, audit_run
+from tool_calling.data.examples import Example, find_warnings
+from tool_calling.engines.hub import count_parameters, load_config, load_tokenizer
+from tool_calling.estimates import estimate_memory
+from tool_calling.prompts import NOT_HELD_OUT, Sequence, show_rows
+from tool_calling.run_folder import WRITTEN_BY
+from tool_calling.schedule import Plan, count_padded, measure_batches, order_rows
 
 TIMER = {"type": "function", "function": {"name": "set_timer", "parameters": {"type": "object", "properties": {}}}}
 ROME = ("get_weather", {"city": "Rome"})
@@ -92,10 +99,10 @@ def test_the_ids_of_calls_are_no_difference(tmp_path):
 
 
 def test_a_row_that_the_template_refuses_is_a_problem_and_not_a_crash(tmp_path, monkeypatch):
-    tokenizer = script.load_tokenizer(str(TINY))
+    tokenizer = load_tokenizer(str(TINY))
     tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system text') }}{% endif %}" + (
         tokenizer.chat_template)
-    monkeypatch.setattr(script, "find_model", lambda args: (tokenizer, "", None))
+    patch(monkeypatch, "find_model", lambda args: (tokenizer, "", None))
     rows = [{"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"},
                           {"role": "assistant", "content": "Hello."}], "tools": []}, *ROWS]
     found, result = audit(tmp_path, rows=rows)
@@ -159,31 +166,31 @@ def test_the_plan_is_the_runs(dry):
 
 def test_batches_are_counted_as_the_run_orders_them():
     """Rows of 5, 6, 7 tokens that share 3 of them, two in a stream; the prompt's last token is never shared."""
-    rows = [script.Sequence(f"x:{n}", [1, 2, 3, 10 + n, *range(20, 20 + n), 9], 4 + n - 1) for n in range(3)]
+    rows = [Sequence(f"x:{n}", [1, 2, 3, 10 + n, *range(20, 20 + n), 9], 4 + n - 1) for n in range(3)]
     rows = [row._replace(prompt_length=4) for row in rows]
     args = script.parse_args(["--batch_size", "2", "--gradient_accumulation_steps", "1", "--num_epochs", "2"])
-    plan = script.Plan(2, 1, [[[0], [1], [2]]], lengths=(8, 16))
-    assert script.measure_batches(rows, plan, [[0, 1], [2], []]) == [8, 8]  # 5 + 6 - 3 = 8; 7 is filled up to 8
-    assert script.measure_batches(rows, plan._replace(share_prefix=False), [[0, 1], [2]]) == [12, 7]
-    first, second, third = (rows[i] for i in script.order_rows(plan, args.seed, 0))
+    plan = Plan(2, 1, [[[0], [1], [2]]], lengths=(8, 16))
+    assert measure_batches(rows, plan, [[0, 1], [2], []]) == [8, 8]  # 5 + 6 - 3 = 8; 7 is filled up to 8
+    assert measure_batches(rows, plan._replace(share_prefix=False), [[0, 1], [2]]) == [12, 7]
+    first, second, third = (rows[i] for i in order_rows(plan, args.seed, 0))
     padded = 2 * max(len(first.input_ids), len(second.input_ids)) + len(third.input_ids)
-    assert script.audit_epoch(rows, args, plan) == {"padded": padded, "packed": 18, "shared_prefix": 15}
-    facts = script.audit_plan(rows, args, plan)
+    assert audit_epoch(rows, args, plan) == {"padded": padded, "packed": 18, "shared_prefix": 15}
+    facts = audit_plan(rows, args, plan)
     assert facts["steps_per_epoch"] == 2 and facts["steps"] == 4 and facts["checkpoints"] == [2, 4]
-    assert script.count_padded(args, rows, plan, range(1)) == 2 * max(len(first.input_ids), len(second.input_ids))
-    assert script.count_padded(args, rows, plan, range(2)) == padded
-    assert script.count_padded(args, rows, plan, range(1, 2)) == len(third.input_ids)  # resumed
-    whole = script.count_padded(args, rows, plan, range(4))
-    assert whole == sum(script.count_padded(args, rows, plan, range(step, step + 1)) for step in range(4)) > padded
-    assert script.count_padded(args, rows, plan, range(4, 4)) == 0
+    assert count_padded(args, rows, plan, range(1)) == 2 * max(len(first.input_ids), len(second.input_ids))
+    assert count_padded(args, rows, plan, range(2)) == padded
+    assert count_padded(args, rows, plan, range(1, 2)) == len(third.input_ids)  # resumed
+    whole = count_padded(args, rows, plan, range(4))
+    assert whole == sum(count_padded(args, rows, plan, range(step, step + 1)) for step in range(4)) > padded
+    assert count_padded(args, rows, plan, range(4, 4)) == 0
     args.max_steps, args.save_steps = 3, 2
-    assert script.audit_plan(rows, args, plan)["checkpoints"] == [2, 3]
+    assert audit_plan(rows, args, plan)["checkpoints"] == [2, 3]
 
 
 def test_disk_is_estimated_for_the_checkpoints_that_are_kept(tmp_path):
-    rows = [script.Sequence(f"x:{n}", [1, 2, 3, n, 9], 4) for n in range(20)]
+    rows = [Sequence(f"x:{n}", [1, 2, 3, n, 9], 4) for n in range(20)]
     args = script.parse_args(["--save_total_limit", "1", "--output_dir", str(tmp_path)])
-    found = script.audit_run(args, rows, script.load_config(str(TINY)))
+    found = audit_run(args, rows, load_config(str(TINY)))
     assert found["plan"]["checkpoints"] == [3, 6, 9] and found["disk_gb"]["checkpoints_kept"] == 2
     adapter = 8 * 16 * (4 * (320 + 320) + 3 * (320 + 896))
     assert found["disk_gb"]["checkpoints"] == round(2 * adapter * (4 + 8) / 1e9, 2) == 0.02
@@ -200,7 +207,7 @@ def test_only_the_audit_and_the_marker_are_written(dry):
 def test_an_earlier_run_is_left_as_it_is(tmp_path):
     checkpoint = tmp_path / "out" / "checkpoint-5"
     checkpoint.mkdir(parents=True)
-    kept = {"run.yaml": script.WRITTEN_BY + "seed: 1\n", "report.json": "{}", "checkpoint-5/trainer_state.json": "{}"}
+    kept = {"run.yaml": WRITTEN_BY + "seed: 1\n", "report.json": "{}", "checkpoint-5/trainer_state.json": "{}"}
     for name, text in kept.items():
         (tmp_path / "out" / name).write_text(text)
     found, result = audit(tmp_path)
@@ -212,7 +219,7 @@ def test_an_earlier_run_is_left_as_it_is(tmp_path):
 def test_only_what_a_run_removes_is_said_to_be_removed(tmp_path):
     for name in ("checkpoint-1000", "checkpoint-225", "checkpoint-best"):
         (tmp_path / "out" / name).mkdir(parents=True)
-    (tmp_path / "out" / "run.yaml").write_text(script.WRITTEN_BY)
+    (tmp_path / "out" / "run.yaml").write_text(WRITTEN_BY)
     found, _ = audit(tmp_path)
     assert found["files"]["replaced"] == [str(tmp_path / "out" / f"checkpoint-{step}") for step in (225, 1000)]
 
@@ -269,7 +276,7 @@ def test_rows_that_are_too_long_are_named(tmp_path, dry):
 def test_a_model_never_shown_a_refusal_is_warned_of(tmp_path):
     found, result = audit(tmp_path, rows=ROWS[:5])
     assert result.returncode == 0 and result.stderr == NO_REFUSAL and found["no_call_share"] == 0
-    assert script.find_warnings([script.Example("x:1", [{"role": "assistant", "content": "a"}], [])], []) == []
+    assert find_warnings([Example("x:1", [{"role": "assistant", "content": "a"}], [])], []) == []
 
 
 def test_held_out_rows_that_are_trained_on_are_named(tmp_path):
@@ -322,9 +329,9 @@ def test_no_weights_are_needed_and_a_config_only_for_memory(tmp_path):
 def test_torch_waits_for_the_rows(tmp_path, tools_path):
     """A broken file must be reported in a moment, by a dry run too."""
     path = write_jsonl(tmp_path / "rows.jsonl", [native("alarm", ("set_alarm", {}))])
-    code = ("import sys, train_qwen3_tool_calling as script\n"
+    code = ("import sys, train_qwen3_tool_calling as script\nfrom tool_calling.terminal import UserError\n"
             f"try: script.main(['--dry_run', '--dataset_path', {path!r}, '--tools_path', {tools_path!r}])\n"
-            "except script.UserError: print({'torch', 'transformers'} & set(sys.modules))")
+            "except UserError: print({'torch', 'transformers'} & set(sys.modules))")
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path,
                             env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60)
     assert result.stdout == "set()\n", result.stderr
@@ -360,14 +367,14 @@ def test_show_row_beyond_the_end_is_one_line(tmp_path):
 
 
 def test_a_run_shows_the_chosen_row_and_not_the_first_two(tokenizer, capsys):
-    rows = [script.Sequence(f"x:{n}", tokenizer(f"question {n} answer {n}")["input_ids"], 2) for n in (1, 2, 3)]
-    script.show_rows(tokenizer, rows, None)
+    rows = [Sequence(f"x:{n}", tokenizer(f"question {n} answer {n}")["input_ids"], 2) for n in (1, 2, 3)]
+    show_rows(tokenizer, rows, None)
     assert [text for text in capsys.readouterr().out.splitlines() if text.startswith("x:")] == [
         f"x:{n}  (2 prompt tokens, {len(rows[n - 1].input_ids) - 2} supervised)" for n in (1, 2)]
-    script.show_rows(tokenizer, rows, "x:3")
+    show_rows(tokenizer, rows, "x:3")
     shown = capsys.readouterr().out
     assert shown.count("supervised") == 1 and shown.startswith("\nx:3  (")
-    script.show_rows(tokenizer, rows, "x:4")
+    show_rows(tokenizer, rows, "x:4")
     assert capsys.readouterr() == ("", "warning: --show_row: x:4 is left out; expected a row without a problem\n")
 
 
@@ -386,14 +393,14 @@ MEASURED = [  # flags, tokens of the longest micro-batch, GiB reserved at peak w
 @pytest.mark.parametrize("flags, tokens, measured", MEASURED)
 def test_memory_is_estimated_as_it_was_measured(flags, tokens, measured):
     config = qwen3_config(1024, 3072, 28, 16, True)
-    parameters = script.count_parameters(config, rank=16)
+    parameters = count_parameters(config, rank=16)
     assert parameters == {"linear": 440_401_920, "other": 155_648_000, "adapter": 10_092_544}
     args = script.parse_args([*flags, "--optim", "adamw_8bit"])
-    found = script.estimate_memory(args, config, parameters, tokens, script.Plan(8, 1, [], (), args.share_prefix))
+    found = estimate_memory(args, config, parameters, tokens, Plan(8, 1, [], (), args.share_prefix))
     assert found["total"] == pytest.approx(measured, rel=0.05)
     assert found["base"] == (1.11 if "--no-load_in_4bit" in flags else 0.51) and found["adapter"] == 0.09
     if not flags:  # streams of a second length are recorded too, in memory of their own
-        two = script.estimate_memory(args, config, parameters, tokens, script.Plan(8, 1, [], (1024, tokens)))
+        two = estimate_memory(args, config, parameters, tokens, Plan(8, 1, [], (1024, tokens)))
         kept = 4 * 1024 + 3 * 128 * (16 + 8) + 2 * 3072
         token = 28 * 2 * 1024 + 1.25 * 2 * kept
         assert two["total"] - found["total"] == pytest.approx(1024 * token / 2**30, abs=0.011)
@@ -401,7 +408,7 @@ def test_memory_is_estimated_as_it_was_measured(flags, tokens, measured):
         assert found["total"] - found["without_graphs"] == pytest.approx(saved, abs=0.011)
         assert two["without_graphs"] == found["without_graphs"]  # of eager streams, the longest counts
     args.optim = None  # PyTorch's: 8 bytes of moments instead of 2
-    assert script.estimate_memory(args, config, parameters, tokens, script.Plan(8, 1, [], (), args.share_prefix))[
+    assert estimate_memory(args, config, parameters, tokens, Plan(8, 1, [], (), args.share_prefix))[
         "adapter"] == 0.15
 
 
@@ -411,16 +418,16 @@ def test_memory_is_estimated_as_it_was_measured(flags, tokens, measured):
     (5120, 17408, 40, 40, False, 13.92, 31.71), (5120, 25600, 64, 64, False, 25.10, 67.62)])
 def test_memory_of_all_sizes_is_estimated_as_it_was_measured(hidden, inner, layers, heads, tied, in_4, in_16):
     config = qwen3_config(hidden, inner, layers, heads, tied)
-    parameters, plan = script.count_parameters(config, rank=16), script.Plan(64, 1, [], (5248,))
+    parameters, plan = count_parameters(config, rank=16), Plan(64, 1, [], (5248,))
     for flag, measured in (("--load_in_4bit", in_4), ("--no-load_in_4bit", in_16)):
-        found = script.estimate_memory(script.parse_args([flag]), config, parameters, 5248, plan)
+        found = estimate_memory(script.parse_args([flag]), config, parameters, 5248, plan)
         assert found["total"] == pytest.approx(measured, rel=0.05)
 
 
 def test_few_rows_of_which_none_is_held_out_are_warned_of(tmp_path):
     for share, warned in ((0.1, True), (0, False)):
         found, result = audit(tmp_path, "--train_test_split", share, rows=ROWS[:1])
-        assert (script.NOT_HELD_OUT in found["warnings"]) == (script.NOT_HELD_OUT in result.stderr) == warned
+        assert (NOT_HELD_OUT in found["warnings"]) == (NOT_HELD_OUT in result.stderr) == warned
 
 
 def test_calls_of_turns_that_are_not_trained_do_not_count(tmp_path):

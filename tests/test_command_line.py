@@ -11,9 +11,19 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ALARM, ROOT, TINY, WEATHER, native, run_here, run_script, write_jsonl
+from conftest import ALARM, ROOT, TINY, WEATHER, native, run_here, run_script, write_jsonl, patch
 
 import train_qwen3_tool_calling as script
+from tool_calling.data.examples import read_examples
+from tool_calling.engines.hub import check_model, count_parameters, load_tokenizer
+from tool_calling.engines.loading import load_base
+from tool_calling.estimates import SMALL_FILES, check_disk
+from tool_calling.files import partial_folder, put_in_place
+from tool_calling.processes import Interrupted, handle_signals, raise_interrupted
+from tool_calling.prompts import render_all
+from tool_calling.run_folder import WRITTEN_BY
+from tool_calling.saving.proof import check_merged
+from tool_calling.terminal import UserError
 
 CITIES = ["Rome", "Oslo", "Paris", "Lima", "Cairo", "Quito", "Delhi", "Turin", "Kyoto", "Perth", "Accra", "Sofia"]
 ROWS = [row for city in CITIES for row in (
@@ -134,7 +144,7 @@ def test_settings_are_written_down(job):
     folder, _ = job
     for place in ("out", "final"):
         text = (folder / place / "run.yaml").read_text()
-        assert text.startswith(script.WRITTEN_BY)
+        assert text.startswith(WRITTEN_BY)
         settings = yaml.safe_load(text)
         assert settings["lora_rank"] == 16 and settings["num_epochs"] == 2 and settings["load_in_4bit"] is True
 
@@ -235,10 +245,10 @@ def test_bad_data_ends_the_run_and_writes_nothing(tmp_path, tools_path):
 def test_checks_need_no_heavy_library():
     """A broken file or --help must answer at once, so nothing up to the model may import torch."""
     code = ("import sys, train_qwen3_tool_calling as s\n"
-            "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'rich', 'jsonschema'}\n"
+            "heavy = {'torch', 'transformers', 'datasets', 'numpy'}\n"
             "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
             "s.read_examples(s.parse_args([]), [s.DATASET_PATH])\n"
-            "assert not (heavy - {'jsonschema'}) & set(sys.modules), heavy & set(sys.modules)\n")
+            "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
 
 
@@ -277,12 +287,12 @@ def test_scoring_alone_holds_out_the_rows_that_training_did(tmp_path, monkeypatc
              tmp_path / "tools.json", "--max_seq_length", 500, "--on_invalid", "skip", "--train_test_split", 0.3]
     (tmp_path / "tools.json").write_text(json.dumps([ALARM]))
     args = script.parse_args([*map(str, flags)])
-    train, held_out = script.render_all(args, script.load_tokenizer(str(TINY)), script.read_examples(
+    train, held_out = render_all(args, load_tokenizer(str(TINY)), read_examples(
         args, args.dataset_path)[0])
     assert (len(train), len(held_out)) == (34, 14)
     scored = []
-    monkeypatch.setattr(script, "load_base", lambda *_, **__: None)
-    monkeypatch.setattr(script, "generate_answers", lambda model, tokenizer, sequences, *_: [
+    patch(monkeypatch, "load_base", lambda *_, **__: None)
+    patch(monkeypatch, "generate_answers", lambda model, tokenizer, sequences, *_: [
         scored.append(sequence.where) or "" for sequence in sequences])
     result = run_here(*flags, "--eval_only", TINY, "--output_dir", tmp_path / "out")
     assert result.returncode == 0 and scored == [sequence.where for sequence in held_out], result.stderr
@@ -346,8 +356,8 @@ def test_weights_of_another_shape_or_out_of_reach_are_one_line(tmp_path):
     result = run_here("--eval_only", tmp_path / "base", "--max_samples", 9, "--eval_samples", 1, "--output_dir", tmp_path / "out")
     assert result.returncode == 1 and len(errors(result)) == 1
     assert errors(result)[0].startswith(f"error: {tmp_path / 'base'}: its weights cannot be loaded: ")
-    with pytest.raises(script.UserError, match="^me/none: its weights cannot be loaded: .+$"):  # as on a cut-off machine
-        script.load_base("me/none", False)
+    with pytest.raises(UserError, match="^me/none: its weights cannot be loaded: .+$"):  # as on a cut-off machine
+        load_base("me/none", False)
 
 
 def leave_out(file: Path, part: str) -> None:
@@ -448,8 +458,8 @@ def test_a_file_or_an_adapter_is_no_model(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     for path, what in ((TINY / "config.json", "is a file; expected the folder of a model"),
                        (tmp_path, "is an adapter; expected the model that it belongs to, its base")):
-        with pytest.raises(script.UserError) as error:
-            script.load_tokenizer(str(path))
+        with pytest.raises(UserError) as error:
+            load_tokenizer(str(path))
         assert str(error.value) == f"--model_id {path}: its tokenizer cannot be loaded: {what}"
 
 
@@ -458,9 +468,9 @@ def test_a_run_that_failed_lets_go_of_its_folder(tmp_path, tools_path):
     path = write_jsonl(tmp_path / "rows.jsonl", ["not JSON"])
     argv = ["--dataset_path", path, "--tools_path", tools_path, "--model_id", str(TINY), "--dry_run", "--output_dir",
             str(tmp_path / "out"), "--final_model_dir", str(tmp_path / "final")]
-    with pytest.raises(script.UserError, match="not valid JSON") as first:
+    with pytest.raises(UserError, match="not valid JSON") as first:
         script.main(argv)
-    with pytest.raises(script.UserError, match="not valid JSON"):  # and not: in use by another run
+    with pytest.raises(UserError, match="not valid JSON"):  # and not: in use by another run
         script.main(argv)
     assert first.traceback  # which held the frame of main, and all in it
 
@@ -515,74 +525,74 @@ def test_a_full_disk_is_seen_before_training(tmp_path, monkeypatch):
 
     free = {"value": 0}
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(script.shutil, "disk_usage", lambda path: usage(10**9, 0, free["value"]))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, free["value"]))
     out, final = tmp_path / "out", tmp_path / "a" / "b"
     args = script.parse_args(["--model_id", str(TINY), "--output_dir", str(out), "--final_model_dir", str(final)])
-    config = script.check_model(str(TINY))
+    config = check_model(str(TINY))
     parameters, lora = 11_475_264, 8 * 16 * (4 * (320 + 320) + 3 * (320 + 896))  # four square projections, three wide
-    counted = script.count_parameters(config, 16)
+    counted = count_parameters(config, 16)
     assert (counted["linear"] + counted["other"], counted["adapter"]) == (parameters, lora)
     # The adapter in fp32; three checkpoints of it with Adam's two moments; the model in 16 bits; the small files of each.
-    needed = 4 * lora + 3 * (4 + 8) * lora + 2 * parameters + 5 * script.SMALL_FILES
+    needed = 4 * lora + 3 * (4 + 8) * lora + 2 * parameters + 5 * SMALL_FILES
     free["value"] = needed
-    script.check_disk(args, config, 3)
+    check_disk(args, config, 3)
     free["value"] = needed - 1
-    with pytest.raises(script.UserError) as error:
-        script.check_disk(args, config, 3)
+    with pytest.raises(UserError) as error:
+        check_disk(args, config, 3)
     assert str(error.value) == (
         f"--output_dir {out} and --final_model_dir {final}: for the adapter and 3 checkpoints and the merged model "
         f"{needed / 1e9:.2f} GB are needed and the disk has {needed / 1e9:.2f} GB free; free some space or choose another "
         "disk, or keep fewer checkpoints with --save_total_limit")
-    args.save_method, free["value"] = "lora", needed - 2 * parameters - script.SMALL_FILES
-    script.check_disk(args, config, 3)
+    args.save_method, free["value"] = "lora", needed - 2 * parameters - SMALL_FILES
+    check_disk(args, config, 3)
     free["value"] -= 1
-    with pytest.raises(script.UserError, match=f"^--output_dir {out}: for the adapter and 3 checkpoints "):
-        script.check_disk(args, config, 3)
+    with pytest.raises(UserError, match=f"^--output_dir {out}: for the adapter and 3 checkpoints "):
+        check_disk(args, config, 3)
 
 
 def test_a_merge_that_went_wrong_keeps_the_adapter_and_no_folder(tmp_path, capsys):
     args = script.parse_args(["--final_model_dir", str(tmp_path / "final")])
 
     def check(merged_loss, merged_exact=0.9, different=0, loss=0.1, rows=100, wrong=0, adapter_exact=0.9):
-        script.partial_folder(args.final_model_dir).mkdir(exist_ok=True)
+        partial_folder(args.final_model_dir).mkdir(exist_ok=True)
         answers = ["b"] * different + ["a"] * (rows - different)
         results = {"adapter": {"loss": loss, "answers": ["a"] * rows}, "merged": {"loss": merged_loss, "answers": answers}}
         scores = {"adapter": {"exact_match": adapter_exact}, "merged": {"exact_match": merged_exact}}
-        script.check_merged(args, "out/adapter", results, scores, [False] * wrong + [True] * (rows - wrong))
+        check_merged(args, "out/adapter", results, scores, [False] * wrong + [True] * (rows - wrong))
 
     check(0.119, different=50)  # 4-bit: loss and score decide
     check(8.15, loss=8.0)  # 2 % of a large loss, 0.02 of a small one
     check(0.1, merged_exact=0.885)
-    with pytest.raises(script.UserError, match="held-out loss 0.1210, adapter 0.1000; .*the adapter is safe in out/adapter"):
+    with pytest.raises(UserError, match="held-out loss 0.1210, adapter 0.1000; .*the adapter is safe in out/adapter"):
         check(0.121)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(script.UserError, match="exact 87.0%, adapter 90.0%"):
+    with pytest.raises(UserError, match="exact 87.0%, adapter 90.0%"):
         check(0.1, merged_exact=0.87)
-    with pytest.raises(script.UserError, match="safe in out/adapter; .* train longer, or with --no-load_in_4bit$"):
+    with pytest.raises(UserError, match="safe in out/adapter; .* train longer, or with --no-load_in_4bit$"):
         check(0.1, merged_exact=0.87)
-    with pytest.raises(script.UserError, match="held-out loss nan"):
+    with pytest.raises(UserError, match="held-out loss nan"):
         check(float("nan"))
     check(0.1, merged_exact=7 / 10, adapter_exact=8 / 10, rows=10)  # one row, whose shares differ by a little more
     check(0.1, merged_exact=192 / 200, adapter_exact=196 / 200, rows=200)
-    with pytest.raises(script.UserError, match="exact 95.5%, adapter 98.0%"):
+    with pytest.raises(UserError, match="exact 95.5%, adapter 98.0%"):
         check(0.1, merged_exact=191 / 200, adapter_exact=196 / 200, rows=200)
     args.save_method = "merged_4bit"
     check(0.5, merged_exact=0.5)
     assert capsys.readouterr().err == ("warning: 4 bits cost something: held-out loss 0.5000, adapter 0.1000; exact "
                                        "50.0%, adapter 90.0%\n")
-    assert script.partial_folder(args.final_model_dir).is_dir()
-    with pytest.raises(script.UserError, match="held-out loss nan"):
+    assert partial_folder(args.final_model_dir).is_dir()
+    with pytest.raises(UserError, match="held-out loss nan"):
         check(float("nan"))
     args.save_method, args.load_in_4bit = "merged_16bit", False
     check(0.119)
     check(0.1, different=2)
-    with pytest.raises(script.UserError, match="3.0% of the answers are no longer its exact ones; .* safe in out/adapter$"):
+    with pytest.raises(UserError, match="3.0% of the answers are no longer its exact ones; .* safe in out/adapter$"):
         check(0.1, different=3)  # 16-bit: the same model, the same answers
     check(0.1, different=50, wrong=50)  # but not where it knows no answer
-    with pytest.raises(script.UserError, match="3.0% of the answers"):
+    with pytest.raises(UserError, match="3.0% of the answers"):
         check(0.1, different=53, wrong=50)
     check(0.1, merged_exact=0.9 - 1 / 6, different=1, rows=6)
-    with pytest.raises(script.UserError, match="33.3% of the answers"):
+    with pytest.raises(UserError, match="33.3% of the answers"):
         check(0.1, different=2, rows=6)
 
 
@@ -590,15 +600,15 @@ def test_a_final_folder_is_replaced_whole(tmp_path):
     final = tmp_path / "final"
     final.mkdir()
     (final / "old").write_text("old")
-    script.partial_folder(str(final)).mkdir()
-    (script.partial_folder(str(final)) / "new").write_text("new")
-    script.put_in_place(str(final))
+    partial_folder(str(final)).mkdir()
+    (partial_folder(str(final)) / "new").write_text("new")
+    put_in_place(str(final))
     assert names(tmp_path) == ["final"] and names(final) == ["new"]
 
 
 def test_a_signal_between_two_names_comes_after_the_second(tmp_path, monkeypatch):
     final, rename, seen = tmp_path / "final", Path.rename, []
-    for folder, file in ((final, "old"), (script.partial_folder(final), "new")):
+    for folder, file in ((final, "old"), (partial_folder(final), "new")):
         folder.mkdir()
         (folder / file).touch()
 
@@ -609,7 +619,7 @@ def test_a_signal_between_two_names_comes_after_the_second(tmp_path, monkeypatch
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(Path, "rename", rename_and_signal)
-    with pytest.raises(script.Interrupted), script.handle_signals(script.raise_interrupted):
-        script.put_in_place(final)
+    with pytest.raises(Interrupted), handle_signals(raise_interrupted):
+        put_in_place(final)
     assert seen == [[".final.old", ".final.partial"], [".final.old", "final"]]
     assert names(tmp_path) == ["final"] and names(final) == ["new"]

@@ -14,6 +14,14 @@ from hypothesis import strategies as st
 from train_small import make_base
 
 import train_qwen3_tool_calling as script
+from tool_calling.arguments import SCHEDULERS
+from tool_calling.data.examples import check_rows
+from tool_calling.engines.hub import check_model, count_parameters
+from tool_calling.estimates import estimate_memory
+from tool_calling.prompts import render_examples
+from tool_calling.run_folder import ONCE, read_run, write_run
+from tool_calling.schedule import Plan
+from tool_calling.terminal import FlagError, UserError
 
 
 def write_config(folder, text: str) -> str:
@@ -28,9 +36,9 @@ def write_config(folder, text: str) -> str:
     ["--early_stopping_patience", "2", "--eval_steps", "5", "--gradient_checkpointing", "off", "--optim", "sgd"]])
 def test_the_run_yaml_of_a_run_gives_its_settings_back(tmp_path, flags):
     args = script.parse_args(flags)
-    script.write_run(args, tmp_path, training_rows="ab", rows_per_step=8)
+    write_run(args, tmp_path, training_rows="ab", rows_per_step=8)
     assert vars(script.parse_args(["--config", str(tmp_path / "run.yaml")])) == vars(args)
-    assert script.read_run(str(tmp_path / "checkpoint-1")) == vars(args) | {
+    assert read_run(str(tmp_path / "checkpoint-1"), vars(script.parse_args([]))) == vars(args) | {
         "facts": {"training_rows": "ab", "rows_per_step": 8}, "training_rows": "ab", "rows_per_step": 8}
 
 
@@ -38,13 +46,13 @@ def test_the_run_yaml_of_a_run_gives_its_settings_back(tmp_path, flags):
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_any_text_comes_back_from_run_yaml(tmp_path_factory, text):
     folder = tmp_path_factory.mktemp("run")
-    script.write_run(script.parse_args([f"--run_name={text}"]), folder)
+    write_run(script.parse_args([f"--run_name={text}"]), folder)
     assert script.parse_args(["--config", str(folder / "run.yaml")]).run_name == text
 
 
 def test_what_belongs_to_one_call_is_not_repeated(tmp_path):
     for once in (["--resume_from_checkpoint"], ["--dry_run", "--show_row", "3"]):
-        script.write_run(script.parse_args([*once, "--seed", "5"]), tmp_path)
+        write_run(script.parse_args([*once, "--seed", "5"]), tmp_path)
         again = script.parse_args(["--config", str(tmp_path / "run.yaml")])
         assert (again.resume_from_checkpoint, again.dry_run, again.show_row, again.seed) == (None, False, None, 5)
 
@@ -119,7 +127,7 @@ help: true
     ("warmup_steps: 1\nwarmup_ratio: 0.1", ": argument --warmup_ratio: not allowed with argument --warmup_steps")])
 def test_a_file_that_is_no_list_of_settings_is_one_line(tmp_path, text, message):
     path = write_config(tmp_path, text)
-    with pytest.raises(script.FlagError) as error:
+    with pytest.raises(FlagError) as error:
         script.parse_args(["--config", path])
     assert str(error.value).startswith(path + message) and "\n" not in str(error.value)
 
@@ -131,7 +139,7 @@ def test_wrong_flags_are_one_line(tmp_path):
             ("--lora_rnak", "3"): "unrecognized arguments: --lora_rnak 3; did you mean --lora_rank?",
             ("--warmup_ratio", "1"): "argument --warmup_ratio: must be at least 0 and below 1, got 1",
             ("--config", f"{tmp_path}/no.yaml"): f"--config {tmp_path}/no.yaml: not a file; expected YAML, `flag: value` a line"}.items():
-        with pytest.raises(script.FlagError) as error:
+        with pytest.raises(FlagError) as error:
             script.parse_args([*flags])
         assert str(error.value) == message
 
@@ -144,9 +152,9 @@ def test_the_example_files_give_reasons_and_fit_their_cards(name, card, hidden, 
     args = script.parse_args(["--config", str(ROOT / "data" / name)])
     assert {line.split(":")[0] for line in lines} <= set(vars(args))
     config = qwen3_config(hidden, inner, layers, heads, tied)
-    parameters = script.count_parameters(config, args.lora_rank)
-    plan = script.Plan(args.batch_size, 1, [])
-    training = script.estimate_memory(args, config, parameters, args.batch_size * args.max_seq_length, plan)["total"]
+    parameters = count_parameters(config, args.lora_rank)
+    plan = Plan(args.batch_size, 1, [])
+    training = estimate_memory(args, config, parameters, args.batch_size * args.max_seq_length, plan)["total"]
     cache = args.eval_batch_size * 1000 * layers * 2 * 8 * 128 * 2  # of so many answers to requests of 1,000 tokens
     scoring = (2 * (parameters["linear"] + parameters["other"]) + cache) / 2**30
     assert training < 0.85 * card and scoring < 0.85 * card
@@ -172,24 +180,24 @@ def test_schedulers_are_those_that_work_as_they_are():
             working.add(name.value)
         except (TypeError, ValueError):  # needs an argument or a metric
             pass
-    assert working == set(script.SCHEDULERS)
+    assert working == set(SCHEDULERS)
 
 
 def test_warmup_is_a_number_or_a_share_of_the_steps(tmp_path):
     def warmup(*flags):
         args = script.parse_args(["--output_dir", str(tmp_path), *flags])
-        return script.to_sft_config(args, script.Plan(8, 1, []), False).get_warmup_steps(50)
+        return script.to_sft_config(args, Plan(8, 1, []), False).get_warmup_steps(50)
 
     assert [warmup(), warmup("--warmup_steps", "0"), warmup("--warmup_steps", "1"), warmup("--warmup_ratio", "0.1"),
             warmup("--warmup_ratio", "0")] == [10, 0, 1, 5, 0]
 
 
 def test_adapters_stand_on_the_named_layers_only(tmp_path):
-    config = script.check_model(str(TINY))  # 8 layers, 320 wide
-    assert script.count_parameters(config, 4, targets=["q_proj", "up_proj"])["adapter"] == 8 * 4 * (640 + 320 + 896)
-    with pytest.raises(script.UserError) as error:
-        script.count_parameters(config, 4, targets=["q_proj", "lm_head", "experts"])
-    assert script.count_parameters(config, 0, targets=["experts"])["adapter"] == 0  # names are those of adapters
+    config = check_model(str(TINY))  # 8 layers, 320 wide
+    assert count_parameters(config, 4, targets=["q_proj", "up_proj"])["adapter"] == 8 * 4 * (640 + 320 + 896)
+    with pytest.raises(UserError) as error:
+        count_parameters(config, 4, targets=["q_proj", "lm_head", "experts"])
+    assert count_parameters(config, 0, targets=["experts"])["adapter"] == 0  # names are those of adapters
     assert str(error.value) == (
         "--target_modules experts lm_head: no linear layer of the model is named so; expected some of down_proj, "
         "gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj")
@@ -211,9 +219,9 @@ def thinking_rows(tmp_path, tokenizer):
     def render(thinking, *rows):
         path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": row, "tools": [WEATHER]} for row in rows])
         args = script.parse_args(["--thinking", thinking, "--dataset_path", path])
-        examples, problems, total = script.check_rows(args, args.dataset_path)
+        examples, problems, total = check_rows(args, args.dataset_path)
         assert total == len(rows)
-        groups, unrendered = script.render_examples(tokenizer, examples, 4096)
+        groups, unrendered = render_examples(tokenizer, examples, 4096)
         assert not unrendered
         return [[(tokenizer.decode(turn.input_ids[: turn.prompt_length]), turn.answer) for turn in group]
                 for group in groups], [(where.rsplit("/", 1)[1], problem) for where, problem in problems]
@@ -246,7 +254,7 @@ def test_importing_does_nothing(tmp_path):
     code = ("import os, sys\nbefore = dict(os.environ), os.getcwd(), list(sys.argv)\n"
             "import train_qwen3_tool_calling\n"
             "assert (dict(os.environ), os.getcwd(), list(sys.argv)) == before\n"
-            "print({'torch', 'transformers', 'yaml', 'rich', 'numpy'} & set(sys.modules))\n")
+            "print({'torch', 'transformers', 'numpy'} & set(sys.modules))\n")
     result = subprocess.run([sys.executable, "-B", "-c", code], capture_output=True, text=True, cwd=tmp_path,
                             env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert (result.stdout, result.stderr) == ("set()\n", "") and not list(tmp_path.iterdir())
@@ -310,7 +318,7 @@ def test_main_returns_its_report_and_a_run_yaml_repeats_its_run(tmp_path):
     rates = [log["learning_rate"] for log in history if "learning_rate" in log]
     assert rates == pytest.approx([0, 0.1 / 3, 0.2 / 3, 0.1, 0.075, 0.025])  # 6 steps, half of them to warm up
     run = yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())
-    assert run["facts"].keys() == {"training_rows", "rows_per_step", "optimizer"} and not run.keys() & set(script.ONCE)
+    assert run["facts"].keys() == {"training_rows", "rows_per_step", "optimizer"} and not run.keys() & set(ONCE)
 
 
 def test_rslora_scales_by_the_root_of_the_rank(tmp_path):
@@ -318,14 +326,14 @@ def test_rslora_scales_by_the_root_of_the_rank(tmp_path):
     for flag, scale in (("--use_rslora", 3.0), ("--no-use_rslora", 1.5)):
         args = script.parse_args(["--model_id", str(tmp_path / "base"), "--no-load_in_4bit", "--lora_rank", "4",
                                   "--lora_alpha", "6", "--target_modules", "q_proj", flag])
-        model = script.load_model(args, "transformers", script.Plan(1, 1, []))
+        model = script.load_model(args, "transformers", Plan(1, 1, []))
         layers = {name: layer.scaling["default"] for name, layer in model.named_modules() if hasattr(layer, "scaling")
                   and isinstance(layer.scaling, dict)}
         assert len(layers) == 2 and set(layers.values()) == {scale} and all("q_proj" in name for name in layers)
 
 
 def test_no_module_at_all_is_refused():
-    with pytest.raises(script.FlagError, match="^--target_modules: expected at least one name$"):
+    with pytest.raises(FlagError, match="^--target_modules: expected at least one name$"):
         script.parse_args(["--target_modules", ""])
     assert script.parse_args(["--target_modules", "v_proj q_proj"]).target_modules == ["q_proj", "v_proj"]
 

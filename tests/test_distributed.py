@@ -21,6 +21,15 @@ from test_resume import ENVIRONMENT, STOPPING, start, wait, wait_for
 from train_small import make_base
 
 import train_qwen3_tool_calling as script
+from tool_calling.engines.start import find_optim, start_engine
+from tool_calling.files import find_damage
+from tool_calling.processes import find_launcher
+from tool_calling.prompts import Sequence
+from tool_calling.run_folder import check_resume, list_checkpoints, to_step
+from tool_calling.schedule import hash_rows
+from tool_calling.schedule import Plan, cut_streams, order_rows
+from tool_calling.terminal import FlagError, UserError
+from tool_calling.training.callbacks import build_stopper
 
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", 2]
 # 23 rows: of three epochs of two steps, each second step has a single row, so that one of two devices has none.
@@ -43,8 +52,8 @@ def copy_until(run, step, folder):
     shutil.copytree(run, folder, ignore=shutil.ignore_patterns("adapter", "final"))
     settings = folder / "out" / "run.yaml"
     settings.write_text(settings.read_text().replace(str(run), str(folder)))
-    for checkpoint in script.list_checkpoints(folder / "out"):
-        if script.to_step(checkpoint) > step:
+    for checkpoint in list_checkpoints(folder / "out"):
+        if to_step(checkpoint) > step:
             shutil.rmtree(checkpoint)
 
 
@@ -67,7 +76,7 @@ def test_two_devices_do_what_one_does_and_go_on_from_each_others_checkpoints(tmp
     assert [int(step) for step in re.findall(r"step +(\d+) of 6  loss", output)] == [1, 2, 3, 4, 5, 6]  # said once
     assert logs(two, 6) == pytest.approx(logs(one, 6), rel=1e-5) and len(logs(one, 6)) == 6
     assert difference(two, one) < 1e-4  # fp32 sums in another order, after six steps of Adam
-    assert (two / "out" / "checkpoint-6" / "rng_state_1.pth").is_file() and script.find_damage(
+    assert (two / "out" / "checkpoint-6" / "rng_state_1.pth").is_file() and find_damage(
         two / "out" / "checkpoint-6") is None
     copy_until(two, 3, mixed)  # in the middle of the second epoch
     assert "resume   from" in train(mixed, 1, "--max_steps", 4)
@@ -109,14 +118,14 @@ def test_full_fine_tuning_with_all_weights_split_is_that_of_whole_models(tmp_pat
 def test_fsdp_needs_several_devices_transformers_and_an_optimizer_that_can_be_split(monkeypatch):
     for devices, more in ((1, []), (2, ["--engine", "unsloth"])):
         monkeypatch.setenv("WORLD_SIZE", str(devices))
-        with pytest.raises(script.FlagError, match="--fsdp splits the weights over several GPUs, with Transformers"):
+        with pytest.raises(FlagError, match="--fsdp splits the weights over several GPUs, with Transformers"):
             script.parse_args(["--fsdp", *more])
     args = script.parse_args(["--fsdp"])
-    assert args.engine == "transformers" and script.find_optim(args, cuda=True) == "adamw_torch_fused"
+    assert args.engine == "transformers" and find_optim(args, cuda=True) == "adamw_torch_fused"
     full = ["--fsdp", "--lora_rank", "0"]
-    assert script.find_optim(script.parse_args(full), cuda=True) == "adamw_torch_fused"
+    assert find_optim(script.parse_args(full), cuda=True) == "adamw_torch_fused"
     assert script.parse_args([*full, "--optim", "adamw_torch_fused"]).optim == "adamw_torch_fused"
-    with pytest.raises(script.FlagError, match="leave out --optim adamw_8bit, or give adamw_torch"):
+    with pytest.raises(FlagError, match="leave out --optim adamw_8bit, or give adamw_torch"):
         script.parse_args([*full, "--optim", "adamw_8bit"])
 
 
@@ -131,8 +140,8 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    with pytest.raises(script.UserError, match="^4 processes for 2 GPUs; expected --nproc_per_node 2$"):
-        script.start_engine(script.parse_args([]))
+    with pytest.raises(UserError, match="^4 processes for 2 GPUs; expected --nproc_per_node 2$"):
+        start_engine(script.parse_args([]))
 
 
 def test_processes_that_are_signalled_one_after_the_other_stop_together(tmp_path):
@@ -154,7 +163,7 @@ def test_processes_that_are_signalled_one_after_the_other_stop_together(tmp_path
 def test_a_signal_of_another_process_stops_this_one_wherever_it_decides(decide, monkeypatch, capfd):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("torch.distributed.all_reduce", lambda number, op, group: number.fill_(signal.SIGTERM))
-    stopper = script.build_stopper()
+    stopper = build_stopper()
     stopper.group = "all"
     control = SimpleNamespace(should_training_stop=False, should_save=False, should_evaluate=True)
     getattr(stopper, decide)(None, SimpleNamespace(epoch=1.0, global_step=3, max_steps=9), control)
@@ -184,21 +193,21 @@ script.leave(3)
 def test_the_command_to_go_on_is_started_as_this_one_was(monkeypatch, devices, here, words):
     monkeypatch.setenv("WORLD_SIZE", str(devices))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
-    assert " ".join(script.find_launcher()) == words
+    assert " ".join(find_launcher()) == words
 
 
 def test_another_effective_batch_is_refused(tmp_path, monkeypatch):
     (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "checkpoint-3" / "trainer_state.json").write_text('{"global_step": 3}')
-    rows = [script.Sequence("row:1", [1, 2, 3], 2)]
+    rows = [Sequence("row:1", [1, 2, 3], 2)]
     args = script.parse_args(["--batch_size", "2", "--gradient_accumulation_steps", "4"])
-    former = vars(args) | {"training_rows": script.hash_rows(rows), "rows_per_step": 16}
-    with pytest.raises(script.UserError) as error:
-        script.check_resume(args, str(tmp_path / "checkpoint-3"), former, rows)
+    former = vars(args) | {"training_rows": hash_rows(rows), "rows_per_step": 16}
+    with pytest.raises(UserError) as error:
+        check_resume(args, str(tmp_path / "checkpoint-3"), former, rows)
     assert str(error.value) == ("--batch_size x --gradient_accumulation_steps x devices is 8, and 16 in the run that "
                                 f"{tmp_path / 'checkpoint-3'} is from; expected the same")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    script.check_resume(args, str(tmp_path / "checkpoint-3"), former, rows)
+    check_resume(args, str(tmp_path / "checkpoint-3"), former, rows)
 
 
 @pytest.mark.parametrize("rows, devices, streams", [
@@ -206,13 +215,13 @@ def test_another_effective_batch_is_refused(tmp_path, monkeypatch):
 def test_a_step_has_the_same_rows_on_any_number_of_devices(rows, devices, streams):
     args = script.parse_args([])
     group = [[[i] for i in range(rows)]]
-    plan = script.Plan(8, 1, group, devices=devices)
-    cut = script.cut_streams(plan, args, epoch=1)
+    plan = Plan(8, 1, group, devices=devices)
+    cut = cut_streams(plan, args, epoch=1)
     assert sorted(map(len, cut)) == sorted(streams) and len(cut) % devices == 0
-    whole = script.Plan(8 * devices, 1, group)
-    assert sum(cut, []) == script.order_rows(whole, args.seed, 1)
+    whole = Plan(8 * devices, 1, group)
+    assert sum(cut, []) == order_rows(whole, args.seed, 1)
     for step in range(0, len(cut), devices):
-        assert sum(cut[step : step + devices], []) == script.cut_streams(whole, args, epoch=1)[step // devices]
+        assert sum(cut[step : step + devices], []) == cut_streams(whole, args, epoch=1)[step // devices]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -239,7 +248,7 @@ def test_the_command_line_on_two_processes_speaks_once_stops_together_and_goes_o
     result = wait(process)
     assert result.returncode != 0 and result.stderr.count(STOPPING) == 1
     assert result.stderr.count("interrupted by SIGTERM; go on with: torchrun --nproc_per_node 2 ") == 1
-    step = script.to_step(script.list_checkpoints(tmp_path / "out")[-1])
+    step = to_step(list_checkpoints(tmp_path / "out")[-1])
     result = wait(start(*command, "--resume_from_checkpoint", "--max_steps", step + 2, "--fsdp"))
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("\nplan     ") == result.stdout.count("\ncheck    ") == 1

@@ -6,7 +6,11 @@ import random
 import pytest
 from conftest import ALARM, WEATHER, native, write_jsonl
 
-import train_qwen3_tool_calling as script
+from tool_calling.data.examples import Example, split_examples, to_examples
+from tool_calling.data.rows import read_rows
+from tool_calling.data.schemas import to_strict
+from tool_calling.data.tools import check_call, check_tools, read_tools
+from tool_calling.terminal import UserError, report_problems
 
 USER = {"role": "user", "content": "hi"}
 
@@ -18,7 +22,7 @@ def calling(name: str, arguments: object) -> dict:
 
 
 def read(path: str, tools_path: str):
-    return script.to_examples(script.read_rows([path]), tools_path)[:2]
+    return to_examples(read_rows([path]), tools_path)[:2]
 
 
 def problems_of(tmp_path, tools_path, row) -> list[str]:
@@ -72,11 +76,11 @@ def test_array_and_jsonl_give_the_same_rows_and_lines(tmp_path):
     lines = write_jsonl(tmp_path / "rows.jsonl", rows)
     array = tmp_path / "rows.json"
     array.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
-    assert [row for _, row in script.read_rows([lines])] == [row for _, row in script.read_rows([str(array)])] == rows
-    assert [where for where, _ in script.read_rows([str(array)])] == [f"{array}:2", f"{array}:3", f"{array}:4"]
+    assert [row for _, row in read_rows([lines])] == [row for _, row in read_rows([str(array)])] == rows
+    assert [where for where, _ in read_rows([str(array)])] == [f"{array}:2", f"{array}:3", f"{array}:4"]
     array.write_text(json.dumps(rows))  # all on one line: counted instead
-    assert [where for where, _ in script.read_rows([str(array)])] == [f"{array}:1", f"{array}[1]", f"{array}[2]"]
-    assert len(list(script.read_rows([lines], max_samples=2))) == 2
+    assert [where for where, _ in read_rows([str(array)])] == [f"{array}:1", f"{array}[1]", f"{array}[2]"]
+    assert len(list(read_rows([lines], max_samples=2))) == 2
 
 
 @pytest.mark.parametrize("row, expected", [
@@ -164,9 +168,9 @@ def test_rows_without_tools_are_plain_conversations(tmp_path):
 
 def test_open_schemas_stay_open():
     free = {"type": "object", "properties": {"a": {}}, "additionalProperties": True}
-    assert script.to_strict(free) == {**free, "properties": {"a": {"additionalProperties": True}}}
+    assert to_strict(free) == {**free, "properties": {"a": {"additionalProperties": True}}}
     nested = {"type": "array", "items": {"type": "object", "properties": {"a": {"type": "string"}}}}
-    assert script.to_strict(nested)["items"]["additionalProperties"] is False
+    assert to_strict(nested)["items"]["additionalProperties"] is False
     assert "additionalProperties" not in nested["items"]
 
 
@@ -221,9 +225,9 @@ COMBINED = {"type": "object", "$defs": {
 ])
 def test_unknown_arguments_are_found_wherever_schemas_are_combined(arguments, expected):
     tool = {"type": "function", "function": {"name": "f", "parameters": COMBINED}}
-    validators, problems = script.check_tools([tool])
+    validators, problems = check_tools([tool])
     assert problems == []
-    assert script.check_call("f", arguments, validators) == [expected] * (expected is not None)
+    assert check_call("f", arguments, validators) == [expected] * (expected is not None)
 
 
 @pytest.mark.parametrize("content, expected", [
@@ -236,21 +240,21 @@ def test_unknown_arguments_are_found_wherever_schemas_are_combined(arguments, ex
 def test_a_broken_file_is_one_line(tmp_path, content, expected):
     path = tmp_path / "rows.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(script.UserError) as error:
-        list(script.read_rows([str(path)]))
+    with pytest.raises(UserError) as error:
+        list(read_rows([str(path)]))
     assert str(error.value) == expected.format(path=path)
 
 
 def test_a_missing_file_is_one_line():
-    with pytest.raises(script.UserError, match="^no/such.json: cannot be read: No such file or directory$"):
-        list(script.read_rows(["no/such.json"]))
+    with pytest.raises(UserError, match="^no/such.json: cannot be read: No such file or directory$"):
+        list(read_rows(["no/such.json"]))
 
 
 def test_a_bad_tools_file_names_the_line(tmp_path):
     path = tmp_path / "tools.json"
     path.write_text('[\n{"type": "function",\n "function": {"name": "f"}},\n{"title": "g"}\n]')
-    with pytest.raises(script.UserError) as error:
-        script.read_tools(str(path))
+    with pytest.raises(UserError) as error:
+        read_tools(str(path))
     assert str(error.value).splitlines() == [
         f'{path}:4: tool 2: expected {{"type": "function", "function": {{"name": ...}}}}, got {{"title": "g"}}',
         "1 problem in 1 of 2 tools"]
@@ -258,8 +262,8 @@ def test_a_bad_tools_file_names_the_line(tmp_path):
 
 def test_problems_are_counted_and_the_first_twenty_shown():
     problems = [(f"x.jsonl:{i}", "broken") for i in range(1, 31)]
-    with pytest.raises(script.UserError) as error:
-        script.report_problems(problems, "error", 1500)
+    with pytest.raises(UserError) as error:
+        report_problems(problems, "error", 1500)
     lines = str(error.value).splitlines()
     assert lines[:20] == [f"x.jsonl:{i}: broken" for i in range(1, 21)]
     assert lines[20:] == ["30 problems in 30 of 1,500 rows, the first 20 above; "
@@ -267,15 +271,15 @@ def test_problems_are_counted_and_the_first_twenty_shown():
 
 
 def test_skipping_names_every_row(capsys):
-    script.report_problems([("x.jsonl:4", "broken"), ("x.jsonl:9", "worse")], "skip", 50)
+    report_problems([("x.jsonl:4", "broken"), ("x.jsonl:9", "worse")], "skip", 50)
     captured = capsys.readouterr()
     assert captured.err == "skipped: x.jsonl:4: broken\nskipped: x.jsonl:9: worse\n"
     assert captured.out == "skip     2 of 50 rows, named above\n"
 
 
-def example(request: str, answer: str = "ok") -> script.Example:
+def example(request: str, answer: str = "ok") -> Example:
     messages = [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]
-    return script.Example(f"x:{request}", messages, [])
+    return Example(f"x:{request}", messages, [])
 
 
 def requests(examples) -> set[str]:
@@ -284,27 +288,27 @@ def requests(examples) -> set[str]:
 
 def test_split_is_exact_and_independent_of_order():
     examples = [example(f"request {i}") for i in range(200)]
-    train, held_out = script.split_examples(examples, 0.1)
+    train, held_out = split_examples(examples, 0.1)
     assert (len(train), len(held_out)) == (180, 20)
     shuffled = random.Random(0).sample(examples, len(examples))
-    again = script.split_examples(shuffled, 0.1)
+    again = split_examples(shuffled, 0.1)
     assert (requests(again[0]), requests(again[1])) == (requests(train), requests(held_out))
     assert [e.where for e in train] == [e.where for e in examples if e in train]  # file order is kept
 
 
 def test_one_prompt_is_never_on_both_sides():
     examples = [example(f"request {i % 50}", f"answer {i}") for i in range(200)]
-    train, held_out = script.split_examples(examples, 0.25)
+    train, held_out = split_examples(examples, 0.25)
     assert len(held_out) in range(47, 51) and len(train) + len(held_out) == 200
     assert not requests(train) & requests(held_out)
 
 
 def test_appended_rows_move_few_others():
     examples = [example(f"request {i}") for i in range(1000)]
-    before = requests(script.split_examples(examples[:900], 0.1)[1])
-    after = requests(script.split_examples(examples, 0.1)[1])
+    before = requests(split_examples(examples[:900], 0.1)[1])
+    after = requests(split_examples(examples, 0.1)[1])
     assert len(before - after) <= 15  # of 90; chance alone would move 81
 
 
 def test_nothing_is_held_out_at_zero():
-    assert script.split_examples([example("a"), example("b")], 0.0) == ([example("a"), example("b")], [])
+    assert split_examples([example("a"), example("b")], 0.0) == ([example("a"), example("b")], [])

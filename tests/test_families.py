@@ -7,10 +7,22 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import ALARM, TINY, WEATHER, native, run_script, write_jsonl
+from conftest import ALARM, TINY, WEATHER, native, run_script, write_jsonl, patch
 from test_render import ASK, CONVERSATIONS, calls, says, supervised
 
 import train_qwen3_tool_calling as script
+from tool_calling.data.examples import Example
+from tool_calling.engines.answers import find_stop_tokens, generate_answers
+from tool_calling.engines.hub import can_share, check_dropout, check_model, count_parameters, load_tokenizer
+from tool_calling.engines.loading import load_base, warn_of_frozen_experts
+from tool_calling.prompts import Sequence, find_date, parse_calls, render_examples
+from tool_calling.saving.merge import merge_adapter, read_back, save_adapter, save_whole
+from tool_calling.schedule import plan_streams
+from tool_calling.scores import read_calls, score_answer
+from tool_calling.streams import count_tokens
+from tool_calling.terminal import UserError
+from tool_calling.training.selfcheck import compare_sharing
+from tool_calling.training.trainer import build_trainer, load_trained, train_model
 
 trl = pytest.importorskip("trl")
 SHAPE = dict(vocab_size=4352, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -66,7 +78,7 @@ def family(request, tmp_path_factory) -> tuple[str, Path]:
 
 
 def render(tokenizer, messages: list[dict], tools=(WEATHER, ALARM), date=None) -> tuple[list, list]:
-    return script.render_examples(tokenizer, [script.Example("x:1", messages, list(tools))], 4096, date)
+    return render_examples(tokenizer, [Example("x:1", messages, list(tools))], 4096, date)
 
 
 def is_rendered(name: str, messages: list[dict]) -> bool:
@@ -92,7 +104,7 @@ def test_every_turn_is_trained_as_served(name):
             assert thinks or tokenizer.decode(served).endswith(FAMILIES[name][4])
             answer, end = supervised(tokenizer, sequence), FAMILIES[name][3]
             assert answer == sequence.answer + end and end not in sequence.answer
-            assert script.read_calls(sequence.answer, sequence.parser) == [
+            assert read_calls(sequence.answer, sequence.parser) == [
                 call["function"] for call in messages[turn].get("tool_calls", [])]
             assert sequence.request == [m["content"] for m in messages[:turn] if m["role"] == "user"][-1]
             count += 1
@@ -108,8 +120,8 @@ def test_llama_writes_calls_as_its_template_does():
     assert prompt.startswith("<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nEnvironment: ipython\n"
                              "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n<|eot_id|>")
     assert "<|start_header_id|>ipython<|end_header_id|>\n\n" in prompt  # the tool's reply
-    assert script.find_date(tokenizer) == time.strftime("%Y-%m-%d")
-    assert script.find_date(make_tokenizer("qwen2.5")) is None
+    assert find_date(tokenizer) == time.strftime("%Y-%m-%d")
+    assert find_date(make_tokenizer("qwen2.5")) is None
 
 
 @pytest.mark.parametrize("name, messages, problem", [
@@ -137,7 +149,7 @@ def test_a_template_that_cannot_do_what_the_rows_need_ends_the_run():
 
     def refusal(template: str, messages: list[dict]) -> str:
         tokenizer.chat_template = template
-        with pytest.raises(script.UserError) as error:
+        with pytest.raises(UserError) as error:
             render(tokenizer, messages)
         return str(error.value).removeprefix("some/model: the chat template ").removesuffix(expected)
 
@@ -168,15 +180,15 @@ def test_a_template_that_cannot_do_what_the_rows_need_ends_the_run():
 ])
 def test_llama_calls_are_parsed_as_servers_do(text, expected):
     if expected is not None:
-        assert script.parse_calls(text, "llama3_json") == expected
+        assert parse_calls(text, "llama3_json") == expected
         return
     with pytest.raises(ValueError):
-        script.parse_calls(text, "llama3_json")
+        parse_calls(text, "llama3_json")
 
 
 def test_llama_answers_are_scored_by_their_calls():
     def score(got):
-        return script.score_answer(got, '{"name": "get_weather", "parameters": {"city": "Rome", "days": 2}}',
+        return score_answer(got, '{"name": "get_weather", "parameters": {"city": "Rome", "days": 2}}',
                                    [WEATHER], "llama3_json")[:3]
 
     assert score('{"parameters": {"days": 2, "city": "Rome"}, "name": "get_weather"}') == (True, True, False)
@@ -184,7 +196,7 @@ def test_llama_answers_are_scored_by_their_calls():
     assert score('{"name": "get_weather", "parameters": "Rome"}') == (False, False, True)
     assert score('<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome", "days": 2}}\n</tool_call>') == (
         False, False, False)  # a server with Llama's parser makes no call of it
-    assert script.score_answer("Rome", "Rome", [], "llama3_json")[:3] == (True, True, False)
+    assert score_answer("Rome", "Rome", [], "llama3_json")[:3] == (True, True, False)
 
 
 def test_a_base_ends_its_answers_as_its_template_does(tmp_path):
@@ -192,18 +204,18 @@ def test_a_base_ends_its_answers_as_its_template_does(tmp_path):
     tokenizer = make_tokenizer("qwen2.5")
     tokenizer.eos_token = "<|endoftext|>"
     tokenizer.save_pretrained(tmp_path)
-    assert script.load_tokenizer(str(tmp_path)).eos_token == "<|im_end|>"
+    assert load_tokenizer(str(tmp_path)).eos_token == "<|im_end|>"
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(script.UserError, match="does not end an answer with a token of its own"):
-        script.load_tokenizer(str(tmp_path))
+    with pytest.raises(UserError, match="does not end an answer with a token of its own"):
+        load_tokenizer(str(tmp_path))
 
 
-def to_sequences(tokenizer) -> list[script.Sequence]:
+def to_sequences(tokenizer) -> list[Sequence]:
     """Return eight short turns of six conversations that every family renders."""
     rows = [[{"role": "user", "content": f"rain in {city}?"}, calls(city)] for city in ("Rome", "Oslo", "Lima", "Bonn")]
     rows += [CONVERSATIONS["tool reply"], CONVERSATIONS["no call"], CONVERSATIONS["system"]]
-    groups, problems = script.render_examples(tokenizer, [script.Example(f"x:{i}", row, [WEATHER, ALARM])
+    groups, problems = render_examples(tokenizer, [Example(f"x:{i}", row, [WEATHER, ALARM])
                                                           for i, row in enumerate(rows)], 4096)
     assert problems == []
     return [sequence for group in groups for sequence in group]
@@ -213,21 +225,21 @@ def test_sharing_and_answers_are_exact_in_every_family(family):
     name, folder = family
     args = script.parse_args(["--model_id", str(folder), "--no-load_in_4bit", "--lora_rank", "4",
                               "--max_new_tokens", "12"])
-    config = script.check_model(str(folder))
+    config = check_model(str(folder))
     model = script.load_model(args, "transformers", plan=None)
     trained = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
-    assert script.count_parameters(config, 4)["adapter"] == sum(trained.values())
+    assert count_parameters(config, 4)["adapter"] == sum(trained.values())
     assert any("mlp" in n for n in trained)  # experts, too
     for n, parameter in model.named_parameters():
         if "lora_B" in n:
             torch.nn.init.normal_(parameter, std=0.1)
-    tokenizer = script.load_tokenizer(str(folder))
+    tokenizer = load_tokenizer(str(folder))
     rows = to_sequences(tokenizer)
-    loss, gradient = script.compare_sharing(model, rows, (), "transformers")
+    loss, gradient = compare_sharing(model, rows, (), "transformers")
     assert loss < 1e-5 and gradient < 1e-4
-    assert script.count_tokens(rows) < 0.4 * sum(len(row.input_ids) for row in rows)
+    assert count_tokens(rows) < 0.4 * sum(len(row.input_ids) for row in rows)
 
-    stops = script.find_stop_tokens(model, tokenizer)
+    stops = find_stop_tokens(model, tokenizer)
     assert tokenizer.eos_token_id in stops and len(stops) == 2
     model.eval()
     alone = []
@@ -237,7 +249,7 @@ def test_sharing_and_answers_are_exact_in_every_family(family):
                                  pad_token_id=0, use_cache=True)[0, prompt.shape[1]:].tolist()
         alone.append(tokenizer.decode([token for token in written if token not in stops]))
     assert len({*alone}) > 1
-    assert script.generate_answers(model, tokenizer, rows, args, "adapter") == alone
+    assert generate_answers(model, tokenizer, rows, args, "adapter") == alone
 
 
 def test_a_checkpoint_of_all_weights_holds_the_experts(tmp_path):
@@ -247,18 +259,18 @@ def test_a_checkpoint_of_all_weights_holds_the_experts(tmp_path):
     args = script.parse_args(["--model_id", str(folder), "--lora_rank", "0", "--output_dir", str(tmp_path / "out"),
                               "--final_model_dir", str(tmp_path / "final"), "--max_steps", "2",
                               "--learning_rate", "0.01", "--warmup_steps", "0"])
-    tokenizer = script.load_tokenizer(str(folder))
+    tokenizer = load_tokenizer(str(folder))
     rows = to_sequences(tokenizer)
-    plan = script.plan_streams(rows, args, "transformers")
-    trained, fresh = (script.build_trainer(args, "transformers", script.load_model(args, "transformers", plan),
+    plan = plan_streams(rows, args, "transformers")
+    trained, fresh = (build_trainer(args, script.to_sft_config(args, plan, False), "transformers", script.load_model(args, "transformers", plan),
                                            tokenizer, rows, [], plan) for _ in range(2))
     trained.train()
     experts = [name for name, weight in fresh.model.named_parameters() if "experts" in name
                and not torch.equal(weight, trained.model.get_parameter(name))]
     assert experts
-    script.load_trained(fresh, str(tmp_path / "out" / "checkpoint-2"))
+    load_trained(fresh, str(tmp_path / "out" / "checkpoint-2"))
     assert all(torch.equal(weight, trained.model.get_parameter(name)) for name, weight in fresh.model.named_parameters())
-    files = (path / "model.safetensors" for path in (folder, script.save_whole(args, trained.model)))
+    files = (path / "model.safetensors" for path in (folder, save_whole(args, trained.model)))
     names = [{*safe_open(file, "pt").keys()} for file in files]
     assert names[0] == names[1]  # as published: one by one
 
@@ -270,25 +282,25 @@ def test_a_mixture_of_experts_is_merged_with_its_experts(tmp_path):
     args = script.parse_args(["--model_id", str(folder), "--no-load_in_4bit", "--output_dir", str(tmp_path / "out"),
                               "--final_model_dir", str(tmp_path / "final"), "--max_steps", "2",
                               "--learning_rate", "0.05", "--warmup_steps", "0", "--lora_rank", "4"])
-    script.check_dropout(args, script.check_model(str(folder)))
-    tokenizer = script.load_tokenizer(str(folder))
+    check_dropout(args, check_model(str(folder)))
+    tokenizer = load_tokenizer(str(folder))
     rows = to_sequences(tokenizer)
-    plan = script.plan_streams(rows, args, "transformers")
+    plan = plan_streams(rows, args, "transformers")
     model = script.load_model(args, "transformers", plan)
-    trainer = script.build_trainer(args, "transformers", model, tokenizer, rows, [], plan)
-    assert script.train_model(trainer, None, complete=False)["steps"] == 2
+    trainer = build_trainer(args, script.to_sft_config(args, plan, False), "transformers", model, tokenizer, rows, [], plan)
+    assert train_model(trainer, None, complete=False)["steps"] == 2
     changed = {name for name, weight in trainer.model.named_parameters() if "lora_B" in name and weight.any()}
     assert any("experts" in name for name in changed) and any("q_proj" in name for name in changed)
-    adapter = script.save_adapter(trainer.model, args.output_dir)
+    adapter = save_adapter(trainer.model, args.output_dir)
     with torch.no_grad():
-        expected, base = model.eval()(ids).logits, script.load_base(str(folder), False)(ids).logits
-        merged = script.read_back(script.merge_adapter(args, str(folder), adapter))
-        again = PeftModel.from_pretrained(script.load_base(str(folder), False), adapter).eval()
+        expected, base = model.eval()(ids).logits, load_base(str(folder), False)(ids).logits
+        merged = read_back(merge_adapter(args, str(folder), adapter))
+        again = PeftModel.from_pretrained(load_base(str(folder), False), adapter).eval()
         assert torch.equal(again(ids).logits, expected) and not torch.allclose(base, expected, atol=0.1)
         torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)
     args.lora_dropout = 0.1
-    with pytest.raises(script.UserError, match="--lora_dropout 0.1: .* is a mixture of experts, whose adapters have"):
-        script.check_dropout(args, script.check_model(str(folder)))
+    with pytest.raises(UserError, match="--lora_dropout 0.1: .* is a mixture of experts, whose adapters have"):
+        check_dropout(args, check_model(str(folder)))
 
 
 def test_experts_that_get_no_adapter_are_named(capsys):
@@ -297,8 +309,8 @@ def test_experts_that_get_no_adapter_are_named(capsys):
 
     for config in (Qwen3MoeConfig, Qwen2MoeConfig):
         model = AutoModelForCausalLM.from_config(config(**SHAPE, num_experts=2, moe_intermediate_size=32))
-        script.warn_of_frozen_experts(model)  # full fine-tuning
-        script.warn_of_frozen_experts(get_peft_model(model, LoraConfig(r=2, target_modules=script.TARGET_MODULES)))
+        warn_of_frozen_experts(model)  # full fine-tuning
+        warn_of_frozen_experts(get_peft_model(model, LoraConfig(r=2, target_modules=script.TARGET_MODULES)))
     assert capsys.readouterr().err == (
         "warning: the experts of this qwen2_moe get no adapter: the layers beside them alone are trained\n")
 
@@ -306,9 +318,9 @@ def test_experts_that_get_no_adapter_are_named(capsys):
 def test_only_models_whose_layers_take_trees_share_with_unsloth(capsys):
     from transformers import LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
-    assert [script.can_share("unsloth", config()) for config in (LlamaConfig, Qwen2Config, Qwen3Config)] == [True] * 3
-    assert script.can_share("transformers", Qwen3MoeConfig()) and capsys.readouterr().out == ""
-    assert not script.can_share("unsloth", Qwen3MoeConfig())
+    assert [can_share("unsloth", config()) for config in (LlamaConfig, Qwen2Config, Qwen3Config)] == [True] * 3
+    assert can_share("transformers", Qwen3MoeConfig()) and capsys.readouterr().out == ""
+    assert not can_share("unsloth", Qwen3MoeConfig())
     assert capsys.readouterr().out == ("plan     ordinary padded batches: with Unsloth, only llama, qwen2, qwen3 share "
                                        "prefixes, and this is qwen3_moe; --engine transformers shares them, too\n")
 
@@ -327,9 +339,9 @@ def test_a_model_whose_layers_forget_is_refused(tmp_path, config, more, layers):
     config.save_pretrained(tmp_path)
     safetensors.torch.save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     if layers is None:
-        return script.check_model(str(tmp_path))
-    with pytest.raises(script.UserError) as error:
-        script.check_model(str(tmp_path))
+        return check_model(str(tmp_path))
+    with pytest.raises(UserError) as error:
+        check_model(str(tmp_path))
     assert str(error.value) == (f"--model_id {tmp_path}: has layers of {layers}, which do not look back on all tokens; "
                                 "expected full attention in every layer")
 
@@ -367,11 +379,11 @@ def test_llama_runs_from_rows_to_a_merged_model_and_resumes_on_another_day(tmp_p
 
     strftime = time.strftime
     monkeypatch.setattr(time, "strftime", lambda form, day=time.gmtime(1e10): strftime(form, day))  # the year 2286
-    monkeypatch.setattr(script, "check_disk", stop)
+    patch(monkeypatch, "check_disk", stop)
     resumed = [*map(str, arguments), "--resume_from_checkpoint", "--engine", "transformers"]
     with pytest.raises(Reached):
         script.main(resumed)
     run = tmp_path / "out" / "run.yaml"
     run.write_text(run.read_text().replace("prompt_date", "forgotten"))
-    with pytest.raises(script.UserError, match="the training rows are not those of the run"):
+    with pytest.raises(UserError, match="the training rows are not those of the run"):
         script.main(resumed)

@@ -10,6 +10,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import train_qwen3_tool_calling as script
+from tool_calling.data.examples import Example, read_examples, to_examples, to_row
+from tool_calling.data.formats import FORMATS, split_tags
+from tool_calling.data.messages import to_message
+from tool_calling.data.rows import read_rows
+from tool_calling.data.schemas import parse_type
+from tool_calling.data.tools import check_call, check_tools, to_tools
+from tool_calling.prompts import render_examples
+from tool_calling.terminal import UserError, shorten
 
 PARAMETERS = WEATHER["function"]["parameters"]
 BARE = WEATHER["function"]
@@ -28,7 +36,7 @@ def calls(*cities: str, **more) -> dict:
 
 def read(row, name: str = "auto", tools_path: str = "no/such/tools.json"):
     """Return (the example or None, problems, changes) of one row."""
-    examples, problems, total, changes, _ = script.to_examples([("x:1", row)], tools_path, name)
+    examples, problems, total, changes, _ = to_examples([("x:1", row)], tools_path, name)
     assert total == 1 and bool(examples) != bool(problems) and all(where == "x:1" for where, _ in problems)
     return (examples or [None])[0], [problem for _, problem in problems], dict(changes)
 
@@ -253,29 +261,29 @@ def test_a_row_becomes_its_exact_example(name, tools_path):
     example, problems, _ = read(row, tools_path=tools_path)
     assert problems == []
     expected = json.loads(open(tools_path).read()) if tools is None else tools
-    assert example == script.Example("x:1", messages, expected, found)
+    assert example == Example("x:1", messages, expected, found)
     assert json.dumps(example.tools) == json.dumps(expected)  # the order of keys too: the model sees it
     by_name, problems, _ = read(row, found, tools_path)
     assert (by_name, problems) == (example, [])
 
 
 def test_the_formats_of_the_flag_are_those_of_the_table():
-    assert {found for _, found, _, _ in CASES.values()} == set(script.FORMATS)
+    assert {found for _, found, _, _ in CASES.values()} == set(FORMATS)
 
 
 def test_rows_of_every_format_may_be_mixed_and_converting_twice_changes_nothing(tools_path):
     rows = [(f"x:{i}", row) for i, (row, *_) in enumerate(CASES.values(), start=1)]
-    examples, problems, total, *_ = script.to_examples(rows, tools_path)
+    examples, problems, total, *_ = to_examples(rows, tools_path)
     assert problems == [] and len(examples) == total == len(CASES)
-    lines = [(example.where, json.loads(json.dumps(script.to_row(example)))) for example in examples]
-    again, problems, _, changes, _ = script.to_examples(lines, "no/such/tools.json")
+    lines = [(example.where, json.loads(json.dumps(to_row(example)))) for example in examples]
+    again, problems, _, changes, _ = to_examples(lines, "no/such/tools.json")
     assert problems == [] and not changes
     assert again == [example._replace(format="openai") for example in examples]
 
 
 def test_a_converted_row_has_its_arguments_as_text():
     example, _, _ = read(CASES["openai"][0])
-    assert script.to_row(example)["messages"][2]["tool_calls"] == [
+    assert to_row(example)["messages"][2]["tool_calls"] == [
         {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Rome"}'}}]
 
 
@@ -315,20 +323,20 @@ def test_a_converted_row_has_its_arguments_as_text():
     ("auto", {"question": "rain?", "answer": "Yes.", "response": "No."},
      '"answer" and "response" both have a place in the row; expected one of them'),
     ("auto", {"input": "rain?", "output": f'{{"function_call": {CALL}}}'},
-     CALL_AS_TEXT.format(script.shorten(f'{{"function_call": {CALL}}}', 40))),
+     CALL_AS_TEXT.format(shorten(f'{{"function_call": {CALL}}}', 40))),
     ("auto", {"query": "rain?", "answer": f"[{CALL}]", "tools": TOOLS},
-     CALL_AS_TEXT.format(script.shorten(f"[{CALL}]", 40))),
+     CALL_AS_TEXT.format(shorten(f"[{CALL}]", 40))),
     ("auto", {"messages": [USER, {**YES, "content": CALL}], "tools": TOOLS},
-     CALL_AS_TEXT.format(script.shorten(CALL, 40))),
+     CALL_AS_TEXT.format(shorten(CALL, 40))),
     ("auto", {"messages": [USER, {**YES, "content": f"```json\n{CALL}\n```"}], "tools": TOOLS},
-     CALL_AS_TEXT.format(script.shorten(f"```json\n{CALL}\n```", 40))),
-    ("auto", sharegpt(("human", "rain?"), ("gpt", CALL), tools=TOOLS), CALL_AS_TEXT.format(script.shorten(CALL, 40))),
+     CALL_AS_TEXT.format(shorten(f"```json\n{CALL}\n```", 40))),
+    ("auto", sharegpt(("human", "rain?"), ("gpt", CALL), tools=TOOLS), CALL_AS_TEXT.format(shorten(CALL, 40))),
     ("auto", {"input": "rain?", "output": {"content": CALL}, "tools": TOOLS},
-     CALL_AS_TEXT.format(script.shorten(CALL, 40))),
+     CALL_AS_TEXT.format(shorten(CALL, 40))),
     ("auto", {"messages": [USER, {**YES, "content": f"<functioncall> {CALL}"}], "tools": TOOLS},
-     CALL_AS_TEXT.format(script.shorten(f"<functioncall> {CALL}", 40))),
+     CALL_AS_TEXT.format(shorten(f"<functioncall> {CALL}", 40))),
     ("auto", {"messages": [USER, {**YES, "content": f"[TOOL_CALLS] [{CALL}]"}], "tools": TOOLS},
-     CALL_AS_TEXT.format(script.shorten(f"[TOOL_CALLS] [{CALL}]", 40))),
+     CALL_AS_TEXT.format(shorten(f"[TOOL_CALLS] [{CALL}]", 40))),
     ("auto", {"messages": [USER, YES], "conversations": [{"from": "human", "value": "x"}]},
      '"messages" and "conversations" both have a place in the row; expected one of them'),
     ("auto", {"messages": [USER, YES], "tools": [{"name": "f", "parameters": {"city": "the city"}}]},
@@ -427,7 +435,7 @@ def test_tools_that_are_no_json_are_read_as_python(tools_path):
 
 
 def test_rows_without_tools_need_the_tools_file():
-    with pytest.raises(script.UserError) as error:
+    with pytest.raises(UserError) as error:
         read({"messages": [USER, YES]})
     assert str(error.value) == "x:1: has no tools of its own, and --tools_path no/such/tools.json is not there"
 
@@ -475,7 +483,7 @@ def test_replies_answer_the_open_calls(call_ids, reply_ids, expected):
     ("List[", None), ("", None), ("Dict[int, str]", None), ("file", None),
 ])
 def test_a_type_is_read_only_where_it_is_clear(text, expected):
-    assert script.parse_type(text) == expected
+    assert parse_type(text) == expected
 
 
 def test_types_are_replaced_only_where_a_schema_stands_and_every_change_is_counted():
@@ -484,7 +492,7 @@ def test_types_are_replaced_only_where_a_schema_stands_and_every_change_is_count
         "type": {"type": "str", "enum": ["dict", "str"], "required": True},
         "properties": {"type": "DICT", "properties": {"type": {"type": "float", "default": None}}},
         "items": {"type": "list", "items": {"type": ["STRING", "null"]}, "enum": None, "required": False}}}}
-    tools, changes = script.to_tools([given])
+    tools, changes = to_tools([given])
     assert tools == [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {
         "type": "object", "properties": {
             "type": {"type": "string", "enum": ["dict", "str"]},
@@ -494,8 +502,8 @@ def test_types_are_replaced_only_where_a_schema_stands_and_every_change_is_count
                        "type DICT -> object": 1, "type float -> number": 1, "type list -> array": 1,
                        "type STRING or null -> string or null": 1, "enum null -> removed": 1,
                        "required true or false in a property -> list": 2}
-    assert script.to_tools(tools) == (tools, {})  # and once is enough
-    assert script.to_tools([WEATHER]) == ([WEATHER], {})
+    assert to_tools(tools) == (tools, {})  # and once is enough
+    assert to_tools([WEATHER]) == ([WEATHER], {})
 
 
 @pytest.mark.parametrize("given, expected, change", [
@@ -518,42 +526,42 @@ def test_types_are_replaced_only_where_a_schema_stands_and_every_change_is_count
      {"prefixItems": [{"type": "number"}, {"type": ["number", "null"]}], "items": False},
      "items of a tuple -> prefixItems")])
 def test_schemas_of_openapi_and_earlier_drafts_are_read_as_they_are_meant(given, expected, change):
-    tools, changes = script.to_tools([tool({"nullable": given})])  # which is a parameter's name here
+    tools, changes = to_tools([tool({"nullable": given})])  # which is a parameter's name here
     assert tools == [tool({"nullable": expected})] and (changes[change] == 1 if change else not changes)
-    assert script.to_tools(tools) == (tools, {})
-    assert script.check_tools(tools)[1] == []
+    assert to_tools(tools) == (tools, {})
+    assert check_tools(tools)[1] == []
 
 
 def test_flat_parameters_beside_a_list_of_those_required_are_a_schema():
     given = {"name": "f", "parameters": {"city": {"type": "str"}, "day": {"type": "int"}, "required": ["city"]}}
-    tools, changes = script.to_tools([given])
+    tools, changes = to_tools([given])
     assert tools == [{"type": "function", "function": {"name": "f", "parameters": {
         "type": "object", "properties": {"city": {"type": "string"}, "day": {"type": "integer"}}, "required": ["city"]}}}]
-    assert changes["flat parameters -> schema"] == 1 and script.to_tools(tools) == (tools, {})
-    validators, problems = script.check_tools(tools)
-    assert problems == [] and script.check_call("f", {"city": 5, "zz": 1}, validators) == [
+    assert changes["flat parameters -> schema"] == 1 and to_tools(tools) == (tools, {})
+    validators, problems = check_tools(tools)
+    assert problems == [] and check_call("f", {"city": 5, "zz": 1}, validators) == [
         "arguments.zz is not an argument of this tool", "arguments.city must be a string, got 5"]
 
 
 def test_unknown_arguments_inside_a_tuple_are_refused_too():
     pair = {"type": "array", "items": [{"type": "number"}, {"type": "object", "properties": {"a": {"type": "string"}}}]}
-    validators, _ = script.check_tools(script.to_tools([tool({"pair": pair})])[0])
-    assert script.check_call("f", {"pair": [1, {"a": "x"}]}, validators) == []
-    assert script.check_call("f", {"pair": [1, {"b": "x"}]}, validators) == [
+    validators, _ = check_tools(to_tools([tool({"pair": pair})])[0])
+    assert check_call("f", {"pair": [1, {"a": "x"}]}, validators) == []
+    assert check_call("f", {"pair": [1, {"b": "x"}]}, validators) == [
         "arguments.pair[1].b is not an argument of this tool"]
 
 
 def test_reasoning_that_holds_nothing_is_none():
     message = {"role": "assistant", "content": "Yes.", "reasoning_content": [], "thinking": None, "reasoning": {}}
-    assert script.to_message(message) == YES
+    assert to_message(message) == YES
     parts_of_it = {**message, "reasoning_content": parts("It ", "rains.")}
-    assert script.to_message(parts_of_it) == {**YES, "reasoning_content": "It rains."}
+    assert to_message(parts_of_it) == {**YES, "reasoning_content": "It rains."}
 
 
 def test_a_tools_file_that_cannot_be_read_is_named_itself(tmp_path):
     path = tmp_path / "tools.json"
     path.write_text('["{broken"]')
-    with pytest.raises(script.UserError) as error:
+    with pytest.raises(UserError) as error:
         read(native("rain in Rome?", content="Yes."), tools_path=str(path))
     assert str(error.value) == (
         f'{path}: tool 1 is not valid JSON: Expecting property name enclosed in double quotes: "{{broken"')
@@ -563,7 +571,7 @@ def test_changes_are_counted_once_per_list_of_tools_and_shown(tmp_path, capsys):
     rows = [CASES["mobile-actions"][0]] * 3
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     args = script.parse_args(["--dataset_path", path])
-    assert len(script.read_examples(args, args.dataset_path)[0]) == 3
+    assert len(read_examples(args, args.dataset_path)[0]) == 3
     assert capsys.readouterr().out.splitlines()[0] == (
         "read     tools normalised: type STRING → string 2, type function added 1, type OBJECT → object 1, "
         "type INTEGER → integer 1")
@@ -576,7 +584,7 @@ def test_keys_that_no_format_has_are_named(tmp_path, capsys):
              {"input": "rain in Rome?", "output": {"content": "Yes.", "function_cals": [json.loads(CALL)]}, "id": 4}]
     path = write_jsonl(tmp_path / "rows.jsonl", [*rows, sharegpt(("human", "rain in Rome?"), ("gpt", "Yes."), id=0)])
     args = script.parse_args(["--dataset_path", path])
-    assert len(script.read_examples(args, args.dataset_path)[0]) == 6
+    assert len(read_examples(args, args.dataset_path)[0]) == 6
     assert capsys.readouterr().out.splitlines()[0] == (
         'read     not read, as the format has no such key: "tool_call" of 6 turns, "function_cals" of 1 output, "id" of 6 '
         'rows, "available_tools" of 2 rows')
@@ -595,7 +603,7 @@ def test_answers_that_look_like_calls_and_are_none_are_text(content):
 def test_a_named_format_says_which_of_two_conversations_is_read():
     row = {"messages": [USER, YES], "conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}],
            "tools": []}
-    examples, *_, unread = script.to_examples([("x:1", row)], "no/such/tools.json", "openai")
+    examples, *_, unread = to_examples([("x:1", row)], "no/such/tools.json", "openai")
     assert examples[0].messages == [USER, YES] and set(unread) == {("row", "conversations")}
     assert "expected one of them" in read(row, "hermes")[1][0]
 
@@ -607,13 +615,13 @@ def test_a_named_format_says_which_of_two_conversations_is_read():
     ({"prompt": "a", "completion": '{"city": "Rome"}'}, []),  # text, not a turn
 ])
 def test_keys_of_another_format_are_named_too(row, unread):
-    *_, found = script.to_examples([("x:1", {**row, "tools": []})], "no/such/tools.json")
+    *_, found = to_examples([("x:1", {**row, "tools": []})], "no/such/tools.json")
     assert sorted(found) == unread
 
 
 def test_what_the_formats_read_is_known():
     rows = [("x:1", row) for row, *_ in CASES.values()]
-    *_, unread = script.to_examples(rows, str(ROOT / "data" / "tools.json"))
+    *_, unread = to_examples(rows, str(ROOT / "data" / "tools.json"))
     assert set(unread) == {("row", key) for key in ("id", "category", "metadata", "parallel_tool_calls")}
 
 
@@ -628,7 +636,7 @@ def test_turns_of_weight_0_are_not_trained(tokenizer):
     messages = [USER, {**YES, "weight": 0}, {"role": "user", "content": "sure?"}, {**YES, "content": "I am."}]
     example, problems, _ = read({"messages": messages, "tools": []})
     assert problems == []
-    ((sequence,),), problems = script.render_examples(tokenizer, [example], 4096)
+    ((sequence,),), problems = render_examples(tokenizer, [example], 4096)
     assert problems == [] and sequence.answer == "I am."
     assert "Yes." in tokenizer.decode(sequence.input_ids[: sequence.prompt_length])
 
@@ -640,8 +648,8 @@ def test_convert_to_writes_a_new_file_and_trains_nothing(tmp_path, tools_path):
     result = run_script(*flags)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == f"write    {len(rows):,} rows: {target}"
-    before = script.to_examples(script.read_rows([path]), tools_path)[0]
-    after = script.to_examples(script.read_rows([str(target)]), "no/such/tools.json")[0]
+    before = to_examples(read_rows([path]), tools_path)[0]
+    after = to_examples(read_rows([str(target)]), "no/such/tools.json")[0]
     assert [example[1:3] for example in after] == [example[1:3] for example in before]
     assert [file.name for file in target.parent.iterdir()] == ["openai.jsonl"]
     result = run_script(*flags)
@@ -686,14 +694,14 @@ ROW = CALLING | st.fixed_dictionaries({}, optional={
 
 @settings(max_examples=600, deadline=None, derandomize=True,
           suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
-@given(rows=st.lists(JSON | ROW, min_size=1, max_size=4), name=st.sampled_from(["auto", "auto", *script.FORMATS]))
+@given(rows=st.lists(JSON | ROW, min_size=1, max_size=4), name=st.sampled_from(["auto", "auto", *FORMATS]))
 def test_arbitrary_json_is_an_example_or_a_located_problem(tools_path, rows, name):
     rows = [(f"x:{line}", row) for line, row in enumerate(rows, start=1)]
-    examples, problems, total, *_ = script.to_examples(rows, tools_path, name)
+    examples, problems, total, *_ = to_examples(rows, tools_path, name)
     valid, broken = {example.where for example in examples}, {where for where, _ in problems}
     assert total == len(rows) and not valid & broken and valid | broken == {where for where, _ in rows}
     assert all(problem and "\n" not in problem and len(problem) < 800 for _, problem in problems)
-    again = script.to_examples([(example.where, script.to_row(example)) for example in examples], tools_path)
+    again = to_examples([(example.where, to_row(example)) for example in examples], tools_path)
     assert again[1] == [] and json.dumps(again[0]) == json.dumps([e._replace(format="openai") for e in examples])
 
 
@@ -709,14 +717,14 @@ def test_deep_nesting_is_a_problem_and_not_a_crash(tools_path, text):
 @pytest.mark.parametrize("text", ["", "a", "<t>", "</t>", "<t>1</t>", "a<t>1</t>b<t></t>", "</t><t>1</t>c</t>d", "<t>1<t>2</t>3</t>",
                                   "<t>1</t><t>2", "a\n<t>\n1\n</t>\nb", "<t>" * 3 + "</t>" * 2])
 def test_texts_are_cut_at_tags_as_by_one_expression(text):
-    assert script.split_tags(text, "t") == re.split("<t>(.*?)</t>", text, flags=re.DOTALL)
+    assert split_tags(text, "t") == re.split("<t>(.*?)</t>", text, flags=re.DOTALL)
 
 
 @pytest.mark.parametrize("tag", ["tool_call", "tool_response", "tools"])
 def test_tags_that_are_never_closed_take_no_time(tag):
     """20,000 of them took 17 s; a row would, if a look for the end began at each."""
     start = time.process_time()
-    assert script.split_tags(f"<{tag}>" * 200_000, tag) == [f"<{tag}>" * 200_000]
+    assert split_tags(f"<{tag}>" * 200_000, tag) == [f"<{tag}>" * 200_000]
     assert time.process_time() - start < 5
 
 

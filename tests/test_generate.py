@@ -1,17 +1,25 @@
 """Answers: generation with a shared prefix writes what Transformers writes, and free exact match counts the same rows."""
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, patch
 
 import train_qwen3_tool_calling as script
+from tool_calling.data.examples import read_examples, split_examples
+from tool_calling.engines.answers import generate_answers, generate_tokens
+from tool_calling.engines.attention import attend_with_prefix
+from tool_calling.engines.loading import load_adapter, load_base, warn_if_spread
+from tool_calling.engines.losses import score_batches, to_metrics
+from tool_calling.engines.start import quiet_libraries
+from tool_calling.prompts import render_examples
+from tool_calling.streams import build_padded, build_stream
 
 torch = pytest.importorskip("torch")
 
 
 @pytest.fixture(scope="module")
 def model():
-    script.quiet_libraries()
-    return script.load_base(str(TINY), load_in_4bit=False).eval()
+    quiet_libraries()
+    return load_base(str(TINY), load_in_4bit=False).eval()
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +27,8 @@ def sequences(tokenizer):
     """Held-out rows of the bundled data, of which the embedded base gets some right."""
     args = script.parse_args(["--dataset_path", str(ROOT / script.DATASET_PATH), "--tools_path",
                               str(ROOT / script.TOOLS_PATH)])
-    _, held_out = script.split_examples(script.read_examples(args, args.dataset_path)[0], 0.1)
-    groups, problems = script.render_examples(tokenizer, held_out[8:24], 2048)
+    _, held_out = split_examples(read_examples(args, args.dataset_path)[0], 0.1)
+    groups, problems = render_examples(tokenizer, held_out[8:24], 2048)
     assert not problems
     return [sequence for group in groups for sequence in group]
 
@@ -35,16 +43,16 @@ def write_alone(model, tokenizer, prompt: list[int], max_new_tokens: int) -> lis
 
 def test_free_exact_match_is_that_of_generation_row_by_row(model, tokenizer, sequences):
     args = script.parse_args(["--eval_batch_size", "16", "--max_new_tokens", "60"])
-    answers = script.generate_answers(model, tokenizer, sequences, args, "base")
+    answers = generate_answers(model, tokenizer, sequences, args, "base")
     written = [answer == sequence.answer for answer, sequence in zip(answers, sequences)]
     assert 3 <= sum(written) <= 13  # both verdicts occur
 
     def count(batches):
-        return script.to_metrics(script.score_batches(model, batches, "transformers"))["exact_match"]
+        return to_metrics(score_batches(model, batches, "transformers"))["exact_match"]
 
-    assert [count([script.build_stream([row])]) for row in sequences] == written
-    for batches in ([script.build_stream(sequences[:8]), script.build_stream(sequences[8:])],
-                    [script.build_padded(sequences[:9]), script.build_padded(sequences[9:])]):
+    assert [count([build_stream([row])]) for row in sequences] == written
+    for batches in ([build_stream(sequences[:8]), build_stream(sequences[8:])],
+                    [build_padded(sequences[:9]), build_padded(sequences[9:])]):
         assert count(batches) == sum(written) / len(written)
 
 
@@ -55,27 +63,27 @@ def test_a_batch_answers_as_each_prompt_alone(model, tokenizer, sequences, monke
     alone = [write_alone(model, tokenizer, prompt, 40) for prompt in prompts]
     assert len({len(answer) for answer in alone}) > 1  # rows leave the batch at different steps
     with torch.inference_mode():
-        assert script.generate_tokens(model, prompts, [stop], 40) == alone
-        assert script.generate_tokens(model, prompts[::-1], [stop], 40) == alone[::-1]
-        assert script.generate_tokens(model, prompts[:1], [stop], 40) == alone[:1]  # one prompt shares all but its end
-        monkeypatch.setattr(script, "HELD_SCORES", 1)  # one row at a time
-        assert script.generate_tokens(model, prompts, [stop], 40) == alone
+        assert generate_tokens(model, prompts, [stop], 40) == alone
+        assert generate_tokens(model, prompts[::-1], [stop], 40) == alone[::-1]
+        assert generate_tokens(model, prompts[:1], [stop], 40) == alone[:1]  # one prompt shares all but its end
+        patch(monkeypatch, "HELD_SCORES", 1)  # one row at a time
+        assert generate_tokens(model, prompts, [stop], 40) == alone
         strangers = [prompts[0], prompts[1][300:], prompts[2][5:]]  # nothing in common: no prefix, much padding
-        assert script.generate_tokens(model, strangers, [stop], 12) == [
+        assert generate_tokens(model, strangers, [stop], 12) == [
             write_alone(model, tokenizer, prompt, 12) for prompt in strangers]
 
 
 def test_a_model_partly_outside_of_the_device_answers_alike_and_says_so(model, tokenizer, sequences, capsys):
     outside = {f"model.layers.{i}": "cpu" if i == 0 else "disk" for i in range(model.config.num_hidden_layers)}
-    spread = script.load_base(str(TINY), False, place={
+    spread = load_base(str(TINY), False, place={
         "model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu", **outside})
     assert {weight.device.type for weight in spread.parameters()} == {"cpu", "meta"}
     args = script.parse_args(["--max_new_tokens", "12"])
-    assert (script.generate_answers(spread, tokenizer, sequences[:3], args, "spread")
-            == script.generate_answers(model, tokenizer, sequences[:3], args, "whole"))
-    script.warn_if_spread(model)
+    assert (generate_answers(spread, tokenizer, sequences[:3], args, "spread")
+            == generate_answers(model, tokenizer, sequences[:3], args, "whole"))
+    warn_if_spread(model)
     assert capsys.readouterr().err == ""
-    script.warn_if_spread(spread)
+    warn_if_spread(spread)
     assert capsys.readouterr().err.startswith("warning: the 16-bit model is larger than the GPU's memory: ")
 
 
@@ -83,7 +91,7 @@ def test_an_adapter_leaves_the_parts_of_its_base_where_they_are(tmp_path, sequen
     """By what is free with the base already there, PEFT would find no room for it."""
     from peft import LoraConfig, get_peft_model
 
-    trained = get_peft_model(script.load_base(str(TINY), False), LoraConfig(
+    trained = get_peft_model(load_base(str(TINY), False), LoraConfig(
         r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"))
     trained.save_pretrained(tmp_path)
     ids = torch.tensor([sequences[0].input_ids[:50]])
@@ -91,7 +99,7 @@ def test_an_adapter_leaves_the_parts_of_its_base_where_they_are(tmp_path, sequen
     monkeypatch.setattr("peft.peft_model.infer_auto_device_map", lambda *_, **__: pytest.fail("spread anew"))
     for place in (None, {"": "cpu"}, {"model.embed_tokens": "cpu", "model.layers": "cpu", "model.norm": "cpu",
                                       "model.rotary_emb": "cpu", "lm_head": "cpu"}):
-        model = script.load_adapter(script.load_base(str(TINY), False, place=place), str(tmp_path)).eval()
+        model = load_adapter(load_base(str(TINY), False, place=place), str(tmp_path)).eval()
         assert torch.equal(model(ids).logits, expected)
 
 
@@ -100,7 +108,7 @@ def test_grouped_query_attention_with_a_prefix_is_attention():
     query, key, value = (torch.randn(3, heads, 5, 8, generator=generator) for heads in (6, 2, 2))
     prefix_key, prefix_value = (torch.randn(1, 2, 7, 8, generator=generator) for _ in range(2))
     mask = torch.ones(3, 1, 5, 5, dtype=torch.bool).tril()
-    got = script.attend_with_prefix(query, key, value, mask, 0.3, prefix_key, prefix_value)
+    got = attend_with_prefix(query, key, value, mask, 0.3, prefix_key, prefix_value)
     keys, values = (torch.cat([prefix.expand(3, -1, -1, -1), own], dim=2)
                     for prefix, own in ((prefix_key, key), (prefix_value, value)))
     whole = torch.cat([torch.ones(3, 1, 5, 7, dtype=torch.bool), mask], dim=3)

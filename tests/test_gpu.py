@@ -13,6 +13,10 @@ from conftest import ALARM, ROOT, TINY, WEATHER, native, run_script, write_jsonl
 from test_command_line import FINAL_FILES, ROWS, names
 
 import train_qwen3_tool_calling as script
+from tool_calling.data.examples import read_examples
+from tool_calling.engines.hub import load_tokenizer
+from tool_calling.prompts import render_all
+from tool_calling.schedule import plan_streams
 
 try:
     import torch
@@ -166,7 +170,7 @@ if __name__ == "__main__":
     train, held_out = s.render_all(args, tokenizer, s.read_examples(args, args.dataset_path)[0])
     plan = s.plan_streams(train, args, engine)
     model = s.load_model(args, engine, plan)
-    trainer = s.build_trainer(args, engine, model, tokenizer, train, [], plan)
+    trainer = s.build_trainer(args, script.to_sft_config(args, plan, False), engine, model, tokenizer, train, [], plan)
     model = trainer.model.train()
     rows = [train[i] for i in s.order_rows(plan, args.seed, epoch=0)[: plan.rows]]
     halves = s.divide_plan(plan, plan.rows // 2, train, args)
@@ -256,8 +260,8 @@ def test_unsloth_on_two_gpus_replays_streams_of_several_lengths(folder):
     args = script.parse_args(["--dataset_path", str(folder / "lengths.jsonl"), "--batch_size", "1", "--tools_path",
                               str(folder / "tools.json"), "--gradient_accumulation_steps", "1", "--train_test_split",
                               "0.25"])
-    train, _ = script.render_all(args, script.load_tokenizer(MODEL), script.read_examples(args, args.dataset_path)[0])
-    assert len(script.plan_streams(train, args, "unsloth").lengths) > 2
+    train, _ = render_all(args, load_tokenizer(MODEL), read_examples(args, args.dataset_path)[0])
+    assert len(plan_streams(train, args, "unsloth").lengths) > 2
     output = run_on_two(folder, "lengths", "--engine", "unsloth", "--dataset_path", folder / "lengths.jsonl",
                         "--max_steps", "8", "--save_method", "lora")
     assert "Unsloth" in output and len(losses(output)) == 8

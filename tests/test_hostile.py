@@ -7,7 +7,9 @@ import time
 import pytest
 from conftest import ALARM, TINY, WEATHER, native, run_script, write_jsonl
 
-import train_qwen3_tool_calling as script
+from tool_calling.data.examples import to_examples
+from tool_calling.data.rows import read_rows
+from tool_calling.page import render_report
 
 GOOD = native("rain in Rome?", ("get_weather", {"city": "Rome"}))
 
@@ -22,7 +24,7 @@ def row(arguments: object, *tools: dict, name: str = "f", request: str = "go") -
 
 
 def problems_of(*rows: dict) -> list[str]:
-    examples, problems, total, *_ = script.to_examples([(f"x:{i}", row) for i, row in enumerate(rows, 1)], "no/tools.json")
+    examples, problems, total, *_ = to_examples([(f"x:{i}", row) for i, row in enumerate(rows, 1)], "no/tools.json")
     assert total == len(rows) == len(examples) + len({where for where, _ in problems})
     return [f"{where}: {problem}" for where, problem in problems]
 
@@ -118,7 +120,7 @@ def test_a_hostile_line_is_a_located_problem_and_its_neighbours_are_read(tmp_pat
     path = tmp_path / "rows.jsonl"
     good = json.dumps(GOOD).encode()
     path.write_bytes(b"\xef\xbb\xbf" + good + b"\r\n" + line + b"\r\n" + good + b"\r\n")
-    examples, problems, total, *_ = script.to_examples(script.read_rows([str(path)]), str(tmp_path / "tools.json"))
+    examples, problems, total, *_ = to_examples(read_rows([str(path)]), str(tmp_path / "tools.json"))
     assert total == 3 and [example.where for example in examples][::2 - bool(problems)] == [f"{path}:1", f"{path}:3"]
     if BAD_LINES[line] is None:
         assert problems == []
@@ -153,8 +155,8 @@ def test_nothing_from_the_data_is_run(tmp_path):
         native("x", ("get_weather", {"city": "{{ cycler.__init__.__globals__.os.system('touch " + str(marker) + "') }}"})),
     ]
     (tmp_path / "tools.json").write_text(json.dumps([WEATHER]))
-    examples, problems, *_ = script.to_examples(
+    examples, problems, *_ = to_examples(
         [(f"x:{i}", row) for i, row in enumerate(rows, 1)], str(tmp_path / "tools.json"))
     assert [where for where, _ in problems] == ["x:1", "x:2", "x:3"] and len(examples) == 1  # the last is a text
     report = {"failures": [{"where": "x:4", "request": "{{ 7 * 7 }}", "expected": rows[3]["input"], "got": "{{ 7 * 7 }}"}]}
-    assert "{{ 7 * 7 }}" in script.render_report(report) and not marker.exists()
+    assert "{{ 7 * 7 }}" in render_report(report) and not marker.exists()

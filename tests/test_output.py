@@ -14,13 +14,28 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ALARM, ROOT, TINY, WEATHER, run_script, write_jsonl
+from conftest import ALARM, ROOT, TINY, WEATHER, run_script, write_jsonl, patch
 from test_command_line import FINAL_FILES, ROWS, arguments, errors, names
 from test_robust import TRAIN, limit_memory, weights
 from train_small import make_base, make_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 import train_qwen3_tool_calling as script
+from tool_calling.audit import list_writes
+from tool_calling.engines.hub import check_merge_base, check_model, count_parameters
+from tool_calling.engines.loading import load_base
+from tool_calling.engines.losses import compute_gradient
+from tool_calling.engines.start import to_dtype
+from tool_calling.estimates import check_disk, count_final_bytes, estimate_disk, estimate_memory
+from tool_calling.files import find_damage
+from tool_calling.saving.card import hand_over, to_card, to_vllm_command
+from tool_calling.saving.gguf import to_modelfile, write_gguf
+from tool_calling.saving.merge import merge_adapter, refuse_unchanged, round_at_random, round_trained, save_whole, sum_weights
+from tool_calling.saving.proof import check_trained, merge_and_score
+from tool_calling.schedule import Plan, group_rows
+from tool_calling.streams import build_padded
+from tool_calling.terminal import FlagError, UserError
+from tool_calling.training.trainer import build_trainer, load_trained
 
 TOKEN = "hf_" + "secretsecretsecret"
 FAKE_CONVERTER = """#!{python}
@@ -210,12 +225,12 @@ def make_trainer(folder: Path, *flags: str):
     """A trainer of all weights of a small random Qwen3 over TRAIN, three steps, the same each time."""
     args = script.parse_args(["--lora_rank", "0", "--num_epochs", "1", "--warmup_steps", "0", "--learning_rate", "0.01",
                               "--save_steps", "1", "--output_dir", str(folder), *flags])
-    plan = script.Plan(args.batch_size, args.gradient_accumulation_steps, script.group_rows(TRAIN), (), True)
+    plan = Plan(args.batch_size, args.gradient_accumulation_steps, group_rows(TRAIN), (), True)
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(Qwen3Config(
         vocab_size=61, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=16, num_attention_heads=2,
         num_key_value_heads=1, tie_word_embeddings=True))
-    return script.build_trainer(args, "transformers", model, AutoTokenizer.from_pretrained(TINY), TRAIN, [], plan)
+    return build_trainer(args, script.to_sft_config(args, plan, False), "transformers", model, AutoTokenizer.from_pretrained(TINY), TRAIN, [], plan)
 
 
 def test_full_fine_tuning_goes_on_with_the_same_bits(tmp_path):
@@ -223,12 +238,12 @@ def test_full_fine_tuning_goes_on_with_the_same_bits(tmp_path):
     start = weights(whole)
     whole.train()
     ends = weights(whole)
-    assert not torch.equal(start, ends) and script.find_damage(tmp_path / "checkpoint-3") is None
+    assert not torch.equal(start, ends) and find_damage(tmp_path / "checkpoint-3") is None
     trainer = make_trainer(tmp_path / "again")
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert torch.equal(weights(trainer), ends)
     trainer = make_trainer(tmp_path / "last")
-    script.load_trained(trainer, str(tmp_path / "checkpoint-3"))
+    load_trained(trainer, str(tmp_path / "checkpoint-3"))
     assert torch.equal(weights(trainer), ends)
 
 
@@ -246,31 +261,31 @@ def test_full_fine_tuning_that_does_not_fit_goes_on_in_smaller_streams(tmp_path,
 
 
 def test_of_a_large_gradient_every_nth_number_is_compared(tmp_path, monkeypatch):
-    model, batch = make_trainer(tmp_path).model, [script.build_padded(TRAIN[:2])]
-    loss, whole = script.compute_gradient(model, batch, "transformers")
+    model, batch = make_trainer(tmp_path).model, [build_padded(TRAIN[:2])]
+    loss, whole = compute_gradient(model, batch, "transformers")
     sizes = [parameter.numel() for parameter in model.parameters()]
-    monkeypatch.setattr(script, "COMPARED_NUMBERS", sum(sizes) // 2)  # of an odd sum, so every third
-    again, part = script.compute_gradient(model, batch, "transformers")
+    patch(monkeypatch, "COMPARED_NUMBERS", sum(sizes) // 2)  # of an odd sum, so every third
+    again, part = compute_gradient(model, batch, "transformers")
     step = 3 if sum(sizes) % 2 else 2
     assert again == loss and torch.equal(part, torch.cat([piece[::step] for piece in whole.split(sizes)]))
 
 
 def test_rounding_at_random_keeps_sums(monkeypatch):
-    monkeypatch.setattr(script, "ROUNDED_WEIGHTS", 1000)
+    patch(monkeypatch, "ROUNDED_WEIGHTS", 1000)
     torch.manual_seed(0)
     held = torch.tensor([0.0, -0.0, 1.0, -1.0078125, 3.3895314e38, float("inf"), -float("inf"), 1e-40]).bfloat16().float()
     same = held.clone()
-    script.round_at_random(same)
+    round_at_random(same)
     assert torch.equal(same, held)  # what bf16 has
     wrong = torch.full((100,), 2**31 - 1, dtype=torch.int32).view(torch.float32)  # CUDA's NaN
-    script.round_at_random(wrong)
+    round_at_random(wrong)
     assert wrong.isnan().all()
     weights = torch.full((2**18,), 1 + 2**-10)  # an eighth of the way from 1 to the next
-    script.round_at_random(weights)
+    round_at_random(weights)
     assert {*weights.unique().tolist()} == {1.0, 1.0078125} and torch.equal(weights, weights.bfloat16().float())
     assert (weights > 1).float().mean().item() == pytest.approx(1 / 8, abs=4 * (7 / 64 / 2**18) ** 0.5)
     downwards = torch.full((2**18,), -1 - 2**-10).view(512, 512)
-    script.round_at_random(downwards)
+    round_at_random(downwards)
     assert downwards.double().mean().item() == pytest.approx(-1 - 2**-10, abs=4 * 2**-7 * (7 / 64 / 2**18) ** 0.5)
 
 
@@ -287,7 +302,7 @@ def test_a_merge_keeps_what_is_less_than_a_step_of_bf16(tmp_path, monkeypatch):
             weight.data.normal_(std=1e-5)
     model.save_pretrained(tmp_path / "adapter")
     args = script.parse_args(["--model_id", str(TINY), "--final_model_dir", str(tmp_path / "final")])
-    saved, again = (AutoModelForCausalLM.from_pretrained(script.merge_adapter(args, str(TINY), str(tmp_path / "adapter")))
+    saved, again = (AutoModelForCausalLM.from_pretrained(merge_adapter(args, str(TINY), str(tmp_path / "adapter")))
                     for _ in range(2))
     exact = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32),
                                       tmp_path / "adapter").merge_and_unload()
@@ -303,8 +318,8 @@ def test_a_merge_keeps_what_is_less_than_a_step_of_bf16(tmp_path, monkeypatch):
     assert kept / wanted == pytest.approx(1, abs=0.1) and nearest / wanted < 0.5
     layers = {f"model.layers.{i}": "disk" if i else "cpu" for i in range(saved.config.num_hidden_layers)}
     places = layers | dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
-    monkeypatch.setattr(script, "find_place", lambda args: places)  # what "auto" says if the GPUs cannot hold all
-    folder = script.merge_adapter(args, str(TINY), str(tmp_path / "adapter"))
+    patch(monkeypatch, "find_place", lambda args: places)  # what "auto" says if the GPUs cannot hold all
+    folder = merge_adapter(args, str(TINY), str(tmp_path / "adapter"))
     assert all(torch.equal(*pair) for pair in zip(
         saved.parameters(), AutoModelForCausalLM.from_pretrained(folder).parameters()))
 
@@ -315,39 +330,39 @@ def test_a_merge_that_changes_nothing_is_refused(tmp_path):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(TINY), LoraConfig(r=2, target_modules=["q_proj"]))
     model.save_pretrained(tmp_path / "adapter")  # as it begins: its second factor is zero
     args = script.parse_args(["--model_id", str(TINY), "--final_model_dir", str(tmp_path / "final")])
-    with pytest.raises(script.UserError, match="the trained model equals the base"):
-        script.merge_adapter(args, str(TINY), str(tmp_path / "adapter"))
+    with pytest.raises(UserError, match="the trained model equals the base"):
+        merge_adapter(args, str(TINY), str(tmp_path / "adapter"))
     assert names(tmp_path) == ["adapter"]
 
 
 def test_training_that_16_bits_do_not_hold_is_warned_of(tmp_path, monkeypatch, capsys):
     losses = iter([1.0, 2.0])  # of ten tokens
-    monkeypatch.setattr(script, "score_batches", lambda *arguments: torch.tensor([next(losses), 10, 0, 1]))
+    patch(monkeypatch, "score_batches", lambda *arguments: torch.tensor([next(losses), 10, 0, 1]))
     model = make_trainer(tmp_path).model
     args = script.parse_args(["--model_id", str(TINY), "--lora_rank", "0", "--final_model_dir", str(tmp_path / "final")])
-    trained, loss = script.round_trained(args, model, torch.bfloat16, [], "transformers")
-    script.save_whole(args, trained)
+    trained, loss = round_trained(args, model, torch.bfloat16, [], "transformers")
+    save_whole(args, trained)
     assert loss == pytest.approx(0.2)
     assert capsys.readouterr().err.startswith(
         "warning: torch.bfloat16 holds less than training changed: held-out loss 0.2000, in 32 bits 0.1000; train longer "
         "or raise --learning_rate\n")
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / ".final.partial")
     assert saved.dtype == torch.bfloat16 and saved.config.use_cache
-    with pytest.raises(script.UserError, match="the trained model equals the base"):
-        script.refuse_unchanged(script.sum_weights(saved), saved)
+    with pytest.raises(UserError, match="the trained model equals the base"):
+        refuse_unchanged(sum_weights(saved), saved)
 
 
 def test_a_trained_model_that_comes_back_different_is_refused(capsys):
     args = script.parse_args(["--lora_rank", "0", "--final_model_dir", "final", "--output_dir", "out"])
-    script.check_trained(args, 0.119, 0.1)
+    check_trained(args, 0.119, 0.1)
     for loss in (0.121, float("nan")):
-        with pytest.raises(script.UserError) as error:
-            script.check_trained(args, loss, 0.1)
+        with pytest.raises(UserError) as error:
+            check_trained(args, loss, 0.1)
         assert str(error.value) == (
             f"the trained model read back does not do what it did: held-out loss {loss:.4f}, before it was saved 0.1000; "
             "nothing was written to final, the checkpoints are safe in out")
     args.save_method = "merged_4bit"
-    script.check_trained(args, 0.121, 0.1)
+    check_trained(args, 0.121, 0.1)
     assert capsys.readouterr().err == "warning: 4 bits cost something: held-out loss 0.1210, before it was saved 0.1000\n"
 
 
@@ -368,8 +383,8 @@ def score(folder: Path, *flags: str) -> dict:
     args = script.parse_args(["--model_id", str(folder / "base"), "--no-load_in_4bit", "--max_new_tokens", "4",
                               "--final_model_dir", str(folder / "final"), *flags])
     rows = make_rows(4, seed=1)
-    plan = script.Plan(2, 1, script.group_rows(rows), (), True)
-    return script.merge_and_score(args, str(folder / "base"), str(folder / "adapter"), rows, plan)
+    plan = Plan(2, 1, group_rows(rows), (), True)
+    return merge_and_score(args, str(folder / "base"), str(folder / "adapter"), rows, plan)
 
 
 def test_a_model_merged_into_4_bits_is_loaded_by_plain_transformers(adapted):
@@ -404,10 +419,10 @@ def test_only_the_adapter_is_handed_over(tmp_path, capsys):
               "command": "python x.py --output_dir=/home/me/out ~/a/b hf_abcdefghij",
               "device": "cpu", "finished": "2026-01-01 00:00"}
     monkey = pytest.MonkeyPatch()
-    with monkey.context() as patch:
-        patch.setattr(script, "push_folder", lambda repo, folder: pushed.append((repo, folder)) or "address")
-        patch.setenv("HF_TOKEN", "hf_abcdefghij")
-        script.hand_over(args, Qwen3Config(), None, str(tmp_path / "adapter"), report, "hermes", True, ([], []))
+    with monkey.context() as monkey_:
+        patch(monkey_, "push_folder", lambda repo, folder: pushed.append((repo, folder)) or "address")
+        monkey_.setenv("HF_TOKEN", "hf_abcdefghij")
+        hand_over(args, Qwen3Config(), None, str(tmp_path / "adapter"), report, "hermes", True, ([], []))
     assert pushed == [("me/tools", str(tmp_path / "adapter"))]
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert yaml.safe_load(card.split("---\n")[1])["library_name"] == "peft" and names(tmp_path / "adapter") == ["README.md"]
@@ -415,7 +430,7 @@ def test_only_the_adapter_is_handed_over(tmp_path, capsys):
     assert "\npython x.py --output_dir=out b $HF_TOKEN\n" in card
     assert "8 sequences of `data/synthetic_finetune_dataset.json`, 2 held out; 3 steps;\ncpu, 2026-01-01 00:00." in card
     report["train"] = {"last_step": 3, "kept_step": 2, "history": [{"loss": 2.0}, {"loss": 1.0}, {"eval_loss": 3.0}]}
-    assert "2 held out; 2 steps of 3, the best on held-out rows, mean loss 1.5000;\ncpu" in script.to_card(
+    assert "2 held out; 2 steps of 3, the best on held-out rows, mean loss 1.5000;\ncpu" in to_card(
         report, True, "tools", "vllm")
     served = ("vllm serve Qwen/Qwen3-0.6B --enable-lora --max-lora-rank 32 --lora-modules tools={} "
               "--enable-auto-tool-choice --tool-call-parser hermes --reasoning-parser qwen3")
@@ -435,7 +450,7 @@ def test_only_the_adapter_is_handed_over(tmp_path, capsys):
     (["--save_gguf", "q8_0", "--save_method", "merged_4bit"],
      "--save_gguf is made from the 16-bit model: leave out --save_method merged_4bit")])
 def test_flags_that_do_not_fit_are_refused(flags, message):
-    with pytest.raises(script.FlagError) as error:  # exit code 2
+    with pytest.raises(FlagError) as error:  # exit code 2
         script.parse_args(flags)
     assert message in str(error.value)
 
@@ -451,48 +466,48 @@ def test_what_a_flag_leaves_open_depends_on_what_is_trained():
 
 def test_full_fine_tuning_needs_the_16_bit_model():
     args = script.parse_args(["--lora_rank", "0", "--model_id", "some/bnb-4bit"])
-    with pytest.raises(script.UserError, match="--model_id some/bnb-4bit: is quantised, and --lora_rank 0 trains 16-bit"):
-        script.check_merge_base(args, types.SimpleNamespace(quantization_config={"load_in_4bit": True}))
+    with pytest.raises(UserError, match="--model_id some/bnb-4bit: is quantised, and --lora_rank 0 trains 16-bit"):
+        check_merge_base(args, types.SimpleNamespace(quantization_config={"load_in_4bit": True}))
 
 
 def test_a_base_that_is_quantised_otherwise_is_refused_before_training():
     for flags in ([], ["--save_method", "lora"], ["--merge_model_id", "some/model"]):
         args = script.parse_args(["--model_id", "some/fp8", *flags])
-        with pytest.raises(script.UserError, match="--model_id some/fp8: is quantised by fp8, .*; expected the original"):
-            script.check_merge_base(args, types.SimpleNamespace(quantization_config={"quant_method": "fp8"}))
+        with pytest.raises(UserError, match="--model_id some/fp8: is quantised by fp8, .*; expected the original"):
+            check_merge_base(args, types.SimpleNamespace(quantization_config={"quant_method": "fp8"}))
 
 
 def test_weights_are_summed_in_pieces(monkeypatch):
     model = torch.nn.Linear(7, 5)
-    whole = script.sum_weights(model)
-    monkeypatch.setattr(script, "ROUNDED_WEIGHTS", 4)
-    assert script.sum_weights(model) == pytest.approx(whole) and whole["weight"] == pytest.approx(
+    whole = sum_weights(model)
+    patch(monkeypatch, "ROUNDED_WEIGHTS", 4)
+    assert sum_weights(model) == pytest.approx(whole) and whole["weight"] == pytest.approx(
         model.weight.double().sum().item())
 
 
 def test_disk_and_memory_are_reckoned_for_what_is_trained_and_saved(tmp_path):
-    config = script.check_model(str(TINY))
-    parameters = script.count_parameters(config, 0)
+    config = check_model(str(TINY))
+    parameters = count_parameters(config, 0)
     linear, whole = parameters["linear"], parameters["linear"] + parameters["other"]
     assert parameters["adapter"] == 0 and whole == 11_475_264
 
     def count(*flags):
-        return script.count_final_bytes(script.parse_args([*flags]), parameters)
+        return count_final_bytes(script.parse_args([*flags]), parameters)
 
     assert count() == 2 * whole and count("--save_method", "lora") == 0
     assert count("--save_method", "merged_4bit") == pytest.approx(2 * whole + 0.53 * linear + 2 * parameters["other"], abs=1)
     assert count("--save_gguf", "q8_0") == pytest.approx(3.1 * whole, abs=1)
     assert count("--save_gguf", "f16,q4_k_m") == pytest.approx((2 + 2 + 2 + 1.1) * whole, abs=1)
     args = script.parse_args(["--lora_rank", "0", "--optim", "adamw_torch", "--final_model_dir", str(tmp_path)])
-    plan = script.Plan(8, 1, [], (), True)
-    memory = script.estimate_memory(args, config, parameters, 1000, plan)  # weights, gradients and moments in fp32
+    plan = Plan(8, 1, [], (), True)
+    memory = estimate_memory(args, config, parameters, 1000, plan)  # weights, gradients and moments in fp32
     assert (memory["base"], memory["adapter"]) == (round(2 * whole / 2**30, 2), round(16 * whole / 2**30, 2))
-    assert script.estimate_disk(args, parameters, "adamw_torch", 3)["checkpoints"] == 3 * 12 * whole
-    with pytest.raises(script.UserError, match="for 3,000 checkpoints and the trained model 4"):
-        script.check_disk(args, config, 3000)
-    written = script.list_writes(args, [3])["written"]
+    assert estimate_disk(args, parameters, "adamw_torch", 3)["checkpoints"] == 3 * 12 * whole
+    with pytest.raises(UserError, match="for 3,000 checkpoints and the trained model 4"):
+        check_disk(args, config, 3000)
+    written = list_writes(args, [3])["written"]
     assert not [path for path in written if path.endswith("adapter")] and written[-1] == str(tmp_path)
-    written = script.list_writes(script.parse_args(["--save_method", "lora"]), [3])["written"]
+    written = list_writes(script.parse_args(["--save_method", "lora"]), [3])["written"]
     assert written[-1].endswith("report.html") and [path for path in written if path.endswith("adapter")]
 
 
@@ -522,8 +537,8 @@ def test_a_gguf_that_fails_leaves_the_model_whole(tmp_path):
     make_tools(tmp_path / "bin")
     converter = [sys.executable, str(tmp_path / "bin" / "convert_hf_to_gguf.py")]
     for quantizer, reason in ((["false"], "false .* failed: it says nothing"), (["true"], "wrote no final-q4_0.gguf")):
-        with pytest.raises(script.UserError, match=f"the model is whole in {tmp_path / 'final'}.*{reason}"):
-            script.write_gguf(args, (converter, quantizer), AutoTokenizer.from_pretrained(TINY), False)
+        with pytest.raises(UserError, match=f"the model is whole in {tmp_path / 'final'}.*{reason}"):
+            write_gguf(args, (converter, quantizer), AutoTokenizer.from_pretrained(TINY), False)
         assert names(tmp_path / "final") == before
 
 
@@ -548,7 +563,7 @@ def read_template(modelfile: str) -> str:
 def test_ollama_sends_the_prompts_of_training(tokenizer, tmp_path, thinks):
     subprocess.run(["go", "build", "-o", tmp_path / "render", ROOT / "tests" / "ollama_template.go"], check=True,
                    env={**os.environ, "GO111MODULE": "off"})
-    template = read_template(script.to_modelfile(tokenizer, "x.gguf", 4096, thinks))
+    template = read_template(to_modelfile(tokenizer, "x.gguf", 4096, thinks))
     for chat in CHATS:
         for tools in ([], [WEATHER, ALARM]):
             system = "".join(message["content"] for message in chat if message["role"] == "system")
@@ -559,7 +574,7 @@ def test_ollama_sends_the_prompts_of_training(tokenizer, tmp_path, thinks):
 
 
 def test_the_modelfile_keeps_the_tools(tokenizer):
-    modelfile = script.to_modelfile(tokenizer, "x-q8_0.gguf", 8192, False)
+    modelfile = to_modelfile(tokenizer, "x-q8_0.gguf", 8192, False)
     assert modelfile.splitlines()[:5] == [
         "FROM ./x-q8_0.gguf", "PARAMETER temperature 0", "PARAMETER num_ctx 8192", 'PARAMETER stop "<|im_start|>"',
         'PARAMETER stop "<|im_end|>"']
@@ -577,13 +592,13 @@ def test_the_modelfile_keeps_the_tools(tokenizer):
                 messages = [{"role": "system", "content": "You are Qwen."}, *messages]
             return tokenizer.apply_chat_template(messages, **options)
 
-    assert script.to_modelfile(Qwen25(), "x", 4096, False).endswith('"""\nSYSTEM """You are Qwen."""\n')
+    assert to_modelfile(Qwen25(), "x", 4096, False).endswith('"""\nSYSTEM """You are Qwen."""\n')
 
     class Other:
         def apply_chat_template(self, messages, **options):
             return "<s>[INST] " + messages[-1]["content"]
 
-    assert script.to_modelfile(Other(), "x", 4096, False) == (
+    assert to_modelfile(Other(), "x", 4096, False) == (
         "FROM ./x\nPARAMETER temperature 0\nPARAMETER num_ctx 4096\n")  # Ollama takes the template of the GGUF
 
 
@@ -593,7 +608,7 @@ def test_the_modelfile_keeps_the_tools(tokenizer):
     ("llama", "llama3_json", False, "llama3_json"), ("llama", "hermes", True, "hermes")])
 def test_vllm_is_told_how_calls_look(family, parser, thinks, expected):
     config = types.SimpleNamespace(model_type=family)
-    assert script.to_vllm_command(config, "a/b", parser, thinks) == (
+    assert to_vllm_command(config, "a/b", parser, thinks) == (
         f"vllm serve a/b --enable-auto-tool-choice --tool-call-parser {expected}")
 
 
@@ -605,7 +620,7 @@ def test_vllm_is_told_how_calls_look(family, parser, thinks, expected):
     ("me/to ols", TOKEN, "write", "Repo id must")])
 def test_an_upload_that_cannot_be_is_refused_before_training(tmp_path, repo, token, role, message):
     """In a process of its own: the library reads its address when it is imported."""
-    code = ("import train_qwen3_tool_calling as s\ntry:\n    s.check_hub({!r})\n    print('fine')\n"
+    code = ("import tool_calling.saving.upload as s\ntry:\n    s.check_hub({!r})\n    print('fine')\n"
             "except s.UserError as error:\n    print(error)").format(repo)
     with Hub(role) as hub:
         environment = {**os.environ, **on_hub(hub, token), "HF_HOME": str(tmp_path)}
@@ -617,7 +632,7 @@ def test_an_upload_that_cannot_be_is_refused_before_training(tmp_path, repo, tok
 def test_an_upload_that_fails_says_that_all_is_there(tmp_path):
     (tmp_path / "final").mkdir()
     (tmp_path / "final" / "README.md").write_text("# x\n")
-    code = ("import train_qwen3_tool_calling as s\ntry:\n    s.check_hub('us/x')\n    s.push_folder('us/x', 'final')\n"
+    code = ("import tool_calling.saving.upload as s\ntry:\n    s.check_hub('us/x')\n    s.push_folder('us/x', 'final')\n"
             "except s.UserError as error:\n    print(error)")
     with Hub(fails=["/commit/"]) as hub:
         environment = {**os.environ, **on_hub(hub), "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
@@ -630,7 +645,7 @@ def test_bf16_is_for_gpus_that_compute_it(monkeypatch):
     for computes, dtype in ((True, torch.bfloat16), (False, torch.float16)):  # older ones emulate it
         monkeypatch.setattr(torch.cuda, "is_bf16_supported",
                             lambda including_emulation=True: including_emulation or computes)
-        assert script.to_dtype("cuda") == dtype
+        assert to_dtype("cuda") == dtype
 
 
 def test_a_quantised_model_is_not_spread(monkeypatch):
@@ -642,7 +657,7 @@ def test_a_quantised_model_is_not_spread(monkeypatch):
 
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load)
     for quantised in ({"quant_method": "bitsandbytes"}, None):
-        monkeypatch.setattr(script, "load_config", lambda *_, **__: types.SimpleNamespace(quantization_config=quantised))
-        with pytest.raises(script.UserError, match="enough"):
-            script.load_base("some/model", False, place="auto")
+        patch(monkeypatch, "load_config", lambda *_, **__: types.SimpleNamespace(quantization_config=quantised))
+        with pytest.raises(UserError, match="enough"):
+            load_base("some/model", False, place="auto")
     assert places == [("cpu", False), ("auto", True)]

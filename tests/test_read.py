@@ -14,11 +14,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, native, run_script, write_jsonl
+from conftest import ROOT, native, run_script, write_jsonl, patch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import train_qwen3_tool_calling as script
+from tool_calling.data.hub_rows import drop_null_columns
+from tool_calling.data.rows import match_hub, read_rows
+from tool_calling.data.tools import read_tools
+from tool_calling.terminal import UserError
 
 A, B, C = ({"input": name, "output": {"content": name.upper()}} for name in "abc")
 EXPECTED_LINE = "; expected one JSON object a line, or a JSON array"
@@ -26,12 +30,12 @@ EXPECTED_LINE = "; expected one JSON object a line, or a JSON array"
 
 def read(*paths: object, max_samples: int | None = None) -> list[tuple]:
     """The (where, row) pairs of the paths, a broken row as its message."""
-    rows = script.read_rows([str(path) for path in paths], max_samples)
+    rows = read_rows([str(path) for path in paths], max_samples)
     return [(where, str(row) if isinstance(row, ValueError) else row) for where, row in rows]
 
 
 def error_of(*paths: object) -> str:
-    with pytest.raises(script.UserError) as error:
+    with pytest.raises(UserError) as error:
         read(*paths)
     return str(error.value)
 
@@ -144,7 +148,7 @@ def test_a_table_of_text_is_named_and_rows_under_its_name_are_read(tmp_path):
     path.write_text('\ufeffinput,output\n"x","y"\n')
     assert error_of(path) == f"{path}: is a table of text; expected JSON or JSONL: convert it first"
     path.write_text('\ufeff {"a": 1}\n')
-    assert list(script.read_rows([str(path)])) == [(f"{path}:1", {"a": 1})]
+    assert list(read_rows([str(path)])) == [(f"{path}:1", {"a": 1})]
 
 
 def test_files_that_are_no_text_are_one_line(tmp_path):
@@ -155,18 +159,18 @@ def test_files_that_are_no_text_are_one_line(tmp_path):
     assert error_of(pipe) == f"{pipe}: is not a regular file; expected JSON or JSONL"
     assert error_of(packed) == f"{packed}: is gzip; expected JSON or JSONL: unpack or convert it first"
     assert error_of(zipped) == f"{zipped}: is zip; expected JSON or JSONL: unpack or convert it first"
-    with pytest.raises(script.UserError) as error:
-        script.read_tools(str(tmp_path))
+    with pytest.raises(UserError) as error:
+        read_tools(str(tmp_path))
     assert str(error.value) == f"{tmp_path}: is not a regular file; expected JSON or JSONL"
 
 
 def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [A, B])
-    rows = script.read_rows([path])
+    rows = read_rows([path])
     assert next(rows) == (f"{path}:1", A)
     with open(path, "a") as file:
         file.write(json.dumps(C) + "\n")
-    with pytest.raises(script.UserError) as error:
+    with pytest.raises(UserError) as error:
         list(rows)
     assert str(error.value) == f"{path}: changed while it was read; start again when nothing writes to it"
 
@@ -183,7 +187,7 @@ def test_a_bar_on_a_terminal_changes_no_row(tmp_path, monkeypatch, capsys):
     path = write_jsonl(tmp_path / "rows.jsonl", [A, "{", B])
     plain = read(path, array)
     assert len(plain) == 5 and capsys.readouterr().out == ""
-    monkeypatch.setattr(script, "SHOWN_BYTES", 0)
+    patch(monkeypatch, "SHOWN_BYTES", 0)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     assert read(path, array) == plain
     assert capsys.readouterr().out != ""
@@ -200,7 +204,7 @@ def test_any_bytes_give_rows_problems_or_one_line(tmp_path, content):
         places = [where for where, row in read(path) if json.dumps(row).encode()]
         assert places and all(re.fullmatch(re.escape(str(path)) + r"(:\d+|\[\d+\])", where) for where in places)
         assert len(set(places)) == len(places)
-    except script.UserError as error:
+    except UserError as error:
         assert str(error).startswith(f"{path}") and len(str(error).splitlines()) == 1
 
 
@@ -227,7 +231,7 @@ def test_a_folder_in_a_hidden_folder_is_read(tmp_path):
 def test_the_tools_of_the_run_are_no_rows_of_a_folder(tmp_path):
     path = write_jsonl(tmp_path / "mine.jsonl", [A])
     (tmp_path / "my_tools.json").write_text("[]")
-    assert list(script.read_rows([str(tmp_path)], tools_path=str(tmp_path / "my_tools.json"))) == [(f"{path}:1", A)]
+    assert list(read_rows([str(tmp_path)], tools_path=str(tmp_path / "my_tools.json"))) == [(f"{path}:1", A)]
 
 
 def test_a_folder_without_rows_is_one_line(tmp_path):
@@ -248,13 +252,13 @@ def test_a_folder_without_rows_is_one_line(tmp_path):
     ("org/name:single-turn:test.small", ("org/name", "single-turn", "test.small")),
 ])
 def test_hub_names_are_recognised(path, expected):
-    assert script.match_hub(path).groups() == expected
+    assert match_hub(path).groups() == expected
 
 
 @pytest.mark.parametrize("path", ["no/such.json", "rows.jsonl", "rows.jsonl.gz", "a/b/c", "./name", "../name", "/name",
                                   "org/name:train[:10]", "org/", "a b", "", "C:\\rows"])
 def test_other_names_are_files(path):
-    assert script.match_hub(path) is None
+    assert match_hub(path) is None
     assert error_of(path) == f"{path}: cannot be read: No such file or directory"
 
 
@@ -275,14 +279,14 @@ def test_only_the_nulls_of_columns_are_dropped():
                          "output": {"content": text, "call": {"name": text, "arguments": {"x": text, "y": text}}}})
     row = {"input": "i", "system": None, "raw": {"kept": None}, "tags": ["t", None], "turns": [{"a": None}, {"a": "b"}],
            "output": {"content": None, "call": {"name": "f", "arguments": {"x": None, "y": None}}}}
-    assert script.drop_null_columns(row, features) == {
+    assert drop_null_columns(row, features) == {
         "input": "i", "raw": {"kept": None}, "tags": ["t", None], "turns": [{}, {"a": "b"}],
         "output": {"call": {"name": "f", "arguments": {}}}}
 
 
 def run_reader(*paths: str, **environment: str) -> subprocess.CompletedProcess:
     """Read the paths in a new process and print the pairs as JSON, or the error."""
-    code = ("import json, sys, train_qwen3_tool_calling as s\n"
+    code = ("import json, sys, tool_calling.data.rows as s\n"
             "try:\n    print(json.dumps([[where, str(row) if isinstance(row, ValueError) else row]\n"
             "                      for where, row in s.read_rows(sys.argv[1:])]))\n"
             "except s.UserError as error:\n    print('error:', error)\n")
@@ -405,7 +409,7 @@ def test_the_memory_of_reading_does_not_grow_with_the_file(tmp_path):
     path = write_many(tmp_path / "rows.jsonl", 250_000)
     assert os.path.getsize(path) > 45 * 2**20
     tracemalloc.start()
-    count = sum(1 for _ in script.read_rows([path]))
+    count = sum(1 for _ in read_rows([path]))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count == 250_000 and peak < 2**20, peak
@@ -413,8 +417,8 @@ def test_the_memory_of_reading_does_not_grow_with_the_file(tmp_path):
 
 def test_a_hundred_thousand_rows_fit_into_a_gibibyte(tmp_path):
     path = write_many(tmp_path / "rows.jsonl", 100_000)
-    code = ("import re, sys, train_qwen3_tool_calling as s\n"
-            "examples, problems, total, *_ = s.to_examples(s.read_rows([sys.argv[1]]), s.TOOLS_PATH)\n"
+    code = ("import re, sys, tool_calling.data.examples as s\nfrom tool_calling.data.rows import read_rows\n"
+            "examples, problems, total, *_ = s.to_examples(read_rows([sys.argv[1]]), 'data/tools.json')\n"
             "print(len(examples), len(problems), total, re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n")
     start = time.perf_counter()
     result = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True, cwd=ROOT)

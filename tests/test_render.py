@@ -6,6 +6,10 @@ import pytest
 from conftest import ALARM, WEATHER
 
 import train_qwen3_tool_calling as script
+from tool_calling.data.examples import Example, to_examples
+from tool_calling.data.rows import read_rows
+from tool_calling.prompts import Sequence, parse_calls, render_examples
+from tool_calling.terminal import UserError
 
 ASK = {"role": "user", "content": "rain in Rome and Oslo?"}
 REPLY = {"role": "tool", "content": '{"rain": true}'}
@@ -38,13 +42,13 @@ CONVERSATIONS = {
 }
 
 
-def render(tokenizer, messages: list[dict], tools=(WEATHER, ALARM)) -> list[script.Sequence]:
-    (sequences,), problems = script.render_examples(tokenizer, [script.Example("x:1", messages, list(tools))], 4096)
+def render(tokenizer, messages: list[dict], tools=(WEATHER, ALARM)) -> list[Sequence]:
+    (sequences,), problems = render_examples(tokenizer, [Example("x:1", messages, list(tools))], 4096)
     assert problems == []
     return sequences
 
 
-def supervised(tokenizer, sequence: script.Sequence) -> str:
+def supervised(tokenizer, sequence: Sequence) -> str:
     return tokenizer.decode(sequence.input_ids[sequence.prompt_length :])
 
 
@@ -86,7 +90,7 @@ def test_every_turn_is_trained_as_served(request, which, name):
         assert sequence.input_ids[: sequence.prompt_length] == served
         answer = supervised(tokenizer, sequence)
         assert answer.endswith("<|im_end|>") and answer.count("<|im_end|>") == 1
-        assert script.parse_calls(answer) == [call["function"] for call in messages[turn].get("tool_calls", [])]
+        assert parse_calls(answer) == [call["function"] for call in messages[turn].get("tool_calls", [])]
 
 
 def test_the_two_tokenizers_render_the_same_text(tokenizer, real_tokenizer):
@@ -102,12 +106,12 @@ def test_without_tools_no_tool_is_rendered(tokenizer):
 
 
 def test_a_sequence_over_the_limit_is_a_problem_and_is_not_cut(tokenizer):
-    examples = [script.Example("x:1", CONVERSATIONS["one call"], [WEATHER]),
-                script.Example("x:2", [ASK, says("long " * 300)], [WEATHER])]
-    length = len(script.render_examples(tokenizer, examples, 4096)[0][1][0].input_ids)
-    groups, problems = script.render_examples(tokenizer, examples, length)
+    examples = [Example("x:1", CONVERSATIONS["one call"], [WEATHER]),
+                Example("x:2", [ASK, says("long " * 300)], [WEATHER])]
+    length = len(render_examples(tokenizer, examples, 4096)[0][1][0].input_ids)
+    groups, problems = render_examples(tokenizer, examples, length)
     assert problems == [] and len(groups[1][0].input_ids) == length
-    groups, problems = script.render_examples(tokenizer, examples, length - 1)
+    groups, problems = render_examples(tokenizer, examples, length - 1)
     assert problems == [("x:2", f"{length:,} tokens; --max_seq_length is {length - 1:,} and no answer is ever cut")]
     assert len(groups[0]) == 1 and groups[1] == []
 
@@ -125,9 +129,9 @@ def test_a_template_that_loses_the_calls_ends_the_run(tokenizer):
             bare = [{**message, "tool_calls": None} for message in messages]
             return tokenizer.apply_chat_template(bare, **kwargs)
 
-    examples = [script.Example("x:1", CONVERSATIONS["one call"], [WEATHER])]
-    with pytest.raises(script.UserError) as error:
-        script.render_examples(Lossy(), examples, 4096)
+    examples = [Example("x:1", CONVERSATIONS["one call"], [WEATHER])]
+    with pytest.raises(UserError) as error:
+        render_examples(Lossy(), examples, 4096)
     assert str(error.value) == (
         "lossy: the chat template writes calls in a way that cannot be read back: its calls do not survive rendering "
         'and parsing: ""; expected that of a model whose calls vLLM\'s parser hermes or llama3_json reads')
@@ -142,23 +146,23 @@ def test_a_template_that_loses_the_calls_ends_the_run(tokenizer):
      [{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}]),
 ])
 def test_calls_are_parsed_as_servers_do(text, expected):
-    assert script.parse_calls(text) == expected
+    assert parse_calls(text) == expected
 
 
 def test_broken_json_in_a_call_is_an_error():
     with pytest.raises(ValueError):
-        script.parse_calls('<tool_call>\n{"name": f}\n</tool_call>')
+        parse_calls('<tool_call>\n{"name": f}\n</tool_call>')
 
 
 def test_the_bundled_data_renders_without_a_problem(tokenizer):
     from conftest import ROOT
 
-    rows = list(script.read_rows([str(ROOT / "data" / "synthetic_finetune_dataset.json")]))
-    examples, problems, total, *_ = script.to_examples(rows, str(ROOT / "data" / "tools.json"))
+    rows = list(read_rows([str(ROOT / "data" / "synthetic_finetune_dataset.json")]))
+    examples, problems, total, *_ = to_examples(rows, str(ROOT / "data" / "tools.json"))
     assert problems == [] and len(examples) == total == 2000
-    groups, problems = script.render_examples(tokenizer, examples, script.MAX_SEQ_LENGTH)
+    groups, problems = render_examples(tokenizer, examples, script.MAX_SEQ_LENGTH)
     assert problems == []
     for (_, row), (sequence,) in zip(rows, groups):
         output = row["output"]
         expected = output.get("function_calls") or [output["function_call"]] if "content" not in output else []
-        assert script.parse_calls(supervised(tokenizer, sequence)) == json.loads(json.dumps(expected))
+        assert parse_calls(supervised(tokenizer, sequence)) == json.loads(json.dumps(expected))

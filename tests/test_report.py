@@ -8,7 +8,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-import train_qwen3_tool_calling as script
+from tool_calling.page import draw_curve, mark_difference, render_report, shade_confusion, show_number, show_text
+from tool_calling.report import find_versions, write_report
+from tool_calling.saving.card import hide_folders
 
 TOOLS = ["book_taxi", "get_weather", "play_music", "set_alarm", "search_the_company_knowledge_base", "send_message",
          "(no call)"]
@@ -122,7 +124,7 @@ class Page(HTMLParser):
 
 
 def read_page(report: dict) -> Page:
-    html = script.render_report(report)
+    html = render_report(report)
     html.encode("utf-8")
     assert html.startswith("<!doctype html>")
     page = Page(html)
@@ -156,13 +158,13 @@ def test_score_table():
 
 
 def test_confusion_leaves_out_what_never_occurs():
-    assert script.shade_confusion({"labels": ["a", "b", "(broken)"], "counts": [[3, 0, 1], [0, 0, 0], [0, 0, 0]]}) == {
+    assert shade_confusion({"labels": ["a", "b", "(broken)"], "counts": [[3, 0, 1], [0, 0, 0], [0, 0, 0]]}) == {
         "columns": ["a", "(broken)"], "rows": [("a", [("hit", 34, 3), ("miss", 19, 1)])]}
 
 
 def test_curve():
     history = [{"step": 1, "loss": 3.0}, {"step": 5, "loss": float("nan")}, {"step": 10, "loss": 1.5, "eval_loss": 0}]
-    curve = script.draw_curve(history, {"loss": "training", "eval_loss": "held out"})
+    curve = draw_curve(history, {"loss": "training", "eval_loss": "held out"})
     assert curve == {"top": "3", "half": "1.5", "steps": 10, "lines": [
         {"kind": "fitted", "name": "training", "points": "100.00,50.00 10.00,0.00", "last": "1.5", "dots": ""},
         {"kind": "held", "name": "held out", "points": "100.00,100.00", "last": "0", "dots": "M100.00,100.00h0"}]}
@@ -186,7 +188,7 @@ def test_scores_of_training_rows_are_called_so():
 def test_a_model_that_is_only_scored_has_no_answer_before():
     report = minimal_report() | {"failures": [{"where": "x:1", "request": "hi", "expected": "yes", "got": "no"}]}
     assert [text for text in read_page(report).words("pre") if text in ("yes", "no")] == ["yes", "no"]
-    page = script.render_report(report | {"failures": [report["failures"][0] | {"before": "hm"}]})
+    page = render_report(report | {"failures": [report["failures"][0] | {"before": "hm"}]})
     assert "<div>model<pre>hm</pre></div>" in page.replace("\n", "")
 
 
@@ -206,39 +208,39 @@ def test_a_model_that_was_only_scored_is_the_one_that_is_named():
     report["scores"] = {"model": report["scores"]["merged"]}
     report["per_tool"] = {name: {"support": row["support"], "model": row["merged"]} for name, row in
                           report["per_tool"].items()}
-    assert "model model" not in (page := script.render_report(report)) and "called by the model." in page
+    assert "model model" not in (page := render_report(report)) and "called by the model." in page
 
 
 @pytest.mark.parametrize("number, shown", [(999, "999"), (999.4, "999"), (999.5, "1,000"), (999.7, "1,000"), (99.96, "100"),
                                            (0.12345, "0.123"), (1234.5, "1,234"), (None, None)])
 def test_numbers_are_shown_with_three_digits(number, shown):
-    assert script.show_number(number) == shown
+    assert show_number(number) == shown
 
 
 def test_folders_of_this_machine_are_hidden_with_spaces_too():
     for word, shown in [("/home/me/Secret Project X/rows.json", "rows.json"), ("--output_dir=~/a b/c", "--output_dir=c"),
                         ("data/rows.json", "data/rows.json"), ("/", "/"), ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B")]:
-        assert script.hide_folders(word) == shown
+        assert hide_folders(word) == shown
 
 
 def test_the_version_of_what_is_imported_is_named(tmp_path, monkeypatch):
     (tmp_path / "torch-9.9.9.dist-info").mkdir()
     (tmp_path / "torch-9.9.9.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 9.9.9\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert script.find_versions()["torch"] == "9.9.9"
+    assert find_versions()["torch"] == "9.9.9"
 
 
 def test_a_file_name_that_is_no_text_can_be_reported(tmp_path):
     report = full_report()
     report["args"]["dataset_path"] = ["caf\udce9.jsonl"]
-    assert script.write_report(str(tmp_path), report) == json.loads((tmp_path / "report.json").read_text())
+    assert write_report(str(tmp_path), report) == json.loads((tmp_path / "report.json").read_text())
     assert "caf\\udce9.jsonl" in (tmp_path / "report.json").read_text()
 
 
 def test_numbers_that_json_has_not_are_left_out(tmp_path):
     report = full_report()
     report["train"]["history"][0]["grad_norm"] = float("nan")
-    returned = script.write_report(str(tmp_path), report)
+    returned = write_report(str(tmp_path), report)
     assert returned == json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
     assert returned["train"]["history"][0]["grad_norm"] is None
 
@@ -279,10 +281,10 @@ def test_hostile_text_stays_text():
 
 
 def test_show_text():
-    assert script.show_text("x" * 50_000) == "x" * 2000 + "… 48,000 more characters"
-    assert script.show_text("x" * 2000) == "x" * 2000
-    assert script.show_text("a\r\n\tb") == "a⟨U+000D⟩\n\tb"
-    assert [script.show_text(value) for value in (None, 0, False)] == ["–", "0", "False"]
+    assert show_text("x" * 50_000) == "x" * 2000 + "… 48,000 more characters"
+    assert show_text("x" * 2000) == "x" * 2000
+    assert show_text("a\r\n\tb") == "a⟨U+000D⟩\n\tb"
+    assert [show_text(value) for value in (None, 0, False)] == ["–", "0", "False"]
 
 
 @pytest.mark.parametrize("expected, got, marked", [
@@ -294,12 +296,12 @@ def test_show_text():
     ("a", "<del>a", ("a", "<del>&lt;del&gt;</del>a")),
 ])
 def test_mark_difference(expected, got, marked):
-    assert tuple(script.mark_difference(expected, got)) == marked
+    assert tuple(mark_difference(expected, got)) == marked
 
 
 def test_mark_difference_of_a_long_answer_marks_one_word():
     expected = "\n".join(answer("set_alarm", time=f"{hour:02}:30", place={"room": "attic"}) for hour in range(10))
-    marked, marked_too = script.mark_difference(expected, expected.replace("07:30", "19:30"))
+    marked, marked_too = mark_difference(expected, expected.replace("07:30", "19:30"))
     assert marked.count("<ins>") == marked_too.count("<del>") == 1 and "<ins>07:30</ins>" in marked
 
 
@@ -309,7 +311,7 @@ def test_in_a_browser(make_report, tmp_path):
     if not CHROMIUM:
         pytest.skip("no Chromium")
     path, requests, messages = tmp_path / "report.html", [], []
-    path.write_text(script.render_report(make_report()), encoding="utf-8")
+    path.write_text(render_report(make_report()), encoding="utf-8")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page()

@@ -18,6 +18,14 @@ from test_command_line import CITIES, errors, names
 from train_small import make_base
 
 import train_qwen3_tool_calling as script
+from tool_calling.files import MANIFEST, discard_partial, find_damage, is_disk_full, lock_folder, write_manifest
+from tool_calling.processes import Interrupted, handle_signals, raise_interrupted
+from tool_calling.prompts import Sequence
+from tool_calling.schedule import hash_rows
+from tool_calling.run_folder import check_final, check_folder, check_resume, find_best, find_checkpoint, list_checkpoints, read_run, start_output, to_step
+from tool_calling.schedule import Plan, count_checkpoints, count_steps, count_trained
+from tool_calling.terminal import UserError
+from tool_calling.training.callbacks import build_stopper
 
 # One thread: the same sums in the same order, and no fight for the cores.
 ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -94,13 +102,13 @@ def test_early_stopping_and_the_best_checkpoint_survive_kills(tmp_path):
     killed = train_small(tmp_path / "killed", 4, *flags)
     assert killed.returncode == 0, killed.stderr
     assert read_adapter(tmp_path / "killed") == read_adapter(tmp_path / "whole")
-    kept = [path.name for path in script.list_checkpoints(tmp_path / "whole" / "out")]
+    kept = [path.name for path in list_checkpoints(tmp_path / "whole" / "out")]
     state = json.loads((tmp_path / "whole" / "out" / kept[-1] / "trainer_state.json").read_text())
     best, last = state["best_global_step"], state["global_step"]
     assert last == best + 6 < 60  # six evaluations without improvement
     assert kept == [f"checkpoint-{step}" for step in (best, last - 1, last)]  # the two newest, and the best
     assert state["best_model_checkpoint"] == str(tmp_path / "whole" / "out" / f"checkpoint-{best}")
-    assert kept == [path.name for path in script.list_checkpoints(tmp_path / "killed" / "out")]
+    assert kept == [path.name for path in list_checkpoints(tmp_path / "killed" / "out")]
     of_best, of_last = ((tmp_path / "whole" / "out" / kept[i] / "adapter_model.safetensors").read_bytes() for i in (0, -1))
     assert read_adapter(tmp_path / "whole") == of_best != of_last
 
@@ -137,8 +145,8 @@ def read_tree(folder: Path) -> dict[str, bytes]:
 
 
 def assert_all_whole(out: Path) -> None:
-    assert {path: script.find_damage(path) for path in script.list_checkpoints(out)} == dict.fromkeys(
-        script.list_checkpoints(out))
+    assert {path: find_damage(path) for path in list_checkpoints(out)} == dict.fromkeys(
+        list_checkpoints(out))
     assert not list(out.glob(".*.partial")) and not list(out.glob(".*.old"))
 
 
@@ -151,11 +159,11 @@ def test_a_signal_in_training_leaves_a_checkpoint_and_the_command_that_goes_on(j
                               "wait for its end or choose another folder"] and second.returncode == 1
     process.send_signal(number)
     result = wait(process)
-    found = script.list_checkpoints(tmp_path / "out")
+    found = list_checkpoints(tmp_path / "out")
     go_on = shlex.join(["python", *map(str, command(job, tmp_path)), "--resume_from_checkpoint"])
     assert result.returncode == code
     assert result.stderr.split("\n") == ["", STOPPING, f"interrupted by {number.name}; go on with: {go_on}", ""]
-    assert 3 <= script.to_step(found[-1]) < 60
+    assert 3 <= to_step(found[-1]) < 60
     assert_all_whole(tmp_path / "out")
     assert names(tmp_path) == ["out"] and not (tmp_path / "out" / "adapter").exists()
     if number == signal.SIGINT:  # the printed command is to be the one that goes on
@@ -176,7 +184,7 @@ def test_sigkill_of_the_real_command_changes_no_bit(job, tmp_path):
         time.sleep(0.4)
         process.kill()
         assert wait(process).returncode == -signal.SIGKILL
-        more = ["--resume_from_checkpoint"] if script.list_checkpoints(tmp_path / "out") else []
+        more = ["--resume_from_checkpoint"] if list_checkpoints(tmp_path / "out") else []
     result = wait(start(*command(job, tmp_path, *more)))
     assert result.returncode == 0 and result.stderr == ""
     assert read_adapter(tmp_path) == read_adapter(job)
@@ -196,7 +204,7 @@ def test_a_second_signal_stops_at_once(tmp_path):
     result = wait(process, 10)
     assert result.returncode == 130 and "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1].startswith("interrupted by SIGINT; go on with: python ")
-    assert [path.name for path in script.list_checkpoints(tmp_path / "out")] == [f"checkpoint-{i}" for i in (1, 2, 3)]
+    assert [path.name for path in list_checkpoints(tmp_path / "out")] == [f"checkpoint-{i}" for i in (1, 2, 3)]
     assert_all_whole(tmp_path / "out")
 
 
@@ -216,7 +224,7 @@ def test_a_signal_waits_for_the_end_of_an_import(tmp_path, monkeypatch):
     text = "import os, signal, time\nos.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(0.3)\nwhole = True\n"
     (tmp_path / "slow_library.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(script.Interrupted), script.handle_signals(script.raise_interrupted):
+    with pytest.raises(Interrupted), handle_signals(raise_interrupted):
         import slow_library
         time.sleep(10)
     assert slow_library.whole and sys.modules.pop("slow_library")
@@ -305,7 +313,7 @@ def test_a_disk_that_fills_in_training_keeps_the_earlier_checkpoints(job, tmp_pa
     assert errors(result) == [f"error: {tmp_path / 'out' / 'checkpoint-60'}: the disk is full; free some space, then "
                               "go on from the last checkpoint with --resume_from_checkpoint"]
     assert names(tmp_path) == ["out"]
-    assert [path.name for path in script.list_checkpoints(tmp_path / "out")] == ["checkpoint-20", "checkpoint-40"]
+    assert [path.name for path in list_checkpoints(tmp_path / "out")] == ["checkpoint-20", "checkpoint-40"]
     assert_all_whole(tmp_path / "out")
 
 
@@ -328,7 +336,7 @@ def make_checkpoint(out: Path, step: int) -> Path:
     folder.mkdir(parents=True)
     (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "stateful_callbacks": {}}))
     (folder / "weights").write_bytes(b"0123456789")
-    script.write_manifest(folder)
+    write_manifest(folder)
     return folder
 
 
@@ -336,33 +344,33 @@ def make_checkpoint(out: Path, step: int) -> Path:
     (lambda folder: os.truncate(folder / "weights", 4), "weights has 4 bytes instead of 10"),
     (lambda folder: (folder / "weights").write_bytes(b"0123456788"), "weights is not as it was written"),
     (lambda folder: (folder / "weights").unlink(), "weights is missing"),
-    (lambda folder: (folder / script.MANIFEST).unlink(), "manifest.json is missing"),
-    (lambda folder: (folder / script.MANIFEST).write_text("{"), "manifest.json cannot be read"),
-    (lambda folder: (folder / script.MANIFEST).write_text('{"weights": 1}'), "manifest.json cannot be read"),
+    (lambda folder: (folder / MANIFEST).unlink(), "manifest.json is missing"),
+    (lambda folder: (folder / MANIFEST).write_text("{"), "manifest.json cannot be read"),
+    (lambda folder: (folder / MANIFEST).write_text('{"weights": 1}'), "manifest.json cannot be read"),
 ])
 def test_each_damage_is_found_and_named(tmp_path, capsys, damage, message):
     old, new = make_checkpoint(tmp_path, 9), make_checkpoint(tmp_path, 10)  # the newest by number, not by name
     args = script.parse_args(["--output_dir", str(tmp_path), "--resume_from_checkpoint"])
-    assert script.find_checkpoint(args) == str(new) and script.find_damage(new) is None
+    assert find_checkpoint(args) == str(new) and find_damage(new) is None
     damage(new)
-    assert script.find_checkpoint(args) == str(old)
+    assert find_checkpoint(args) == str(old)
     assert capsys.readouterr().err == f"warning: {new} is damaged: {message}; the one before is used\n"
     args.resume_from_checkpoint = str(new)
-    with pytest.raises(script.UserError, match=re.escape(f"{new}: is damaged: {message}; expected a whole checkpoint")):
-        script.find_checkpoint(args)
+    with pytest.raises(UserError, match=re.escape(f"{new}: is damaged: {message}; expected a whole checkpoint")):
+        find_checkpoint(args)
     damage(old)
     args.resume_from_checkpoint = "newest"
-    with pytest.raises(script.UserError, match="holds no whole checkpoint; leave the flag out to start"):
-        script.find_checkpoint(args)
+    with pytest.raises(UserError, match="holds no whole checkpoint; leave the flag out to start"):
+        find_checkpoint(args)
 
 
-SEQUENCES = [script.Sequence("row:1", [1, 2, 3], 2), script.Sequence("row:2", [4, 5, 6], 1)]
+SEQUENCES = [Sequence("row:1", [1, 2, 3], 2), Sequence("row:2", [4, 5, 6], 1)]
 
 
 def agreed_run() -> tuple:
     """Return (settings, what run.yaml holds of them)."""
     args = script.parse_args(["--num_epochs", "4"])
-    return args, vars(args) | {"training_rows": script.hash_rows(SEQUENCES), "rows_per_step": 8}
+    return args, vars(args) | {"training_rows": hash_rows(SEQUENCES), "rows_per_step": 8}
 
 
 @pytest.mark.parametrize("name, value", [
@@ -374,10 +382,10 @@ def agreed_run() -> tuple:
 def test_each_difference_is_refused_by_name(tmp_path, name, value):
     checkpoint = str(make_checkpoint(tmp_path, 3))
     args, former = agreed_run()
-    script.check_resume(args, checkpoint, former, SEQUENCES)
+    check_resume(args, checkpoint, former, SEQUENCES)
     setattr(args, name, value)
-    with pytest.raises(script.UserError) as error:
-        script.check_resume(args, checkpoint, former, SEQUENCES)
+    with pytest.raises(UserError) as error:
+        check_resume(args, checkpoint, former, SEQUENCES)
     was = "adamw_torch" if name == "optim" else former[name]  # on the CPU, of a run that named none
     assert str(error.value) == f"--{name} is {value}, and {was} in the run that {checkpoint} is from; expected the same"
 
@@ -388,10 +396,10 @@ def test_a_damaged_best_checkpoint_is_found_before_training(tmp_path):
     (last / "trainer_state.json").write_text(json.dumps(state))
     args, former = agreed_run()
     args.metric_for_best = former["metric_for_best"] = "loss"
-    script.check_resume(args, str(last), former, SEQUENCES)
+    check_resume(args, str(last), former, SEQUENCES)
     (best / "weights").write_bytes(b"0123456788")
-    with pytest.raises(script.UserError) as error:
-        script.check_resume(args, str(last), former, SEQUENCES)
+    with pytest.raises(UserError) as error:
+        check_resume(args, str(last), former, SEQUENCES)
     assert str(error.value) == (f"{best}, the best so far, is damaged: weights is not as it was written; remove it to "
                                 "go on without")
 
@@ -404,7 +412,7 @@ def test_where_the_best_checkpoint_is_gone_the_best_is_sought_anew(tmp_path, cap
     (last / "trainer_state.json").write_text(json.dumps(state))
     for there in (True, False):
         loaded = TrainerState.load_from_json(str(last / "trainer_state.json"))
-        script.build_stopper(str(last)).on_train_begin(TrainingArguments(str(tmp_path), use_cpu=True), loaded, None)
+        build_stopper(str(last)).on_train_begin(TrainingArguments(str(tmp_path), use_cpu=True), loaded, None)
         assert (loaded.best_global_step, loaded.best_metric) == ((2, 0.9) if there else (None, None))
         assert capsys.readouterr().err == "" if there else (
             "warning: the best checkpoint, of step 2, is gone: the best is sought anew\n")
@@ -414,43 +422,43 @@ def test_where_the_best_checkpoint_is_gone_the_best_is_sought_anew(tmp_path, cap
 def test_a_run_may_grow_and_not_shrink_and_says_what_that_does_to_its_rate(tmp_path, capsys):
     checkpoint = str(make_checkpoint(tmp_path, 3))
     args, former = agreed_run()
-    planned = script.count_steps(args, SEQUENCES)[0]
+    planned = count_steps(args, SEQUENCES)[0]
     for epochs, steps in ((9, None), (4, 3), (1, 7)):
         args.num_epochs, args.max_steps = epochs, steps
-        script.check_resume(args, checkpoint, former, SEQUENCES)
-        expected = script.count_steps(args, SEQUENCES)[0]
+        check_resume(args, checkpoint, former, SEQUENCES)
+        expected = count_steps(args, SEQUENCES)[0]
         assert expected != planned and capsys.readouterr().err == (
             f"warning: {checkpoint} is from a run of {planned} steps, and this one has {expected}: from here on the learning "
             "rate is that of the latter\n")
     args.lr_scheduler_type = former["lr_scheduler_type"] = "constant_with_warmup"
-    script.check_resume(args, checkpoint, former, SEQUENCES)
+    check_resume(args, checkpoint, former, SEQUENCES)
     assert capsys.readouterr().err == ""
     args.max_steps = 2
-    with pytest.raises(script.UserError, match="-3 is from step 3, and --max_steps or --num_epochs ends at 2; "):
-        script.check_resume(args, checkpoint, former, SEQUENCES)
+    with pytest.raises(UserError, match="-3 is from step 3, and --max_steps or --num_epochs ends at 2; "):
+        check_resume(args, checkpoint, former, SEQUENCES)
 
 
 def test_rows_are_the_same_only_in_the_same_order_with_the_same_prompts():
     first, second = SEQUENCES
-    hashes = {script.hash_rows(rows) for rows in (
+    hashes = {hash_rows(rows) for rows in (
         [first, second], [second, first], [first], [first, second._replace(prompt_length=2)],
-        [first, second._replace(input_ids=[4, 5, 7])], [script.Sequence("", [1, 2, 3, 4, 5, 6], 2)])}
+        [first, second._replace(input_ids=[4, 5, 7])], [Sequence("", [1, 2, 3, 4, 5, 6], 2)])}
     assert len(hashes) == 6
-    assert script.hash_rows([first._replace(where="elsewhere"), second]) == script.hash_rows(SEQUENCES)
+    assert hash_rows([first._replace(where="elsewhere"), second]) == hash_rows(SEQUENCES)
 
 
 def test_what_is_not_of_the_run_is_removed_at_its_start(tmp_path):
     args = script.parse_args(["--output_dir", str(tmp_path)])
-    plan = script.Plan(8, 1, [])
+    plan = Plan(8, 1, [])
     for step in (3, 6, 12):
         make_checkpoint(tmp_path, step)
     (tmp_path / ".checkpoint-15.partial").mkdir()
     (tmp_path / "notes").mkdir()
-    script.start_output(args, str(tmp_path / "checkpoint-6"), SEQUENCES, plan)
+    start_output(args, str(tmp_path / "checkpoint-6"), SEQUENCES, plan)
     assert names(tmp_path) == ["checkpoint-3", "checkpoint-6", "notes", "run.yaml"]
-    former = script.read_run(str(tmp_path / "checkpoint-6"))
-    assert former["rows_per_step"] == 8 and former["training_rows"] == script.hash_rows(SEQUENCES)
-    script.start_output(args, None, SEQUENCES, plan)
+    former = read_run(str(tmp_path / "checkpoint-6"), vars(script.parse_args([])))
+    assert former["rows_per_step"] == 8 and former["training_rows"] == hash_rows(SEQUENCES)
+    start_output(args, None, SEQUENCES, plan)
     assert names(tmp_path) == ["notes", "run.yaml"]
 
 
@@ -464,7 +472,7 @@ def test_the_command_that_goes_on_names_resume_once(words):
 
 def test_checkpoints_on_the_disk_at_once_are_counted(tmp_path):
     def count(*flags, checkpoint=None):
-        return script.count_checkpoints(script.parse_args([*flags]), SEQUENCES * 20, checkpoint)  # 5 steps an epoch
+        return count_checkpoints(script.parse_args([*flags]), SEQUENCES * 20, checkpoint)  # 5 steps an epoch
 
     assert count("--num_epochs", "4") == 4
     assert count("--num_epochs", "4", "--save_steps", "3") == 7  # the last step is saved too
@@ -487,26 +495,26 @@ def test_a_full_disk_is_known_by_all_its_names(tmp_path):
     for fill in (fill_plain, lambda: torch.save(torch.zeros(100_000), "/dev/full")):
         with pytest.raises((OSError, RuntimeError)) as error:
             fill()
-        assert script.is_disk_full(error.value), error.value
-    assert not script.is_disk_full(OSError(errno.EACCES, "Permission denied"))
+        assert is_disk_full(error.value), error.value
+    assert not is_disk_full(OSError(errno.EACCES, "Permission denied"))
     with pytest.raises(Exception) as error:
         save_file({"x": numpy.zeros(4)}, tmp_path / "no" / "such" / "folder")
-    assert not script.is_disk_full(error.value)
+    assert not is_disk_full(error.value)
 
 
 def test_a_full_disk_leaves_nothing_partial(tmp_path):
-    with pytest.raises(script.UserError, match=re.escape(f"{tmp_path / 'final'}: the disk is full; free some space")):
-        with script.discard_partial(tmp_path / "final") as folder:
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'final'}: the disk is full; free some space")):
+        with discard_partial(tmp_path / "final") as folder:
             folder.mkdir()
             raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert names(tmp_path) == []
 
 
 def test_a_final_folder_belongs_to_one_run_and_its_lock_lies_elsewhere(tmp_path):
-    file = script.lock_folder(tmp_path / "final", "--final_model_dir")
-    other = script.lock_folder(tmp_path / "other", "--final_model_dir")
-    with pytest.raises(script.UserError) as error:
-        script.lock_folder(f"{tmp_path}/x/../final", "--final_model_dir")
+    file = lock_folder(tmp_path / "final", "--final_model_dir")
+    other = lock_folder(tmp_path / "other", "--final_model_dir")
+    with pytest.raises(UserError) as error:
+        lock_folder(f"{tmp_path}/x/../final", "--final_model_dir")
     assert str(error.value) == (f"--final_model_dir {tmp_path}/x/../final: in use by another run (process {os.getpid()}); "
                                 "wait for its end or choose another folder")
     assert names(tmp_path) == []
@@ -537,8 +545,8 @@ def test_a_final_folder_that_would_take_others_with_it_is_refused(tmp_path, fina
     final = os.path.join(tmp_path, final) if final else str(tmp_path)
     args = script.parse_args(["--output_dir", f"{tmp_path}/out", "--model_id", f"{tmp_path}/base", "--final_model_dir",
                               final, *(flag.format(folder=tmp_path) for flag in flags)])
-    with pytest.raises(script.UserError) as error:
-        script.check_final(args)
+    with pytest.raises(UserError) as error:
+        check_final(args)
     assert str(error.value) == f"--final_model_dir {final}: {reason.format(folder=tmp_path)}"
 
 
@@ -547,35 +555,35 @@ def test_the_best_checkpoint_is_found_also_where_the_run_began(tmp_path):
     for folder in (first, later):
         folder.mkdir(parents=True)
     (later / "trainer_state.json").write_text(json.dumps({"best_global_step": 100, "best_model_checkpoint": str(first)}))
-    assert script.find_best(str(later)) == first
+    assert find_best(str(later)) == first
     (tmp_path / "b" / "checkpoint-100").mkdir()
-    assert script.find_best(str(later)) == tmp_path / "b" / "checkpoint-100"
+    assert find_best(str(later)) == tmp_path / "b" / "checkpoint-100"
     (later / "trainer_state.json").write_text(json.dumps({"best_global_step": None, "best_model_checkpoint": None}))
-    assert script.find_best(str(later)) is None
+    assert find_best(str(later)) is None
 
 
 def test_rows_are_counted_as_the_epochs_have_them():
     # 20 rows, 8 in a step: epochs of 8, 8 and 4
-    assert [script.count_trained(step, 20, 8) for step in range(8)] == [0, 8, 16, 20, 28, 36, 40, 48]
+    assert [count_trained(step, 20, 8) for step in range(8)] == [0, 8, 16, 20, 28, 36, 40, 48]
 
 
 def test_what_unsloth_leaves_of_a_run_that_failed_early_makes_no_folder_foreign(tmp_path):
     (tmp_path / "unsloth_compiled").mkdir()
-    script.check_folder(tmp_path, "--output_dir")
+    check_folder(tmp_path, "--output_dir")
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(script.UserError, match="holds files that this script did not write"):
-        script.check_folder(tmp_path, "--output_dir")
+    with pytest.raises(UserError, match="holds files that this script did not write"):
+        check_folder(tmp_path, "--output_dir")
 
 
 def test_a_lock_dies_with_its_holder(tmp_path):
-    holder = start("-c", f"import time, train_qwen3_tool_calling as s; lock = s.lock_folder({str(tmp_path)!r}); "
+    holder = start("-c", f"import time, tool_calling.files as s; lock = s.lock_folder({str(tmp_path)!r}); "
                          "print('locked', flush=True); time.sleep(60)")
     assert holder.stdout.readline() == "locked\n"
-    with pytest.raises(script.UserError, match=rf"in use by another run \(process {holder.pid}\); wait for its end"):
-        script.lock_folder(tmp_path)
+    with pytest.raises(UserError, match=rf"in use by another run \(process {holder.pid}\); wait for its end"):
+        lock_folder(tmp_path)
     holder.kill()
     holder.communicate()
-    file = script.lock_folder(tmp_path)
+    file = lock_folder(tmp_path)
     assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
     file.close()
-    script.check_folder(tmp_path, "--output_dir")  # a lock alone makes no folder foreign
+    check_folder(tmp_path, "--output_dir")  # a lock alone makes no folder foreign

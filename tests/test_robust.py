@@ -13,15 +13,28 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import ALARM, ROOT, TINY, WEATHER, run_here, run_script, write_jsonl
+from conftest import ALARM, ROOT, TINY, WEATHER, run_here, run_script, write_jsonl, patch
 from test_command_line import ROWS, arguments, errors, names
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import train_qwen3_tool_calling as script
+from tool_calling.audit import write_audit
+from tool_calling.engines.graphs import empty_weights, make_room
+from tool_calling.engines.hub import check_model
+from tool_calling.engines.loading import load_base
+from tool_calling.engines.losses import compute_token_losses
+from tool_calling.environment import refuse_telemetry, return_pages
+from tool_calling.prompts import Sequence
+from tool_calling.report import write_report
+from tool_calling.run_folder import write_run
+from tool_calling.schedule import Plan, group_rows, order_rows
+from tool_calling.terminal import UserError, report_problems, say, warn
+from tool_calling.training.selfcheck import check_sharing, compare_sharing
+from tool_calling.training.trainer import build_trainer, explain_numbers, find_overfitting, train_model
 
-COMPUTE = script.compute_token_losses
+COMPUTE = compute_token_losses
 ANSWERS = [[5, 6], [7], [8, 9, 10], [11], [12, 13], [14]]
-TRAIN = [script.Sequence(f"rows.jsonl:{i + 1}", [1, 2, 3, 4, 30 + i, 20, *answer], 6)
+TRAIN = [Sequence(f"rows.jsonl:{i + 1}", [1, 2, 3, 4, 30 + i, 20, *answer], 6)
          for i, answer in enumerate(ANSWERS * 4)]  # 24 rows that share four tokens
 
 
@@ -31,14 +44,14 @@ def make_trainer(folder, tokenizer, *flags, held_out=(), lengths=()):
 
     args = script.parse_args(["--num_epochs", "1", "--warmup_steps", "0", "--learning_rate", "0.01",
                               "--output_dir", str(folder), *flags])
-    plan = script.Plan(args.batch_size, args.gradient_accumulation_steps, script.group_rows(TRAIN), lengths,
+    plan = Plan(args.batch_size, args.gradient_accumulation_steps, group_rows(TRAIN), lengths,
                        args.share_prefix)
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(Qwen3Config(
         vocab_size=61, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=16, num_attention_heads=2,
         num_key_value_heads=1))
     model = get_peft_model(model, LoraConfig(r=4, target_modules=script.TARGET_MODULES, task_type="CAUSAL_LM"))
-    return script.build_trainer(args, "transformers", model, tokenizer, TRAIN, list(held_out), plan)
+    return build_trainer(args, script.to_sft_config(args, plan, bool(held_out)), "transformers", model, tokenizer, TRAIN, list(held_out), plan)
 
 
 def weights(trainer) -> torch.Tensor:
@@ -78,7 +91,7 @@ def limit_memory(monkeypatch, tokens: int, backward: bool = False) -> list[int]:
         # Half of the loss reaches the weights before the other half fails.
         return torch.cat([FailsBackward.apply(found[:1]), found[1:]]), hits
 
-    monkeypatch.setattr(script, "compute_token_losses", compute)
+    patch(monkeypatch, "compute_token_losses", compute)
     return sizes
 
 
@@ -116,7 +129,7 @@ def test_a_step_that_does_not_fit_is_computed_in_smaller_streams(
 def test_one_row_that_does_not_fit_ends_the_run_with_its_line(tmp_path, tokenizer, monkeypatch, capsys):
     limit_memory(monkeypatch, 8)
     trainer = make_trainer(tmp_path, tokenizer, "--batch_size", "2", "--gradient_accumulation_steps", "12")
-    with pytest.raises(script.UserError) as error:
+    with pytest.raises(UserError) as error:
         trainer.train()
     where = str(error.value).split(": ")[0]
     assert where in [row.where for row in TRAIN if len(row.input_ids) == 9]
@@ -128,7 +141,7 @@ def test_one_row_that_does_not_fit_ends_the_run_with_its_line(tmp_path, tokenize
 
 def test_smaller_streams_are_filled_to_lengths_of_their_own(tmp_path, tokenizer, monkeypatch, capsys):
     sizes = limit_memory(monkeypatch, 400)
-    monkeypatch.setattr(script, "choose_lengths", lambda counts: (max(counts), 300))
+    patch(monkeypatch, "choose_lengths", lambda counts: (max(counts), 300))
     make_trainer(tmp_path, tokenizer, "--batch_size", "8", "--gradient_accumulation_steps", "1", lengths=(512,)).train()
     assert "at step 1 with a stream of 512 tokens: " in capsys.readouterr().err
     assert len(sizes) == 6 and max(sizes) <= 24
@@ -150,29 +163,29 @@ def test_an_evaluation_after_it_takes_the_smaller_streams(tmp_path, tokenizer, m
 def test_the_self_check_takes_fewer_rows_when_memory_is_short(tmp_path, tokenizer, monkeypatch, capsys):
     trainer = make_trainer(tmp_path, tokenizer, "--batch_size", "8", "--gradient_accumulation_steps", "1")
     args = script.parse_args([])
-    plan = script.Plan(8, 1, script.group_rows(TRAIN))
+    plan = Plan(8, 1, group_rows(TRAIN))
     limit_memory(monkeypatch, 20)
-    assert script.check_sharing(args, trainer.model, TRAIN, plan, "transformers") is True
+    assert check_sharing(args, trainer.model, TRAIN, plan, "transformers") is True
     assert capsys.readouterr().out.startswith("check    sharing changes the loss of 4 rows by ")
     limit_memory(monkeypatch, 5)
     with pytest.raises(torch.OutOfMemoryError):
-        script.check_sharing(args, trainer.model, TRAIN, plan, "transformers")
+        check_sharing(args, trainer.model, TRAIN, plan, "transformers")
 
 
 def test_a_kernel_that_cannot_be_compiled_switches_sharing_off(tmp_path, tokenizer, monkeypatch, capsys):
     trainer = make_trainer(tmp_path, tokenizer)
-    plan = script.Plan(8, 1, script.group_rows(TRAIN))
+    plan = Plan(8, 1, group_rows(TRAIN))
 
     def fail(*_):
         raise RuntimeError("No valid triton configs.\nout of resource: shared memory")
 
-    monkeypatch.setattr(script, "compare_sharing", fail)
-    assert script.check_sharing(script.parse_args([]), trainer.model, TRAIN, plan, "unsloth") is False
+    patch(monkeypatch, "compare_sharing", fail)
+    assert check_sharing(script.parse_args([]), trainer.model, TRAIN, plan, "unsloth") is False
     assert capsys.readouterr().err == ("warning: attention with a shared prefix cannot be computed here (No valid "
                                        "triton configs.): sharing is switched off\n")
     for engine, devices in (("unsloth", 2), ("transformers", 1)):  # one device does not decide for all; and a bug
         with pytest.raises(RuntimeError):
-            script.check_sharing(script.parse_args([]), trainer.model, TRAIN, plan._replace(devices=devices), engine)
+            check_sharing(script.parse_args([]), trainer.model, TRAIN, plan._replace(devices=devices), engine)
 
 
 @pytest.mark.parametrize("error, kind", [(MemoryError(), "memory"), (torch.OutOfMemoryError("x"), "GPU memory")])
@@ -180,7 +193,7 @@ def test_memory_that_runs_out_elsewhere_is_one_line(monkeypatch, capsys, error, 
     def run_out(argv):
         raise error
 
-    monkeypatch.setattr(script, "main", run_out)
+    patch(monkeypatch, "main", run_out)
     monkeypatch.setattr(sys, "argv", ["train"])
     assert script.run_command_line() == 1
     assert capsys.readouterr().err == (
@@ -194,7 +207,7 @@ def test_recorded_graphs_are_dropped_when_memory_runs_out():
     weight = decoder.weight
     weight.grad = torch.ones(1, 1)
     model = types.SimpleNamespace(get_base_model=lambda: types.SimpleNamespace(model=decoder), zero_grad=decoder.zero_grad)
-    script.make_room(model)
+    make_room(model)
     assert decoder.graphs is None and weight.grad is None
 
 
@@ -202,7 +215,7 @@ def test_memory_that_runs_out_on_several_gpus_ends_the_run(tmp_path, tokenizer):
     """The others wait for one gradient, not for two halves."""
     trainer = make_trainer(tmp_path, tokenizer)
     trainer.accelerator = types.SimpleNamespace(num_processes=2)
-    with pytest.raises(script.UserError, match="out of GPU memory at step 1 with a stream of 36 tokens; lower --batch_size"):
+    with pytest.raises(UserError, match="out of GPU memory at step 1 with a stream of 36 tokens; lower --batch_size"):
         trainer.divide_streams(TRAIN[:8], 36)
     assert trainer.streams is trainer.plan
 
@@ -212,7 +225,7 @@ def test_held_out_rows_are_shared_out_over_the_gpus(tmp_path, tokenizer, monkeyp
     trainer = make_trainer(tmp_path, tokenizer, "--batch_size", "2", held_out=TRAIN[:6])
     assert len(trainer.held_out_batches) == 3
     shares = []
-    monkeypatch.setattr(script, "score_batches", lambda model, batches, engine: shares.append(batches) or torch.ones(4))
+    patch(monkeypatch, "score_batches", lambda model, batches, engine: shares.append(batches) or torch.ones(4))
     for index in range(2):
         trainer.accelerator = types.SimpleNamespace(num_processes=2, process_index=index, reduce=lambda sums, how: sums)
         trainer.evaluation_loop(None)
@@ -259,15 +272,15 @@ def test_a_number_that_is_not_finite_ends_the_run_before_anything_is_saved(
         found, hits = COMPUTE(model, batch, engine)
         return (SPOILERS[wrong](found) if len(calls) == 4 else found), hits  # second micro-batch of step 2
 
-    monkeypatch.setattr(script, "compute_token_losses", compute)
+    patch(monkeypatch, "compute_token_losses", compute)
     trainer = make_trainer(tmp_path / "out", tokenizer, *flags)
     bar = trainer.progress.bar
     bar.disable = False  # as on a terminal
-    with pytest.raises(script.UserError) as error:
-        script.train_model(trainer, None, complete=False)
+    with pytest.raises(UserError) as error:
+        train_model(trainer, None, complete=False)
     assert bar.finished is False and not bar.live.is_started  # or the message would be drawn through it
-    plan = script.Plan(5, 2, script.group_rows(TRAIN))
-    rows = [TRAIN[index].where for index in script.order_rows(plan, script.SEED, 0)[10:20]]
+    plan = Plan(5, 2, group_rows(TRAIN))
+    rows = [TRAIN[index].where for index in order_rows(plan, script.SEED, 0)[10:20]]
     assert str(error.value) == (
         f"step 2: {wrong}; expected a finite number. Nothing of it is saved, and a checkpoint written "
         "before is good. Lower --learning_rate, or look at the rows of this step: " + ", ".join(rows[:8])
@@ -280,12 +293,12 @@ def test_a_number_that_is_not_finite_ends_the_run_before_anything_is_saved(
 def test_rows_that_are_named_are_those_of_the_step():
     """A device that has none computes the first row, of which nothing is trained."""
     nothing = TRAIN[0]._replace(prompt_length=len(TRAIN[0].input_ids))
-    assert script.explain_numbers(3, math.nan, 1.0, [nothing, TRAIN[4]]).endswith("the rows of this step: rows.jsonl:5")
+    assert explain_numbers(3, math.nan, 1.0, [nothing, TRAIN[4]]).endswith("the rows of this step: rows.jsonl:5")
 
 
 def test_a_loss_of_nothing_can_be_compared(monkeypatch):
-    monkeypatch.setattr(script, "compute_gradient", lambda *_: (0.0, torch.zeros(3)))
-    assert script.compare_sharing(torch.nn.Linear(1, 1), TRAIN[:2], (), "transformers") == (0.0, 0.0)
+    patch(monkeypatch, "compute_gradient", lambda *_: (0.0, torch.zeros(3)))
+    assert compare_sharing(torch.nn.Linear(1, 1), TRAIN[:2], (), "transformers") == (0.0, 0.0)
 
 
 def test_a_run_that_diverges_is_one_line(tmp_path, tools_path):
@@ -311,7 +324,7 @@ def history(*epochs: tuple) -> list[dict]:
 
 
 def test_a_held_out_loss_that_rose_while_the_training_loss_fell_is_pointed_out():
-    assert script.find_overfitting(history((0.5, 0.3), (0.2, 0.021), (0.1, 0.05))) == (
+    assert find_overfitting(history((0.5, 0.3), (0.2, 0.021), (0.1, 0.05))) == (
         "held-out loss rose from 0.021 (epoch 2) to 0.050 (epoch 3) while the training loss fell: fewer epochs, or "
         "--metric_for_best loss keeps the best checkpoint")
 
@@ -324,11 +337,11 @@ def test_a_held_out_loss_that_rose_while_the_training_loss_fell_is_pointed_out()
     [(0.5, 0.3)], [(0.5, None), (0.2, None)], [],
 ])
 def test_nothing_is_pointed_out_where_nothing_is(epochs):
-    assert script.find_overfitting(history(*epochs)) is None
+    assert find_overfitting(history(*epochs)) is None
 
 
 def test_without_training_losses_in_between_nothing_is_pointed_out():
-    assert script.find_overfitting([log for log in history((0.5, 0.3), (0.2, 0.6)) if "loss" not in log]) is None
+    assert find_overfitting([log for log in history((0.5, 0.3), (0.2, 0.6)) if "loss" not in log]) is None
 
 
 WATCH = """
@@ -365,10 +378,10 @@ def test_telemetry_is_off_unless_asked_for(monkeypatch):
     for name in variables:
         monkeypatch.setenv(name, "kept so that monkeypatch puts it back")
         monkeypatch.delenv(name)
-    script.refuse_telemetry()
+    refuse_telemetry()
     assert [os.environ[name] for name in variables] == ["1", "1", "1"]
     monkeypatch.setenv("UNSLOTH_DISABLE_STATISTICS", "0")
-    script.refuse_telemetry()
+    refuse_telemetry()
     assert "UNSLOTH_DISABLE_STATISTICS" not in os.environ
 
 
@@ -380,10 +393,10 @@ def test_gpu_memory_is_given_back_by_the_page_where_the_driver_can(monkeypatch):
             monkeypatch.setenv(name, given.get(name, ""))
             if name not in given:
                 monkeypatch.delenv(name)
-        monkeypatch.setattr(script.sys, "platform", platform)
-        monkeypatch.setattr(script.os, "uname", lambda: types.SimpleNamespace(release=release))
-        monkeypatch.setattr(script.os.path, "exists", lambda path: board and path == "/etc/nv_tegra_release")
-        script.return_pages()
+        monkeypatch.setattr(sys, "platform", platform)
+        monkeypatch.setattr(os, "uname", lambda: types.SimpleNamespace(release=release))
+        monkeypatch.setattr(os.path, "exists", lambda path: board and path == "/etc/nv_tegra_release")
+        return_pages()
         return os.environ.get("PYTORCH_ALLOC_CONF")
 
     assert found() == "expandable_segments:True"
@@ -406,7 +419,7 @@ def test_libraries_are_told_before_they_are_imported():
 def test_emptied_weights_hold_no_memory_also_if_something_holds_them():
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8))
     kept, view = [*model.parameters(), *model.buffers()], model[0].weight.detach()
-    script.empty_weights(model)
+    empty_weights(model)
     assert [tensor.untyped_storage().nbytes() for tensor in [*kept, view]] == [0] * 8
 
 
@@ -424,8 +437,8 @@ def test_the_process_that_merges_ends_with_the_one_that_waits_for_it(tmp_path):
     """Also if that is killed and can tell nobody: it would hold the GPU's memory."""
     words = ["sh", "-c", f"touch {tmp_path}/runs; exec sleep 30"]
     parent = subprocess.Popen([sys.executable, "-c", f"""if __name__ == "__main__":
-        import subprocess, train_qwen3_tool_calling
-        train_qwen3_tool_calling.run_fresh(subprocess.call, {words})"""], cwd=ROOT)
+        import subprocess, tool_calling.fresh
+        tool_calling.fresh.run_fresh(subprocess.call, {words})"""], cwd=ROOT)
     while not (tmp_path / "runs").exists():
         assert parent.poll() is None
         time.sleep(0.05)
@@ -444,12 +457,12 @@ def test_code_that_comes_with_a_model_is_run_only_if_trusted(tmp_path, monkeypat
     config |= {"model_type": "own_qwen3", "auto_map": {"AutoConfig": "own.OwnConfig"}}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "own.py").write_text(CODE.format(marker=str(marker)))
-    with pytest.raises(script.UserError) as error:
-        script.check_model(str(folder))
+    with pytest.raises(UserError) as error:
+        check_model(str(folder))
     assert str(error.value) == (f"--model_id {folder}: brings Python code of its own, which is not run; if you know "
                                 "who wrote it, add --trust_remote_code")
     assert not marker.exists()
-    assert script.check_model(str(folder), trust=True).model_type == "own_qwen3"
+    assert check_model(str(folder), trust=True).model_type == "own_qwen3"
     assert marker.exists()
     assert script.parse_args([]).trust_remote_code is False
     assert script.parse_args(["--trust_remote_code"]).trust_remote_code is True
@@ -459,10 +472,10 @@ def test_weights_are_read_from_safetensors_alone(tmp_path):
     shutil.copytree(TINY, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
     torch.save({}, tmp_path / "model" / "pytorch_model.bin")
-    with pytest.raises(script.UserError, match="the folder holds no .*safetensors"):
-        script.check_model(str(tmp_path / "model"))
-    with pytest.raises(script.UserError, match="its weights cannot be loaded: .*safetensors"):
-        script.load_base(str(tmp_path / "model"), load_in_4bit=False)
+    with pytest.raises(UserError, match="the folder holds no .*safetensors"):
+        check_model(str(tmp_path / "model"))
+    with pytest.raises(UserError, match="its weights cannot be loaded: .*safetensors"):
+        load_base(str(tmp_path / "model"), load_in_4bit=False)
 
 
 def test_secrets_are_written_nowhere(tmp_path, monkeypatch, capsys):
@@ -470,12 +483,12 @@ def test_secrets_are_written_nowhere(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_API_KEY", "short")
     args = script.parse_args(["--model_id", "https://me:hf_other@hub.example/x", "--run_name", "hf_abcdefghij, short",
                               "--output_dir", str(tmp_path)])
-    script.write_run(args, tmp_path)
-    script.write_report(str(tmp_path), {"args": vars(args), "command": "python x.py --run_name hf_abcdefghij"})
-    script.say("read", "from https://me:hf_other@hub.example/x")
-    script.warn("hf_abcdefghij in https://me:hf_other@hub.example/x")
-    script.report_problems([("x:1", "holds hf_abcdefghij")], "skip", 1)
-    assert "hf_abcdefghij" not in script.write_audit(args, {"problems": ["holds hf_abcdefghij"]}).read_text()
+    write_run(args, tmp_path)
+    write_report(str(tmp_path), {"args": vars(args), "command": "python x.py --run_name hf_abcdefghij"})
+    say("read", "from https://me:hf_other@hub.example/x")
+    warn("hf_abcdefghij in https://me:hf_other@hub.example/x")
+    report_problems([("x:1", "holds hf_abcdefghij")], "skip", 1)
+    assert "hf_abcdefghij" not in write_audit(args, {"problems": ["holds hf_abcdefghij"]}).read_text()
     assert capsys.readouterr() == (
         "read     from https://hub.example/x\nskip     1 of 1 row, named above\n",
         "warning: $HF_TOKEN in https://hub.example/x\nskipped: x:1: holds $HF_TOKEN\n")

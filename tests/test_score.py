@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import train_qwen3_tool_calling as script
+from tool_calling.scores import Verdict, can_pair, count_classes, count_confusion, count_per_tool, count_scores, score_answer
 
 
 def tool(name: str, properties: dict | None, **schema) -> dict:
@@ -211,9 +211,9 @@ CASES = [(name, got, expected, *verdict) for cases, verdict in (
 
 @pytest.mark.parametrize("got, expected, exact, ast, broken", [pytest.param(*case[1:], id=case[0]) for case in CASES])
 def test_answer(got, expected, exact, ast, broken):
-    verdict = script.score_answer(got, expected, TOOLS)
+    verdict = score_answer(got, expected, TOOLS)
     assert verdict[:3] == (exact, ast, broken)
-    assert script.score_answer(expected, expected, TOOLS)[:3] == (True, True, False)
+    assert score_answer(expected, expected, TOOLS)[:3] == (True, True, False)
 
 
 @pytest.mark.parametrize("got, expected, verdict", [
@@ -225,7 +225,7 @@ def test_answer(got, expected, exact, ast, broken):
     (ROME + block("{"), ROME, (False, False, True, ("book",), ())),
 ])
 def test_verdict_names_the_tools(got, expected, verdict):
-    assert script.score_answer(got, expected, TOOLS) == script.Verdict(*verdict)
+    assert score_answer(got, expected, TOOLS) == Verdict(*verdict)
 
 
 @pytest.mark.parametrize("got, exact, broken, names", [
@@ -237,16 +237,16 @@ def test_verdict_names_the_tools(got, expected, verdict):
     ("positive" + block("{"), False, True, ()),
 ])
 def test_rows_without_tools_compare_texts(got, exact, broken, names):
-    assert script.score_answer(got, "positive", []) == script.Verdict(exact, exact, broken, (), names)
+    assert score_answer(got, "positive", []) == Verdict(exact, exact, broken, (), names)
 
 
 def test_a_broken_expected_answer_is_no_verdict():
     with pytest.raises(ValueError):
-        script.score_answer(ROME, block("{"), TOOLS)
+        score_answer(ROME, block("{"), TOOLS)
 
 
 # Hand-made rows: exact, ast, broken, expected, got
-VERDICTS = [script.Verdict(*row) for row in (
+VERDICTS = [Verdict(*row) for row in (
     (True, True, False, ("book",), ("book",)),
     (False, True, False, ("book",), ("book",)),
     (False, False, False, ("book",), ("mode",)),
@@ -262,7 +262,7 @@ VERDICTS = [script.Verdict(*row) for row in (
 
 def test_scores():
     # book: 2 hits, 5 expected, 3 called; mode: 0 of 1 and 2; ping: 2 hits, 4 expected, 3 called
-    assert script.count_scores(VERDICTS) == {
+    assert count_scores(VERDICTS) == {
         "exact_match": 2 / 10, "ast_match": 3 / 10, "tool_macro_f1": pytest.approx((4 / 8 + 0 + 4 / 7) / 3),
         "call_precision": 6 / 8, "call_recall": 6 / 7, "broken_json": 2, "n": 10}
 
@@ -280,23 +280,23 @@ PERFECT = {"exact_match": 1.0, "ast_match": 1.0, "tool_macro_f1": 1.0, "call_pre
     ([VERDICTS[4]], PERFECT | {"exact_match": 0.0, "ast_match": 0.0, "tool_macro_f1": 0.0, "broken_json": 1}),
 ], ids=["no row", "a right call", "rightly no call", "a call missed", "a needless call", "a broken call"])
 def test_scores_of_one_row(verdicts, scores):
-    assert script.count_scores(verdicts) == scores
+    assert count_scores(verdicts) == scores
 
 
 def test_per_tool():
-    table = script.count_per_tool(VERDICTS)
+    table = count_per_tool(VERDICTS)
     assert table == {
         "book": {"support": 5, "tool": 2 / 5, "exact": 1 / 5},
         "mode": {"support": 1, "tool": 0.0, "exact": 0.0},
         "ping": {"support": 3, "tool": 2 / 3, "exact": 0.0},
         "(no call)": {"support": 3, "tool": 1 / 3, "exact": 1 / 3}}
     assert list(table) == ["book", "mode", "ping", "(no call)"]
-    assert script.count_per_tool(VERDICTS[:1]) == {"book": {"support": 1, "tool": 1.0, "exact": 1.0}}
-    assert script.count_per_tool([]) == {}
+    assert count_per_tool(VERDICTS[:1]) == {"book": {"support": 1, "tool": 1.0, "exact": 1.0}}
+    assert count_per_tool([]) == {}
 
 
 def test_confusion():
-    assert script.count_confusion(VERDICTS) == (
+    assert count_confusion(VERDICTS) == (
         ["book", "mode", "ping", "fly", "(no call)", "(broken)"],
         [[2, 1, 0, 1, 1, 0],
          [0, 0, 0, 0, 1, 0],
@@ -315,7 +315,7 @@ def test_confusion():
     ((), ("z", "z"), False, ["z", "(no call)"], [[0, 0], [2, 0]]),
 ])
 def test_confusion_of_one_row(expected, got, broken, labels, counts):
-    assert script.count_confusion([script.Verdict(False, False, broken, expected, got)]) == (labels, counts)
+    assert count_confusion([Verdict(False, False, broken, expected, got)]) == (labels, counts)
 
 
 @pytest.mark.parametrize("pairs, score", [
@@ -328,7 +328,7 @@ def test_confusion_of_one_row(expected, got, broken, labels, counts):
     ([(str(i), str(i)) for i in range(21)], None),
 ], ids=["no row", "right", "white space", "case", "mixed", "20 classes", "21 classes"])
 def test_classes(pairs, score):
-    assert script.count_classes(pairs) == score
+    assert count_classes(pairs) == score
 
 
 JSON = st.recursive(
@@ -344,7 +344,7 @@ def test_calls_match_themselves_in_every_order(calls):
     names = tuple(call["name"] for call in calls)
     for permutation in itertools.permutations(calls):
         got = "\n".join(block(json.dumps(call)) for call in permutation)
-        assert script.score_answer(got, expected, TOOLS) == script.Verdict(
+        assert score_answer(got, expected, TOOLS) == Verdict(
             True, True, False, names, tuple(call["name"] for call in permutation))
 
 
@@ -354,4 +354,4 @@ def test_pairing_finds_a_pairing_where_there_is_one(size, data):
     fits = data.draw(st.lists(row, min_size=size, max_size=size))
     orders = itertools.permutations(range(size))
     there_is_one = any(all(fits[i][j] for i, j in enumerate(order)) for order in orders)
-    assert script.can_pair(list(range(size)), list(range(size)), lambda i, j: fits[i][j]) == there_is_one
+    assert can_pair(list(range(size)), list(range(size)), lambda i, j: fits[i][j]) == there_is_one

@@ -6,11 +6,17 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ALARM, WEATHER, write_jsonl
+from conftest import ALARM, WEATHER, write_jsonl, patch
 from test_command_line import ROWS
 from train_small import make_base
 
 import train_qwen3_tool_calling as script
+from tool_calling.files import lock_folder, partial_folder
+from tool_calling.prompts import render_examples
+from tool_calling.saving.merge import read_back
+from tool_calling.saving.proof import merge_and_score
+from tool_calling.schedule import Plan
+from tool_calling.terminal import UserError
 
 
 class Reached(Exception):
@@ -44,28 +50,28 @@ def stop(*found):
     (0, "checkpoint-1", "the trained model read back does not do what it did: held-out loss 9.0000")])
 def test_a_saved_model_that_is_worse_takes_no_final_name(job, tmp_path, monkeypatch, rank, kept, message):
     def prove(function, args, base, adapter, rows, plan):
-        assert function is script.merge_and_score and (adapter is None) == (rank == 0)
-        script.partial_folder(args.final_model_dir).mkdir(exist_ok=True)
+        assert function is merge_and_score and (adapter is None) == (rank == 0)
+        partial_folder(args.final_model_dir).mkdir(exist_ok=True)
         answers = [row.answer for row in rows]
         losses = {"base": None, "adapter": 0.1, "merged": 9.0} if adapter else {"base": None, "trained": 9.0}
         return {name: {"answers": answers, "loss": loss} for name, loss in losses.items()}
 
-    monkeypatch.setattr(script, "run_fresh", prove)
-    with pytest.raises(script.UserError, match=message):
+    patch(monkeypatch, "run_fresh", prove)
+    with pytest.raises(UserError, match=message):
         run(job, tmp_path, "--lora_rank", rank)
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / kept).is_dir()
 
 
 def test_only_an_adapter_is_saved_if_so_wished(job, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(script, "run_fresh", lambda function, *arguments: function(*arguments))
+    patch(monkeypatch, "run_fresh", lambda function, *arguments: function(*arguments))
     report = run(job, tmp_path, "--save_method", "lora", "--lora_rank", 4)
     assert list(report["scores"]) == ["base", "adapter"] and [path.name for path in tmp_path.iterdir()] == ["out"]
     assert "--enable-lora" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_a_run_whose_check_fails_goes_on_without_sharing(job, tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "check_sharing", lambda *_: False)
-    monkeypatch.setattr(script, "train_model", lambda trainer, *_: stop(trainer.plan.share_prefix))
+    patch(monkeypatch, "check_sharing", lambda *_: False)
+    patch(monkeypatch, "train_model", lambda trainer, *_: stop(trainer.plan.share_prefix))
     with pytest.raises(Reached) as reached:
         run(job, tmp_path)
     assert reached.value.args == (False,)
@@ -76,17 +82,17 @@ def test_a_run_whose_check_fails_goes_on_without_sharing(job, tmp_path, monkeypa
     ("check_hub", ["--push_to_hub", "me/tools"]), ("find_gguf_tools", ["--save_gguf", "q8_0"]),
     ("check_report_to", []), ("check_optim", []), ("check_model", []), ("check_dropout", []), ("check_merge_base", [])])
 def test_what_would_fail_in_the_end_is_looked_at_before_a_model_is_loaded(job, tmp_path, monkeypatch, check, flags):
-    monkeypatch.setattr(script, check, lambda *_, **__: stop(check))
-    monkeypatch.setattr(script, "load_model", lambda *_: pytest.fail("too late"))
+    patch(monkeypatch, check, lambda *_, **__: stop(check))
+    patch(monkeypatch, "load_model", lambda *_: pytest.fail("too late"))
     with pytest.raises(Reached, match=check):
         run(job, tmp_path, *flags)
     assert not (tmp_path / "final").exists()
 
 
 def test_two_runs_cannot_write_one_final_folder(job, tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "load_model", stop)
-    lock = script.lock_folder(str(tmp_path / "final"), "--final_model_dir")
-    with pytest.raises(script.UserError, match="--final_model_dir .*: in use by another run"):
+    patch(monkeypatch, "load_model", stop)
+    lock = lock_folder(str(tmp_path / "final"), "--final_model_dir")
+    with pytest.raises(UserError, match="--final_model_dir .*: in use by another run"):
         run(job, tmp_path)
     lock.close()
     with pytest.raises(Reached):
@@ -95,7 +101,7 @@ def test_two_runs_cannot_write_one_final_folder(job, tmp_path, monkeypatch):
 
 def test_what_makes_a_checkpoint_the_best():
     def settings(*flags):
-        config = script.to_sft_config(script.parse_args([*flags]), script.Plan(8, 1, []), True)
+        config = script.to_sft_config(script.parse_args([*flags]), Plan(8, 1, []), True)
         return config.load_best_model_at_end and (config.metric_for_best_model, config.greater_is_better)
 
     assert settings() is False
@@ -111,17 +117,17 @@ def test_what_is_scored_alone_and_in_how_many_bits(job, tmp_path, monkeypatch):
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(job / "base")}))
     flags = ["--dataset_path", job / "rows.jsonl", "--tools_path", job / "tools.json", "--output_dir", tmp_path / "out"]
-    with pytest.raises(script.UserError, match="the adapter holds no .*safetensors"):
+    with pytest.raises(UserError, match="the adapter holds no .*safetensors"):
         script.main([*flags, "--eval_only", adapter])
     save_file({}, adapter / "adapter_model.safetensors")
-    monkeypatch.setattr(script, "load_base", lambda base, four_bit, *_, **__: stop(base, four_bit))
-    render, rendered = script.render_examples, []
+    patch(monkeypatch, "load_base", lambda base, four_bit, *_, **__: stop(base, four_bit))
+    render, rendered = render_examples, []
 
     def note(tokenizer, examples, *more):
         rendered.append([example.where for example in examples])
         return render(tokenizer, examples, *more)
 
-    monkeypatch.setattr(script, "render_examples", note)
+    patch(monkeypatch, "render_examples", note)
     for model, more, four_bit in ((adapter, [], True), (adapter, ["--no-load_in_4bit"], False), (job / "base", [], False),
                                   (adapter, ["--eval_dataset_path", other], True)):
         with pytest.raises(Reached) as reached:
@@ -142,7 +148,7 @@ def test_a_saved_model_with_missing_stray_or_broken_weights_is_refused(job, tmp_
             ({key: weight for key, weight in whole.items() if key != name}, f"missing or unknown weights: {name}"),
             ({**whole, name: whole[name] * torch.nan}, f"weights that are not finite: {name}")):
         save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
-        with pytest.raises(script.UserError, match=message):
-            script.read_back(tmp_path / "model")
+        with pytest.raises(UserError, match=message):
+            read_back(tmp_path / "model")
     save_file(whole, tmp_path / "model" / "model.safetensors", {"format": "pt"})
-    assert torch.equal(script.read_back(tmp_path / "model").state_dict()[name], whole[name])
+    assert torch.equal(read_back(tmp_path / "model").state_dict()[name], whole[name])

@@ -4,6 +4,8 @@ import argparse
 import math
 
 import pytest
+
+from conftest import patch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,12 +13,18 @@ from peft import LoraConfig, get_peft_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import train_qwen3_tool_calling as script
+from tool_calling.engines.graphs import find_recorded
+from tool_calling.engines.losses import compute_token_losses, score_batches, to_metrics
+from tool_calling.prompts import Sequence
+from tool_calling.schedule import Plan, build_batch, choose_lengths, count_measured_epochs, group_rows, measure_batches, order_rows, plan_streams, to_batches, to_small_batches
+from tool_calling.streams import build_padded, build_stream, fill_up
+from tool_calling.training.selfcheck import check_sharing, compare_sharing, compute_lengths
 
 VOCABULARY = 61
 
 
-def row(prompt: list[int], answer: list[int], where: str = "x:1") -> script.Sequence:
-    return script.Sequence(where, prompt + answer, len(prompt))
+def row(prompt: list[int], answer: list[int], where: str = "x:1") -> Sequence:
+    return Sequence(where, prompt + answer, len(prompt))
 
 
 def values(stream: dict) -> dict:
@@ -26,14 +34,14 @@ def values(stream: dict) -> dict:
 
 
 def test_one_row_is_itself():
-    assert values(script.build_stream([row([5, 6, 7], [8, 9])])) == {
+    assert values(build_stream([row([5, 6, 7], [8, 9])])) == {
         "input_ids": [5, 6, 7, 8, 9], "position_ids": [0, 1, 2, 3, 4], "labels": [-100, -100, -100, 8, 9],
         "subtree_end": [5, 5, 5, 5, 5]}
 
 
 def test_a_common_prefix_stands_once():
     rows = [row([5, 6, 7, 2], [8, 9]), row([5, 6, 7, 1], [4])]
-    assert values(script.build_stream(rows)) == {
+    assert values(build_stream(rows)) == {
         #             shared   first    second
         "input_ids": [5, 6, 7, 2, 8, 9, 1, 4],
         "position_ids": [0, 1, 2, 3, 4, 5, 3, 4],
@@ -43,14 +51,14 @@ def test_a_common_prefix_stands_once():
 
 def test_equal_prompts_keep_their_last_token_apart():
     rows = [row([5, 6], [8, 9]), row([5, 6], [7])]  # token 6 predicts 8 in one row and 7 in the other
-    assert values(script.build_stream(rows)) == {
+    assert values(build_stream(rows)) == {
         "input_ids": [5, 6, 8, 9, 6, 7], "position_ids": [0, 1, 2, 3, 1, 2],
         "labels": [-100, -100, 8, 9, -100, 7], "subtree_end": [6, 4, 4, 4, 6, 6]}
 
 
 def test_a_tree_with_three_levels_and_a_stranger():
     rows = [row([1, 2, 3, 9], [4]), row([1, 2, 5, 9], [4]), row([1, 7], [4]), row([8, 2], [4])]
-    assert values(script.build_stream(rows)) == {
+    assert values(build_stream(rows)) == {
         "input_ids": [1, 7, 4, 2, 3, 9, 4, 5, 9, 4, 8, 2, 4],
         "position_ids": [0, 1, 2, 1, 2, 3, 4, 2, 3, 4, 0, 1, 2],
         "labels": [-100, -100, 4, -100, -100, -100, 4, -100, -100, 4, -100, -100, 4],
@@ -58,18 +66,18 @@ def test_a_tree_with_three_levels_and_a_stranger():
 
 
 def test_filling_tokens_see_only_themselves():
-    stream = values(script.build_stream([row([5, 6], [7])], lengths=(2, 4, 8)))
+    stream = values(build_stream([row([5, 6], [7])], lengths=(2, 4, 8)))
     assert stream == {"input_ids": [5, 6, 7, 0], "position_ids": [0, 1, 2, 0], "labels": [-100, -100, 7, -100],
                       "subtree_end": [3, 3, 3, 4]}
 
 
 def test_streams_longer_than_planned_have_few_lengths_too():
-    assert [script.fill_up(size, (1024, 2816)) for size in (1, 1024, 1025, 2816)] == [1024, 1024, 2816, 2816]
-    assert {script.fill_up(size, (1024, 2816)) for size in range(2817, 5633)} == {3072, 3840, 4608, 5376, 6144}
-    assert script.fill_up(7, ()) == 7
+    assert [fill_up(size, (1024, 2816)) for size in (1, 1024, 1025, 2816)] == [1024, 1024, 2816, 2816]
+    assert {fill_up(size, (1024, 2816)) for size in range(2817, 5633)} == {3072, 3840, 4608, 5376, 6144}
+    assert fill_up(7, ()) == 7
     long = [row([1, 2, 3], [4]), row([5] * 700, [6])]
-    assert script.build_stream(long, (512,))["input_ids"].shape == (1, 768)
-    assert script.measure_batches(long, script.Plan(2, 1, [], (512,)), [[0, 1]]) == [768]
+    assert build_stream(long, (512,))["input_ids"].shape == (1, 768)
+    assert measure_batches(long, Plan(2, 1, [], (512,)), [[0, 1]]) == [768]
 
 
 @pytest.fixture(scope="module")
@@ -86,19 +94,19 @@ def model():
     return model
 
 
-def loss_and_gradients(model, batches: list[list[script.Sequence]]) -> tuple[float, dict]:
+def loss_and_gradients(model, batches: list[list[Sequence]]) -> tuple[float, dict]:
     """The mean loss over all supervised tokens of the batches, and the gradient of every adapter weight."""
     model.zero_grad()
     tokens = sum(len(row.input_ids) - row.prompt_length for batch in batches for row in batch)
     total = 0.0
     for batch in batches:
-        loss = script.compute_token_losses(model, script.build_stream(batch), "transformers")[0].sum() / tokens
+        loss = compute_token_losses(model, build_stream(batch), "transformers")[0].sum() / tokens
         loss.backward()
         total += loss.item()
     return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def plain_loss_and_gradients(model, rows: list[script.Sequence]) -> tuple[float, dict]:
+def plain_loss_and_gradients(model, rows: list[Sequence]) -> tuple[float, dict]:
     """The same by the model's own causal attention and loss, one row at a time, with nothing of this project."""
     model.zero_grad()
     tokens = sum(len(row.input_ids) - row.prompt_length for row in rows)
@@ -147,22 +155,22 @@ def test_micro_batches_and_fused_accumulation_are_the_same(model):
         assert_same(loss_and_gradients(model, [rows[i : i + size] for i in range(0, len(rows), size)]), expected)
 
 
-@pytest.mark.parametrize("build", [lambda rows: script.build_stream(rows, lengths=(64, 128)), script.build_padded])
+@pytest.mark.parametrize("build", [lambda rows: build_stream(rows, lengths=(64, 128)), build_padded])
 def test_filled_streams_and_padded_batches_change_nothing(model, build):
     rows = CASES["several tool sets"]
     tokens = sum(len(r.input_ids) - r.prompt_length for r in rows)
     model.zero_grad()
-    loss = script.compute_token_losses(model, build(rows), "transformers")[0].sum() / tokens
+    loss = compute_token_losses(model, build(rows), "transformers")[0].sum() / tokens
     loss.backward()
     filled = loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     assert_same(filled, plain_loss_and_gradients(model, rows))
 
 
 def test_a_broken_mask_would_be_seen(model):
-    stream = script.build_stream(CASES["one tool set"])
-    right = script.compute_token_losses(model, stream, "transformers")[0].sum().item()
+    stream = build_stream(CASES["one tool set"])
+    right = compute_token_losses(model, stream, "transformers")[0].sum().item()
     stream["subtree_end"][:] = stream["input_ids"].shape[1]  # everyone sees their elder siblings
-    assert script.compute_token_losses(model, stream, "transformers")[0].sum().item() != pytest.approx(right, rel=1e-4)
+    assert compute_token_losses(model, stream, "transformers")[0].sum().item() != pytest.approx(right, rel=1e-4)
 
 
 token = st.integers(1, 3)  # few tokens, so that prefixes meet by chance
@@ -179,7 +187,7 @@ def test_any_tree_of_rows_gives_the_same_gradients(model, rows):
 @settings(max_examples=300, deadline=None)
 @given(rows_of_tokens)
 def test_every_token_sees_its_own_row_and_nothing_else(rows):
-    stream = values(script.build_stream(rows))
+    stream = values(build_stream(rows))
     ids, labels, end = stream["input_ids"], stream["labels"], stream["subtree_end"]
     seen = [[k for k in range(q + 1) if q < end[k]] for q in range(len(ids))]
     assert all(len(visible) == stream["position_ids"][q] + 1 for q, visible in enumerate(seen))
@@ -196,7 +204,7 @@ def settings_of(batch_size: int, steps: int, max_seq_length: int, **more) -> arg
 def plan(lengths: list[int], shared: int, batch_size: int, steps: int, max_seq_length: int, engine="transformers"):
     sequences = [row(list(range(shared)) + [100 + i] * (length - shared - 1), [7], f"x:{i}")
                  for i, length in enumerate(lengths)]
-    plan = script.plan_streams(sequences, settings_of(batch_size, steps, max_seq_length), engine)
+    plan = plan_streams(sequences, settings_of(batch_size, steps, max_seq_length), engine)
     assert sorted(row for group in plan.groups for rows in group for row in rows) == list(range(len(sequences)))
     return plan._replace(groups=[])
 
@@ -212,25 +220,25 @@ def test_accumulation_is_fused_as_far_as_the_flags_allow():
 
 def test_streams_for_compiled_attention_have_few_lengths():
     assert plan([120] * 20, 100, 2, 4, 130, engine="unsloth").lengths == (256, 384)  # 260 tokens; the last, 4 rows, 180
-    assert script.choose_lengths([100]) == (128,)
-    assert script.choose_lengths([1900, 1950, 2000, 2040]) == (2048,)  # all within a quarter of the longest
-    assert script.choose_lengths([100, 500, 1000, 2000]) == (128, 512, 1024, 2048)
-    assert script.choose_lengths([128] * 99 + [129]) == (128, 256)
+    assert choose_lengths([100]) == (128,)
+    assert choose_lengths([1900, 1950, 2000, 2040]) == (2048,)  # all within a quarter of the longest
+    assert choose_lengths([100, 500, 1000, 2000]) == (128, 512, 1024, 2048)
+    assert choose_lengths([128] * 99 + [129]) == (128, 256)
 
 
 def test_no_sharing_is_the_batches_of_the_flags():
     args = settings_of(2, 4, 130)
     args.share_prefix = False
     rows = [row([1, 2, 3], [4]), row([1, 2], [5, 6])]
-    plan = script.plan_streams(rows, args, "unsloth")
+    plan = plan_streams(rows, args, "unsloth")
     assert plan == (2, 4, [[[1]], [[0]]], (), False, 1, math.inf)
-    batch = script.build_batch(rows, plan)
+    batch = build_batch(rows, plan)
     assert {name: tensor.tolist() for name, tensor in batch.items()} == {
         "input_ids": [[1, 2, 3, 4], [1, 2, 5, 6]], "labels": [[-100, -100, -100, 4], [-100, -100, 5, 6]],
         "attention_mask": [[1, 1, 1, 1], [1, 1, 1, 1]]}
 
 
-def many_tools() -> list[script.Sequence]:
+def many_tools() -> list[Sequence]:
     """Three tool sets with 20, 9 and 1 rows; the first set's rows are turns of conversations, two a row of the file."""
     prefixes = [list(range(100, 120)), list(range(200, 220)), list(range(300, 320))]
     rows = [row(prefixes[0] + [i], [1], f"x:{i // 2}") for i in range(20)]
@@ -238,22 +246,22 @@ def many_tools() -> list[script.Sequence]:
 
 
 def test_rows_of_the_same_tools_are_grouped():
-    groups = script.group_rows(many_tools())
+    groups = group_rows(many_tools())
     assert sorted(sum(len(turns) for turns in group) for group in groups) == [1, 9, 20]
     assert sorted(map(sorted, groups[0])) == [[i, i + 1] for i in range(0, 20, 2)]  # turns stay together
 
 
 def test_the_order_is_random_repeatable_and_lets_rows_meet():
-    plan = script.Plan(8, 1, script.group_rows(many_tools()))
-    order = script.order_rows(plan, seed=1, epoch=0)
+    plan = Plan(8, 1, group_rows(many_tools()))
+    order = order_rows(plan, seed=1, epoch=0)
     assert sorted(order) == list(range(30))
-    assert order == script.order_rows(plan, seed=1, epoch=0)
-    assert order != script.order_rows(plan, seed=1, epoch=1) != script.order_rows(plan, seed=2, epoch=1)
+    assert order == order_rows(plan, seed=1, epoch=0)
+    assert order != order_rows(plan, seed=1, epoch=1) != order_rows(plan, seed=2, epoch=1)
     tool_set = [0 if i < 20 else 1 if i < 29 else 2 for i in order]
     changes = sum(a != b for a, b in zip(tool_set, tool_set[1:]))
     assert changes <= 9  # nine pieces of about four rows; a plain shuffle changes about 14 times
-    one_group = plan._replace(groups=script.group_rows(many_tools()[20:29]))
-    assert len({tuple(script.order_rows(one_group, 1, epoch)) for epoch in range(50)}) > 45
+    one_group = plan._replace(groups=group_rows(many_tools()[20:29]))
+    assert len({tuple(order_rows(one_group, 1, epoch)) for epoch in range(50)}) > 45
 
 
 def test_the_self_check_draws_no_dropout(model):
@@ -261,7 +269,7 @@ def test_the_self_check_draws_no_dropout(model):
     handle = model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: dropout(output))
     model.dropout_of_this_test = dropout
     try:
-        loss, gradient = script.compare_sharing(model, CASES["one tool set"], (), "transformers")
+        loss, gradient = compare_sharing(model, CASES["one tool set"], (), "transformers")
     finally:
         handle.remove()
         del model.dropout_of_this_test
@@ -271,24 +279,24 @@ def test_the_self_check_draws_no_dropout(model):
 def test_a_run_by_steps_is_planned_for_the_epochs_that_it_begins():
     rows = [row([1, 2, 3], [4]) for _ in range(20)]
     args = script.parse_args(["--num_epochs", "3"])
-    assert script.count_measured_epochs(args, rows) == 3
+    assert count_measured_epochs(args, rows) == 3
     for steps, epochs in ((1, 1), (3, 1), (4, 2), (30, 10)):  # three steps an epoch
         args.max_steps = steps
-        assert script.count_measured_epochs(args, rows) == epochs
+        assert count_measured_epochs(args, rows) == epochs
 
 
 def test_the_self_check_passes_and_a_broken_mask_fails_it(model, monkeypatch, capsys):
     train = CASES["one tool set"] + CASES["one tool set"]
-    planned = script.Plan(4, 1, script.group_rows(train))
+    planned = Plan(4, 1, group_rows(train))
     args = settings_of(4, 1, 100)
-    assert script.check_sharing(args, model, train, planned, "transformers") is True
+    assert check_sharing(args, model, train, planned, "transformers") is True
     assert capsys.readouterr().out.startswith("check    sharing changes the loss of 4 rows by ")
 
     def everything_before(subtree_end):
         return torch.ones(1, 1, len(subtree_end), len(subtree_end), dtype=torch.bool).tril()
 
-    monkeypatch.setattr(script, "to_attention_mask", everything_before)
-    assert script.check_sharing(args, model, train, planned, "transformers") is False
+    patch(monkeypatch, "to_attention_mask", everything_before)
+    assert check_sharing(args, model, train, planned, "transformers") is False
     assert "more than rounding (1e-04): sharing is switched off" in capsys.readouterr().err
 
 
@@ -298,8 +306,8 @@ def test_on_several_devices_a_stream_of_each_length_is_computed_before_training(
     handle = model.get_input_embeddings().register_forward_hook(lambda *given: computed.append(given[1][0].shape[1]))
     try:
         for devices in (1, 2):
-            planned = script.Plan(4, 1, script.group_rows(train), (16, 32, 64), devices=devices)
-            assert script.check_sharing(settings_of(4, 1, 100), model, train, planned, "transformers") is True
+            planned = Plan(4, 1, group_rows(train), (16, 32, 64), devices=devices)
+            assert check_sharing(settings_of(4, 1, 100), model, train, planned, "transformers") is True
             streams = [length for length in computed if length in planned.lengths]
             assert streams == [32] if devices == 1 else [32, 16, 32, 64]  # the rows of the check need 32
             computed.clear()
@@ -315,14 +323,14 @@ KEPT = 4 * 32 + 3 * 16 * 3 + 2 * 64  # inputs of norms and projections of one la
     (["--gradient_checkpointing", "off"], 2 * 2 * KEPT)])
 def test_streams_are_recorded_where_half_of_the_free_memory_holds_them(model, monkeypatch, flags, token):
     flags, lengths = [*flags, "--lora_dropout", "0"], (128, 256)
-    plan = script.Plan(8, 1, [], lengths)
+    plan = Plan(8, 1, [], lengths)
     for free, found in ((2 * 384 * token, lengths), (2 * 384 * token - 1, ())):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 2**40))
-        assert script.find_recorded(script.parse_args(flags), plan, model.config) == found
+        assert find_recorded(script.parse_args(flags), plan, model.config) == found
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**40, 2**40))
-    assert script.find_recorded(script.parse_args([*flags, "--no-cuda_graphs"]), plan, model.config) == ()
-    assert script.find_recorded(script.parse_args([*flags[:2], "--lora_dropout", "0.1"]), plan, model.config) == ()
-    assert script.find_recorded(script.parse_args(flags), plan._replace(accumulation=2), model.config) == ()
+    assert find_recorded(script.parse_args([*flags, "--no-cuda_graphs"]), plan, model.config) == ()
+    assert find_recorded(script.parse_args([*flags[:2], "--lora_dropout", "0.1"]), plan, model.config) == ()
+    assert find_recorded(script.parse_args(flags), plan._replace(accumulation=2), model.config) == ()
 
 
 def test_where_recording_runs_out_of_memory_nothing_stays_recorded(model, monkeypatch):
@@ -333,29 +341,29 @@ def test_where_recording_runs_out_of_memory_nothing_stays_recorded(model, monkey
         if computed[-1] == 64:
             raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(script, "compute_gradient", compute)
+    patch(monkeypatch, "compute_gradient", compute)
     monkeypatch.setattr(decoder, "graphs", {}, raising=False)
-    script.compute_lengths(model, CASES["one tool set"], script.Plan(4, 1, [], (32, 64, 128)), "unsloth")
+    compute_lengths(model, CASES["one tool set"], Plan(4, 1, [], (32, 64, 128)), "unsloth")
     assert computed == [32, 64] and decoder.graphs is None
 
 
 def test_held_out_rows_that_share_nothing_make_no_larger_streams_than_training(model):
     train = [row([*range(1, 31), i % 8], [9]) for i in range(16)]
     strangers = [row([i, *range(1, 31)], [9]) for i in range(16)]
-    plan = script.plan_streams(train, settings_of(2, 8, 64), "transformers")
+    plan = plan_streams(train, settings_of(2, 8, 64), "transformers")
     assert plan.rows == 16 and plan.limit == 128
-    batches = script.to_batches(strangers, plan)
+    batches = to_batches(strangers, plan)
     assert [batch["input_ids"].numel() for batch in batches] == [128] * 4
-    assert len(script.to_batches(train, plan)) == 1
-    sums = [script.to_metrics(script.score_batches(model, given, "transformers"))["loss"]
-            for given in (batches, [script.build_padded(strangers)])]
+    assert len(to_batches(train, plan)) == 1
+    sums = [to_metrics(score_batches(model, given, "transformers"))["loss"]
+            for given in (batches, [build_padded(strangers)])]
     assert sums[0] == pytest.approx(sums[1], rel=1e-5)
 
 
 def test_losses_of_saved_models_are_compared_on_few_rows_at_once():
     rows = [row([*range(1, 31), i % 8], [9]) for i in range(70)]
-    for plan, size in ((script.Plan(16, 1, [], (512,)), 4), (script.Plan(3, 1, [], (512,)), 3)):
-        batches = script.to_small_batches(rows, plan)
+    for plan, size in ((Plan(16, 1, [], (512,)), 4), (Plan(3, 1, [], (512,)), 3)):
+        batches = to_small_batches(rows, plan)
         supervised = [int((batch["labels"] != -100).sum()) for batch in batches]
         assert sum(supervised) == 64 and max(supervised) == size
         assert all(batch["input_ids"].numel() < 512 for batch in batches)  # not filled up to training's length
@@ -366,8 +374,8 @@ def test_held_out_loss_is_a_mean_over_tokens(model):
     model.train()
     expected = plain_loss_and_gradients(model, rows)[0]
     for size in (1, 2, 6):
-        sums = script.score_batches(model, script.to_batches(rows, script.Plan(size, 1, [])), "transformers")
-        assert script.to_metrics(sums)["loss"] == pytest.approx(expected, rel=1e-5)
+        sums = score_batches(model, to_batches(rows, Plan(size, 1, [])), "transformers")
+        assert to_metrics(sums)["loss"] == pytest.approx(expected, rel=1e-5)
     assert model.training
 
 

@@ -17,6 +17,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train_qwen3_tool_calling as script  # noqa: E402
+from tool_calling.engines.fsdp import held_part
+from tool_calling.engines.hub import load_tokenizer
+from tool_calling.engines.start import leave_group, start_engine
+from tool_calling.files import lock_folder, put_in_place
+from tool_calling.processes import is_main, leave
+from tool_calling.prompts import Sequence
+from tool_calling.run_folder import check_resume, find_checkpoint, is_complete, list_checkpoints, read_run, start_output
+from tool_calling.saving.merge import round_trained, save_adapter, save_whole
+from tool_calling.schedule import plan_streams, to_batches
+from tool_calling.training.trainer import build_trainer, train_model
 
 
 def make_base(folder: Path) -> None:
@@ -33,59 +43,61 @@ def make_base(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def make_rows(count: int, seed: int) -> list[script.Sequence]:
+def make_rows(count: int, seed: int) -> list[Sequence]:
     """Return random sequences whose prompts have a common beginning."""
     numbers = random.Random(seed)
-    return [script.Sequence(f"row:{i}", [*range(20, 40), *numbers.choices(range(300), k=10)], 25) for i in range(count)]
+    return [Sequence(f"row:{i}", [*range(20, 40), *numbers.choices(range(300), k=10)], 25) for i in range(count)]
 
 
 def live(folder: Path, flags: list[str]) -> None:
     """Go from the newest whole checkpoint in `folder`/out, or from the start, to the adapter."""
-    if not script.is_main():
+    if not is_main():
         sys.stdout = open(os.devnull, "w")
     args = script.parse_args(["--output_dir", str(folder / "out"), "--final_model_dir", str(folder / "final"),
                               "--model_id", str(folder / "base"), "--no-load_in_4bit", "--engine", "transformers",
                               *flags])
-    lock = script.lock_folder(args.output_dir)  # noqa: F841
-    if script.list_checkpoints(args.output_dir):
+    lock = lock_folder(args.output_dir)  # noqa: F841
+    if list_checkpoints(args.output_dir):
         args.resume_from_checkpoint = "newest"
-    checkpoint, train, held_out = script.find_checkpoint(args), make_rows(23, seed=2), make_rows(4, seed=3)
-    former = script.read_run(checkpoint)
-    script.check_resume(args, checkpoint, former, train)
-    script.start_engine(args)
-    plan = script.plan_streams(train, args, "transformers")
+    checkpoint, train, held_out = find_checkpoint(args), make_rows(23, seed=2), make_rows(4, seed=3)
+    former = read_run(checkpoint, vars(script.parse_args([])))
+    check_resume(args, checkpoint, former, train)
+    start_engine(args)
+    plan = plan_streams(train, args, "transformers")
     model = script.load_model(args, "transformers", plan)
-    held = sum(script.held_part(weight).numel() for weight in model.parameters())
+    held = sum(held_part(weight).numel() for weight in model.parameters())
     print(f"holds {held / sum(weight.numel() for weight in model.parameters()):.2f} of the weights")
-    trainer = script.build_trainer(args, "transformers", model, script.load_tokenizer(args.model_id), train, held_out,
-                                   plan)
-    script.start_output(args, checkpoint, train, plan)
-    complete = checkpoint is not None and script.is_complete(args, checkpoint, train)
-    script.train_model(trainer, checkpoint, complete)
+    config = script.to_sft_config(args, plan, bool(held_out))
+    trainer = build_trainer(args, config, "transformers", model, load_tokenizer(args.model_id), train, held_out, plan)
+    start_output(args, checkpoint, train, plan)
+    complete = checkpoint is not None and is_complete(args, checkpoint, train)
+    train_model(trainer, checkpoint, complete)
     if not args.lora_rank:
-        whole, _ = script.round_trained(args, trainer.model, None, script.to_batches(held_out, plan), "transformers")
-    if script.leave_group():
+        whole, _ = round_trained(args, trainer.model, None, to_batches(held_out, plan), "transformers")
+    if leave_group():
         if args.lora_rank:
-            script.save_adapter(trainer.model, args.output_dir)
+            save_adapter(trainer.model, args.output_dir)
         else:
-            script.put_in_place(args.final_model_dir, script.save_whole(args, whole))
+            put_in_place(args.final_model_dir, save_whole(args, whole))
 
 
 def slow_down(step: int) -> None:
     """Make the optimizer step take a minute."""
-    compute, calls = script.compute_token_losses, iter(range(10**6))
+    from tool_calling.training import trainer
+
+    compute, calls = trainer.compute_token_losses, iter(range(10**6))
 
     def compute_slowly(model, batch, engine):
         if model.training and next(calls) == 2 * (step - 1):  # two streams a step
             time.sleep(60)
         return compute(model, batch, engine)
 
-    script.compute_token_losses = compute_slowly
+    trainer.compute_token_losses = compute_slowly
 
 
 def newest_step(folder: Path) -> int:
     """Return the step of the newest checkpoint, 0 if there is none."""
-    return max((int(path.name[11:]) for path in script.list_checkpoints(folder / "out")), default=0)
+    return max((int(path.name[11:]) for path in list_checkpoints(folder / "out")), default=0)
 
 
 def main() -> int:
@@ -126,4 +138,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    script.leave(main())
+    leave(main())

@@ -1,0 +1,269 @@
+"""The dry run: what a run would do, before it is paid for."""
+
+import argparse
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from tool_calling.data.examples import Example, digest_prompt, find_first_answer, find_leaks, list_calls
+from tool_calling.engines.hub import can_share, check_kind, count_parameters, load_config, load_tokenizer
+from tool_calling.engines.start import find_optim
+from tool_calling.estimates import estimate_disk, estimate_memory
+from tool_calling.files import digest, find_existing, write_file
+from tool_calling.prompts import Sequence, render_text
+from tool_calling.run_folder import list_checkpoints, mark_output
+from tool_calling.schedule import (
+    Plan,
+    count_checkpoints,
+    count_steps,
+    cut_streams,
+    list_saves,
+    measure_batches,
+    measure_run,
+    plan_streams,
+    to_padded,
+)
+from tool_calling.terminal import UserError, hide_secrets, list_first, plural, say, show_table
+
+LISTED = 1000  # rows that audit.json names for each finding; all are counted
+SHOWN_PAIRS = 5  # rows that the screen names for each finding
+SHOWN_TOOLS = 8
+REPEATS = {"duplicates": "exact duplicates", "conflicts": "equal requests with different answers",
+           "held_out_in_training": "held-out rows that also occur in training"}
+
+
+class Characters:
+    """Stands in for a tokenizer that cannot be had: each character is a token, in a plain form of Qwen3's template."""
+
+    eos_token, name_or_path, chat_template, added_tokens_decoder = "<|im_end|>", "", "", {}
+
+    def __call__(self, texts: list[str], **options) -> dict:
+        return {"input_ids": [[ord(character) for character in text] for text in texts]}
+
+    def apply_chat_template(self, messages: list[dict], tools=None, add_generation_prompt=False, **options) -> str:
+        text = "".join(["<tools>\n", *(json.dumps(tool) + "\n" for tool in tools), "</tools>\n"]) if tools else ""
+        for message in messages:
+            thought = message.get("reasoning_content")
+            calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", [])]
+            text += f"<|im_start|>{message['role']}\n" + (f"<think>\n{thought}\n</think>\n\n" if thought else "")
+            text += message["content"] + "".join(f"\n<tool_call>\n{call}\n</tool_call>" for call in calls)
+            text += self.eos_token + "\n"
+        return text + "<|im_start|>assistant\n" * add_generation_prompt
+
+
+def find_model(args: argparse.Namespace) -> tuple:
+    """Return (tokenizer, or what counts characters instead; why so; the config, or None where there is none)."""
+    try:
+        tokenizer = load_tokenizer(args.model_id, args.trust_remote_code)
+    except UserError as error:
+        return Characters(), str(error), None
+    try:
+        config = load_config(args.model_id, trust=args.trust_remote_code)
+    except UserError:
+        return tokenizer, "", None
+    check_kind(config, args.model_id)
+    return tokenizer, "", config
+
+
+def digest_tools(examples: list[Example]) -> list[str]:
+    """Return the digest of each example's tools; most examples share one list, which is digested once."""
+    lists = {id(example.tools): example.tools for example in examples}
+    digests = {key: digest(tools) for key, tools in lists.items()}
+    return [digests[id(example.tools)] for example in examples]
+
+
+def audit_calls(examples: list[Example]) -> dict:
+    """Return how many tools and calls the rows have, and the shares of rows without a call and with parallel calls."""
+    calls = [list_calls(example) for example in examples]
+    counts = Counter(name for turns in calls for names in turns for name in names)
+    lists = dict(zip(digest_tools(examples), (example.tools for example in examples)))
+    tools = {digest(tool): tool["function"]["name"] for listed in lists.values() for tool in listed}
+    return {"formats": dict(Counter(example.format for example in examples)),
+            "tools": {"distinct": len(tools), "lists": len(lists)},
+            "calls_per_tool": dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))),
+            "never_called": sorted({*tools.values()} - counts.keys()),
+            "no_call_share": sum(not turns for turns in calls) / len(examples),
+            "parallel_share": sum(any(len(names) > 1 for names in turns) for turns in calls) / len(examples)}
+
+
+def count_tool_tokens(tokenizer, examples: list[Example]) -> list[int]:
+    """Return for each example how much longer its tools make the prompt; computed once for each list of tools."""
+    keys, sizes = [*zip(digest_tools(examples), (example.messages[0]["role"] for example in examples))], {}
+    for example, key in zip(examples, keys):
+        if key not in sizes:
+            messages = example.messages[: find_first_answer(example)]
+            prompts = [render_text(tokenizer, messages, tools=tools, add_generation_prompt=True)
+                       for tools in (example.tools or None, None)]
+            long, short = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+            sizes[key] = len(long) - len(short)
+    return [sizes[key] for key in keys]
+
+
+def summarise(values: list[int]) -> dict:
+    """Return mean, percentiles (between two values: in proportion) and maximum."""
+    percentiles = {f"p{share}": round(float(np.percentile(values, share)), 1) for share in (50, 90, 95, 99)}
+    return {"mean": round(float(np.mean(values)), 1), **percentiles, "max": max(values)}
+
+
+def audit_sizes(tokenizer, examples: list[Example], groups: list[list[Sequence]]) -> dict:
+    """Return how many tokens each part of a trained turn has: tools, prompt without them, answer, and all."""
+    rendered = [(example, group) for example, group in zip(examples, groups) if group]
+    counts = count_tool_tokens(tokenizer, [example for example, _ in rendered])
+    turns = [(count, turn) for count, (_, group) in zip(counts, rendered) for turn in group]
+    parts = {"tools": [count for count, _ in turns], "prompt": [turn.prompt_length - count for count, turn in turns],
+             "answer": [len(turn.input_ids) - turn.prompt_length for _, turn in turns],
+             "all": [len(turn.input_ids) for _, turn in turns]}
+    return {name: summarise(values) for name, values in parts.items()} if turns else {}
+
+
+def audit_lengths(examples: list[Example], groups: list[list[Sequence]], limit: int) -> tuple[list, dict]:
+    """Return (groups without those that are too long, which these are and the smallest limit that loses none)."""
+    longest = [max((len(turn.input_ids) for turn in group), default=0) for group in groups]
+    too_long = [(example.where, size) for example, size in zip(examples, longest) if size > limit]
+    kept = [group if size <= limit else [] for group, size in zip(groups, longest)]
+    return kept, {"max_seq_length": limit, "smallest": max(longest), "too_long": too_long}
+
+
+def list_some(found: list) -> dict:
+    """Return how many were found, and as many of them as audit.json lists."""
+    return {"count": len(found), "rows": found[:LISTED]}
+
+
+def drop_ids(message: dict) -> dict:
+    """Return a message without the ids of its calls, which no prompt shows."""
+    calls = [call["function"] for call in message.get("tool_calls", [])]
+    rest = {key: value for key, value in message.items() if key not in ("tool_calls", "tool_call_id")}
+    return rest | ({"tool_calls": calls} if calls else {})
+
+
+def audit_repeats(examples: list[Example], held_out: list[Example]) -> dict:
+    """Return pairs of places: equal rows, equal requests with different first answers, requests on both sides."""
+    rows, requests, duplicates, conflicts, both = {}, {}, [], [], [*examples, *held_out]
+    for example, tools in zip(both, digest_tools(both)):
+        messages = [*map(drop_ids, example.messages)]
+        answer = messages[find_first_answer(example)]
+        earlier = rows.setdefault((tools, digest(messages)), example)
+        if earlier is not example:
+            duplicates.append((earlier.where, example.where))
+        where, expected = requests.setdefault((tools, digest_prompt(example)), (example.where, answer))
+        if answer != expected:
+            conflicts.append((where, example.where))
+    return {"duplicates": list_some(duplicates), "conflicts": list_some(conflicts),
+            "held_out_in_training": list_some(find_leaks(examples, held_out))}
+
+
+def audit_epoch(train: list[Sequence], args: argparse.Namespace, plan: Plan) -> dict:
+    """Return how many tokens the first epoch computes as padded batches, as rows without padding, and as streams."""
+    def measure(plan):
+        return sum(measure_batches(train, plan, cut_streams(plan, args, epoch=0)))
+
+    return {"padded": measure(to_padded(plan, args)), "packed": sum(len(row.input_ids) for row in train),
+            "shared_prefix": measure(plan._replace(lengths=(), share_prefix=True))}
+
+
+def audit_plan(train: list[Sequence], args: argparse.Namespace, plan: Plan) -> dict:
+    """Return steps, streams and checkpoints of the run; the sizes are those of the streams measured, filled up."""
+    sizes = measure_run(train, plan, args)
+    steps, per_epoch = count_steps(args, train)
+    return {"rows_per_step": plan.rows_per_step, "streams_per_step": plan.accumulation,
+            "steps_per_epoch": per_epoch, "steps": steps, "share_prefix": plan.share_prefix,
+            "stream_sizes": {"min": min(sizes), "mean": round(sum(sizes) / len(sizes), 1), "max": max(sizes)},
+            "checkpoints": list_saves(args, train)}
+
+
+def list_writes(args: argparse.Namespace, checkpoints: list[int]) -> dict:
+    """Return the paths that a run would write, and what is there now that it would remove or replace."""
+    output = Path(args.output_dir)
+    written = [output / "run.yaml", *(output / f"checkpoint-{step}" for step in checkpoints),
+               *[output / "adapter"] * (args.lora_rank > 0), output / "report.json", output / "report.html",
+               *[Path(args.final_model_dir)] * (args.save_method != "lora")]
+    earlier = list_checkpoints(output)
+    replaced = [path for path in written if path.exists() and path not in earlier and path.name != "run.yaml"]
+    return {"written": [str(path) for path in written], "replaced": [str(path) for path in (*earlier, *replaced)]}
+
+
+def audit_run(args: argparse.Namespace, train: list[Sequence], config) -> dict:
+    """Return plan, tokens of an epoch and files of a run on CUDA; with a config also its memory and disk."""
+    engine = "transformers" if args.engine == "transformers" else "unsloth"
+    share = args.share_prefix and (config is None or can_share(engine, config))
+    plan = plan_streams(train, argparse.Namespace(**{**vars(args), "share_prefix": share}), engine)
+    facts = audit_plan(train, args, plan)
+    audit = {"epoch": audit_epoch(train, args, plan), "plan": facts, "files": list_writes(args, facts["checkpoints"])}
+    if config is None:
+        return audit
+    parameters = count_parameters(config, args.lora_rank, args.trust_remote_code, args.target_modules)
+    kept = count_checkpoints(args, train)
+    disk = {name: round(size / 1e9, 2)
+            for name, size in estimate_disk(args, parameters, find_optim(args, cuda=True), kept).items()}
+    free = round(shutil.disk_usage(find_existing(args.final_model_dir)).free / 1e9, 1)
+    return audit | {"memory_gib": estimate_memory(args, config, parameters, facts["stream_sizes"]["max"], plan),
+                    "disk_gb": disk | {"free": free, "checkpoints_kept": kept}}
+
+
+def show_data(audit: dict) -> None:
+    """Print what the rows are, what they call, how long they are, and which repeat or contradict others."""
+    rows, tools, counts = audit["rows"], audit["tools"], audit["calls_per_tool"]
+    formats = ", ".join(f"{count:,} {name}" for name, count in audit["formats"].items())
+    say("rows", f"{rows['valid']:,} valid ({formats}), {rows['with_problems']:,} with problems; "
+                f"{rows['training']:,} for training, {rows['held_out']:,} held out")
+    say("calls", f"{sum(counts.values()):,} in {audit['turns']:,} trained turns; {audit['no_call_share']:.1%} of the "
+                 f"rows without a call, {audit['parallel_share']:.1%} with parallel calls; "
+                 f"{plural(tools['distinct'], 'tool')} in {plural(tools['lists'], 'list')}")
+    if counts:
+        say("", list_first((f"{name} {count:,}" for name, count in counts.items()), SHOWN_TOOLS))
+    if audit["never_called"]:
+        say("", f"never called: {list_first(audit['never_called'], SHOWN_TOOLS)}")
+    if audit["unit"] != "tokens":
+        say("sizes", f"characters instead of tokens: {audit['tokenizer_missing']}")
+    if audit["sizes"]:
+        say("sizes", f"{audit['unit']} of a trained turn")
+        show_table(["", *audit["sizes"]["all"]], [[name, *sizes.values()] for name, sizes in audit["sizes"].items()])
+    if length := audit["length"]:
+        long = [f"{where} ({size:,})" for where, size in length["too_long"]]
+        say("length", f"{plural(len(long), 'row')} over --max_seq_length {length['max_seq_length']:,}"
+                      f"{': ' * bool(long)}"
+                      f"{list_first(long, SHOWN_PAIRS)}; the smallest that loses nothing is {length['smallest']:,}")
+    found = {name: audit["repeats"][key] for key, name in REPEATS.items()}
+    say("repeats", ", ".join(f"{pairs['count']:,} {name}" for name, pairs in found.items()))
+    for name, pairs in found.items():
+        for where, other in pairs["rows"][:SHOWN_PAIRS]:
+            say("", f"{name}: {where} and {other}")
+
+
+def show_run(audit: dict) -> None:
+    """Print what a run would compute, hold and write."""
+    epoch, plan, unit = audit["epoch"], audit["plan"], audit["unit"]
+    say("epoch", f"{epoch['padded']:,} {unit} in padded batches, {epoch['packed']:,} packed, "
+                 f"{epoch['shared_prefix']:,} with shared prefix ({epoch['padded'] / epoch['shared_prefix']:.1f} times "
+                 "fewer than padded)")
+    name, sizes = "stream" if plan["share_prefix"] else "padded batch", plan["stream_sizes"]
+    span = " to ".join(f"{size:,}" for size in sorted({sizes["min"], sizes["max"]}))
+    say("plan", f"{plan['steps']:,} steps, {plan['steps_per_epoch']:,} an epoch, of {plan['rows_per_step']:,} rows in "
+                f"{plural(plan['streams_per_step'], name)} of {span} {unit}")
+    if "memory_gib" in audit:
+        memory, disk = audit["memory_gib"], audit["disk_gb"]
+        graphs = f"; without CUDA graphs {memory['without_graphs']:.2f}" * (memory["without_graphs"] < memory["total"])
+        say("memory", f"about {memory['total']:.2f} GiB of GPU memory (an estimate): base {memory['base']:.2f}, "
+                      f"trained weights and optimizer {memory['adapter']:.2f}, longest {name} "
+                      f"{memory['longest_stream']:.2f}{graphs}")
+        say("disk", f"{disk['merged_model']:.2f} GB for the final model, {disk['checkpoints']:.2f} GB for "
+                    f"{plural(disk['checkpoints_kept'], 'checkpoint')}; {disk['free']:,.1f} GB free")
+    else:
+        say("memory", "not estimated, nor disk: that takes tokenizer and config.json of the model")
+    written, replaced = audit["files"]["written"], audit["files"]["replaced"]
+    names = {f"checkpoint-{step}" for step in plan["checkpoints"]}
+    say("writes", ", ".join([path for path in written if Path(path).name not in names]
+                            + [plural(len(plan["checkpoints"]), "checkpoint")]))
+    if replaced:
+        say("", f"instead of: {list_first(replaced, SHOWN_PAIRS)}")
+
+
+def write_audit(args: argparse.Namespace, audit: dict) -> Path:
+    """Write audit.json into the output folder and return its path; the run.yaml of an earlier run stays."""
+    mark_output(args)
+    path = Path(args.output_dir) / "audit.json"
+    write_file(path, hide_secrets(json.dumps(audit, indent=1, ensure_ascii=False)))
+    return path

@@ -1,0 +1,221 @@
+"""Messages as a chat template reads them, and the checks of a conversation."""
+
+import re
+
+from tool_calling.data.literals import as_list, parse_literal, to_json, unpack
+from tool_calling.data.special_tokens import find_forbidden
+from tool_calling.data.tools import check_call
+from tool_calling.terminal import shorten
+
+ROLES = {  # roles as other formats name them; "calls" is a turn that holds nothing but calls
+    "human": "user", "gpt": "assistant", "model": "assistant", "developer": "system",
+    "observation": "tool", "tool_response": "tool", "function": "tool", "function-response": "tool",
+    "function_call": "calls", "function-call": "calls", "tool_call": "calls",
+}
+TURN_KEYS = {"role", "from", "content", "value", "name", "weight", "tool_calls", "function_call", "tool_call_id",
+             "reasoning_content", "thinking", "reasoning"}
+TEXT_PART = {"type", "text", "annotations", "cache_control"}  # a part of content with other keys says more than a text
+KIND_NAMES = {list: "a list of objects", dict: "an object", str: "text"}
+
+
+def to_role(role: object) -> object:
+    """Return a role as OpenAI names it; one that is in no format stays as it is."""
+    return ROLES.get(role, role) if isinstance(role, str) else role
+
+
+def take(row: dict, key: str, kind: type):
+    """Return row[key]; ValueError if it is missing or of another kind."""
+    if key not in row:
+        raise ValueError(f'"{key}" is missing; expected {KIND_NAMES[kind]}')
+    if not isinstance(row[key], kind) or kind is list and not all(isinstance(item, dict) for item in row[key]):
+        raise ValueError(f'"{key}" must be {KIND_NAMES[kind]}, got {shorten(row[key])}')
+    return row[key]
+
+
+def to_tool_call(call: object) -> dict:
+    """Return a call in the OpenAI shape with its arguments as a dict; ValueError says what is wrong with it."""
+    inner = call.get("function", call) if isinstance(call, dict) else call
+    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or "arguments" not in inner:
+        raise ValueError('a call must be {"name": "...", "arguments": {...}}, got ' + shorten(inner))
+    name = inner["name"]
+    arguments = unpack(inner["arguments"], f"call {shorten(name)}: arguments are")
+    if not isinstance(arguments, dict):
+        raise ValueError(f"call {shorten(name)}: arguments must be an object, got {shorten(arguments)}")
+    converted = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    has_id = isinstance(call.get("id"), str) and call["id"]
+    return {"id": call["id"], **converted} if has_id else converted
+
+
+def join_text(content: object) -> object:
+    """Return content as text where it is text, nothing, or a list of text parts; other content stays as it is."""
+    if content is None:
+        return ""
+    if content and isinstance(content, list) and all(
+            isinstance(part, dict) and isinstance(part.get("text"), str) and part.get("type", "text") == "text"
+            and part.keys() <= TEXT_PART for part in content):
+        return "".join(part["text"] for part in content)
+    return content
+
+
+def split_thought(message: dict, content: object) -> tuple[str, object]:
+    """Return (thought, content) of an assistant message: the thought from its own key or from a leading think block."""
+    thoughts = [join_text(message.get(key) or "") for key in ("reasoning_content", "thinking", "reasoning")]
+    if wrong := [thought for thought in thoughts if not isinstance(thought, str)]:
+        raise ValueError("reasoning must be text, got " + shorten(wrong[0]))
+    if block := re.match(r"\s*<think>(.*?)</think>\s*", content, re.DOTALL) if isinstance(content, str) else None:
+        thoughts.append(block[1].strip())
+        content = content[block.end() :]
+    thoughts = [thought for thought in thoughts if thought.strip()]
+    if len({*map(str.strip, thoughts)}) > 1:
+        raise ValueError("a message has two different thoughts, in its reasoning or in its <think> block; expected one")
+    return thoughts[0] if thoughts else "", content
+
+
+def find_calls(holder: dict, what: str, keys: tuple[str, ...]) -> list:
+    """Return the calls under the only one of `keys` that a message has, [] if none; a `function_call` is one call."""
+    given = [key for key in keys if holder.get(key)]
+    if len(given) > 1:
+        raise ValueError(f"{what} holds {given[0]} and {given[1]}; expected one of them")
+    calls = unpack(holder[given[0]], f"{given[0]} is") if given else []
+    calls = [calls] if given == ["function_call"] else calls
+    if not isinstance(calls, list):
+        raise ValueError(f"{given[0]} must be a list, got " + shorten(calls))
+    return calls
+
+
+def to_message(message: dict) -> dict:
+    """Return a message with only what a chat template reads, its ids, and weight 0 if it is not to be trained."""
+    role, content = to_role(message.get("role")), join_text(message.get("content"))
+    if role == "tool":
+        call_id = message.get("tool_call_id")
+        return {"role": role, **({"tool_call_id": call_id} if isinstance(call_id, str) and call_id else {}),
+                "content": content}
+    if role not in ("assistant", "calls"):
+        return {"role": role, "content": content}
+    if message.get("weight") not in (None, 0, 1):
+        raise ValueError(f"weight must be 0 or 1, got {shorten(message['weight'])}")
+    thought, content = split_thought(message, content)
+    calls = find_calls(message, "a message", ("tool_calls", "function_call"))
+    if role == "calls":
+        if calls and content:
+            raise ValueError("a turn of calls holds calls in content and in another key; expected one of them")
+        calls = as_list(parse_literal(content, "a turn of calls is") if isinstance(content, str) else content)
+        content = ""
+    calls = [*map(to_tool_call, calls)]
+    return {"role": role, "content": content,
+            **({"reasoning_content": thought} if thought else {}), **({"tool_calls": calls} if calls else {}),
+            **({"weight": 0} if message.get("weight") == 0 else {})}
+
+
+def to_messages(turns: list[dict]) -> list[dict]:
+    """Return the messages of a conversation; turns of calls join those right before them, and the text there."""
+    messages: list[dict] = []
+    for message in map(to_message, turns):
+        if message["role"] == "calls":
+            message["role"] = "assistant"
+            if messages and messages[-1]["role"] == "assistant":
+                before = messages.pop()
+                thoughts = {turn.get("reasoning_content", "").strip() for turn in (before, message)} - {""}
+                if len(thoughts) > 1 or before.get("weight") != message.get("weight"):
+                    raise ValueError("a turn of calls joins one that has another thought or weight; expected the same")
+                calls = [*before.get("tool_calls", []), *message.get("tool_calls", [])]
+                message = {**message, **before, "tool_calls": calls}
+        messages.append(message)
+    return messages
+
+
+def add_system(row: dict, turns: list[dict]) -> list[dict]:
+    """Return the turns with the row's `system` in front, if it has one that they do not begin with."""
+    system, first = row.get("system"), turns[0] if turns else {}
+    said = first.get("role") in ("system", "developer") and first.get("content") == system
+    return [{"role": "system", "content": system}, *turns] if system and not said else turns
+
+
+UNREAD_CALL = re.compile(r"<functioncall>|\[TOOL_CALLS\]")  # as other models write one, in an answer
+CODE_FENCE = re.compile(r"```\w*\n(.*)```", re.DOTALL)
+NEXT_ROLES = {  # who may speak after whom
+    "start": ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user",),
+    "calls": ("tool",),
+    "tool": ("tool", "assistant"),
+}
+
+
+def is_trained(message: dict) -> bool:
+    """Say whether a message is an answer that is supervised: only one of weight 0 keeps a weight (see to_message)."""
+    return message["role"] == "assistant" and "weight" not in message
+
+
+def check_roles(messages: list[dict]) -> list[str]:
+    """Check that the conversation alternates as a chat does, that its replies answer its calls, and that it trains.
+
+    Where calls and replies have ids, each reply answers an open call and none stays open. Where they have none, one
+    reply may stand for several parallel calls.
+    """
+    state, waiting, by_id = "start", [], True  # waiting: ids (or None) of the calls without a reply
+    for index, message in enumerate(messages, start=1):
+        role, allowed = message["role"], NEXT_ROLES[state]
+        if state == "tool" and (by_id or not waiting):
+            allowed = ("tool",) if waiting else ("assistant",)
+        if role not in allowed:
+            reason = f"; {len(waiting)} of its calls still wait for their reply" if waiting and state == "tool" else ""
+            return [f"message {index} has the role {shorten(role)}; expected {' or '.join(allowed)}{reason}"]
+        if role == "assistant":
+            waiting = [call.get("id") for call in message.get("tool_calls", [])]
+            by_id = None not in waiting
+        elif role == "tool":
+            by_id = by_id and "tool_call_id" in message
+            if by_id and message["tool_call_id"] not in waiting:
+                return [f"message {index} answers call {shorten(message['tool_call_id'])}, which is not open"]
+            waiting.remove(message["tool_call_id"] if by_id else waiting[0])
+        state = "calls" if role == "assistant" and waiting else role
+    if not messages or messages[-1]["role"] != "assistant":
+        return ["the last message must be the assistant's: it is what is trained"]
+    if not any(map(is_trained, messages)):
+        return ["no turn is trained; every weight is 0"]
+    return []
+
+
+def is_call_text(text: str) -> bool:
+    """Return whether an answer is the JSON of a call, of several, or of a message with some, or a foreign call."""
+    def is_call(found: object) -> bool:
+        return isinstance(found, dict) and (
+            isinstance(found.get("name"), str) and isinstance(found.get("arguments"), (dict, str))
+            or any(found.get(key) for key in ("function_call", "function_calls", "tool_calls")))
+
+    fence = CODE_FENCE.fullmatch(text.strip())
+    try:
+        found = as_list(unpack(fence[1] if fence else text, "it is"))
+    except (ValueError, RecursionError):
+        found = []
+    return any(map(is_call, found)) or bool(UNREAD_CALL.search(text))
+
+
+def check_text(messages: list[dict]) -> list[str]:
+    """Check that every content is text, that none is missing or a call, and that none holds a control token."""
+    problems = []
+    for index, message in enumerate(messages, start=1):
+        name = f"message {index} ({message['role']})"
+        content = message["content"]
+        if not isinstance(content, str):
+            problems.append(f"{name}: content must be text, got {shorten(content)}")
+            continue
+        if not content.strip() and message["role"] != "tool" and not message.get("tool_calls"):
+            problems.append(f"{name}: content is empty")
+        if is_trained(message) and is_call_text(content):
+            problems.append(f"{name}: content is a call as text, {shorten(content, 40)}; expected it in a form that is "
+                            'read as a call, such as "tool_calls"')
+        for text in (content, message.get("reasoning_content", ""), to_json(message.get("tool_calls", []))):
+            if problem := find_forbidden(text):
+                is_call = text is content and message["role"] == "assistant" and re.search(r"</tool_?call>", text, re.I)
+                problems.append(f"{name}: {problem}" + ", or read it as a call with --format hermes" * bool(is_call))
+    return problems
+
+
+def check_calls(messages: list[dict], validators: dict) -> list[str]:
+    """Check every call of the conversation."""
+    calls = [call["function"] for message in messages for call in message.get("tool_calls", [])]
+    return [f"call {index} {shorten(call['name'])}: {problem}" for index, call in enumerate(calls, start=1)
+            for problem in check_call(call["name"], call["arguments"], validators)]

@@ -1,0 +1,195 @@
+"""Rows of files, folders and Hugging Face datasets, each with its file:line."""
+
+import contextlib
+import json
+import os
+import re
+import sys
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+
+from rich.progress import Progress
+
+from tool_calling.data.literals import explain, read_value
+from tool_calling.terminal import UserError
+
+ROW_FILES = (".json", ".jsonl")  # what is read of a folder
+NOT_ROWS = ("tools.json", "dataset_info.json", "dataset_infos.json", "state.json", "package.json")
+PACKED = {  # the first bytes of a file: its kind
+    b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"PAR1": "parquet"}
+HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*(?:/\w[\w.-]*)?)"
+                      r"(?::(?P<config>[\w.+-]+)(?=:))?(?::(?P<split>\w[\w.]*))?", re.ASCII)
+FILE_NAME = re.compile(r".*\.(jsonl?|ndjson|csv|tsv|txt|parquet|arrow|ya?ml|gz|zip|zst)", re.IGNORECASE)
+SHOWN_BYTES = 2**26  # a larger file takes seconds to read, so on a terminal a bar is shown
+
+
+@contextlib.contextmanager
+def open_file(path: str):
+    """Yield a regular file opened for its bytes; one that cannot be read, is packed or plainly not UTF-8: UserError."""
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for its writer
+            raise UserError(f"{path}: is not a regular file; expected JSON or JSONL")
+        with open(path, "rb") as file:
+            start = file.read(4)
+            if kind := next((kind for mark, kind in PACKED.items() if start.startswith(mark)), None):
+                raise UserError(f"{path}: is {kind}; expected JSON or JSONL: unpack or convert it first")
+            if wide := re.search(rb"[\0\xfe\xff]", start):  # UTF-16, or no text at all
+                raise UserError(f"{path}: not UTF-8 text (byte {wide.start()}); save it as UTF-8 JSON or JSONL")
+            first = start.lstrip(b"\xef\xbb\xbf \r\n\t")[:1]
+            if path.lower().endswith((".csv", ".tsv")) and first not in (b"", b"{", b"["):
+                raise UserError(f"{path}: is a table of text; expected JSON or JSONL: convert it first")
+            file.seek(0)
+            yield file
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def read_text(file) -> str:
+    """Return the text of an open file; one that is empty or not UTF-8 is a UserError."""
+    try:
+        text = file.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file.name}: {explain(error)}") from None
+    if not text.strip():
+        raise UserError(f"{file.name}: is empty; expected a JSON array of rows, or one JSON object a line")
+    return text
+
+
+def read_array(path: str, text: str):
+    """Yield (file:line, element) of a JSON array, or of objects one after the other, each decoded to know its line."""
+    skip = re.compile(r"\s*,?\s*")
+    position = len(text) - len(text.lstrip())
+    is_array = text.startswith("[", position)
+    position, line, counted, index, last_line = position + is_array, 1, 0, 0, 0
+    while True:
+        position = skip.match(text, position).end()
+        line, counted = line + text.count("\n", counted, position), position
+        where = f"{path}:{line}" if line > last_line else f"{path}[{index}]"  # several on one line: count them
+        index, last_line = index + 1, line
+        if is_array and text.startswith("]", position):
+            if text[position + 1 :].strip():
+                raise UserError(f"{path}:{line}: more follows the ] of the array; expected the end of the file")
+            return
+        if position >= len(text):
+            if is_array:
+                raise UserError(f"{where}: the JSON array does not end; expected ]")
+            return
+        try:
+            element, position = read_value(text, position)
+        except (ValueError, RecursionError) as error:
+            line += text.count("\n", counted, getattr(error, "pos", position))
+            raise UserError(f"{path}:{line}: {explain(error)}") from None
+        yield where, element
+
+
+def read_lines(path: str, file):
+    """Yield (file:line, object) of an open JSONL file, line by line; a broken line is yielded as its ValueError."""
+    for line, content in enumerate(file, start=1):  # the lines of bytes end at \n alone: U+2028 in a text is data
+        try:
+            text = content.decode("utf-8-sig").strip()
+            if not text:
+                continue
+            row, end = read_value(text)
+            if end < len(text):
+                raise json.JSONDecodeError("Extra data", text, end)
+        except UnicodeDecodeError as error:
+            row = ValueError(explain(error))
+        except (ValueError, RecursionError) as error:
+            row = ValueError(f"{explain(error)}; expected one JSON object a line, or a JSON array")
+        yield f"{path}:{line}", row
+
+
+def begins_spread(line: bytes) -> bool:
+    """Tell whether an object may go on after a file's first line, as pretty-printed JSON does: no more is wrong."""
+    text = line.decode("utf-8", "replace").rstrip()
+    try:
+        read_value(text)
+        return False
+    except (ValueError, RecursionError) as error:
+        return line.endswith(b"\n") and getattr(error, "pos", -1) >= len(text)
+
+
+def show_reading(pairs, file, size: int):
+    """Yield the pairs; on a terminal a bar shows how far a large file has been read."""
+    if size < SHOWN_BYTES or not sys.stdout.isatty():
+        yield from pairs
+        return
+    with Progress(transient=True) as bar:
+        task = bar.add_task("read", total=size)
+        for count, pair in enumerate(pairs):
+            if count % 1000 == 0:  # moving the bar costs more than reading a row
+                bar.update(task, completed=file.tell())
+            yield pair
+
+
+def read_file(path: str):
+    """Yield the (file:line, row) pairs of a JSON or JSONL file; the first character that is not blank decides which.
+
+    JSONL is read line by line, so that its size does not matter. An array, and objects that go on over several lines,
+    are read whole.
+    """
+    with open_file(path) as file:
+        before = os.fstat(file.fileno())
+        lines = (line.removeprefix(b"\xef\xbb\xbf").lstrip() for line in iter(partial(file.readline, 2**16), b""))
+        first, second = next(filter(None, lines), b""), next(filter(None, lines), b"")
+        file.seek(0)
+        pairs = read_lines(path, file)
+        if not first or first.startswith(b"["):
+            pairs = read_array(path, read_text(file))
+        elif begins_spread(first):
+            objects = read_array(path, read_text(file))
+            try:
+                pairs = chain([next(objects)], objects)
+            except UserError:  # a line that was cut is one bad row, and the others can be read
+                if second and not second.startswith(b"{"):  # no row follows: the mistake is inside of an object
+                    raise
+                file.seek(0)
+        yield from show_reading(pairs, file, before.st_size)
+        after = os.fstat(file.fileno())
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            raise UserError(f"{path}: changed while it was read; start again when nothing writes to it")
+
+
+def find_files(folder: str, tools_path: str | None) -> list[str]:
+    """Return the JSON and JSONL files of a folder and those in it, sorted; not hidden ones, NOT_ROWS and the tools."""
+    tools = tools_path and Path(tools_path).resolve()
+    found = [path for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in ROW_FILES
+             and path.name not in NOT_ROWS and not path.is_dir() and path.resolve() != tools
+             and not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    if not found:
+        raise UserError(f"{folder}: holds no .json or .jsonl file of rows; expected at least one")
+    return [str(path) for path in found]
+
+
+def match_hub(path: str) -> re.Match | None:
+    """Return the name and split of a Hub dataset; None for what exists as a path or is named like a file."""
+    match = HUB_NAME.fullmatch(path)
+    if not match or os.path.exists(path) or os.path.exists(match["name"]) or FILE_NAME.fullmatch(match["name"]):
+        return None
+    return match
+
+
+def read_source(path: str, tools_path: str | None):
+    """Yield the (where, row) pairs of a file, of the files in a folder, or of a Hub dataset `name[[:config]:split]`."""
+    if match := match_hub(path):
+        from tool_calling.data.hub_rows import read_hub  # only here: its library takes seconds to import
+
+        sources = {path: read_hub(**match.groupdict())}
+    else:
+        sources = {file: read_file(file) for file in (find_files(path, tools_path) if os.path.isdir(path) else [path])}
+    for name, pairs in sources.items():
+        count = 0
+        for count, pair in enumerate(pairs, start=1):
+            yield pair
+        if not count:
+            raise UserError(f"{name}: holds no rows")
+
+
+def read_rows(paths: list[str], max_samples: int | None = None, tools_path: str | None = None):
+    """Yield the (where, row) pairs of files, folders and Hub datasets, at most `max_samples` in all.
+
+    What exists as a path is never looked up on the Hub. A broken line is yielded as a ValueError in place of its row.
+    """
+    rows = chain.from_iterable(read_source(path, tools_path) for path in paths)
+    yield from islice(rows, max_samples and min(max_samples, sys.maxsize))

@@ -1,0 +1,194 @@
+"""Tool lists of any shape in the OpenAI shape, and each call against its own tool's schema."""
+
+import contextlib
+import difflib
+import json
+import re
+import signal
+import threading
+from collections import Counter
+from functools import lru_cache
+
+import jsonschema
+import referencing
+import referencing.exceptions
+
+from tool_calling.data.literals import as_list, parse_json, read_value, to_json, unpack
+from tool_calling.data.rows import open_file, read_array, read_text
+from tool_calling.data.schemas import SCHEMA_NOTES, SCHEMA_SUBJECTS, describe, drop_nulls, to_parameters, to_strict
+from tool_calling.data.special_tokens import find_forbidden
+from tool_calling.processes import handle_signals
+from tool_calling.terminal import SHOWN_PROBLEMS, UserError, list_first, report_problems, shorten
+
+CHECK_SECONDS = 2  # the longest that a call may take to check
+BROKEN_TOOL = re.compile(r"""\{\s*["'](?:name|type|function)["']\s*:.*""", re.DOTALL)
+
+
+def to_tool(tool: object, changes: Counter) -> object:
+    """Return one tool as {"type": "function", "function": {...}}; anything else than a tool stays as it is."""
+    if not isinstance(tool, dict) or not isinstance(tool.get("function", tool), dict):
+        return tool
+    if "function" in tool:
+        if tool.get("type") is None:
+            changes["type function added"] += 1
+            tool = {"type": "function", **{key: value for key, value in tool.items() if key != "type"}}
+    elif "name" in tool:
+        changes["bare function -> tool"] += 1
+        tool = {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
+    else:
+        return tool
+    function = drop_nulls(tool["function"], changes)
+    for key in ("inputSchema", "input_schema"):  # as MCP and Anthropic name them
+        if key in function and "parameters" not in function:
+            changes[f"{key} -> parameters"] += 1
+            function["parameters"] = function.pop(key)
+    if "parameters" in function:
+        function["parameters"] = to_parameters(function["parameters"], changes)
+    return {**tool, "function": function}
+
+
+def to_tools(tools: object) -> tuple[object, Counter]:
+    """Return (tools in the OpenAI shape, Counter of what was changed); what is not clear stays for check_tools."""
+    changes: Counter = Counter()
+    if isinstance(tools, str):
+        tools = parse_json(tools, "tools are") if tools.strip() else []
+    if isinstance(tools, list):
+        tools = [to_tool(unpack(tool, f"tool {index} is"), changes) for index, tool in enumerate(tools, start=1)]
+    return tools, changes
+
+
+def is_tool(value: object) -> bool:
+    """Say whether a value looks like a tool, in the OpenAI shape or bare; a name alone may be anything's."""
+    return isinstance(value, dict) and ("function" in value or "name" in value and not value.keys().isdisjoint(
+        ("parameters", "description")))
+
+
+def find_tools(text: str) -> tuple[list[dict], str]:
+    """Return (tools that stand as JSON in a text, the text without them): its first list of tools, else all objects."""
+    found, rest, end = [], "", 0
+    for mark in re.finditer(r"[\[{]", text):
+        if mark.start() < end:
+            continue
+        try:
+            value, stop = read_value(text, mark.start())
+        except ValueError:
+            continue
+        if value and all(map(is_tool, as_list(value))):
+            if isinstance(value, list):
+                return value, text[: mark.start()] + text[stop:]
+            found.append(value)
+            rest, end = rest + text[end : mark.start()], stop
+    return found, rest + text[end:]
+
+
+def take_tools(text: str) -> tuple[list[dict], str]:
+    """Return what find_tools does; ValueError if beside the tools there is one that cannot be read."""
+    found, rest = find_tools(text)
+    if found and (broken := BROKEN_TOOL.search(rest)):
+        raise ValueError(f"a tool beside others is not JSON: {shorten(broken[0])}")
+    return found, rest
+
+
+@lru_cache(maxsize=20_000)  # rows share tools: checking one takes longer than checking a row's calls
+def check_tool(text: str) -> tuple[object, str | None]:
+    """Return (validator of the tool's arguments, its problem or None) for the JSON text of a tool."""
+    tool, validator = json.loads(text), jsonschema.Draft202012Validator
+    if problem := find_forbidden(text):
+        return validator({}), problem
+    schema = tool["function"].get("parameters") or {"type": "object", "properties": {}}
+    if not isinstance(schema, dict):
+        return validator({}), f"parameters must be an object, got {shorten(schema)}"
+    strays = [key for key in schema if key not in SCHEMA_NOTES]
+    if strays and not schema.keys() & SCHEMA_SUBJECTS:  # valid JSON Schema, by which any call would pass
+        return validator({}), (f"parameters.{strays[0]} is no word of JSON Schema; expected "
+                               '{"type": "object", "properties": {...}}')
+    try:
+        validator.check_schema(schema, format_checker=validator.FORMAT_CHECKER)
+        # An empty registry: a $ref to elsewhere is a problem, never a download.
+        return validator(to_strict(schema), registry=referencing.Registry()), None
+    except jsonschema.SchemaError as error:
+        path = ".".join(["parameters", *map(str, error.absolute_path)])
+        return validator({}), f"{path} is not valid JSON Schema: {error.message[:200]}"
+    except Exception as error:  # a schema is a small program out of the data: it can break the library in many ways
+        return validator({}), f"parameters cannot be used as JSON Schema: {error}"[:300]
+
+
+def check_tools(tools: object) -> tuple[dict, list[str]]:
+    """Return ({tool name: validator of its arguments}, problems) for a list of tools in the OpenAI shape."""
+    if not isinstance(tools, list):
+        return {}, ["tools must be a list, got " + shorten(tools)]
+    validators, problems = {}, []
+    for index, tool in enumerate(tools, start=1):
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+            problems.append(f'tool {index}: expected {{"type": "function", "function": {{"name": ...}}}}, got '
+                            + shorten(tool))
+            continue
+        name = function["name"]
+        if name in validators:
+            problems.append(f"tool {index} {shorten(name)}: the name is taken by an earlier tool")
+        validators[name], problem = check_tool(to_json(tool))
+        problems += [f"tool {index} {shorten(name)}: {problem}"] if problem else []
+    return validators, problems
+
+
+@contextlib.contextmanager
+def limit_time(seconds: float):
+    """End what takes longer with a TimeoutError: a `pattern` out of the data can keep Python busy for years."""
+
+    def stop(number, frame):
+        raise TimeoutError
+
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield  # as on Windows: there is no such timer
+        return
+    with handle_signals(stop, (signal.SIGALRM,)):
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def check_call(name: str, arguments: dict, validators: dict) -> list[str]:
+    """Check the arguments of a call against the JSON Schema of its own tool.
+
+    A tool whose schema took too long once is not tried again: its place in `validators` then holds what to say.
+    """
+    if name not in validators:
+        close = difflib.get_close_matches(name, validators, n=1)
+        known = list_first(validators, SHOWN_PROBLEMS) or "none"
+        return ["the row has no such tool; " + (f'did you mean "{close[0]}"?' if close else f"tools: {known}")]
+    try:
+        if not isinstance(validators[name], str):
+            with limit_time(CHECK_SECONDS):
+                errors = [*validators[name].iter_errors(arguments)]
+            # Where something in a value fails, the part that says so has let none of the value's properties pass.
+            failed = [error.json_path for error in errors if error.validator != "unevaluatedProperties"]
+            return [describe(error) for error in sorted(errors, key=lambda error: error.json_path)
+                    if error.validator != "unevaluatedProperties"
+                    or not any(path.startswith(error.json_path) for path in failed)]
+    except TimeoutError:
+        validators[name] = (f"its tool's schema takes over {CHECK_SECONDS} s to apply; simplify its patterns or "
+                            "alternatives")
+    except referencing.exceptions.Unresolvable as error:
+        return [f"its tool's schema refers to {error.ref}, which is not inside that schema"]
+    except Exception as error:  # as in check_tool
+        return [f"its tool's schema cannot be applied: {type(error).__name__}: {error}"[:300]]
+    return [validators[name]]
+
+
+def read_tools(path: str) -> tuple[list[dict], Counter]:
+    """Return (tools of a JSON file, Counter of what to_tools changed); one that is not valid is a UserError."""
+    with open_file(path) as file:
+        text = read_text(file)
+    if not text.lstrip().startswith("["):
+        raise UserError(f'{path}: expected a JSON array of tools, [{{"type": "function", "function": {{...}}}}, ...]')
+    pairs = list(read_array(path, text))
+    try:
+        tools, changes = to_tools([tool for _, tool in pairs])
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {error}") from None
+    located = [(pairs[int(re.match(r"tool (\d+)", problem)[1]) - 1][0], problem) for problem in check_tools(tools)[1]]
+    report_problems(located, "error", len(tools), "tool")
+    return tools, changes

@@ -1,0 +1,74 @@
+"""Greedy answers of a model of plain Transformers."""
+
+import argparse
+import contextlib
+import sys
+from functools import partial
+
+import torch
+from rich.progress import track
+from transformers import DynamicCache
+
+from tool_calling.data.literals import as_list
+from tool_calling.engines.start import autocast
+from tool_calling.prompts import Sequence
+from tool_calling.streams import split_rows, to_tree
+
+
+def find_stop_tokens(model, tokenizer) -> list[int]:
+    """Return the tokens at which servers end an answer: the tokenizer's, and those of generation_config.json."""
+    return sorted({tokenizer.eos_token_id, *as_list(model.generation_config.eos_token_id)} - {None})
+
+
+def generate_tokens(model, prompts: list[list[int]], stops: list[int], max_new_tokens: int) -> list[list[int]]:
+    """Return the greedy answers to prompts, as tokens without the one of `stops` that ended them.
+
+    What all prompts have in common is computed once and held once; the rest of each is padded on the left. A row that
+    is done leaves the batch.
+    """
+    tree = to_tree([Sequence("", prompt, len(prompt)) for prompt in prompts])
+    shared = min((length for _, length in tree[1:]), default=len(prompts[0]) - 1)
+    prefix, cache = DynamicCache(), DynamicCache()
+    if shared:
+        model(torch.tensor([prompts[0][:shared]], device=model.device), past_key_values=prefix, logits_to_keep=1)
+    rests = [torch.tensor(prompt[shared:]) for prompt in prompts]
+    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
+    ids, filled = (pad(rows).to(model.device) for rows in (rests, [*map(torch.ones_like, rests)]))
+    positions = (shared + filled.cumsum(dim=1) - 1).clamp(min=0)
+    # Padding sees itself, so that no token sees nothing; nothing else sees padding.
+    own = torch.eye(ids.shape[1], dtype=torch.bool, device=ids.device)
+    mask = (filled[:, None, :].bool() & torch.ones_like(own).tril() | own)[:, None]
+    answers, open_rows = [[] for _ in prompts], range(len(prompts))
+    for _ in range(max_new_tokens):
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
+                       prefix_cache=prefix if shared else None, logits_to_keep=1).logits
+        tokens = logits[:, -1].argmax(dim=-1)
+        going = []  # on the CPU, whence it can index the caches of layers on any GPU
+        for index, (row, token) in enumerate(zip(open_rows, tokens.tolist())):
+            if token not in stops:
+                answers[row].append(token)
+                going.append(index)
+        if not going:
+            break
+        if len(going) < len(tokens):
+            cache.batch_select_indices(torch.tensor(going))
+            open_rows, filled = [open_rows[index] for index in going], filled[going]
+        ids, positions = tokens[going, None], positions[going, -1:] + 1
+        filled = torch.cat([filled, torch.ones_like(ids)], dim=1)
+        mask = filled[:, None, None, :].bool()
+    return answers
+
+
+def generate_answers(model, tokenizer, sequences: list[Sequence], args: argparse.Namespace, name: str) -> list[str]:
+    """Return the greedy answer of a model of plain Transformers to the prompt of each sequence."""
+    stops, answers = find_stop_tokens(model, tokenizer), {}
+    model.eval()
+    batches = split_rows(sequences, args.eval_batch_size)
+    bar = track(batches, f"answers of {name}", transient=True, disable=not sys.stdout.isatty())
+    with contextlib.closing(bar):
+        for batch in bar:
+            prompts = [list(sequence.input_ids[: sequence.prompt_length]) for sequence in batch]
+            with torch.inference_mode(), autocast(model):
+                tokens = generate_tokens(model, prompts, stops, args.max_new_tokens)
+            answers |= {id(sequence): tokenizer.decode(answer) for sequence, answer in zip(batch, tokens)}
+    return [answers[id(sequence)] for sequence in sequences]

@@ -1,0 +1,180 @@
+"""Config, tokenizer and weights of a model, checked before it is loaded."""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from tool_calling.prompts import find_end_token
+from tool_calling.terminal import UserError, cut_text, list_first, say
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+UNSLOTH_TREES = ("llama", "qwen2", "qwen3")  # config.model_type of the models whose layers take prefix_seg_info
+
+
+def explain_hub_error(message: str, folder: Path) -> str:
+    """Return what a user can do about a model that could not be loaded."""
+    text = message.lower()
+    if folder.is_file():
+        return "is a file; expected the folder of a model"
+    if (folder / "adapter_config.json").is_file():
+        return "is an adapter; expected the model that it belongs to, its base"
+    if "trust_remote_code" in text:
+        return "brings Python code of its own, which is not run; if you know who wrote it, add --trust_remote_code"
+    if folder.is_dir() or "model type" in text or "model_type" in text:
+        return f"nothing that Transformers can load: {cut_text(message)}"
+    if "gated" in text or "401" in text or "403" in text:
+        return "gated or private; accept its terms on the Hub, then run `hf auth login`"
+    if "connect" in text or "offline" in text or "cached" in text or "resolve" in text:
+        return "no such folder, not in the cache, and the Hub cannot be reached; check the network, or give a folder"
+    return "no such folder and no such model on the Hub; check the spelling"
+
+
+def load_config(model_id: str, flag: str = "--model_id", trust: bool = False):
+    """Return the config of a model; whatever is wrong with the id becomes one line that says so.
+
+    Here as in every load, Python code that comes with a model is run only with `trust`.
+    """
+    try:
+        return AutoConfig.from_pretrained(model_id, trust_remote_code=trust)
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise UserError(f"{flag} {model_id}: {explain_hub_error(str(error), Path(model_id))}") from None
+
+
+def check_model(model_id: str, flag: str = "--model_id", trust: bool = False):
+    """Return the config of a causal language model with weights; anything else is a UserError."""
+    folder = Path(model_id)
+    if folder.is_dir() and not list(folder.glob("*.safetensors")):
+        raise UserError(f"{flag} {model_id}: the folder holds no *.safetensors; give a folder saved by save_pretrained")
+    config = load_config(model_id, flag, trust)
+    check_kind(config, model_id, flag)
+    check_weights(folder, f"{flag} {model_id}")
+    return config
+
+
+def check_weights(folder: Path, what: str) -> None:
+    """Refuse a folder that lacks a file its index names, or holds one cut off, or git-lfs' pointer in place of one."""
+    index = folder / "model.safetensors.index.json"
+    try:
+        parts = {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()} if index.is_file() else {}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{what}: {index.name} does not say which weights are where; download it again") from None
+    if missing := sorted(name for name in parts if not (folder / name).is_file()):
+        raise UserError(f"{what}: has no {list_first(missing, 3)}; download it again")
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "np"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{what}: {file.name} holds no whole weights ({error}); download it again") from None
+
+
+def check_kind(config, model_id: str, flag: str = "--model_id") -> None:
+    """Refuse what is no causal language model, or one whose layers do not all look back on all tokens."""
+    names = config.architectures or []
+    if not any(name.endswith("ForCausalLM") for name in names):
+        raise UserError(f"{flag} {model_id}: not a causal language model ({', '.join(names) or config.model_type})")
+    layers = getattr(config, "layer_types", None) or []
+    kinds, window = {*layers} - {"full_attention"}, not layers and getattr(config, "sliding_window", None)
+    if kinds or window and window < getattr(config, "max_position_embeddings", math.inf):
+        raise UserError(f"{flag} {model_id}: has layers of {', '.join(sorted(kinds)) or 'sliding_attention'}, which do "
+                        "not look back on all tokens; expected full attention in every layer")
+
+
+def check_dropout(args: argparse.Namespace, config) -> None:
+    """Refuse dropout for a mixture of experts: PEFT has none for experts, whose weights are one tensor per layer."""
+    if args.lora_dropout and (getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)):
+        raise UserError(f"--lora_dropout {args.lora_dropout}: {args.model_id} is a mixture of experts, whose adapters "
+                        "have no dropout; expected 0")
+
+
+def can_share(engine: str, config) -> bool:
+    """Say whether an engine's attention for a kind of model takes trees; print one line if not."""
+    if engine != "unsloth" or config.model_type in UNSLOTH_TREES:
+        return True
+    say("plan", f"ordinary padded batches: with Unsloth, only {', '.join(UNSLOTH_TREES)} share prefixes, and this is "
+                f"{config.model_type}; --engine transformers shares them, too")
+    return False
+
+
+def load_tokenizer(model_id: str, trust: bool = False, flag: str = "--model_id"):
+    """Return the base model's own tokenizer, whose eos_token is the one that ends the answers of its chat template.
+
+    Bases have the template of their chat models and another eos_token, which would never be written.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_id, trust_remote_code=trust)
+    except (OSError, ValueError, KeyError) as error:
+        reason = explain_hub_error(str(error), Path(model_id))
+        raise UserError(f"{flag} {model_id}: its tokenizer cannot be loaded: {reason}") from None
+    if not tokenizer.chat_template:
+        raise UserError(f"{flag} {model_id}: has no chat template; use a chat model such as Qwen/Qwen3-0.6B")
+    end = find_end_token(tokenizer)
+    if end is None:
+        raise UserError(f"{flag} {model_id}: its chat template does not end an answer with a token of its own, so "
+                        f"the model could not stop; use a chat model such as Qwen/Qwen3-0.6B")
+    if end != tokenizer.eos_token:
+        tokenizer.eos_token = end
+    return tokenizer
+
+
+def build_skeleton(config, trust: bool):
+    """Return the model that a config describes, with the shapes of its weights and no memory for them."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+
+
+def count_parameters(config, rank: int, trust: bool = False, targets=PROJECTIONS) -> dict[str, int]:
+    """Return how many weights are in linear layers (those that 4 bits hold), elsewhere, and in an adapter.
+
+    A name of --target_modules that no linear layer has is a UserError.
+    """
+    skeleton = build_skeleton(config, trust)
+    layers = {name: module for name, module in skeleton.named_modules()
+              if isinstance(module, torch.nn.Linear) and not name.startswith("lm_head")}
+    experts = [(name, *weight.shape[1:], weight.shape[0]) for name, weight in skeleton.named_parameters()
+               if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]
+    names = {name.rsplit(".", 1)[-1] for name in layers} | ({"gate_proj", "up_proj", "down_proj"} if experts else set())
+    if rank and (missing := sorted({*targets} - names)):
+        raise UserError(f"--target_modules {' '.join(missing)}: no linear layer of the model is named so; "
+                        f"expected some of {', '.join(sorted(names))}")
+    linear = sum(layer.weight.numel() for layer in layers.values())
+    adapter = sum(rank * (layer.in_features + layer.out_features) for name, layer in layers.items()
+                  if name.rsplit(".", 1)[-1] in targets)
+    for name, rows, columns, count in experts:  # gate and up are one weight, and their adapter has twice the rank
+        adapter += count * rank * (1 + name.endswith("gate_up_proj")) * (rows + columns)
+    return {"linear": linear, "other": sum(weight.numel() for weight in skeleton.parameters()) - linear,
+            "adapter": adapter}
+
+
+def check_merge_base(args: argparse.Namespace, config) -> str:
+    """Return the id of the 16-bit model that the adapter will be merged into, settled before training."""
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None and (method := quantised.get("quant_method", "bitsandbytes")) != "bitsandbytes":
+        raise UserError(f"--model_id {args.model_id}: is quantised by {method}, on which no adapter is trained here; "
+                        "expected the original, which is put into 4 bits while it is loaded")
+    if quantised is None or args.save_method == "lora":
+        return args.merge_model_id or args.model_id
+    if not args.lora_rank:
+        raise UserError(f"--model_id {args.model_id}: is quantised, and --lora_rank 0 trains 16-bit weights; give the "
+                        "original, or train an adapter")
+    if args.merge_model_id is None:
+        raise UserError(f"--model_id {args.model_id}: is already quantised, and a merge needs the 16-bit weights; "
+                        "name the original with --merge_model_id")
+    return args.merge_model_id
+
+
+def check_same_shape(config, merge_model_id: str, trust: bool) -> None:
+    """Refuse a merge base whose layers are not those of the model that is trained."""
+    other = check_model(merge_model_id, "--merge_model_id", trust)
+    if getattr(other, "quantization_config", None) is not None:
+        raise UserError(f"--merge_model_id {merge_model_id}: is quantised too; expected the 16-bit original")
+    for name in ("model_type", "hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size"):
+        if getattr(config, name, None) != getattr(other, name, None):
+            raise UserError(f"--merge_model_id {merge_model_id}: {name} is {getattr(other, name, None)}, "
+                            f"and {getattr(config, name, None)} in --model_id; expected the same model in 16 bits")

@@ -1,0 +1,89 @@
+"""Token losses of a batch, held-out scores and gradients."""
+
+import torch
+
+from tool_calling.engines.attention import to_attention_mask, to_key_blocks
+from tool_calling.engines.fsdp import held_part
+from tool_calling.engines.start import autocast
+
+COMPARED_NUMBERS = 2**27  # of a gradient of more numbers, every n-th is compared: half a GiB each time it is held
+
+
+def compute_token_losses(model, batch: dict, engine: str):
+    """Return (loss in nats, fp32 with gradient; whether greedy decoding would choose it) per supervised token.
+
+    Both are of shape [supervised tokens]. In a stream, attention is limited to each token's ancestors. The vocabulary
+    projection, the largest of all multiplications, is computed only where a token is supervised.
+    """
+    inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "subtree_end")}
+    labels = batch["labels"][:, 1:]
+    supervised = labels != -100
+    if engine == "unsloth":  # TRL's head: a Triton kernel that never holds all logits
+        if "subtree_end" in batch:
+            inputs["subtree_end"] = batch["subtree_end"][0]
+        outputs = model(**inputs, labels=batch["labels"], fused_lm_head=True)
+        return -outputs.log_probs[supervised].float(), outputs.is_top1[supervised]
+    if "subtree_end" in batch:
+        inputs["attention_mask"] = to_attention_mask(batch["subtree_end"][0])
+        inputs["key_blocks"] = to_key_blocks(inputs["attention_mask"])
+    columns = supervised.any(dim=0).nonzero()[:, 0].tolist()  # a tensor would be on another GPU if layers are spread
+    logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits[supervised[:, columns]]
+    losses = torch.nn.functional.cross_entropy(logits.float(), labels[supervised], reduction="none")
+    return losses, logits.detach().argmax(dim=-1) == labels[supervised]
+
+
+def score_batches(model, batches, engine: str):
+    """Return sums over batches, float64 [4]: loss in nats, supervised tokens, sequences reproduced, sequences.
+
+    Greedy decoding writes an answer exactly if and only if each of its tokens is the most likely one after those before
+    it. So this forward pass, which knows the answer, counts exact matches without generating.
+    """
+    losses, exact, tokens, sequences = [], [], 0, 0
+    was_training = model.training
+    model.eval()
+    for batch in batches:
+        supervised = batch["labels"] != -100
+        starts = supervised & ~supervised.roll(1, dims=1)  # before each answer stands its prompt
+        answer = starts.flatten().cumsum(dim=0)[supervised.flatten()] - 1  # which answer a supervised token is of
+        with torch.no_grad(), autocast(model):
+            loss, hits = compute_token_losses(model, {n: t.to(model.device) for n, t in batch.items()}, engine)
+        misses = torch.zeros(int(starts.sum()), device=hits.device).index_add_(
+            0, answer.to(hits.device), (~hits).float())
+        losses.append(loss.sum(dtype=torch.float64))
+        exact.append((misses == 0).sum(dtype=torch.float64))
+        tokens, sequences = tokens + len(loss), sequences + len(misses)
+    model.train(was_training)
+    zero = torch.zeros((), dtype=torch.float64, device=model.device)
+    return torch.stack([sum(losses, zero), zero + tokens, sum(exact, zero), zero + sequences])
+
+
+def to_metrics(sums) -> dict:
+    """Return the mean loss in nats per supervised token, and the share of sequences that greedy decoding reproduces."""
+    loss, tokens, exact, sequences = sums.tolist()
+    return {"loss": loss / tokens, "exact_match": exact / sequences}
+
+
+def measure_loss(model, batches, engine: str) -> float:
+    """Return the mean loss in nats per supervised token over batches."""
+    return to_metrics(score_batches(model, batches, engine))["loss"]
+
+
+def compute_gradient(model, batches: list[dict], engine: str):
+    """Return (loss summed over the supervised tokens, its gradient as one fp32 vector on the CPU) of the batches.
+
+    Of a large model's gradient, every n-th number: its errors are not in a few of them. Of a split one, the part that
+    is here.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    step = -(-sum(parameter.numel() for parameter in parameters) // COMPARED_NUMBERS)
+    total, gradient = 0.0, 0.0
+    for batch in batches:
+        model.zero_grad()
+        with autocast(model):
+            loss = compute_token_losses(model, {n: t.to(model.device) for n, t in batch.items()}, engine)[0].sum()
+        loss.backward()
+        total += loss.item()
+        # Added here and not in .grad, where a CUDA graph writes the next gradient over the last.
+        gradient += torch.cat([held_part(parameter.grad).flatten()[::step].float() for parameter in parameters]).cpu()
+    model.zero_grad()
+    return total, gradient

@@ -1,0 +1,1 @@
+"""What a run leaves: adapter, merged model and the proof of both, GGUF files, cards, uploads."""

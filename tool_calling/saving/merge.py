@@ -1,0 +1,149 @@
+"""Adapter and merged model on disk, and read back."""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import AutoModelForCausalLM
+
+from tool_calling.engines.answers import find_stop_tokens
+from tool_calling.engines.fsdp import gather_model, held_part
+from tool_calling.engines.hub import load_config, load_tokenizer
+from tool_calling.engines.loading import find_place, load_adapter, load_base
+from tool_calling.engines.losses import measure_loss
+from tool_calling.engines.start import free_gpu
+from tool_calling.files import discard_partial, partial_folder, put_in_place
+from tool_calling.run_folder import write_run
+from tool_calling.terminal import UserError, warn
+
+MERGE_SLACK = 0.02  # nats per token (a share of losses over 1), and share of the rows, that a merge may cost
+ROUNDED_WEIGHTS = 2**26  # of a weight, so many numbers are rounded or summed at a time: it takes as much memory again
+
+
+def save_adapter(model, output_dir: str) -> str:
+    """Save the LoRA weights to `output_dir`/adapter and return that path."""
+    adapter = str(Path(output_dir) / "adapter")
+    with discard_partial(adapter) as folder:
+        model.save_pretrained(folder)
+        (Path(folder) / "README.md").unlink(missing_ok=True)  # PEFT's empty form: hand_over writes a card with scores
+        put_in_place(adapter)
+    return adapter
+
+
+def save_whole(args: argparse.Namespace, model) -> Path:
+    """Save a model with its tokenizer and the run's settings, and return its folder, not yet the final one."""
+    folder = partial_folder(args.final_model_dir)
+    shutil.rmtree(folder, ignore_errors=True)
+    model.config.use_cache = True  # off during training only
+    tokenizer = load_tokenizer(args.model_id, args.trust_remote_code)
+    model.generation_config.eos_token_id = find_stop_tokens(model, tokenizer)
+    model.save_pretrained(folder, save_original_format=True)
+    tokenizer.save_pretrained(folder)
+    write_run(args, folder)
+    return folder
+
+
+def sum_weights(model) -> dict[str, float]:
+    """Return the sum of each of a model's weights by name, of those that are in memory."""
+    return {name: sum(part.double().sum().item() for part in parameter.detach().flatten().split(ROUNDED_WEIGHTS))
+            for name, parameter in model.named_parameters() if parameter.device.type != "meta"}
+
+
+def refuse_unchanged(sums: dict[str, float], model) -> None:
+    """Refuse a model that equals the base, whose sum_weights these are."""
+    if sums == sum_weights(model):
+        raise UserError("the trained model equals the base: training changed nothing that 16-bit weights can hold; "
+                        "train longer or raise --learning_rate")
+
+
+def round_at_random(weights) -> None:
+    """Round fp32 weights in place to numbers that bf16 has: up or down at random, the likelier the nearer.
+
+    What training adds to a weight is often less than half the way to bf16's next number. Rounded to the nearest it is
+    lost in all weights alike; at random, their sum keeps it. A number that bf16 has stays as it is.
+    """
+    for part in weights.view(-1).split(ROUNDED_WEIGHTS):
+        bits = part.view(torch.int32)  # bf16 is the upper half of fp32, and the lower half decides how often it carries
+        carry = torch.randint_like(bits, 2**16).masked_fill_(~part.isfinite(), 0)
+        bits.add_(carry).bitwise_and_(-(2**16))
+
+
+def merge_layers(model) -> None:
+    """Merge the adapter into each layer in fp32; then bf16 weights are rounded at random, others to the nearest."""
+    for layer in [module for module in model.modules() if isinstance(module, BaseTunerLayer)]:
+        weights = [*layer.get_base_layer().parameters(recurse=False)]
+        types = [weight.dtype for weight in weights]
+        for weight in weights:
+            weight.data = weight.data.float()
+        layer.merge()
+        for weight, dtype in zip(weights, types):
+            if dtype == torch.bfloat16:
+                round_at_random(weight.data)
+            weight.data = weight.data.to(dtype)
+
+
+def merge_adapter(args: argparse.Namespace, base_id: str, adapter: str) -> Path:
+    """Merge the adapter into the 16-bit base, save the model whole, and return its folder, not yet the final one."""
+    def load(place):
+        return AutoModelForCausalLM.from_pretrained(base_id, dtype="auto", device_map=place, use_safetensors=True,
+                                                    trust_remote_code=args.trust_remote_code)
+
+    base = load(find_place(args))
+    if any(weight.device.type == "meta" for weight in base.parameters()):  # more than the GPUs hold
+        del base
+        free_gpu()
+        base = load("cpu")
+    sums = sum_weights(base)
+    model = load_adapter(base, adapter)
+    torch.manual_seed(args.seed)
+    merge_layers(model)
+    merged = model.unload()
+    refuse_unchanged(sums, merged)
+    return save_whole(args, merged)
+
+
+def quantise_folder(folder: Path, trust: bool, place: str) -> None:
+    """Put the model of a folder, saved in 16 bits, into 4 bits as bitsandbytes has them; the rest stays as it was."""
+    model = load_base(str(folder), True, trust, load_config(str(folder), trust=trust).dtype, place)
+    for file in folder.glob("model*.safetensors*"):  # the model may still read it: removed, not written over
+        file.unlink()
+    model.save_pretrained(folder)
+
+
+def read_back(folder: Path, trust: bool = False, place: str | None = None):
+    """Return the saved model, loaded with plain Transformers and checked: no stray weights, all finite."""
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, use_safetensors=True, trust_remote_code=trust)
+    strays = [*info["missing_keys"], *info["unexpected_keys"], *(n for n, _ in model.named_parameters() if "lora" in n)]
+    if strays:
+        raise UserError(f"{folder}: missing or unknown weights: {', '.join(sorted(strays)[:5])}")
+    if bad := [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]:
+        raise UserError(f"{folder}: weights that are not finite: {', '.join(bad[:5])}")
+    del model
+    return load_base(str(folder), False, trust, place=place)
+
+
+def is_worse(loss: float, expected: float) -> bool:
+    """Say whether a held-out loss is above the expected one by more than rounding explains, or is no number."""
+    return not loss <= expected + MERGE_SLACK * max(1, expected)
+
+
+def round_trained(args: argparse.Namespace, model, dtype, batches: list[dict], engine: str) -> tuple:
+    """Put fully trained fp32 weights into the type of their base; return (the model whole, the held-out loss it has).
+
+    In a short run with a low rate, 16 bits may not hold what the steps changed: that is warned of. All processes must
+    call this, and the first one gets the model.
+    """
+    before, dtype = measure_loss(model, batches, engine), dtype or model.dtype
+    torch.manual_seed(args.seed)
+    for parameter in model.parameters():
+        if dtype == torch.bfloat16:
+            round_at_random(held_part(parameter.data))
+        parameter.data.copy_(parameter.data.to(dtype))
+    after = measure_loss(model, batches, engine)
+    if is_worse(after, before):
+        warn(f"{dtype} holds less than training changed: held-out loss {after:.4f}, in 32 bits {before:.4f}; train "
+             "longer or raise --learning_rate")
+    return gather_model(model, dtype, args.trust_remote_code) if args.fsdp else model.to(dtype), after

@@ -1,0 +1,1 @@
+"""Training by TRL's SFTTrainer over streams."""
