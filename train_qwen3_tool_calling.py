@@ -8,7 +8,6 @@ Each section takes what the one above it gives. Everything that can be checked w
 before torch is imported, so a mistake costs a second and not an hour.
 """
 
-
 import argparse
 import contextlib
 import errno
@@ -98,95 +97,219 @@ def build_parser() -> Parser:
     parser = Parser(
         description="Fine-tune a Qwen3 model to call your tools, and save it merged in safetensors.",
         formatter_class=partial(argparse.ArgumentDefaultsHelpFormatter, max_help_position=34, width=120),
-        allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
     )
     count, path = number(int, 1), os.path.expanduser  # after "=" and in --config, no shell sees to ~
-    parser.add_argument("--config", metavar="FILE",
-                        help="YAML file of settings, `flag: value`, as the run.yaml of each run; flags override it")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML file of settings, `flag: value`, as the run.yaml of each run; flags override it",
+    )
 
     add = parser.add_argument_group("data").add_argument
-    add("--dataset_path", nargs="+", type=path, default=DATASET_PATH, metavar="PATH",
-        help="JSON or JSONL files, folders of them, or Hugging Face datasets: name[:split]")
+    add(
+        "--dataset_path",
+        nargs="+",
+        type=path,
+        default=DATASET_PATH,
+        metavar="PATH",
+        help="JSON or JSONL files, folders of them, or Hugging Face datasets: name[:split]",
+    )
     add("--format", choices=["auto", *FORMATS], default="auto", help="shape of the rows (auto: each row's own)")
     add("--tools_path", type=path, default=TOOLS_PATH, help="JSON array of tools for rows without their own")
-    add("--train_test_split", type=number(float, 0, 1), default=TRAIN_TEST_SPLIT, metavar="SHARE",
-        help="share of the rows to hold out")
+    add(
+        "--train_test_split",
+        type=number(float, 0, 1),
+        default=TRAIN_TEST_SPLIT,
+        metavar="SHARE",
+        help="share of the rows to hold out",
+    )
     add("--max_samples", type=count, metavar="N", help="use only the first N rows (default: all)")
-    add("--max_seq_length", type=count, default=MAX_SEQ_LENGTH, metavar="TOKENS",
-        help="longest sequence; a longer one is a problem, it is never cut")
+    add(
+        "--max_seq_length",
+        type=count,
+        default=MAX_SEQ_LENGTH,
+        metavar="TOKENS",
+        help="longest sequence; a longer one is a problem, it is never cut",
+    )
     add("--on_invalid", choices=["error", "skip"], default="error", help="what to do with a row that has a problem")
-    add("--thinking", choices=["auto", "on", "off"], default="auto",
-        help="train answers with reasoning: auto: those that have some, on: all must, off: drop it")
-    add("--eval_dataset_path", nargs="+", type=path, metavar="PATH",
-        help="rows to hold out, instead of a share of --dataset_path; as there")
-    add("--convert_to", type=path, metavar="PATH",
-        help="train nothing: write the rows of --dataset_path in the OpenAI form to this new JSONL file")
-    add("--dry_run", action="store_true",
-        help="train nothing: print what a run would do, and write it to OUTPUT_DIR/audit.json")
+    add(
+        "--thinking",
+        choices=["auto", "on", "off"],
+        default="auto",
+        help="train answers with reasoning: auto: those that have some, on: all must, off: drop it",
+    )
+    add(
+        "--eval_dataset_path",
+        nargs="+",
+        type=path,
+        metavar="PATH",
+        help="rows to hold out, instead of a share of --dataset_path; as there",
+    )
+    add(
+        "--convert_to",
+        type=path,
+        metavar="PATH",
+        help="train nothing: write the rows of --dataset_path in the OpenAI form to this new JSONL file",
+    )
+    add(
+        "--dry_run",
+        action="store_true",
+        help="train nothing: print what a run would do, and write it to OUTPUT_DIR/audit.json",
+    )
     add("--show_row", type=count, metavar="N", help="print the N-th valid row whole, as the model sees it")
 
     add = parser.add_argument_group("model").add_argument
     add("--model_id", default=MODEL_ID, help="Hub id or folder of the base model")
     add("--merge_model_id", metavar="MODEL", help="16-bit original to merge into, when --model_id is already quantised")
-    add("--engine", choices=["auto", "unsloth", "transformers"], default="auto",
-        help="auto: Unsloth on CUDA, Transformers + PEFT elsewhere")
-    add("--load_in_4bit", action=argparse.BooleanOptionalAction,
-        help="train on a 4-bit base (QLoRA); never with --lora_rank 0 (default: True)")
-    add("--trust_remote_code", action="store_true", default=False,
-        help="run the Python code that a model brings along: only if you know who wrote it")
-    add("--lora_rank", type=number(int, 0), default=LORA_RANK, metavar="R",
-        help="rank of the adapter; 0 trains all weights of the model instead")
+    add(
+        "--engine",
+        choices=["auto", "unsloth", "transformers"],
+        default="auto",
+        help="auto: Unsloth on CUDA, Transformers + PEFT elsewhere",
+    )
+    add(
+        "--load_in_4bit",
+        action=argparse.BooleanOptionalAction,
+        help="train on a 4-bit base (QLoRA); never with --lora_rank 0 (default: True)",
+    )
+    add(
+        "--trust_remote_code",
+        action="store_true",
+        default=False,
+        help="run the Python code that a model brings along: only if you know who wrote it",
+    )
+    add(
+        "--lora_rank",
+        type=number(int, 0),
+        default=LORA_RANK,
+        metavar="R",
+        help="rank of the adapter; 0 trains all weights of the model instead",
+    )
     add("--lora_alpha", type=count, default=LORA_ALPHA, metavar="A", help="scale: alpha / rank")
-    add("--lora_dropout", type=number(float, 0, 1), default=LORA_DROPOUT, metavar="P",
-        help="dropout in front of the adapter")
-    add("--use_rslora", action=argparse.BooleanOptionalAction, default=False,
-        help="scale by alpha / sqrt(rank) (rsLoRA): for high ranks")
-    add("--target_modules", nargs="+", default=" ".join(TARGET_MODULES), metavar="NAME",
-        help="linear layers that get an adapter")
+    add(
+        "--lora_dropout",
+        type=number(float, 0, 1),
+        default=LORA_DROPOUT,
+        metavar="P",
+        help="dropout in front of the adapter",
+    )
+    add(
+        "--use_rslora",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="scale by alpha / sqrt(rank) (rsLoRA): for high ranks",
+    )
+    add(
+        "--target_modules",
+        nargs="+",
+        default=" ".join(TARGET_MODULES),
+        metavar="NAME",
+        help="linear layers that get an adapter",
+    )
 
     train = parser.add_argument_group("training")
     add = train.add_argument
     add("--num_epochs", type=count, default=NUM_EPOCHS, metavar="N", help="passes over the data")
     add("--max_steps", type=count, metavar="N", help="train N optimizer steps, not --num_epochs")
     add("--batch_size", type=count, default=BATCH_SIZE, metavar="N", help="sequences per device and micro-batch")
-    add("--gradient_accumulation_steps", type=count, default=GRADIENT_ACCUMULATION_STEPS, metavar="N",
-        help="micro-batches per optimizer step")
-    add("--learning_rate", type=number(float, 0, low_open=True), metavar="LR",
-        help=f"peak rate; with --lora_rank 0 a tenth of the default (default: {LEARNING_RATE})")
-    add("--lr_scheduler_type", type=scheduler, default=LR_SCHEDULER_TYPE, metavar="NAME",
-        help="linear, cosine, constant, ... as Transformers names them")
+    add(
+        "--gradient_accumulation_steps",
+        type=count,
+        default=GRADIENT_ACCUMULATION_STEPS,
+        metavar="N",
+        help="micro-batches per optimizer step",
+    )
+    add(
+        "--learning_rate",
+        type=number(float, 0, low_open=True),
+        metavar="LR",
+        help=f"peak rate; with --lora_rank 0 a tenth of the default (default: {LEARNING_RATE})",
+    )
+    add(
+        "--lr_scheduler_type",
+        type=scheduler,
+        default=LR_SCHEDULER_TYPE,
+        metavar="NAME",
+        help="linear, cosine, constant, ... as Transformers names them",
+    )
     warmup = train.add_mutually_exclusive_group()  # argparse tells a given number from the default, which is a text
-    warmup.add_argument("--warmup_steps", type=number(int, 0), default=str(WARMUP_STEPS), metavar="N",
-                        help="steps until the peak rate")
-    warmup.add_argument("--warmup_ratio", type=number(float, 0, 1), metavar="SHARE",
-                        help="the same as a share of all steps, instead of --warmup_steps")
+    warmup.add_argument(
+        "--warmup_steps", type=number(int, 0), default=str(WARMUP_STEPS), metavar="N", help="steps until the peak rate"
+    )
+    warmup.add_argument(
+        "--warmup_ratio",
+        type=number(float, 0, 1),
+        metavar="SHARE",
+        help="the same as a share of all steps, instead of --warmup_steps",
+    )
     add("--weight_decay", type=number(float, 0), default=WEIGHT_DECAY, metavar="W", help="AdamW's decay")
-    add("--optim", metavar="NAME",
+    add(
+        "--optim",
+        metavar="NAME",
         help="optimizer (default: adamw_torch; on CUDA adamw_torch_fused, or adamw_8bit if all weights are trained on "
-             "each GPU)")
-    add("--gradient_checkpointing", choices=["auto", "on", "off"], default="auto",
-        help="compute activations twice instead of keeping them; auto: on with CUDA")
-    add("--share_prefix", action=argparse.BooleanOptionalAction, default=True,
-        help="compute what rows have in common once per stream")
-    add("--cuda_graphs", action=argparse.BooleanOptionalAction, default=True,
-        help="record the step and replay it with a few launches (Unsloth)")
-    add("--fsdp", action=argparse.BooleanOptionalAction, default=False,
-        help="split the weights over all GPUs (FSDP2), for models too large for one")
+        "each GPU)",
+    )
+    add(
+        "--gradient_checkpointing",
+        choices=["auto", "on", "off"],
+        default="auto",
+        help="compute activations twice instead of keeping them; auto: on with CUDA",
+    )
+    add(
+        "--share_prefix",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compute what rows have in common once per stream",
+    )
+    add(
+        "--cuda_graphs",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="record the step and replay it with a few launches (Unsloth)",
+    )
+    add(
+        "--fsdp",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="split the weights over all GPUs (FSDP2), for models too large for one",
+    )
     add("--seed", type=number(int, 0, 2**32), default=SEED, help="seed of everything random")
     add("--logging_steps", type=count, default=1, metavar="N", help="steps from one loss to the next")
     add("--save_steps", type=count, metavar="N", help="steps from one checkpoint to the next (default: an epoch)")
-    add("--save_total_limit", type=count, metavar="N",
-        help="keep the N newest checkpoints, and the best one (default: all)")
+    add(
+        "--save_total_limit",
+        type=count,
+        metavar="N",
+        help="keep the N newest checkpoints, and the best one (default: all)",
+    )
 
     add = parser.add_argument_group("evaluation").add_argument
-    add("--eval_steps", type=count, metavar="N",
-        help="steps from one held-out loss and exact match to the next (default: an epoch)")
-    add("--metric_for_best", choices=["exact_match", "loss"],
-        help="keep the checkpoint that is best on the held-out rows (default: the last)")
-    add("--early_stopping_patience", type=count, metavar="N",
-        help="stop after N evaluations without improvement (default: never)")
-    add("--eval_samples", type=count, default=EVAL_SAMPLES, metavar="N",
-        help="held-out rows to answer at the end with base, adapter and merged model")
+    add(
+        "--eval_steps",
+        type=count,
+        metavar="N",
+        help="steps from one held-out loss and exact match to the next (default: an epoch)",
+    )
+    add(
+        "--metric_for_best",
+        choices=["exact_match", "loss"],
+        help="keep the checkpoint that is best on the held-out rows (default: the last)",
+    )
+    add(
+        "--early_stopping_patience",
+        type=count,
+        metavar="N",
+        help="stop after N evaluations without improvement (default: never)",
+    )
+    add(
+        "--eval_samples",
+        type=count,
+        default=EVAL_SAMPLES,
+        metavar="N",
+        help="held-out rows to answer at the end with base, adapter and merged model",
+    )
     add("--eval_batch_size", type=count, default=EVAL_BATCH_SIZE, metavar="N", help="answers written at once")
     add("--max_new_tokens", type=count, default=MAX_NEW_TOKENS, metavar="N", help="longest answer")
     add("--eval_only", metavar="MODEL", help="train nothing: score this model or adapter on the held-out rows")
@@ -194,14 +317,30 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", type=path, default=OUTPUT_DIR, help="folder for checkpoints and the adapter")
     add("--final_model_dir", type=path, default=FINAL_MODEL_DIR, help="folder for the merged model")
-    add("--save_method", choices=["merged_16bit", "merged_4bit", "lora"], default="merged_16bit",
-        help="what to save at the end; lora: only the adapter, in OUTPUT_DIR/adapter")
-    add("--save_gguf", type=gguf_names, metavar="NAMES",
-        help="also write GGUF files and an Ollama Modelfile, with llama.cpp: q8_0,q4_k_m,...")
-    add("--push_to_hub", metavar="REPO",
-        help="upload the result to this Hugging Face repository at the end; a new one is private")
-    add("--resume_from_checkpoint", nargs="?", const="newest", metavar="PATH",
-        help="go on from a checkpoint (no PATH: the newest in --output_dir)")
+    add(
+        "--save_method",
+        choices=["merged_16bit", "merged_4bit", "lora"],
+        default="merged_16bit",
+        help="what to save at the end; lora: only the adapter, in OUTPUT_DIR/adapter",
+    )
+    add(
+        "--save_gguf",
+        type=gguf_names,
+        metavar="NAMES",
+        help="also write GGUF files and an Ollama Modelfile, with llama.cpp: q8_0,q4_k_m,...",
+    )
+    add(
+        "--push_to_hub",
+        metavar="REPO",
+        help="upload the result to this Hugging Face repository at the end; a new one is private",
+    )
+    add(
+        "--resume_from_checkpoint",
+        nargs="?",
+        const="newest",
+        metavar="PATH",
+        help="go on from a checkpoint (no PATH: the newest in --output_dir)",
+    )
     add("--report_to", default="none", metavar="NAME", help="tensorboard, wandb, ... or none")
     add("--run_name", metavar="NAME", help="the run's name there")
 
@@ -236,18 +375,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--dry_run shows a run from its start: leave out --resume_from_checkpoint")
     if not args.lora_rank:
         if args.load_in_4bit or args.engine == "unsloth" or args.save_method == "lora":
-            parser.error("--lora_rank 0 trains the 16-bit weights themselves, with Transformers: leave out "
-                         "--load_in_4bit, --engine unsloth and --save_method lora")
+            parser.error(
+                "--lora_rank 0 trains the 16-bit weights themselves, with Transformers: leave out "
+                "--load_in_4bit, --engine unsloth and --save_method lora"
+            )
         args.engine = "transformers"  # Unsloth's full fine-tuning runs on classes that take no streams
     if args.load_in_4bit is None:
         args.load_in_4bit = args.lora_rank > 0
     if args.fsdp:
         if count_devices() == 1 or args.engine == "unsloth":
-            parser.error("--fsdp splits the weights over several GPUs, with Transformers: start it with torchrun, and "
-                         "leave out --engine unsloth")
+            parser.error(
+                "--fsdp splits the weights over several GPUs, with Transformers: start it with torchrun, and "
+                "leave out --engine unsloth"
+            )
         if not args.lora_rank and args.optim not in (None, "adamw_torch", "adamw_torch_fused"):
-            parser.error(f"--fsdp --lora_rank 0 splits the optimizer too, as PyTorch's alone can: leave out --optim "
-                         f"{args.optim}, or give adamw_torch or adamw_torch_fused")
+            parser.error(
+                f"--fsdp --lora_rank 0 splits the optimizer too, as PyTorch's alone can: leave out --optim "
+                f"{args.optim}, or give adamw_torch or adamw_torch_fused"
+            )
         args.engine = "transformers"  # Unsloth's kernels take whole weights only
     args.learning_rate = args.learning_rate or LEARNING_RATE / (1 if args.lora_rank else 10)
     if args.save_gguf and args.save_method != "merged_16bit":
@@ -272,8 +417,15 @@ def load_model(args: argparse.Namespace, engine: str, plan):
     from tool_calling.engines.hub import load_config
     from tool_calling.engines.loading import load_base
     from tool_calling.engines.start import use_checkpointing
-    lora = dict(r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, bias="none",
-                use_rslora=args.use_rslora, target_modules=args.target_modules)
+
+    lora = dict(
+        r=args.lora_rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        bias="none",
+        use_rslora=args.use_rslora,
+        target_modules=args.target_modules,
+    )
     import torch
 
     if engine == "unsloth":
@@ -283,12 +435,20 @@ def load_model(args: argparse.Namespace, engine: str, plan):
         from unsloth.utils import prefix_grouper_kernel
 
         model, _ = FastLanguageModel.from_pretrained(
-            args.model_id, max_seq_length=args.max_seq_length, load_in_4bit=args.load_in_4bit, dtype=None,
-            use_safetensors=True, trust_remote_code=args.trust_remote_code,
-            use_exact_model_name=True)  # not a copy of it in Unsloth's own repositories
+            args.model_id,
+            max_seq_length=args.max_seq_length,
+            load_in_4bit=args.load_in_4bit,
+            dtype=None,
+            use_safetensors=True,
+            trust_remote_code=args.trust_remote_code,
+            use_exact_model_name=True,
+        )  # not a copy of it in Unsloth's own repositories
         model = FastLanguageModel.get_peft_model(
-            model, **lora, random_state=args.seed,
-            use_gradient_checkpointing="unsloth" if use_checkpointing(args) else False)
+            model,
+            **lora,
+            random_state=args.seed,
+            use_gradient_checkpointing="unsloth" if use_checkpointing(args) else False,
+        )
         add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "is_top1"))
         # Streams have few lengths, so attention compiled for exactly these is worth it: half the time of "any length".
         # By fullgraph, what cannot be compiled is an error (see check_sharing), and not run uncompiled as by Unsloth.
@@ -322,23 +482,45 @@ def to_sft_config(args: argparse.Namespace, plan, evaluate: bool):
     cuda = torch.cuda.is_available()
     dtype = to_dtype("cuda" if cuda else "cpu")
     config = SFTConfig(
-        output_dir=args.output_dir, per_device_train_batch_size=plan.rows, per_device_eval_batch_size=plan.rows,
-        gradient_accumulation_steps=plan.accumulation, num_train_epochs=args.num_epochs, max_steps=args.max_steps or -1,
-        learning_rate=args.learning_rate, lr_scheduler_type=args.lr_scheduler_type,
+        output_dir=args.output_dir,
+        per_device_train_batch_size=plan.rows,
+        per_device_eval_batch_size=plan.rows,
+        gradient_accumulation_steps=plan.accumulation,
+        num_train_epochs=args.num_epochs,
+        max_steps=args.max_steps or -1,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type=args.lr_scheduler_type,
         warmup_steps=args.warmup_steps if args.warmup_ratio is None else args.warmup_ratio,  # below 1: a share
-        weight_decay=args.weight_decay, optim=find_optim(args), seed=args.seed,
-        bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, gradient_checkpointing=use_checkpointing(args),
-        logging_steps=args.logging_steps, report_to=args.report_to, run_name=args.run_name, disable_tqdm=True,
-        save_strategy="steps" if args.save_steps else "epoch", save_steps=args.save_steps or 500,
-        eval_strategy="no" if not evaluate else "steps" if args.eval_steps else "epoch", eval_steps=args.eval_steps,
-        load_best_model_at_end=bool(args.metric_for_best), metric_for_best_model=args.metric_for_best,
-        greater_is_better=args.metric_for_best == "exact_match", dataloader_pin_memory=cuda, use_cpu=not cuda,
+        weight_decay=args.weight_decay,
+        optim=find_optim(args),
+        seed=args.seed,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        gradient_checkpointing=use_checkpointing(args),
+        logging_steps=args.logging_steps,
+        report_to=args.report_to,
+        run_name=args.run_name,
+        disable_tqdm=True,
+        save_strategy="steps" if args.save_steps else "epoch",
+        save_steps=args.save_steps or 500,
+        eval_strategy="no" if not evaluate else "steps" if args.eval_steps else "epoch",
+        eval_steps=args.eval_steps,
+        load_best_model_at_end=bool(args.metric_for_best),
+        metric_for_best_model=args.metric_for_best,
+        greater_is_better=args.metric_for_best == "exact_match",
+        dataloader_pin_memory=cuda,
+        use_cpu=not cuda,
         logging_nan_inf_filter=False,  # it hides what StreamTrainer looks for
         router_aux_loss_coef=0.0,  # routers of experts are not trained, and the loss is that of the answers alone
-        restore_callback_states_from_checkpoint=True, max_length=None, remove_unused_columns=False,
-        ddp_timeout=PATIENCE, ddp_find_unused_parameters=False, ddp_broadcast_buffers=False,
+        restore_callback_states_from_checkpoint=True,
+        max_length=None,
+        remove_unused_columns=False,
+        ddp_timeout=PATIENCE,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
         accelerator_config={"even_batches": False, "non_blocking": cuda},
-        dataset_kwargs={"skip_prepare_dataset": True})
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
     if not cuda:
         config.__dict__["_setup_devices"] = torch.device("cpu")  # of several "cpu:0", which torch cannot load to
     else:
@@ -380,11 +562,16 @@ def dry_run(args: argparse.Namespace) -> dict:
     bad, rows = len({where for where, _ in problems}), [*map(count_origins, sides)]
     audit = {
         "rows": {"total": total, "valid": total - bad, "with_problems": bad, "training": rows[0], "held_out": rows[1]},
-        **audit_calls(both), "problems": list_some(problems),
-        "unit": "characters" if missing else "tokens", "tokenizer_missing": missing, "turns": sum(map(len, groups)),
-        "sizes": audit_sizes(tokenizer, both, groups), "length": {} if missing else lengths,
+        **audit_calls(both),
+        "problems": list_some(problems),
+        "unit": "characters" if missing else "tokens",
+        "tokenizer_missing": missing,
+        "turns": sum(map(len, groups)),
+        "sizes": audit_sizes(tokenizer, both, groups),
+        "length": {} if missing else lengths,
         "repeats": audit_repeats(examples, held_out),
-        "warnings": find_warnings(examples, held_out) + [NOT_HELD_OUT] * unmeasured}
+        "warnings": find_warnings(examples, held_out) + [NOT_HELD_OUT] * unmeasured,
+    }
     if sides[0]:
         limited = argparse.Namespace(**{**vars(args), "max_seq_length": limit})
         audit |= audit_run(limited, sides[0], config)
@@ -411,6 +598,7 @@ def evaluate_only(args: argparse.Namespace, command: str) -> dict:
     from tool_calling.engines.loading import find_place, load_adapter, load_base
     from tool_calling.engines.start import start_engine
     from tool_calling.report import finish
+
     examples, skipped = read_examples(args, args.eval_dataset_path or args.dataset_path)
     args.engine = "transformers"
     start_engine(args)
@@ -451,8 +639,12 @@ def evaluate_only(args: argparse.Namespace, command: str) -> dict:
     held_out = len(sequences) if sides[1] else 0
     if not held_out:
         warn(NOT_HELD_OUT)
-    data = {"train": len(sequences) - held_out, "held_out": held_out, "skipped": skipped + groups.count([]),
-            "unit": name_unit(sequences)}
+    data = {
+        "train": len(sequences) - held_out,
+        "held_out": held_out,
+        "skipped": skipped + groups.count([]),
+        "unit": name_unit(sequences),
+    }
     mark_output(args)
     folder = str(Path(args.output_dir) / "eval_only")  # beside a training run's report, not in its place
     write_run(args, folder)
@@ -502,8 +694,9 @@ def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.Ex
     shown = find_shown(args, [*examples, *held_out])
     for warning in find_warnings(examples, held_out):
         warn(warning)
-    thinks = any("reasoning_content" in message for example in examples
-                 for message in filter(is_trained, example.messages))
+    thinks = any(
+        "reasoning_content" in message for example in examples for message in filter(is_trained, example.messages)
+    )
     gguf = find_gguf_tools(args.save_gguf)
     if args.push_to_hub:
         from tool_calling.saving.upload import check_hub
@@ -558,12 +751,16 @@ def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.Ex
     model = load_model(args, engine, plan)
     warn_of_frozen_experts(model)
     report_gpu()
-    trainer = build_trainer(args, to_sft_config(args, plan, bool(held_out)), engine, model, tokenizer, train, held_out, plan)
+    trainer = build_trainer(
+        args, to_sft_config(args, plan, bool(held_out)), engine, model, tokenizer, train, held_out, plan
+    )
     if plan.share_prefix and not check_sharing(args, trainer.model, train, plan, engine):
         args.share_prefix = False
         make_room(trainer.model)  # of what the check has recorded
         plan = plan_streams(train, args, engine)
-        trainer = build_trainer(args, to_sft_config(args, plan, bool(held_out)), engine, model, tokenizer, train, held_out, plan)
+        trainer = build_trainer(
+            args, to_sft_config(args, plan, bool(held_out)), engine, model, tokenizer, train, held_out, plan
+        )
     start_output(args, checkpoint, train, plan, date)
     complete = checkpoint is not None and is_complete(args, checkpoint, train)
     facts = train_model(trainer, checkpoint, complete)
@@ -599,8 +796,7 @@ def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.Ex
             put_in_place(args.final_model_dir)
     show_saved(args, results, before, time.perf_counter() - start)
     used = count_origins(train) + count_origins(held_out)
-    data = {"train": len(train), "held_out": len(held_out), "skipped": rows - used,
-            "unit": name_unit(train, held_out)}
+    data = {"train": len(train), "held_out": len(held_out), "skipped": rows - used, "unit": name_unit(train, held_out)}
     lengths = [len(row.input_ids) for row in train]
     report = finish(args, command, tested, results, scores, verdicts, data, lengths, facts)
     hand_over(args, config, tokenizer, adapter, report, train[0].parser, thinks, gguf)
@@ -610,8 +806,11 @@ def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.Ex
 def drop_resume(argv: list[str]) -> list[str]:
     """Return the words of a command line without --resume_from_checkpoint and its value."""
     flag = "--resume_from_checkpoint"
-    return [word for before, word in zip(["", *argv], argv)
-            if word.split("=")[0] != flag and (before != flag or word.startswith("--"))]
+    return [
+        word
+        for before, word in zip(["", *argv], argv)
+        if word.split("=")[0] != flag and (before != flag or word.startswith("--"))
+    ]
 
 
 def to_command(argv: list[str], output_dir: str) -> str:
@@ -684,8 +883,10 @@ def run_command_line() -> int:
         kinds = {"MemoryError": "memory", "OutOfMemoryError": "GPU memory"}  # torch's by its name, without its import
         if type(error).__name__ not in kinds:
             raise
-        lines = [f"out of {kinds[type(error).__name__]}; lower --batch_size or --max_seq_length (while answers are "
-                 "written, --eval_batch_size), or choose a smaller --model_id"]
+        lines = [
+            f"out of {kinds[type(error).__name__]}; lower --batch_size or --max_seq_length (while answers are "
+            "written, --eval_batch_size), or choose a smaller --model_id"
+        ]
     for line in lines:
         print(f"error: {hide_secrets(line)}", file=sys.stderr)
     return code

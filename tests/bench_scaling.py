@@ -19,8 +19,17 @@ from pathlib import Path
 from bench_throughput import make_rows, run_in_turn, script, time_steps, wait_for_turn
 
 TIMED_STEPS = 15
-COLUMNS = ("model", "bits", "GPUs", "rows per step", "samples/s", "ms per step", "of one GPU's", "GiB after loading",
-           "peak GiB")
+COLUMNS = (
+    "model",
+    "bits",
+    "GPUs",
+    "rows per step",
+    "samples/s",
+    "ms per step",
+    "of one GPU's",
+    "GiB after loading",
+    "peak GiB",
+)
 
 
 def count_bytes(model: str) -> int:
@@ -40,7 +49,9 @@ def measure(words: list[str], file: Path, steps: int) -> None:
     plan = script.plan_streams(train, args, engine)
     model = script.load_model(args, engine, plan)
     loaded = torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else 0.0
-    trainer = script.build_trainer(args, script.to_sft_config(args, plan, False), engine, model, tokenizer, train, [], plan)
+    trainer = script.build_trainer(
+        args, script.to_sft_config(args, plan, False), engine, model, tokenizer, train, [], plan
+    )
     if not script.check_sharing(args, trainer.model, train, plan, engine):
         raise RuntimeError("sharing is switched off")
     wait_for_turn(file)
@@ -70,12 +81,21 @@ def print_table(options, jobs: list[tuple]) -> None:
     """Measure all jobs, and print a line of the table for each."""
     commands, speeds = [], {}
     for model, bits, gpus in jobs:
-        words = ["--model_id", model, "--batch_size", str(options.rows), "--gradient_accumulation_steps", "1",
-                 "--load_in_4bit" if bits == 4 else "--no-load_in_4bit", *shlex.split(options.flags)]
+        words = [
+            "--model_id",
+            model,
+            "--batch_size",
+            str(options.rows),
+            "--gradient_accumulation_steps",
+            "1",
+            "--load_in_4bit" if bits == 4 else "--no-load_in_4bit",
+            *shlex.split(options.flags),
+        ]
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus)] if gpus > 1 else []
         steps = options.steps or (60 if count_bytes(model) < 10e9 else 25)
-        commands.append([sys.executable, *launcher, __file__, model, "--words", json.dumps(words), "--steps",
-                         str(steps)])
+        commands.append(
+            [sys.executable, *launcher, __file__, model, "--words", json.dumps(words), "--steps", str(steps)]
+        )
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
     for (model, bits, gpus), facts in zip(jobs, run_in_turn(commands, spread(jobs))):
         if isinstance(facts, str):
@@ -83,8 +103,11 @@ def print_table(options, jobs: list[tuple]) -> None:
             continue
         speed, milliseconds = facts["rows"] / facts["seconds"], 1000 * facts["seconds"]
         share = speed / gpus / speeds.setdefault((model, bits), speed / gpus)
-        print(f"| {Path(model).name} | {bits} | {gpus} | {facts['rows']} | {speed:,.1f} | {milliseconds:,.0f} "
-              f"| {share:.0%} | {facts['loaded']:.2f} | {facts['peak']:.2f} |", flush=True)
+        print(
+            f"| {Path(model).name} | {bits} | {gpus} | {facts['rows']} | {speed:,.1f} | {milliseconds:,.0f} "
+            f"| {share:.0%} | {facts['loaded']:.2f} | {facts['peak']:.2f} |",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -102,8 +125,9 @@ def main() -> None:
         measure(json.loads(options.words), Path(options.result), options.steps)
         script.leave(0)
     else:
-        print_table(options, [(model, bits, gpus) for model in options.models for bits in options.bits
-                              for gpus in options.gpus])
+        print_table(
+            options, [(model, bits, gpus) for model in options.models for bits in options.bits for gpus in options.gpus]
+        )
 
 
 if __name__ == "__main__":

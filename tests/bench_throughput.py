@@ -27,8 +27,8 @@ from tool_calling.data.examples import read_examples
 from tool_calling.engines.answers import generate_tokens
 from tool_calling.engines.hub import load_tokenizer
 from tool_calling.engines.loading import load_base
-from tool_calling.environment import return_pages
 from tool_calling.engines.start import autocast, start_engine, use_checkpointing
+from tool_calling.environment import return_pages
 from tool_calling.processes import is_main
 from tool_calling.prompts import Sequence, render_examples
 from tool_calling.schedule import plan_streams
@@ -51,8 +51,9 @@ RECIPES = {
     "e128": ("this script, 4-bit", "unsloth", SHARED, FOUR_BIT, 128, 1),
     "e16": ("this script, 16-bit", "unsloth", SHARED, SIXTEEN_BIT, 128, 1),
 }
-GROWTH = {f"tools {tools}, rows {rows}": (tools, rows) for tools, rows in
-          [(6, 128), (60, 128), (8, 8), (8, 32), (8, 512)]}
+GROWTH = {
+    f"tools {tools}, rows {rows}": (tools, rows) for tools, rows in [(6, 128), (60, 128), (8, 8), (8, 32), (8, 512)]
+}
 CPU_RECIPES = {
     # TRL 1.15's own loss is a Triton kernel wherever Triton is installed, and fails without a GPU: so our loss here.
     "padded": ("the same, padded batches", "transformers", SHARED, [*FOUR_BIT, "--no-share_prefix"], 2, 4),
@@ -67,12 +68,16 @@ def make_rows(args: argparse.Namespace, tokenizer, tools: int | None) -> list[Se
     examples, _ = read_examples(args, args.dataset_path)
     if tools:
         own = examples[0].tools
-        copies = [{**tool, "function": {**tool["function"], "name": f"{tool['function']['name']}_{i // len(own) + 1}"}}
-                  for i, tool in enumerate(own * (tools // len(own) + 1))]
+        copies = [
+            {**tool, "function": {**tool["function"], "name": f"{tool['function']['name']}_{i // len(own) + 1}"}}
+            for i, tool in enumerate(own * (tools // len(own) + 1))
+        ]
         listed = [*own, *copies[len(own) :]][:tools]
         names = {tool["function"]["name"] for tool in listed}
-        called = [{call["function"]["name"] for m in example.messages for call in m.get("tool_calls", [])}
-                  for example in examples]
+        called = [
+            {call["function"]["name"] for m in example.messages for call in m.get("tool_calls", [])}
+            for example in examples
+        ]
         examples = [example._replace(tools=listed) for example, calls in zip(examples, called) if calls <= names]
     groups, problems = render_examples(tokenizer, examples, args.max_seq_length)
     report_problems(problems, "error", len(examples))
@@ -85,15 +90,30 @@ def make_stock_trainer(args, model, tokenizer, train, packing: bool):
     from trl import SFTConfig, SFTTrainer
 
     cuda = model.device.type == "cuda"
-    rows = {"input_ids": [row.input_ids for row in train],
-            "labels": [[-100] * row.prompt_length + row.input_ids[row.prompt_length :] for row in train]}
+    rows = {
+        "input_ids": [row.input_ids for row in train],
+        "labels": [[-100] * row.prompt_length + row.input_ids[row.prompt_length :] for row in train],
+    }
     config = SFTConfig(
-        output_dir=args.output_dir, per_device_train_batch_size=args.batch_size, max_steps=args.max_steps,
-        gradient_accumulation_steps=args.gradient_accumulation_steps, learning_rate=args.learning_rate, bf16=cuda,
-        optim="adamw_8bit" if cuda else "adamw_torch", gradient_checkpointing=use_checkpointing(args),
-        logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=not cuda, seed=args.seed,
-        packing=packing, max_length=8192 if packing else None, remove_unused_columns=not packing,
-        dataset_kwargs=None if packing else {"skip_prepare_dataset": True})
+        output_dir=args.output_dir,
+        per_device_train_batch_size=args.batch_size,
+        max_steps=args.max_steps,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        learning_rate=args.learning_rate,
+        bf16=cuda,
+        optim="adamw_8bit" if cuda else "adamw_torch",
+        gradient_checkpointing=use_checkpointing(args),
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=not cuda,
+        seed=args.seed,
+        packing=packing,
+        max_length=8192 if packing else None,
+        remove_unused_columns=not packing,
+        dataset_kwargs=None if packing else {"skip_prepare_dataset": True},
+    )
     return SFTTrainer(model=model, args=config, processing_class=tokenizer, train_dataset=Dataset.from_dict(rows))
 
 
@@ -148,13 +168,20 @@ def time_steps(trainer, warm_up: int) -> dict:
     torch.cuda.synchronize() if cuda else None
     timed = steps[warm_up:]
     # From one step's end to the next one's: the time to fetch the data counts too.
-    seconds = statistics.median(count_seconds(before["end"], after["end"])
-                                for before, after in zip(steps[warm_up - 1 :], timed))
+    seconds = statistics.median(
+        count_seconds(before["end"], after["end"]) for before, after in zip(steps[warm_up - 1 :], timed)
+    )
     rows = statistics.mean(int(step["rows"]) for step in timed)
-    return {"seconds": seconds, "rows": rows, "tokens": statistics.mean(step["tokens"] for step in timed),
-            "samples_per_second": rows / seconds, "first_step": count_seconds(steps[0]["start"], steps[0]["end"]),
-            "first_loss": next(log["loss"] for log in trainer.state.log_history if "loss" in log),
-            "peak": torch.cuda.max_memory_reserved() / 2**30 if cuda else 0.0, "steps": len(timed)}
+    return {
+        "seconds": seconds,
+        "rows": rows,
+        "tokens": statistics.mean(step["tokens"] for step in timed),
+        "samples_per_second": rows / seconds,
+        "first_step": count_seconds(steps[0]["start"], steps[0]["end"]),
+        "first_loss": next(log["loss"] for log in trainer.state.log_history if "loss" in log),
+        "peak": torch.cuda.max_memory_reserved() / 2**30 if cuda else 0.0,
+        "steps": len(timed),
+    }
 
 
 def wait_for_turn(result: Path) -> None:
@@ -175,8 +202,9 @@ def run_in_turn(commands: list[list[str]], places: list[str] | None = None):
         result = folder / f"{index}.json"
         place = {"CUDA_VISIBLE_DEVICES": places[index]} if places else {}
         with open(result.with_suffix(".log"), "w") as log:
-            process = subprocess.Popen([*command, "--result", str(result)], stdout=log, stderr=log,
-                                       env={**os.environ, **place})
+            process = subprocess.Popen(
+                [*command, "--result", str(result)], stdout=log, stderr=log, env={**os.environ, **place}
+            )
         running.append((process, result))
     while any(process.poll() is None and not result.with_suffix(".ready").exists() for process, result in running):
         time.sleep(0.1)
@@ -191,15 +219,34 @@ def run_in_turn(commands: list[list[str]], places: list[str] | None = None):
         yield (errors or lines[-1:] or ["no error"])[0][:300]
 
 
-def run_recipe(options, engine: str, kind: str, flags: list[str], batch_size: int, accumulation: int,
-               tools: int | None = None) -> dict:
+def run_recipe(
+    options, engine: str, kind: str, flags: list[str], batch_size: int, accumulation: int, tools: int | None = None
+) -> dict:
     """Load, wait for the device to be free, train and time one recipe in this process."""
     folder, max_length = tempfile.mkdtemp(), 16384 if tools else 8192 if kind == PACKED else 2048
-    args = script.parse_args([
-        "--model_id", options.model_id, "--engine", engine, "--output_dir", folder, *flags,
-        "--max_steps", str(options.warm_up + options.steps), "--max_seq_length", str(max_length),
-        "--batch_size", str(batch_size), "--gradient_accumulation_steps", str(accumulation),
-        "--dataset_path", options.dataset_path, "--tools_path", options.tools_path])
+    args = script.parse_args(
+        [
+            "--model_id",
+            options.model_id,
+            "--engine",
+            engine,
+            "--output_dir",
+            folder,
+            *flags,
+            "--max_steps",
+            str(options.warm_up + options.steps),
+            "--max_seq_length",
+            str(max_length),
+            "--batch_size",
+            str(batch_size),
+            "--gradient_accumulation_steps",
+            str(accumulation),
+            "--dataset_path",
+            options.dataset_path,
+            "--tools_path",
+            options.tools_path,
+        ]
+    )
     args.share_prefix = args.share_prefix and kind == SHARED  # the others run with Unsloth's own settings
     return_pages()  # for all of them: it is Unsloth's own setting
     start_engine(args)
@@ -224,8 +271,9 @@ def time_answers(options, rows: int = 150, tokens: int = 64) -> None:
     """Print how long it takes to answer `rows` prompts with `tokens` tokens each, the stop token ignored."""
     import torch
 
-    args = script.parse_args(["--engine", "transformers", "--dataset_path", options.dataset_path, "--tools_path",
-                              options.tools_path])
+    args = script.parse_args(
+        ["--engine", "transformers", "--dataset_path", options.dataset_path, "--tools_path", options.tools_path]
+    )
     start_engine(args)
     train = make_rows(args, load_tokenizer(options.model_id), None)[:rows]
     prompts = [row.input_ids[: row.prompt_length] for row in train]
@@ -241,9 +289,25 @@ def time_answers(options, rows: int = 150, tokens: int = 64) -> None:
 def run_all(options, jobs: dict[str, list]) -> dict[str, dict]:
     """Run each job in its own process; return the results of those that succeeded."""
     results = {}
-    commands = [[sys.executable, __file__, "--job", json.dumps(job), "--model_id", options.model_id, "--dataset_path",
-                 options.dataset_path, "--tools_path", options.tools_path, "--warm_up", str(options.warm_up), "--steps",
-                 str(options.steps)] for job in jobs.values()]
+    commands = [
+        [
+            sys.executable,
+            __file__,
+            "--job",
+            json.dumps(job),
+            "--model_id",
+            options.model_id,
+            "--dataset_path",
+            options.dataset_path,
+            "--tools_path",
+            options.tools_path,
+            "--warm_up",
+            str(options.warm_up),
+            "--steps",
+            str(options.steps),
+        ]
+        for job in jobs.values()
+    ]
     for name, result in zip(jobs, run_in_turn(commands)):
         if isinstance(result, str):
             print(f"{name}: failed: {result}", file=sys.stderr)
@@ -255,14 +319,25 @@ def run_all(options, jobs: dict[str, list]) -> dict[str, dict]:
 
 def print_tables(options, jobs: dict, results: dict) -> None:
     """Print table 1 (recipes) and table 2 (growth) in Markdown, ready for the README."""
-    columns = ("", "recipe", "rows per step", "samples/s", "tokens computed per row", "ms per step", "peak GiB",
-               "first step s", "first loss")
+    columns = (
+        "",
+        "recipe",
+        "rows per step",
+        "samples/s",
+        "tokens computed per row",
+        "ms per step",
+        "peak GiB",
+        "first step s",
+        "first loss",
+    )
     print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for name, job in jobs.items():
         if name in results and name not in GROWTH:
             r = results[name]
-            print(f"| {name} | {job[0]} | {r['rows']:.0f} | {r['samples_per_second']:.1f} | {r['tokens'] / r['rows']:,.0f} "
-                  f"| {1000 * r['seconds']:.0f} | {r['peak']:.2f} | {r['first_step']:.1f} | {float(r['first_loss']):.3f} |")
+            print(
+                f"| {name} | {job[0]} | {r['rows']:.0f} | {r['samples_per_second']:.1f} | {r['tokens'] / r['rows']:,.0f} "
+                f"| {1000 * r['seconds']:.0f} | {r['peak']:.2f} | {r['first_step']:.1f} | {float(r['first_loss']):.3f} |"
+            )
     speed = {name: result["samples_per_second"] for name, result in results.items()}
     others = {name: speed[name] for name in speed if name not in GROWTH and not name.startswith("e")}
     if others:
@@ -276,7 +351,9 @@ def print_tables(options, jobs: dict, results: dict) -> None:
         print("\n| growth, this script, 4-bit | samples/s | ms per row | peak GiB |\n|---|---|---|---|")
         for name in growth:
             r = results[name]
-            print(f"| {name} | {r['samples_per_second']:.1f} | {1000 / r['samples_per_second']:.2f} | {r['peak']:.2f} |")
+            print(
+                f"| {name} | {r['samples_per_second']:.1f} | {1000 / r['samples_per_second']:.2f} | {r['peak']:.2f} |"
+            )
 
 
 def main() -> None:
@@ -308,7 +385,9 @@ def main() -> None:
     start = time.perf_counter()
     results = run_all(options, jobs)
     print_tables(options, jobs, results)
-    print(f"\n{options.warm_up} warm-up and {options.steps} timed steps each; {time.perf_counter() - start:.0f} s in all")
+    print(
+        f"\n{options.warm_up} warm-up and {options.steps} timed steps each; {time.perf_counter() - start:.0f} s in all"
+    )
 
 
 if __name__ == "__main__":

@@ -18,16 +18,38 @@ TINY = ROOT / "models" / "tiny-qwen3"
 REAL_TOKENIZER = ROOT.parent / "shared" / "qwen3-tokenizer"  # the stock Qwen3 tokenizer, where there is one
 sys.path.insert(0, str(ROOT))
 
-WEATHER = {"type": "function", "function": {
-    "name": "get_weather", "description": "Weather of a city.",
-    "parameters": {"type": "object", "required": ["city"], "properties": {
-        "city": {"type": "string"}, "days": {"type": "integer", "minimum": 1, "maximum": 7},
-        "units": {"type": "string", "enum": ["celsius", "fahrenheit"]}}}}}
-ALARM = {"type": "function", "function": {
-    "name": "set_alarm", "description": "Set an alarm.",
-    "parameters": {"type": "object", "required": ["time"], "properties": {
-        "time": {"type": "string"}, "loud": {"type": "boolean"}, "place": {
-            "type": "object", "required": ["room"], "properties": {"room": {"type": "string"}}}}}}}
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Weather of a city.",
+        "parameters": {
+            "type": "object",
+            "required": ["city"],
+            "properties": {
+                "city": {"type": "string"},
+                "days": {"type": "integer", "minimum": 1, "maximum": 7},
+                "units": {"type": "string", "enum": ["celsius", "fahrenheit"]},
+            },
+        },
+    },
+}
+ALARM = {
+    "type": "function",
+    "function": {
+        "name": "set_alarm",
+        "description": "Set an alarm.",
+        "parameters": {
+            "type": "object",
+            "required": ["time"],
+            "properties": {
+                "time": {"type": "string"},
+                "loud": {"type": "boolean"},
+                "place": {"type": "object", "required": ["room"], "properties": {"room": {"type": "string"}}},
+            },
+        },
+    },
+}
 
 
 def native(request: str, *calls: tuple, content: str | None = None) -> dict:
@@ -69,8 +91,11 @@ def run_here(*arguments: object) -> subprocess.CompletedProcess:
 
 def patch(monkeypatch, name: str, value: object) -> None:
     """Replace a function or constant in every module of the project that has it."""
-    found = [module for key, module in sys.modules.items() if key.split(".")[0] in ("tool_calling", "train_qwen3_tool_calling")
-             and hasattr(module, name)]
+    found = [
+        module
+        for key, module in sys.modules.items()
+        if key.split(".")[0] in ("tool_calling", "train_qwen3_tool_calling") and hasattr(module, name)
+    ]
     assert found, f"no imported module has {name}"
     for module in found:
         monkeypatch.setattr(module, name, value)
@@ -106,5 +131,13 @@ def qwen3_config(hidden: int, inner: int, layers: int, heads: int, tied: bool):
     """Return the config of a Qwen3 of a published size."""
     from transformers import Qwen3Config
 
-    return Qwen3Config(hidden_size=hidden, num_hidden_layers=layers, intermediate_size=inner, vocab_size=151936,
-                       num_attention_heads=heads, num_key_value_heads=8, head_dim=128, tie_word_embeddings=tied)
+    return Qwen3Config(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        intermediate_size=inner,
+        vocab_size=151936,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=tied,
+    )

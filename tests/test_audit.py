@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import yaml
-from conftest import ALARM, ROOT, TINY, WEATHER, native, qwen3_config, run_here, run_script, write_jsonl, patch
+from conftest import ALARM, ROOT, TINY, WEATHER, native, patch, qwen3_config, run_here, run_script, write_jsonl
 
 import train_qwen3_tool_calling as script
 from tool_calling.audit import audit_epoch, audit_plan, audit_run
@@ -22,12 +22,14 @@ from tool_calling.schedule import Plan, count_padded, measure_batches, order_row
 
 TIMER = {"type": "function", "function": {"name": "set_timer", "parameters": {"type": "object", "properties": {}}}}
 ROME = ("get_weather", {"city": "Rome"})
-ROWS = [native("rain in Rome?", ROME),
-        native("wake me at 7", ("set_alarm", {"time": "07:00"})),
-        native("rain in Rome?", ROME),  # the first again
-        native("rain in Rome?", ("get_weather", {"city": "Rome", "days": 2})),  # and with another answer
-        native("Rome and Oslo?", ROME, ("get_weather", {"city": "Oslo"})),
-        native("hello", content="Hello!")]
+ROWS = [
+    native("rain in Rome?", ROME),
+    native("wake me at 7", ("set_alarm", {"time": "07:00"})),
+    native("rain in Rome?", ROME),  # the first again
+    native("rain in Rome?", ("get_weather", {"city": "Rome", "days": 2})),  # and with another answer
+    native("Rome and Oslo?", ROME, ("get_weather", {"city": "Oslo"})),
+    native("hello", content="Hello!"),
+]
 NO_REFUSAL = "warning: no row without a call: a model so trained forgets to refuse\n"
 
 
@@ -35,8 +37,22 @@ def audit(folder, *flags, rows=ROWS, tools=(WEATHER, ALARM, TIMER), run=run_here
     """Return (audit or None, result) of a dry run on these rows, all of them for training."""
     (folder / "tools.json").write_text(json.dumps(tools))
     path = write_jsonl(folder / "rows.jsonl", rows)
-    result = run("--dry_run", "--dataset_path", path, "--tools_path", folder / "tools.json", "--model_id", TINY,
-                 "--output_dir", folder / "out", "--final_model_dir", folder / "final", "--train_test_split", 0, *flags)
+    result = run(
+        "--dry_run",
+        "--dataset_path",
+        path,
+        "--tools_path",
+        folder / "tools.json",
+        "--model_id",
+        TINY,
+        "--output_dir",
+        folder / "out",
+        "--final_model_dir",
+        folder / "final",
+        "--train_test_split",
+        0,
+        *flags,
+    )
     assert "Traceback" not in result.stderr
     written = folder / "out" / "audit.json"
     return json.loads(written.read_text()) if written.exists() else None, result
@@ -50,9 +66,11 @@ def dry(tmp_path_factory):
 
 
 def spread(values):
-    return {"mean": round(float(np.mean(values)), 1),
-            **{f"p{share}": round(float(np.percentile(values, share)), 1) for share in (50, 90, 95, 99)},
-            "max": max(values)}
+    return {
+        "mean": round(float(np.mean(values)), 1),
+        **{f"p{share}": round(float(np.percentile(values, share)), 1) for share in (50, 90, 95, 99)},
+        "max": max(values),
+    }
 
 
 def line(result, stage):
@@ -71,26 +89,41 @@ def test_rows_tools_and_calls_are_counted(dry):
         "rows     6 valid (6 native), 0 with problems; 6 for training, 0 held out\n"
         "calls    6 in 6 trained turns; 16.7% of the rows without a call, 16.7% with parallel calls; 3 tools in 1 list\n"
         "         get_weather 5, set_alarm 1\n"
-        "         never called: set_timer\n")
+        "         never called: set_timer\n"
+    )
 
 
 def test_equal_and_contradicting_rows_are_named(dry):
     folder, found, result = dry
     one, three, four = (f"{folder}/rows.jsonl:{number}" for number in (1, 3, 4))
-    assert found["repeats"] == {"duplicates": {"count": 1, "rows": [[one, three]]},
-                                "conflicts": {"count": 1, "rows": [[one, four]]},
-                                "held_out_in_training": {"count": 0, "rows": []}}
-    assert ("repeats  1 exact duplicates, 1 equal requests with different answers, 0 held-out rows that also occur in "
-            f"training\n         exact duplicates: {one} and {three}\n"
-            f"         equal requests with different answers: {one} and {four}\n") in result.stdout
+    assert found["repeats"] == {
+        "duplicates": {"count": 1, "rows": [[one, three]]},
+        "conflicts": {"count": 1, "rows": [[one, four]]},
+        "held_out_in_training": {"count": 0, "rows": []},
+    }
+    assert (
+        "repeats  1 exact duplicates, 1 equal requests with different answers, 0 held-out rows that also occur in "
+        f"training\n         exact duplicates: {one} and {three}\n"
+        f"         equal requests with different answers: {one} and {four}\n"
+    ) in result.stdout
 
 
 def test_the_ids_of_calls_are_no_difference(tmp_path):
     def row(name, days):
-        call = {"id": name, "type": "function", "function": {"name": "get_weather", "arguments": {"city": "Rome", "days": days}}}
-        return {"tools": [WEATHER], "messages": [
-            {"role": "user", "content": "rain in Rome?"}, {"role": "assistant", "tool_calls": [call]},
-            {"role": "tool", "tool_call_id": name, "content": "yes"}, {"role": "assistant", "content": "Yes."}]}
+        call = {
+            "id": name,
+            "type": "function",
+            "function": {"name": "get_weather", "arguments": {"city": "Rome", "days": days}},
+        }
+        return {
+            "tools": [WEATHER],
+            "messages": [
+                {"role": "user", "content": "rain in Rome?"},
+                {"role": "assistant", "tool_calls": [call]},
+                {"role": "tool", "tool_call_id": name, "content": "yes"},
+                {"role": "assistant", "content": "Yes."},
+            ],
+        }
 
     found, _ = audit(tmp_path, rows=[row("a", 1), row("b", 1), row("c", 2)])
     path = tmp_path / "rows.jsonl"
@@ -100,11 +133,22 @@ def test_the_ids_of_calls_are_no_difference(tmp_path):
 
 def test_a_row_that_the_template_refuses_is_a_problem_and_not_a_crash(tmp_path, monkeypatch):
     tokenizer = load_tokenizer(str(TINY))
-    tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system text') }}{% endif %}" + (
-        tokenizer.chat_template)
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system text') }}{% endif %}"
+        + (tokenizer.chat_template)
+    )
     patch(monkeypatch, "find_model", lambda args: (tokenizer, "", None))
-    rows = [{"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"},
-                          {"role": "assistant", "content": "Hello."}], "tools": []}, *ROWS]
+    rows = [
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": "hi"},
+                {"role": "assistant", "content": "Hello."},
+            ],
+            "tools": [],
+        },
+        *ROWS,
+    ]
     found, result = audit(tmp_path, rows=rows)
     assert result.returncode == 1 and found["rows"]["with_problems"] == 1 and found["turns"] == 6
     assert f"error: {tmp_path / 'rows.jsonl'}:1: message 3: " in result.stderr and "no system text" in result.stderr
@@ -114,7 +158,8 @@ def test_the_best_checkpoint_needs_held_out_rows(tmp_path):
     _, result = audit(tmp_path, "--metric_for_best", "loss")
     assert result.returncode == 1 and result.stderr.splitlines()[-1] == (
         "error: --metric_for_best: no row is held out to choose a checkpoint by; raise --train_test_split, or give "
-        "--eval_dataset_path")
+        "--eval_dataset_path"
+    )
     _, result = audit(tmp_path, "--early_stopping_patience", 2)
     assert result.stderr.splitlines()[-1].startswith("error: --early_stopping_patience: no row is held out ")
 
@@ -123,11 +168,17 @@ def render(tokenizer, row, tools):
     """Return (prompt tokens, answer tokens) of a native row, without the script's own functions."""
     output = row["output"]
     calls = output.get("function_calls") or ([output["function_call"]] if "function_call" in output else [])
-    messages = [{"role": "user", "content": row["input"]}, {
-        "role": "assistant", "content": output.get("content", ""),
-        "tool_calls": [{"type": "function", "function": call} for call in calls]}]
-    prompt = tokenizer.apply_chat_template(messages[:1], tools=tools, tokenize=False, add_generation_prompt=True,
-                                           enable_thinking=False)
+    messages = [
+        {"role": "user", "content": row["input"]},
+        {
+            "role": "assistant",
+            "content": output.get("content", ""),
+            "tool_calls": [{"type": "function", "function": call} for call in calls],
+        },
+    ]
+    prompt = tokenizer.apply_chat_template(
+        messages[:1], tools=tools, tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
     whole = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
     return len(tokenizer.tokenize(prompt)), len(tokenizer.tokenize(whole.removeprefix(prompt).rstrip("\n")))
 
@@ -138,13 +189,23 @@ def test_tokens_are_counted_part_by_part(dry, tokenizer):
     sizes = [render(tokenizer, row, tools) for row in ROWS]
     bare = [render(tokenizer, row, None)[0] for row in ROWS]
     assert found["unit"] == "tokens" and found["sizes"] == {
-        "tools": spread([prompt - short for (prompt, _), short in zip(sizes, bare)]), "prompt": spread(bare),
-        "answer": spread([answer for _, answer in sizes]), "all": spread([sum(size) for size in sizes])}
+        "tools": spread([prompt - short for (prompt, _), short in zip(sizes, bare)]),
+        "prompt": spread(bare),
+        "answer": spread([answer for _, answer in sizes]),
+        "all": spread([sum(size) for size in sizes]),
+    }
     longest = max(map(sum, sizes))
     assert found["length"] == {"max_seq_length": 2048, "smallest": longest, "too_long": []}
-    assert line(result, "length") == (f"length   0 rows over --max_seq_length 2,048; the smallest that loses nothing is "
-                                      f"{longest}")
-    assert [text.split()[0] for text in result.stdout.splitlines()[5:10]] == ["mean", "tools", "prompt", "answer", "all"]
+    assert line(result, "length") == (
+        f"length   0 rows over --max_seq_length 2,048; the smallest that loses nothing is {longest}"
+    )
+    assert [text.split()[0] for text in result.stdout.splitlines()[5:10]] == [
+        "mean",
+        "tools",
+        "prompt",
+        "answer",
+        "all",
+    ]
     assert found["epoch"]["packed"] == sum(map(sum, sizes))
 
 
@@ -159,9 +220,22 @@ def test_the_plan_is_the_runs(dry):
     assert plan["stream_sizes"] == {"min": filled, "mean": filled, "max": filled}
     assert line(result, "plan") == f"plan     3 steps, 1 an epoch, of 8 rows in 1 stream of {filled:,} tokens"
     out, final = folder / "out", folder / "final"
-    assert found["files"] == {"replaced": [], "written": [str(path) for path in (
-        out / "run.yaml", out / "checkpoint-1", out / "checkpoint-2", out / "checkpoint-3", out / "adapter",
-        out / "report.json", out / "report.html", final)]}
+    assert found["files"] == {
+        "replaced": [],
+        "written": [
+            str(path)
+            for path in (
+                out / "run.yaml",
+                out / "checkpoint-1",
+                out / "checkpoint-2",
+                out / "checkpoint-3",
+                out / "adapter",
+                out / "report.json",
+                out / "report.html",
+                final,
+            )
+        ],
+    }
 
 
 def test_batches_are_counted_as_the_run_orders_them():
@@ -198,7 +272,13 @@ def test_disk_is_estimated_for_the_checkpoints_that_are_kept(tmp_path):
 
 def test_only_the_audit_and_the_marker_are_written(dry):
     folder, _, result = dry
-    assert sorted(path.name for path in folder.rglob("*")) == ["audit.json", "out", "rows.jsonl", "run.yaml", "tools.json"]
+    assert sorted(path.name for path in folder.rglob("*")) == [
+        "audit.json",
+        "out",
+        "rows.jsonl",
+        "run.yaml",
+        "tools.json",
+    ]
     assert yaml.safe_load((folder / "out" / "run.yaml").read_text())["max_seq_length"] == 2048
     assert line(result, "audit").startswith(f"audit    {folder}/out/audit.json (")
     assert result.stdout.splitlines()[-1] == line(result, "audit")
@@ -229,8 +309,10 @@ def test_a_foreign_folder_is_refused(tmp_path):
     (tmp_path / "out" / "thesis.tex").write_text("mine")
     found, result = audit(tmp_path)
     assert result.returncode == 1 and found is None and result.stdout == ""
-    assert result.stderr == (f"error: --output_dir {tmp_path}/out: holds files that this script did not write; choose "
-                             "another folder or empty it\n")
+    assert result.stderr == (
+        f"error: --output_dir {tmp_path}/out: holds files that this script did not write; choose "
+        "another folder or empty it\n"
+    )
 
 
 def test_problems_are_listed_and_the_other_rows_audited(tmp_path):
@@ -240,7 +322,8 @@ def test_problems_are_listed_and_the_other_rows_audited(tmp_path):
     missing = 'call 1 "set_alarm": arguments.time is missing'
     assert result.stderr.splitlines() == [
         *(f"error: {tmp_path}/rows.jsonl:{n}: {missing}" for n in range(7, 27)),
-        "error: 25 problems in 25 of 31 rows, the first 20 above; mend them, or leave them out with --on_invalid skip"]
+        "error: 25 problems in 25 of 31 rows, the first 20 above; mend them, or leave them out with --on_invalid skip",
+    ]
     assert found["rows"] == {"total": 31, "valid": 6, "with_problems": 25, "training": 6, "held_out": 0}
     assert found["problems"]["count"] == 25 and found["problems"]["rows"][24] == [f"{tmp_path}/rows.jsonl:31", missing]
     assert found["calls_per_tool"] == {"get_weather": 5, "set_alarm": 1}
@@ -262,15 +345,19 @@ def test_rows_that_are_too_long_are_named(tmp_path, dry):
     where = f"{tmp_path}/rows.jsonl:5"  # the parallel calls
     assert found["length"] == {"max_seq_length": smallest - 1, "smallest": smallest, "too_long": [[where, smallest]]}
     assert found["rows"]["training"] == 5 and found["rows"]["with_problems"] == 1
-    assert line(result, "length") == (f"length   1 row over --max_seq_length {smallest - 1}: {where} ({smallest}); "
-                                      f"the smallest that loses nothing is {smallest}")
+    assert line(result, "length") == (
+        f"length   1 row over --max_seq_length {smallest - 1}: {where} ({smallest}); "
+        f"the smallest that loses nothing is {smallest}"
+    )
     assert result.returncode == 1 and result.stderr.splitlines()[0] == (
-        f"error: {where}: {smallest} tokens; --max_seq_length is {smallest - 1} and no answer is ever cut")
+        f"error: {where}: {smallest} tokens; --max_seq_length is {smallest - 1} and no answer is ever cut"
+    )
 
     found, result = audit(tmp_path, "--max_seq_length", 9, "--on_invalid", "skip")  # none is left
     assert result.returncode == 1 and "plan" not in found and len(found["length"]["too_long"]) == 6
-    assert result.stderr.splitlines()[-1] == (f"error: {tmp_path}/rows.jsonl: no row is left to train on; lower "
-                                              "--train_test_split or add rows")
+    assert result.stderr.splitlines()[-1] == (
+        f"error: {tmp_path}/rows.jsonl: no row is left to train on; lower --train_test_split or add rows"
+    )
 
 
 def test_a_model_never_shown_a_refusal_is_warned_of(tmp_path):
@@ -280,31 +367,48 @@ def test_a_model_never_shown_a_refusal_is_warned_of(tmp_path):
 
 
 def test_held_out_rows_that_are_trained_on_are_named(tmp_path):
-    held_out = write_jsonl(tmp_path / "held_out.jsonl", [native("wake me at 8", ("set_alarm", {"time": "08:00"})),
-                                                         native("wake me at 7", ("set_alarm", {"time": "19:00"}))])
+    held_out = write_jsonl(
+        tmp_path / "held_out.jsonl",
+        [
+            native("wake me at 8", ("set_alarm", {"time": "08:00"})),
+            native("wake me at 7", ("set_alarm", {"time": "19:00"})),
+        ],
+    )
     found, result = audit(tmp_path, "--eval_dataset_path", held_out)
     pair = [f"{held_out}:2", f"{tmp_path}/rows.jsonl:2"]
     assert found["repeats"]["held_out_in_training"] == {"count": 1, "rows": [pair]}
     assert found["rows"] == {"total": 8, "valid": 8, "with_problems": 0, "training": 6, "held_out": 2}
     assert result.returncode == 0 and result.stderr == (
         f"warning: 1 of 2 held-out rows also occur in training ({pair[0]} is {pair[1]}): their score says nothing about "
-        "new requests\n")
+        "new requests\n"
+    )
 
 
 def test_without_a_tokenizer_characters_are_counted(tmp_path):
     rows = [native("rain in Rome?", ROME), native("hello", content="Hello!")]
     found, result = audit(tmp_path, "--model_id", "nobody/nothing", "--max_seq_length", 9, "--show_row", 1, rows=rows)
     assert result.returncode == 0 and found["unit"] == "characters" and found["length"] == {}
-    assert "\nsizes    characters instead of tokens: --model_id nobody/nothing: its tokenizer cannot be loaded: " in result.stdout
+    assert (
+        "\nsizes    characters instead of tokens: --model_id nobody/nothing: its tokenizer cannot be loaded: "
+        in result.stdout
+    )
     tools = sum(len(json.dumps(tool)) + 1 for tool in (WEATHER, ALARM, TIMER)) + len("<tools>\n</tools>\n")
-    prompts = [len(f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n") for text in ("rain in Rome?", "hello")]
+    prompts = [
+        len(f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n") for text in ("rain in Rome?", "hello")
+    ]
     call = '\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n</tool_call><|im_end|>'
     answers = [len(call), len("Hello!<|im_end|>")]
-    assert found["sizes"] == {"tools": spread([tools, tools]), "prompt": spread(prompts), "answer": spread(answers),
-                              "all": spread([tools + prompt + answer for prompt, answer in zip(prompts, answers)])}
+    assert found["sizes"] == {
+        "tools": spread([tools, tools]),
+        "prompt": spread(prompts),
+        "answer": spread(answers),
+        "all": spread([tools + prompt + answer for prompt, answer in zip(prompts, answers)]),
+    }
     assert found["epoch"]["packed"] == 2 * tools + sum(prompts) + sum(answers) and found["plan"]["steps"] == 3
     assert "memory_gib" not in found and "disk_gb" not in found
-    assert line(result, "memory") == "memory   not estimated, nor disk: that takes tokenizer and config.json of the model"
+    assert (
+        line(result, "memory") == "memory   not estimated, nor disk: that takes tokenizer and config.json of the model"
+    )
     assert result.stderr == "warning: --show_row: without the tokenizer a row cannot be shown as the model sees it\n"
     assert yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())["max_seq_length"] == 9
 
@@ -320,7 +424,9 @@ def test_no_weights_are_needed_and_a_config_only_for_memory(tmp_path):
     config = json.loads((bare / "config.json").read_text())
     (bare / "config.json").write_text(json.dumps(config | {"layer_types": ["sliding_attention"] * 8}))
     found, result = audit(tmp_path, "--model_id", bare)
-    assert result.returncode == 1 and result.stderr.startswith(f"error: --model_id {bare}: has layers of sliding_attention")
+    assert result.returncode == 1 and result.stderr.startswith(
+        f"error: --model_id {bare}: has layers of sliding_attention"
+    )
     (bare / "config.json").unlink()
     found, result = audit(tmp_path, "--model_id", bare)
     assert result.returncode == 0 and found["unit"] == "tokens" and "memory_gib" not in found
@@ -329,18 +435,34 @@ def test_no_weights_are_needed_and_a_config_only_for_memory(tmp_path):
 def test_torch_waits_for_the_rows(tmp_path, tools_path):
     """A broken file must be reported in a moment, by a dry run too."""
     path = write_jsonl(tmp_path / "rows.jsonl", [native("alarm", ("set_alarm", {}))])
-    code = ("import sys, train_qwen3_tool_calling as script\nfrom tool_calling.terminal import UserError\n"
-            f"try: script.main(['--dry_run', '--dataset_path', {path!r}, '--tools_path', {tools_path!r}])\n"
-            "except UserError: print({'torch', 'transformers'} & set(sys.modules))")
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path,
-                            env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60)
+    code = (
+        "import sys, train_qwen3_tool_calling as script\nfrom tool_calling.terminal import UserError\n"
+        f"try: script.main(['--dry_run', '--dataset_path', {path!r}, '--tools_path', {tools_path!r}])\n"
+        "except UserError: print({'torch', 'transformers'} & set(sys.modules))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=60,
+    )
     assert result.stdout == "set()\n", result.stderr
 
 
-CHAT = {"messages": [{"role": "user", "content": "rain in Rome?"},
-                     {"role": "assistant", "tool_calls": [{"type": "function", "function": {
-                         "name": "get_weather", "arguments": {"city": "Rome"}}}]},
-                     {"role": "tool", "content": "sun"}, {"role": "assistant", "content": "No, sun."}], "tools": []}
+CHAT = {
+    "messages": [
+        {"role": "user", "content": "rain in Rome?"},
+        {
+            "role": "assistant",
+            "tool_calls": [{"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Rome"}}}],
+        },
+        {"role": "tool", "content": "sun"},
+        {"role": "assistant", "content": "No, sun."},
+    ],
+    "tools": [],
+}
 
 
 def test_show_row_prints_every_trained_turn_whole(tmp_path, tokenizer):
@@ -352,10 +474,13 @@ def test_show_row_prints_every_trained_turn_whole(tmp_path, tokenizer):
     expected = ""
     for turn, answer in zip((1, 3), answers):
         messages = [{"content": "", **message} for message in row["messages"][:turn]]
-        prompt = tokenizer.apply_chat_template(messages, tools=[WEATHER], tokenize=False, add_generation_prompt=True,
-                                               enable_thinking=False)
-        expected += (f"\n{tmp_path}/rows.jsonl:2  ({len(tokenizer.tokenize(prompt))} prompt tokens, "
-                     f"{len(tokenizer.tokenize(answer))} supervised)\n{prompt}▶{answer}◀\n")
+        prompt = tokenizer.apply_chat_template(
+            messages, tools=[WEATHER], tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        expected += (
+            f"\n{tmp_path}/rows.jsonl:2  ({len(tokenizer.tokenize(prompt))} prompt tokens, "
+            f"{len(tokenizer.tokenize(answer))} supervised)\n{prompt}▶{answer}◀\n"
+        )
     assert expected in result.stdout and result.stdout.count("▶") == 2
     assert result.stdout.split(expected)[1].startswith("audit    ")
 
@@ -370,7 +495,8 @@ def test_a_run_shows_the_chosen_row_and_not_the_first_two(tokenizer, capsys):
     rows = [Sequence(f"x:{n}", tokenizer(f"question {n} answer {n}")["input_ids"], 2) for n in (1, 2, 3)]
     show_rows(tokenizer, rows, None)
     assert [text for text in capsys.readouterr().out.splitlines() if text.startswith("x:")] == [
-        f"x:{n}  (2 prompt tokens, {len(rows[n - 1].input_ids) - 2} supervised)" for n in (1, 2)]
+        f"x:{n}  (2 prompt tokens, {len(rows[n - 1].input_ids) - 2} supervised)" for n in (1, 2)
+    ]
     show_rows(tokenizer, rows, "x:3")
     shown = capsys.readouterr().out
     assert shown.count("supervised") == 1 and shown.startswith("\nx:3  (")
@@ -381,13 +507,21 @@ def test_a_run_shows_the_chosen_row_and_not_the_first_two(tokenizer, capsys):
 @pytest.mark.parametrize("flags", [["--dry_run"], ["--show_row", "1"], ["--resume_from_checkpoint"]])
 def test_eval_only_has_nothing_to_audit(flags):
     result = run_here("--eval_only", "x", *flags)
-    assert result.returncode == 2 and "--eval_only trains nothing: leave out --dry_run, --show_row and " in result.stderr
+    assert (
+        result.returncode == 2 and "--eval_only trains nothing: leave out --dry_run, --show_row and " in result.stderr
+    )
 
 
 PADDED = ["--no-share_prefix"]
 MEASURED = [  # flags, tokens of the longest micro-batch, GiB reserved at peak while training Qwen3-0.6B with Unsloth
-    ([], 1790, 1.05), ([], 8950, 1.76), (["--no-load_in_4bit", "--gradient_checkpointing", "off"], 8950, 10.65),
-    (PADDED, 2 * 1120, 0.89), (PADDED, 16 * 1151, 2.18), (PADDED, 32 * 1175, 3.70), (PADDED, 64 * 1196, 6.73)]
+    ([], 1790, 1.05),
+    ([], 8950, 1.76),
+    (["--no-load_in_4bit", "--gradient_checkpointing", "off"], 8950, 10.65),
+    (PADDED, 2 * 1120, 0.89),
+    (PADDED, 16 * 1151, 2.18),
+    (PADDED, 32 * 1175, 3.70),
+    (PADDED, 64 * 1196, 6.73),
+]
 
 
 @pytest.mark.parametrize("flags, tokens, measured", MEASURED)
@@ -408,14 +542,20 @@ def test_memory_is_estimated_as_it_was_measured(flags, tokens, measured):
         assert found["total"] - found["without_graphs"] == pytest.approx(saved, abs=0.011)
         assert two["without_graphs"] == found["without_graphs"]  # of eager streams, the longest counts
     args.optim = None  # PyTorch's: 8 bytes of moments instead of 2
-    assert estimate_memory(args, config, parameters, tokens, Plan(8, 1, [], (), args.share_prefix))[
-        "adapter"] == 0.15
+    assert estimate_memory(args, config, parameters, tokens, Plan(8, 1, [], (), args.share_prefix))["adapter"] == 0.15
 
 
-@pytest.mark.parametrize("hidden, inner, layers, heads, tied, in_4, in_16", [  # Qwen3 of 0.6B to 32B, on an H200
-    (1024, 3072, 28, 16, True, 1.42, 2.04), (2048, 6144, 28, 16, True, 2.82, 4.68),
-    (2560, 9728, 36, 32, True, 4.91, 9.78), (4096, 12288, 36, 32, False, 9.12, 18.51),
-    (5120, 17408, 40, 40, False, 13.92, 31.71), (5120, 25600, 64, 64, False, 25.10, 67.62)])
+@pytest.mark.parametrize(
+    "hidden, inner, layers, heads, tied, in_4, in_16",
+    [  # Qwen3 of 0.6B to 32B, on an H200
+        (1024, 3072, 28, 16, True, 1.42, 2.04),
+        (2048, 6144, 28, 16, True, 2.82, 4.68),
+        (2560, 9728, 36, 32, True, 4.91, 9.78),
+        (4096, 12288, 36, 32, False, 9.12, 18.51),
+        (5120, 17408, 40, 40, False, 13.92, 31.71),
+        (5120, 25600, 64, 64, False, 25.10, 67.62),
+    ],
+)
 def test_memory_of_all_sizes_is_estimated_as_it_was_measured(hidden, inner, layers, heads, tied, in_4, in_16):
     config = qwen3_config(hidden, inner, layers, heads, tied)
     parameters, plan = count_parameters(config, rank=16), Plan(64, 1, [], (5248,))
@@ -431,11 +571,20 @@ def test_few_rows_of_which_none_is_held_out_are_warned_of(tmp_path):
 
 
 def test_calls_of_turns_that_are_not_trained_do_not_count(tmp_path):
-    row = {"messages": [{"role": "user", "content": "rain in Rome?"},
-                        {"role": "assistant", "weight": 0, "tool_calls": [{"type": "function", "id": "1", "function": {
-                            "name": "get_weather", "arguments": {"city": "Rome"}}}]},
-                        {"role": "tool", "tool_call_id": "1", "content": "rain"},
-                        {"role": "assistant", "content": "Yes, it rains."}]}
+    row = {
+        "messages": [
+            {"role": "user", "content": "rain in Rome?"},
+            {
+                "role": "assistant",
+                "weight": 0,
+                "tool_calls": [
+                    {"type": "function", "id": "1", "function": {"name": "get_weather", "arguments": {"city": "Rome"}}}
+                ],
+            },
+            {"role": "tool", "tool_call_id": "1", "content": "rain"},
+            {"role": "assistant", "content": "Yes, it rains."},
+        ]
+    }
     found, result = audit(tmp_path, rows=[row] * 3)
     assert line(result, "calls").startswith("calls    0 in 3 trained turns; 100.0% of the rows without a call, ")
     assert found["calls_per_tool"] == {} and NO_REFUSAL not in result.stderr

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ALARM, ROOT, TINY, WEATHER, native, run_here, run_script, write_jsonl, patch
+from conftest import ALARM, ROOT, TINY, WEATHER, native, patch, run_here, run_script, write_jsonl
 
 import train_qwen3_tool_calling as script
 from tool_calling.data.examples import read_examples
@@ -26,11 +26,24 @@ from tool_calling.saving.proof import check_merged
 from tool_calling.terminal import UserError
 
 CITIES = ["Rome", "Oslo", "Paris", "Lima", "Cairo", "Quito", "Delhi", "Turin", "Kyoto", "Perth", "Accra", "Sofia"]
-ROWS = [row for city in CITIES for row in (
-    native(f"is it raining in {city}", ("get_weather", {"city": city})),
-    native(f"how is {city} for the next 3 days", ("get_weather", {"city": city, "days": 3})))]
-FINAL_FILES = ["README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
-               "run.yaml", "tokenizer.json", "tokenizer_config.json"]
+ROWS = [
+    row
+    for city in CITIES
+    for row in (
+        native(f"is it raining in {city}", ("get_weather", {"city": city})),
+        native(f"how is {city} for the next 3 days", ("get_weather", {"city": city, "days": 3})),
+    )
+]
+FINAL_FILES = [
+    "README.md",
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "run.yaml",
+    "tokenizer.json",
+    "tokenizer_config.json",
+]
 
 
 def names(folder: Path) -> list[str]:
@@ -52,21 +65,44 @@ def job(tmp_path_factory):
 
 
 def arguments(folder: Path, *more: object) -> list:
-    return ["--model_id", TINY, "--dataset_path", folder / "rows.jsonl", "--tools_path", folder / "tools.json",
-            "--output_dir", folder / "out", "--final_model_dir", folder / "final", "--num_epochs", 2,
-            "--train_test_split", 0.25, *more]
+    return [
+        "--model_id",
+        TINY,
+        "--dataset_path",
+        folder / "rows.jsonl",
+        "--tools_path",
+        folder / "tools.json",
+        "--output_dir",
+        folder / "out",
+        "--final_model_dir",
+        folder / "final",
+        "--num_epochs",
+        2,
+        "--train_test_split",
+        0.25,
+        *more,
+    ]
 
 
 def test_a_run_writes_exactly_these_files(job):
     folder, result = job
     assert result.returncode == 0, result.stderr
     assert names(folder / "final") == FINAL_FILES
-    assert names(folder / "out") == [".lock", "adapter", "checkpoint-3", "checkpoint-6", "report.html",
-                                      "report.json", "run.yaml"]
+    assert names(folder / "out") == [
+        ".lock",
+        "adapter",
+        "checkpoint-3",
+        "checkpoint-6",
+        "report.html",
+        "report.json",
+        "run.yaml",
+    ]
     assert {"adapter_config.json", "adapter_model.safetensors"} <= set(names(folder / "out" / "adapter"))
     assert names(folder) == ["final", "out", "rows.jsonl", "tools.json"]  # nothing half-written is left
-    for model, library, served in ((folder / "final", "transformers", "vllm serve final "),
-                                   (folder / "out" / "adapter", "peft", " --lora-modules tools=adapter ")):
+    for model, library, served in (
+        (folder / "final", "transformers", "vllm serve final "),
+        (folder / "out" / "adapter", "peft", " --lora-modules tools=adapter "),
+    ):
         card = (model / "README.md").read_text()
         assert yaml.safe_load(card.split("---\n")[1])["library_name"] == library and served in card
 
@@ -89,19 +125,38 @@ def test_a_run_says_what_it_did(job):
 def test_the_report_holds_what_it_promises(job):
     folder, result = job
     report = json.loads((folder / "out" / "report.json").read_text())
-    assert set(report) == {"scores", "per_tool", "confusion", "data", "failures", "versions", "args", "git", "command",
-                           "device", "finished", "train"}
+    assert set(report) == {
+        "scores",
+        "per_tool",
+        "confusion",
+        "data",
+        "failures",
+        "versions",
+        "args",
+        "git",
+        "command",
+        "device",
+        "finished",
+        "train",
+    }
     assert list(report["scores"]) == ["base", "adapter", "merged"]
     for scores in report["scores"].values():
-        assert set(scores) == {"exact_match", "ast_match", "tool_macro_f1", "call_precision", "call_recall", "broken_json",
-                               "n"} and scores["n"] == 6
+        assert (
+            set(scores)
+            == {"exact_match", "ast_match", "tool_macro_f1", "call_precision", "call_recall", "broken_json", "n"}
+            and scores["n"] == 6
+        )
     assert report["per_tool"]["get_weather"]["support"] == 6
     assert report["data"]["train"] == 18 and report["data"]["held_out"] == 6
     assert sum(report["data"]["lengths"]["counts"]) == 18
     train = report["train"]
-    assert train["steps"] == 6 and train["tokens_computed"] < train["tokens_padded"] and train["peak_memory_gib"] is None
+    assert (
+        train["steps"] == 6 and train["tokens_computed"] < train["tokens_padded"] and train["peak_memory_gib"] is None
+    )
     evaluations = [log for log in train["history"] if "eval_loss" in log]
-    assert [log["step"] for log in evaluations] == [3, 6] and all(0 <= log["eval_exact_match"] <= 1 for log in evaluations)
+    assert [log["step"] for log in evaluations] == [3, 6] and all(
+        0 <= log["eval_exact_match"] <= 1 for log in evaluations
+    )
     assert len(report["failures"]) == round(6 * (1 - report["scores"]["merged"]["exact_match"]))
     lines = result.stdout.splitlines()
     table = lines.index(next(line for line in lines if line.startswith("score ")))
@@ -112,7 +167,10 @@ def test_the_report_holds_what_it_promises(job):
 def test_a_model_and_an_adapter_are_scored_without_training(job, tmp_path):
     folder, _ = job
     trained = json.loads((folder / "out" / "report.json").read_text())["scores"]
-    for name, flags in (("merged", ["--eval_only", folder / "final"]), ("adapter", ["--eval_only", folder / "out" / "adapter"])):
+    for name, flags in (
+        ("merged", ["--eval_only", folder / "final"]),
+        ("adapter", ["--eval_only", folder / "out" / "adapter"]),
+    ):
         result = run_script(*arguments(folder, "--output_dir", tmp_path / name, *flags))
         assert result.returncode == 0, result.stderr
         assert names(tmp_path / name) == ["eval_only", "run.yaml"]  # a report of training there would be kept
@@ -126,9 +184,29 @@ def test_the_best_checkpoint_is_kept_and_a_separate_file_is_held_out(tmp_path):
     (tmp_path / "tools.json").write_text(json.dumps([WEATHER]))
     write_jsonl(tmp_path / "rows.jsonl", ROWS[:16])
     held_out = write_jsonl(tmp_path / "held_out.jsonl", ROWS[16:])
-    result = run_here(*arguments(tmp_path, "--eval_dataset_path", held_out, "--num_epochs", 6, "--eval_steps", 1,
-                                 "--metric_for_best", "loss", "--early_stopping_patience", 1, "--learning_rate", 0.05,
-                                 "--warmup_steps", 0, "--eval_samples", 4, "--max_new_tokens", 8))
+    result = run_here(
+        *arguments(
+            tmp_path,
+            "--eval_dataset_path",
+            held_out,
+            "--num_epochs",
+            6,
+            "--eval_steps",
+            1,
+            "--metric_for_best",
+            "loss",
+            "--early_stopping_patience",
+            1,
+            "--learning_rate",
+            0.05,
+            "--warmup_steps",
+            0,
+            "--eval_samples",
+            4,
+            "--max_new_tokens",
+            8,
+        )
+    )
     assert "render   16 training and 8 held-out sequences" in result.stdout, result.stderr
     losses = [float(x) for x in re.findall(r"held-out loss ([\d.]+)", result.stdout.split("train  ")[0])]
     assert 2 <= len(losses) < 12 and losses[-1] >= min(losses[:-1])  # stopped early, one evaluation after the best
@@ -165,8 +243,9 @@ def test_the_merged_model_is_a_plain_qwen3_like_its_base(job):
     config = json.loads((folder / "final" / "config.json").read_text())
     assert config["architectures"] == ["Qwen3ForCausalLM"] and "quantization_config" not in config
     model = AutoModelForCausalLM.from_pretrained(folder / "final")
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True,
-                                           return_tensors="pt", return_dict=True)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     assert model.generate(**prompt, max_new_tokens=4, do_sample=False).shape[1] > prompt["input_ids"].shape[1]
 
 
@@ -193,13 +272,26 @@ def test_16_bit_training_answers_like_its_adapter_and_skips_what_it_must(tmp_pat
     bad = native("x", ("get_weather", {}))
     long = native("very " * 600 + "long", ("get_weather", {"city": "Rome"}))
     path = write_jsonl(tmp_path / "rows.jsonl", [bad, *ROWS[:12], long])
-    result = run_here(*arguments(tmp_path, "--no-load_in_4bit", "--on_invalid", "skip", "--max_steps", 2,
-                                 "--max_seq_length", 500, "--max_new_tokens", 60))
+    result = run_here(
+        *arguments(
+            tmp_path,
+            "--no-load_in_4bit",
+            "--on_invalid",
+            "skip",
+            "--max_steps",
+            2,
+            "--max_seq_length",
+            500,
+            "--max_new_tokens",
+            60,
+        )
+    )
     assert result.returncode == 0, result.stderr  # the run itself compares the answers
     skipped = [line for line in result.stderr.splitlines() if not line.startswith("warning: ")]
     assert skipped[0] == f'skipped: {path}:1: call 1 "get_weather": arguments.city is missing'
     assert skipped[1].startswith(f"skipped: {path}:14: ") and skipped[1].endswith(
-        "--max_seq_length is 500 and no answer is ever cut")
+        "--max_seq_length is 500 and no answer is ever cut"
+    )
     assert len(skipped) == 2
     assert "render   9 training and 3 held-out sequences" in result.stdout
     data = json.loads((tmp_path / "out" / "report.json").read_text())["data"]
@@ -219,8 +311,10 @@ def test_a_quantised_model_trains_and_names_its_original(tmp_path):
     command = arguments(tmp_path, "--max_steps", 2, "--model_id", tmp_path / "quantised")
     result = run_here(*command)
     assert result.returncode == 1
-    assert errors(result) == [f"error: --model_id {tmp_path / 'quantised'}: is already quantised, and a merge needs the "
-                              "16-bit weights; name the original with --merge_model_id"]
+    assert errors(result) == [
+        f"error: --model_id {tmp_path / 'quantised'}: is already quantised, and a merge needs the "
+        "16-bit weights; name the original with --merge_model_id"
+    ]
     assert names(tmp_path) == ["quantised", "rows.jsonl", "tools.json"]
     result = run_here(*command, "--merge_model_id", TINY)
     assert result.returncode == 0, result.stderr
@@ -228,45 +322,72 @@ def test_a_quantised_model_trains_and_names_its_original(tmp_path):
 
 
 def test_bad_data_ends_the_run_and_writes_nothing(tmp_path, tools_path):
-    path = write_jsonl(tmp_path / "rows.jsonl", [
-        ROWS[0], native("x", ("get_weather", {"city": "Rome", "days": "7"})), "{oops"])
+    path = write_jsonl(
+        tmp_path / "rows.jsonl", [ROWS[0], native("x", ("get_weather", {"city": "Rome", "days": "7"})), "{oops"]
+    )
     before = names(tmp_path)
-    result = run_script("--dataset_path", path, "--tools_path", tools_path, "--model_id", "no/such/model",
-                        "--output_dir", tmp_path / "out", "--final_model_dir", tmp_path / "final")
+    result = run_script(
+        "--dataset_path",
+        path,
+        "--tools_path",
+        tools_path,
+        "--model_id",
+        "no/such/model",
+        "--output_dir",
+        tmp_path / "out",
+        "--final_model_dir",
+        tmp_path / "final",
+    )
     assert result.returncode == 1 and result.stdout == ""
     assert result.stderr.splitlines() == [
         f'error: {path}:2: call 1 "get_weather": arguments.days must be an integer, got "7"',
         f"error: {path}:3: not valid JSON: Expecting property name enclosed in double quotes; "
         "expected one JSON object a line, or a JSON array",
-        "error: 2 problems in 2 of 3 rows; mend them, or leave them out with --on_invalid skip"]
+        "error: 2 problems in 2 of 3 rows; mend them, or leave them out with --on_invalid skip",
+    ]
     assert names(tmp_path) == before
 
 
 def test_checks_need_no_heavy_library():
     """A broken file or --help must answer at once, so nothing up to the model may import torch."""
-    code = ("import sys, train_qwen3_tool_calling as s\n"
-            "heavy = {'torch', 'transformers', 'datasets', 'numpy'}\n"
-            "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
-            "s.read_examples(s.parse_args([]), [s.DATASET_PATH])\n"
-            "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n")
+    code = (
+        "import sys, train_qwen3_tool_calling as s\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'numpy'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "s.read_examples(s.parse_args([]), [s.DATASET_PATH])\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--batch_size", "0"], "argument --batch_size: must be at least 1, got 0"),
-    (["--num_epochs", "x"], "argument --num_epochs: invalid whole number value: 'x'"),
-    (["--learning_rate", "0"], "argument --learning_rate: must be above 0, got 0"),
-    (["--train_test_split", "1"], "argument --train_test_split: must be at least 0 and below 1, got 1"),
-    (["--learning_rat", "1"], "unrecognized arguments: --learning_rat 1"),
-    (["--engine", "magic"], "argument --engine: invalid choice: 'magic' (choose from"),
-    (["--metric_for_best", "loss", "--eval_steps", "2", "--save_steps", "3"],
-     "--metric_for_best keeps a checkpoint by its score: --save_steps must be --eval_steps"),
-    (["--metric_for_best", "loss", "--eval_steps", "1", "--save_steps", "2"],
-     "--metric_for_best keeps a checkpoint by its score: --save_steps must be --eval_steps"),
-    (["--dry_run", "--resume_from_checkpoint"], "--dry_run shows a run from its start: leave out --resume_from_checkpoint"),
-    (["--convert_to", "x.jsonl", "--eval_only", "y"], "--convert_to only writes rows: leave out --dry_run and --eval_only"),
-    (["--seed", str(2**32)], "argument --seed: must be at least 0 and below 4294967296, got 4294967296"),
-])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--batch_size", "0"], "argument --batch_size: must be at least 1, got 0"),
+        (["--num_epochs", "x"], "argument --num_epochs: invalid whole number value: 'x'"),
+        (["--learning_rate", "0"], "argument --learning_rate: must be above 0, got 0"),
+        (["--train_test_split", "1"], "argument --train_test_split: must be at least 0 and below 1, got 1"),
+        (["--learning_rat", "1"], "unrecognized arguments: --learning_rat 1"),
+        (["--engine", "magic"], "argument --engine: invalid choice: 'magic' (choose from"),
+        (
+            ["--metric_for_best", "loss", "--eval_steps", "2", "--save_steps", "3"],
+            "--metric_for_best keeps a checkpoint by its score: --save_steps must be --eval_steps",
+        ),
+        (
+            ["--metric_for_best", "loss", "--eval_steps", "1", "--save_steps", "2"],
+            "--metric_for_best keeps a checkpoint by its score: --save_steps must be --eval_steps",
+        ),
+        (
+            ["--dry_run", "--resume_from_checkpoint"],
+            "--dry_run shows a run from its start: leave out --resume_from_checkpoint",
+        ),
+        (
+            ["--convert_to", "x.jsonl", "--eval_only", "y"],
+            "--convert_to only writes rows: leave out --dry_run and --eval_only",
+        ),
+        (["--seed", str(2**32)], "argument --seed: must be at least 0 and below 4294967296, got 4294967296"),
+    ],
+)
 def test_a_wrong_flag_exits_with_2(flags, message):
     result = run_here(*flags)
     assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
@@ -274,31 +395,60 @@ def test_a_wrong_flag_exits_with_2(flags, message):
 
 def test_nothing_to_score_is_said(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [native("hello", content="Hello!")])
-    result = run_here("--eval_only", TINY, "--dataset_path", path, "--max_seq_length", 10, "--on_invalid", "skip",
-                      "--output_dir", tmp_path / "out")
+    result = run_here(
+        "--eval_only",
+        TINY,
+        "--dataset_path",
+        path,
+        "--max_seq_length",
+        10,
+        "--on_invalid",
+        "skip",
+        "--output_dir",
+        tmp_path / "out",
+    )
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1] == f"error: {path}: no row is left to score; add rows"
 
 
 def test_scoring_alone_holds_out_the_rows_that_training_did(tmp_path, monkeypatch):
     """Which rows are held out depends on how many there are: those that training left out must not count."""
-    rows = [native(f"{'very ' * (300 * (i % 5 == 0))}loud alarm {i}", ("set_alarm", {"time": str(i)})) for i in range(60)]
-    flags = ["--model_id", TINY, "--dataset_path", write_jsonl(tmp_path / "rows.jsonl", rows), "--tools_path",
-             tmp_path / "tools.json", "--max_seq_length", 500, "--on_invalid", "skip", "--train_test_split", 0.3]
+    rows = [
+        native(f"{'very ' * (300 * (i % 5 == 0))}loud alarm {i}", ("set_alarm", {"time": str(i)})) for i in range(60)
+    ]
+    flags = [
+        "--model_id",
+        TINY,
+        "--dataset_path",
+        write_jsonl(tmp_path / "rows.jsonl", rows),
+        "--tools_path",
+        tmp_path / "tools.json",
+        "--max_seq_length",
+        500,
+        "--on_invalid",
+        "skip",
+        "--train_test_split",
+        0.3,
+    ]
     (tmp_path / "tools.json").write_text(json.dumps([ALARM]))
     args = script.parse_args([*map(str, flags)])
-    train, held_out = render_all(args, load_tokenizer(str(TINY)), read_examples(
-        args, args.dataset_path)[0])
+    train, held_out = render_all(args, load_tokenizer(str(TINY)), read_examples(args, args.dataset_path)[0])
     assert (len(train), len(held_out)) == (34, 14)
     scored = []
     patch(monkeypatch, "load_base", lambda *_, **__: None)
-    patch(monkeypatch, "generate_answers", lambda model, tokenizer, sequences, *_: [
-        scored.append(sequence.where) or "" for sequence in sequences])
+    patch(
+        monkeypatch,
+        "generate_answers",
+        lambda model, tokenizer, sequences, *_: [scored.append(sequence.where) or "" for sequence in sequences],
+    )
     result = run_here(*flags, "--eval_only", TINY, "--output_dir", tmp_path / "out")
     assert result.returncode == 0 and scored == [sequence.where for sequence in held_out], result.stderr
     report = json.loads((tmp_path / "out" / "eval_only" / "report.json").read_text())
     assert {name: report["data"][name] for name in ("train", "held_out", "skipped")} == {
-        "train": 0, "held_out": 14, "skipped": 12}
+        "train": 0,
+        "held_out": 14,
+        "skipped": 12,
+    }
 
 
 def test_an_adapter_without_a_base_is_one_line(tmp_path):
@@ -308,7 +458,8 @@ def test_an_adapter_without_a_base_is_one_line(tmp_path):
         path.write_text(text)
         result = run_here("--eval_only", path.parent, "--max_samples", 2, "--output_dir", tmp_path / "out")
         assert result.returncode == 1 and errors(result) == [
-            f"error: --eval_only {path.parent}: adapter_config.json names no base; expected one saved by PEFT"]
+            f"error: --eval_only {path.parent}: adapter_config.json names no base; expected one saved by PEFT"
+        ]
 
 
 def test_an_adapter_of_another_base_is_one_line(tmp_path):
@@ -316,35 +467,64 @@ def test_an_adapter_of_another_base_is_one_line(tmp_path):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config, adapter, base = AutoConfig.from_pretrained(TINY), tmp_path / "adapter", tmp_path / "base"
-    config.update({"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "layer_types": ["full_attention"] * 2})
+    config.update(
+        {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
+    )
     model = AutoModelForCausalLM.from_config(config)
     model.name_or_path = str(TINY)
     get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj"])).save_pretrained(adapter)
     flags = ["--eval_only", adapter, "--max_samples", 9, "--eval_samples", 1, "--output_dir", tmp_path / "out"]
     result = run_here(*flags)
     assert result.returncode == 1 and len(errors(result)) == 1
-    assert errors(result)[0].startswith(f"error: --eval_only {adapter}: its base {TINY} is another model than it was "
-                                        "trained on (size mismatch for base_model.model.model.layers.")
+    assert errors(result)[0].startswith(
+        f"error: --eval_only {adapter}: its base {TINY} is another model than it was "
+        "trained on (size mismatch for base_model.model.model.layers."
+    )
     settings = adapter / "adapter_config.json"
     settings.write_text(settings.read_text().replace(str(TINY), str(base)))
     base.mkdir()
-    assert errors(run_here(*flags)) == [f"error: --eval_only {adapter}: its base {base}: the folder holds no "
-                                        "*.safetensors; give a folder saved by save_pretrained"]
+    assert errors(run_here(*flags)) == [
+        f"error: --eval_only {adapter}: its base {base}: the folder holds no "
+        "*.safetensors; give a folder saved by save_pretrained"
+    ]
 
 
-@pytest.mark.parametrize("harm, message", [
-    (lambda file: file.write_text("version https://git-lfs.github.com/spec/v1\n"), "model.safetensors holds no whole weights ("),
-    (lambda file: os.truncate(file, 10_000_000), "model.safetensors holds no whole weights ("),
-    (lambda file: leave_out(file, "layers.1."), "has no weights for model.layers.1."),
-    (lambda file: file.with_name("model.safetensors.index.json").write_text('{"weight_map": {"a": "2.safetensors"}}'),
-     "has no 2.safetensors"),
-    (lambda file: file.with_name("model.safetensors.index.json").write_text("{"),
-     "model.safetensors.index.json does not say which weights are where")])
+@pytest.mark.parametrize(
+    "harm, message",
+    [
+        (
+            lambda file: file.write_text("version https://git-lfs.github.com/spec/v1\n"),
+            "model.safetensors holds no whole weights (",
+        ),
+        (lambda file: os.truncate(file, 10_000_000), "model.safetensors holds no whole weights ("),
+        (lambda file: leave_out(file, "layers.1."), "has no weights for model.layers.1."),
+        (
+            lambda file: file.with_name("model.safetensors.index.json").write_text(
+                '{"weight_map": {"a": "2.safetensors"}}'
+            ),
+            "has no 2.safetensors",
+        ),
+        (
+            lambda file: file.with_name("model.safetensors.index.json").write_text("{"),
+            "model.safetensors.index.json does not say which weights are where",
+        ),
+    ],
+)
 def test_weights_that_are_not_whole_are_one_line(tmp_path, harm, message):
     shutil.copytree(TINY, tmp_path / "base")
     harm(tmp_path / "base" / "model.safetensors")
-    result = run_here("--eval_only", tmp_path / "base", "--max_samples", 9, "--eval_samples", 1, "--max_new_tokens", 1,
-                      "--output_dir", tmp_path / "out")
+    result = run_here(
+        "--eval_only",
+        tmp_path / "base",
+        "--max_samples",
+        9,
+        "--eval_samples",
+        1,
+        "--max_new_tokens",
+        1,
+        "--output_dir",
+        tmp_path / "out",
+    )
     assert result.returncode == 1 and len(errors(result)) == 1
     assert message in errors(result)[0] and errors(result)[0].endswith("; download it again")
 
@@ -353,7 +533,9 @@ def test_weights_of_another_shape_or_out_of_reach_are_one_line(tmp_path):
     shutil.copytree(TINY, tmp_path / "base")
     config = json.loads((TINY / "config.json").read_text())
     (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 64}))
-    result = run_here("--eval_only", tmp_path / "base", "--max_samples", 9, "--eval_samples", 1, "--output_dir", tmp_path / "out")
+    result = run_here(
+        "--eval_only", tmp_path / "base", "--max_samples", 9, "--eval_samples", 1, "--output_dir", tmp_path / "out"
+    )
     assert result.returncode == 1 and len(errors(result)) == 1
     assert errors(result)[0].startswith(f"error: {tmp_path / 'base'}: its weights cannot be loaded: ")
     with pytest.raises(UserError, match="^me/none: its weights cannot be loaded: .+$"):  # as on a cut-off machine
@@ -367,16 +549,22 @@ def leave_out(file: Path, part: str) -> None:
 
 
 def test_an_output_that_nobody_reads_any_more_ends_nothing(tmp_path):
-    command = (f"{sys.executable} train_qwen3_tool_calling.py --max_samples 50 --convert_to=~/rows.jsonl | true; "
-               "exit ${PIPESTATUS[0]}")
-    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT,
-                            env={**os.environ, "HOME": str(tmp_path)})
+    command = (
+        f"{sys.executable} train_qwen3_tool_calling.py --max_samples 50 --convert_to=~/rows.jsonl | true; "
+        "exit ${PIPESTATUS[0]}"
+    )
+    result = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "HOME": str(tmp_path)}
+    )
     assert (result.returncode, result.stderr) == (0, "")
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 50
     # The rest is drawn by a library that would end the process.
-    command = command.replace("--convert_to=~/rows.jsonl", f"--dry_run --model_id {TINY} --output_dir=~/out --final_model_dir=~/m")
-    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT,
-                            env={**os.environ, "HOME": str(tmp_path)})
+    command = command.replace(
+        "--convert_to=~/rows.jsonl", f"--dry_run --model_id {TINY} --output_dir=~/out --final_model_dir=~/m"
+    )
+    result = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "HOME": str(tmp_path)}
+    )
     assert (result.returncode, result.stderr) == (0, "") and (tmp_path / "out" / "audit.json").exists()
 
 
@@ -393,13 +581,29 @@ def test_help_names_every_flag_with_its_default():
     for block in re.split(r"\n  (?=-)", result.stdout):
         described[re.match(r"-[\w-]+", block)[0] if block.startswith("-") else ""] = " ".join(block.split())
     for flag, default in {
-            "--model_id": "Qwen/Qwen3-0.6B", "--dataset_path": "data/synthetic_finetune_dataset.json",
-            "--tools_path": "data/tools.json", "--learning_rate": "0.0002", "--num_epochs": "3", "--batch_size": "2",
-            "--gradient_accumulation_steps": "4", "--max_seq_length": "2048", "--train_test_split": "0.1",
-            "--output_dir": "outputs/qwen3_tool_calling_unsloth", "--lora_rank": "16", "--lora_alpha": "16",
-            "--final_model_dir": "models/qwen3_tool_calling_merged", "--lora_dropout": "0.0", "--warmup_steps": "10",
-            "--weight_decay": "0.01", "--lr_scheduler_type": "linear", "--load_in_4bit": "True", "--engine": "auto",
-            "--seed": "3407", "--on_invalid": "error", "--report_to": "none"}.items():
+        "--model_id": "Qwen/Qwen3-0.6B",
+        "--dataset_path": "data/synthetic_finetune_dataset.json",
+        "--tools_path": "data/tools.json",
+        "--learning_rate": "0.0002",
+        "--num_epochs": "3",
+        "--batch_size": "2",
+        "--gradient_accumulation_steps": "4",
+        "--max_seq_length": "2048",
+        "--train_test_split": "0.1",
+        "--output_dir": "outputs/qwen3_tool_calling_unsloth",
+        "--lora_rank": "16",
+        "--lora_alpha": "16",
+        "--final_model_dir": "models/qwen3_tool_calling_merged",
+        "--lora_dropout": "0.0",
+        "--warmup_steps": "10",
+        "--weight_decay": "0.01",
+        "--lr_scheduler_type": "linear",
+        "--load_in_4bit": "True",
+        "--engine": "auto",
+        "--seed": "3407",
+        "--on_invalid": "error",
+        "--report_to": "none",
+    }.items():
         assert f"(default: {default})" in described[flag], flag
     readme = (ROOT / "README.md").read_text()
     flags = set(re.findall(r"--\w[\w-]+", result.stdout)) - {"--help"}
@@ -408,8 +612,21 @@ def test_help_names_every_flag_with_its_default():
 
 def small_job(tmp_path, tools_path, *more, run=run_here) -> subprocess.CompletedProcess:
     path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
-    return run("--dataset_path", path, "--tools_path", tools_path, "--model_id", TINY, "--engine", "transformers",
-               "--output_dir", tmp_path / "out", "--final_model_dir", tmp_path / "final", *more)
+    return run(
+        "--dataset_path",
+        path,
+        "--tools_path",
+        tools_path,
+        "--model_id",
+        TINY,
+        "--engine",
+        "transformers",
+        "--output_dir",
+        tmp_path / "out",
+        "--final_model_dir",
+        tmp_path / "final",
+        *more,
+    )
 
 
 def test_a_foreign_folder_is_not_touched(tmp_path, tools_path):
@@ -418,13 +635,16 @@ def test_a_foreign_folder_is_not_touched(tmp_path, tools_path):
         (tmp_path / name / "precious.txt").write_text("mine")
         result = small_job(tmp_path, tools_path)
         assert result.returncode == 1
-        assert errors(result) == [f"error: {flag} {tmp_path / name}: holds files that this script did not write; "
-                                  "choose another folder or empty it"]
+        assert errors(result) == [
+            f"error: {flag} {tmp_path / name}: holds files that this script did not write; "
+            "choose another folder or empty it"
+        ]
         assert names(tmp_path / name) == ["precious.txt"]
         shutil.rmtree(tmp_path / name)
     (tmp_path / "out").write_text("a file")
-    assert errors(small_job(tmp_path, tools_path)) == [f"error: --output_dir {tmp_path / 'out'}: is a file, or a link to nothing; "
-                                                      "expected a folder"]
+    assert errors(small_job(tmp_path, tools_path)) == [
+        f"error: --output_dir {tmp_path / 'out'}: is a file, or a link to nothing; expected a folder"
+    ]
 
 
 def test_a_folder_that_cannot_be_written_is_known_at_the_start(tmp_path, tools_path):
@@ -432,9 +652,11 @@ def test_a_folder_that_cannot_be_written_is_known_at_the_start(tmp_path, tools_p
     file.write_text("mine")
     (tmp_path / "elsewhere").mkdir()
     link.symlink_to(tmp_path / "elsewhere")
-    for flag, path, what in (("--output_dir", file / "out", f"{file} cannot be written; choose another folder"),
-                             ("--final_model_dir", file / "final", f"{file} cannot be written; choose another folder"),
-                             ("--final_model_dir", link, "cannot be written and renamed there; choose another folder")):
+    for flag, path, what in (
+        ("--output_dir", file / "out", f"{file} cannot be written; choose another folder"),
+        ("--final_model_dir", file / "final", f"{file} cannot be written; choose another folder"),
+        ("--final_model_dir", link, "cannot be written and renamed there; choose another folder"),
+    ):
         assert errors(small_job(tmp_path, tools_path, flag, path)) == [f"error: {flag} {path}: {what}"]
     assert names(tmp_path) == ["elsewhere", "file", "link", "rows.jsonl", "tools.json"]
     result = run_here("--eval_only", TINY, "--max_samples", 2, "--output_dir", file / "out")
@@ -445,19 +667,23 @@ def test_the_final_folder_is_none_that_the_output_folder_uses(tmp_path, tools_pa
     for name in ("adapter", "eval_only", "checkpoint-7"):
         final = tmp_path / "out" / name
         assert errors(small_job(tmp_path, tools_path, "--final_model_dir", final)) == [
-            f"error: --final_model_dir {final}: is where --output_dir has its {name}; choose another folder"]
+            f"error: --final_model_dir {final}: is where --output_dir has its {name}; choose another folder"
+        ]
 
 
 def test_a_folder_that_cannot_be_made_is_one_line():
-    result = run_here("--eval_only", TINY, "--max_samples", 2, "--eval_samples", 1, "--max_new_tokens", 1, "--output_dir",
-                      "/proc/x")
+    result = run_here(
+        "--eval_only", TINY, "--max_samples", 2, "--eval_samples", 1, "--max_new_tokens", 1, "--output_dir", "/proc/x"
+    )
     assert result.returncode == 1 and errors(result) == ["error: /proc/x: cannot be made: No such file or directory"]
 
 
 def test_a_file_or_an_adapter_is_no_model(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
-    for path, what in ((TINY / "config.json", "is a file; expected the folder of a model"),
-                       (tmp_path, "is an adapter; expected the model that it belongs to, its base")):
+    for path, what in (
+        (TINY / "config.json", "is a file; expected the folder of a model"),
+        (tmp_path, "is an adapter; expected the model that it belongs to, its base"),
+    ):
         with pytest.raises(UserError) as error:
             load_tokenizer(str(path))
         assert str(error.value) == f"--model_id {path}: its tokenizer cannot be loaded: {what}"
@@ -466,8 +692,19 @@ def test_a_file_or_an_adapter_is_no_model(tmp_path):
 def test_a_run_that_failed_lets_go_of_its_folder(tmp_path, tools_path):
     (tmp_path / "out").mkdir()
     path = write_jsonl(tmp_path / "rows.jsonl", ["not JSON"])
-    argv = ["--dataset_path", path, "--tools_path", tools_path, "--model_id", str(TINY), "--dry_run", "--output_dir",
-            str(tmp_path / "out"), "--final_model_dir", str(tmp_path / "final")]
+    argv = [
+        "--dataset_path",
+        path,
+        "--tools_path",
+        tools_path,
+        "--model_id",
+        str(TINY),
+        "--dry_run",
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--final_model_dir",
+        str(tmp_path / "final"),
+    ]
     with pytest.raises(UserError, match="not valid JSON") as first:
         script.main(argv)
     with pytest.raises(UserError, match="not valid JSON"):  # and not: in use by another run
@@ -477,11 +714,13 @@ def test_a_run_that_failed_lets_go_of_its_folder(tmp_path, tools_path):
 
 def test_resuming_from_nothing_is_one_line(tmp_path, tools_path):
     result = small_job(tmp_path, tools_path, "--resume_from_checkpoint")
-    assert errors(result) == [f"error: --resume_from_checkpoint: {tmp_path / 'out'} holds no checkpoint; "
-                              "leave the flag out to start"]
+    assert errors(result) == [
+        f"error: --resume_from_checkpoint: {tmp_path / 'out'} holds no checkpoint; leave the flag out to start"
+    ]
     result = small_job(tmp_path, tools_path, "--resume_from_checkpoint", tmp_path)
-    assert errors(result) == [f"error: --resume_from_checkpoint {tmp_path}: not a checkpoint; "
-                              "expected a folder checkpoint-N"]
+    assert errors(result) == [
+        f"error: --resume_from_checkpoint {tmp_path}: not a checkpoint; expected a folder checkpoint-N"
+    ]
 
 
 def test_a_model_that_cannot_be_had_is_one_line(tmp_path, tools_path):
@@ -492,9 +731,10 @@ def test_a_model_that_cannot_be_had_is_one_line(tmp_path, tools_path):
     (bert / "model.safetensors").write_bytes(b"")
     expected = {
         "no/such-model": "no such folder, not in the cache, and the Hub cannot be reached; check the network, or give a "
-                         "folder",
+        "folder",
         str(empty): "the folder holds no *.safetensors; give a folder saved by save_pretrained",
-        str(bert): "not a causal language model (BertForMaskedLM)"}
+        str(bert): "not a causal language model (BertForMaskedLM)",
+    }
     for run, (model_id, message) in zip((run_script, run_here, run_here), expected.items()):
         result = small_job(tmp_path, tools_path, "--model_id", model_id, run=run)
         assert result.returncode == 1
@@ -504,20 +744,23 @@ def test_a_model_that_cannot_be_had_is_one_line(tmp_path, tools_path):
 
 def test_an_optimizer_that_is_not_there_is_one_line(tmp_path, tools_path):
     assert errors(small_job(tmp_path, tools_path, "--optim", "adamw8bit")) == [
-        "error: --optim adamw8bit: unknown to Transformers; did you mean adamw_8bit?"]
+        "error: --optim adamw8bit: unknown to Transformers; did you mean adamw_8bit?"
+    ]
 
 
 def test_a_tracker_that_is_not_there_is_one_line(tmp_path, tools_path):
     result = small_job(tmp_path, tools_path, "--report_to", "notebook_of_mine")
     assert len(errors(result)) == 1 and errors(result)[0].startswith(
-        "error: --report_to notebook_of_mine: not installed, or unknown to Transformers; here: none, all")
+        "error: --report_to notebook_of_mine: not installed, or unknown to Transformers; here: none, all"
+    )
     assert not (tmp_path / "out").exists()
 
 
 def test_unsloth_without_a_gpu_is_one_line(tmp_path, tools_path):
     result = small_job(tmp_path, tools_path, "--engine", "unsloth", run=run_script)
-    assert errors(result) == ["error: --engine unsloth needs a CUDA GPU, and torch sees none; "
-                              "use --engine transformers"]
+    assert errors(result) == [
+        "error: --engine unsloth needs a CUDA GPU, and torch sees none; use --engine transformers"
+    ]
 
 
 def test_a_full_disk_is_seen_before_training(tmp_path, monkeypatch):
@@ -542,7 +785,8 @@ def test_a_full_disk_is_seen_before_training(tmp_path, monkeypatch):
     assert str(error.value) == (
         f"--output_dir {out} and --final_model_dir {final}: for the adapter and 3 checkpoints and the merged model "
         f"{needed / 1e9:.2f} GB are needed and the disk has {needed / 1e9:.2f} GB free; free some space or choose another "
-        "disk, or keep fewer checkpoints with --save_total_limit")
+        "disk, or keep fewer checkpoints with --save_total_limit"
+    )
     args.save_method, free["value"] = "lora", needed - 2 * parameters - SMALL_FILES
     check_disk(args, config, 3)
     free["value"] -= 1
@@ -556,7 +800,10 @@ def test_a_merge_that_went_wrong_keeps_the_adapter_and_no_folder(tmp_path, capsy
     def check(merged_loss, merged_exact=0.9, different=0, loss=0.1, rows=100, wrong=0, adapter_exact=0.9):
         partial_folder(args.final_model_dir).mkdir(exist_ok=True)
         answers = ["b"] * different + ["a"] * (rows - different)
-        results = {"adapter": {"loss": loss, "answers": ["a"] * rows}, "merged": {"loss": merged_loss, "answers": answers}}
+        results = {
+            "adapter": {"loss": loss, "answers": ["a"] * rows},
+            "merged": {"loss": merged_loss, "answers": answers},
+        }
         scores = {"adapter": {"exact_match": adapter_exact}, "merged": {"exact_match": merged_exact}}
         check_merged(args, "out/adapter", results, scores, [False] * wrong + [True] * (rows - wrong))
 
@@ -578,8 +825,9 @@ def test_a_merge_that_went_wrong_keeps_the_adapter_and_no_folder(tmp_path, capsy
         check(0.1, merged_exact=191 / 200, adapter_exact=196 / 200, rows=200)
     args.save_method = "merged_4bit"
     check(0.5, merged_exact=0.5)
-    assert capsys.readouterr().err == ("warning: 4 bits cost something: held-out loss 0.5000, adapter 0.1000; exact "
-                                       "50.0%, adapter 90.0%\n")
+    assert capsys.readouterr().err == (
+        "warning: 4 bits cost something: held-out loss 0.5000, adapter 0.1000; exact 50.0%, adapter 90.0%\n"
+    )
     assert partial_folder(args.final_model_dir).is_dir()
     with pytest.raises(UserError, match="held-out loss nan"):
         check(float("nan"))

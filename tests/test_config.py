@@ -30,16 +30,34 @@ def write_config(folder, text: str) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("flags", [
-    [], ["--warmup_ratio", "0.03", "--learning_rate", "1e-5", "--no-load_in_4bit", "--trust_remote_code"],
-    ["--dataset_path", "a.jsonl", "b c", "--target_modules", "v_proj", "q_proj", "--use_rslora", "--thinking", "off"],
-    ["--early_stopping_patience", "2", "--eval_steps", "5", "--gradient_checkpointing", "off", "--optim", "sgd"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--warmup_ratio", "0.03", "--learning_rate", "1e-5", "--no-load_in_4bit", "--trust_remote_code"],
+        [
+            "--dataset_path",
+            "a.jsonl",
+            "b c",
+            "--target_modules",
+            "v_proj",
+            "q_proj",
+            "--use_rslora",
+            "--thinking",
+            "off",
+        ],
+        ["--early_stopping_patience", "2", "--eval_steps", "5", "--gradient_checkpointing", "off", "--optim", "sgd"],
+    ],
+)
 def test_the_run_yaml_of_a_run_gives_its_settings_back(tmp_path, flags):
     args = script.parse_args(flags)
     write_run(args, tmp_path, training_rows="ab", rows_per_step=8)
     assert vars(script.parse_args(["--config", str(tmp_path / "run.yaml")])) == vars(args)
     assert read_run(str(tmp_path / "checkpoint-1"), vars(script.parse_args([]))) == vars(args) | {
-        "facts": {"training_rows": "ab", "rows_per_step": 8}, "training_rows": "ab", "rows_per_step": 8}
+        "facts": {"training_rows": "ab", "rows_per_step": 8},
+        "training_rows": "ab",
+        "rows_per_step": 8,
+    }
 
 
 @settings(max_examples=60, deadline=None)
@@ -58,7 +76,9 @@ def test_what_belongs_to_one_call_is_not_repeated(tmp_path):
 
 
 def test_the_command_line_goes_before_the_file_and_the_file_before_the_defaults(tmp_path):
-    path = write_config(tmp_path, """
+    path = write_config(
+        tmp_path,
+        """
 batch_size: 3
 dataset_path: [a.jsonl, b.jsonl]
 learning_rate: 2e-5
@@ -70,7 +90,8 @@ warmup_ratio: 0.5
 resume_from_checkpoint: newest
 max_steps: null
 seed:
-""")
+""",
+    )
     args = script.parse_args(["--seed", "1", "--config", path, "--batch_size", "4", "--share_prefix"])
     assert (args.batch_size, args.seed, args.share_prefix) == (4, 1, True)
     assert (args.dataset_path, args.learning_rate, args.load_in_4bit) == (["a.jsonl", "b.jsonl"], 2e-5, False)
@@ -83,7 +104,9 @@ seed:
 
 
 def test_every_mistake_in_the_file_has_its_line(tmp_path):
-    path = write_config(tmp_path, """\
+    path = write_config(
+        tmp_path,
+        """\
 batch_size: 0
 learning-rate: 0.1
 lora_rank: 16.0
@@ -97,34 +120,43 @@ max_steps: true
 batch_size: 3
 help: true
 [1]: 2
-""")
+""",
+    )
     result = run_script("--config", path)
     assert result.returncode == 2 and result.stdout == ""
     found = [re.sub(" invalid .* value:", " invalid:", line) for line in result.stderr.splitlines()]
-    assert found == [f"error: {path}:{line}" for line in [
-        "1: argument --batch_size: must be at least 1, got 0",
-        "2: learning-rate: no flag is named so; did you mean learning_rate?",
-        "3: argument --lora_rank: invalid: '16.0'",
-        "4: argument --load_in_4bit: must be true or false, got false",
-        "5: argument --lr_scheduler_type: must be one of linear, cosine, cosine_with_restarts, polynomial, constant, "
-        "constant_with_warmup, inverse_sqrt, got cosin; did you mean cosine?",
-        "6: argument --engine: must be one value",
-        "7: config: a file of settings cannot name another",
-        "8: argument --dataset_path: must be one value, or a list, without - in front",
-        "9: argument --seed: must be one value",
-        "10: argument --max_steps: invalid: 'true'",
-        "11: batch_size: stands twice",
-        "12: help: no flag is named so",
-        "13: sequence: no flag is named so"]]
+    assert found == [
+        f"error: {path}:{line}"
+        for line in [
+            "1: argument --batch_size: must be at least 1, got 0",
+            "2: learning-rate: no flag is named so; did you mean learning_rate?",
+            "3: argument --lora_rank: invalid: '16.0'",
+            "4: argument --load_in_4bit: must be true or false, got false",
+            "5: argument --lr_scheduler_type: must be one of linear, cosine, cosine_with_restarts, polynomial, constant, "
+            "constant_with_warmup, inverse_sqrt, got cosin; did you mean cosine?",
+            "6: argument --engine: must be one value",
+            "7: config: a file of settings cannot name another",
+            "8: argument --dataset_path: must be one value, or a list, without - in front",
+            "9: argument --seed: must be one value",
+            "10: argument --max_steps: invalid: 'true'",
+            "11: batch_size: stands twice",
+            "12: help: no flag is named so",
+            "13: sequence: no flag is named so",
+        ]
+    ]
 
 
-@pytest.mark.parametrize("text, message", [
-    ("seed: 1\nlist: [1", ":2: not valid YAML: expected ',' or ']', but got '<stream end>'"),
-    ("\x01", ": not valid YAML: unacceptable character #x0001: special characters are not allowed"),
-    ("[" * 5000, ": not valid YAML: maximum recursion depth exceeded"),
-    ("- seed", ": expected lines `flag: value`, such as batch_size: 4"),
-    ("", ": expected lines `flag: value`, such as batch_size: 4"),
-    ("warmup_steps: 1\nwarmup_ratio: 0.1", ": argument --warmup_ratio: not allowed with argument --warmup_steps")])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("seed: 1\nlist: [1", ":2: not valid YAML: expected ',' or ']', but got '<stream end>'"),
+        ("\x01", ": not valid YAML: unacceptable character #x0001: special characters are not allowed"),
+        ("[" * 5000, ": not valid YAML: maximum recursion depth exceeded"),
+        ("- seed", ": expected lines `flag: value`, such as batch_size: 4"),
+        ("", ": expected lines `flag: value`, such as batch_size: 4"),
+        ("warmup_steps: 1\nwarmup_ratio: 0.1", ": argument --warmup_ratio: not allowed with argument --warmup_steps"),
+    ],
+)
 def test_a_file_that_is_no_list_of_settings_is_one_line(tmp_path, text, message):
     path = write_config(tmp_path, text)
     with pytest.raises(FlagError) as error:
@@ -134,18 +166,28 @@ def test_a_file_that_is_no_list_of_settings_is_one_line(tmp_path, text, message)
 
 def test_wrong_flags_are_one_line(tmp_path):
     for flags, message in {
-            ("--warmup_steps", "10", "--warmup_ratio", "0.1"):
-                "argument --warmup_ratio: not allowed with argument --warmup_steps",
-            ("--lora_rnak", "3"): "unrecognized arguments: --lora_rnak 3; did you mean --lora_rank?",
-            ("--warmup_ratio", "1"): "argument --warmup_ratio: must be at least 0 and below 1, got 1",
-            ("--config", f"{tmp_path}/no.yaml"): f"--config {tmp_path}/no.yaml: not a file; expected YAML, `flag: value` a line"}.items():
+        (
+            "--warmup_steps",
+            "10",
+            "--warmup_ratio",
+            "0.1",
+        ): "argument --warmup_ratio: not allowed with argument --warmup_steps",
+        ("--lora_rnak", "3"): "unrecognized arguments: --lora_rnak 3; did you mean --lora_rank?",
+        ("--warmup_ratio", "1"): "argument --warmup_ratio: must be at least 0 and below 1, got 1",
+        (
+            "--config",
+            f"{tmp_path}/no.yaml",
+        ): f"--config {tmp_path}/no.yaml: not a file; expected YAML, `flag: value` a line",
+    }.items():
         with pytest.raises(FlagError) as error:
             script.parse_args([*flags])
         assert str(error.value) == message
 
 
-@pytest.mark.parametrize("name, card, hidden, inner, layers, heads, tied", [
-    ("config_8gb.yaml", 8, 2048, 6144, 28, 16, True), ("config_80gb.yaml", 80, 4096, 12288, 36, 32, False)])
+@pytest.mark.parametrize(
+    "name, card, hidden, inner, layers, heads, tied",
+    [("config_8gb.yaml", 8, 2048, 6144, 28, 16, True), ("config_80gb.yaml", 80, 4096, 12288, 36, 32, False)],
+)
 def test_the_example_files_give_reasons_and_fit_their_cards(name, card, hidden, inner, layers, heads, tied):
     lines = (ROOT / "data" / name).read_text().split("\n\n")[1].splitlines()
     assert len(lines) > 10 and all(re.fullmatch(r"\w+: \S+  # \w.{7,}", line) for line in lines)
@@ -163,7 +205,8 @@ def test_the_example_files_give_reasons_and_fit_their_cards(name, card, hidden, 
 def test_the_command_that_goes_on_names_the_runs_own_settings():
     for words in (["--config", "my.yaml", "--seed", "1"], ["--seed", "1", "--config=my.yaml"]):
         assert script.to_command(["train.py", *words], "out") == (
-            "python train.py --config out/run.yaml --resume_from_checkpoint")
+            "python train.py --config out/run.yaml --resume_from_checkpoint"
+        )
 
 
 def test_schedulers_are_those_that_work_as_they_are():
@@ -188,8 +231,13 @@ def test_warmup_is_a_number_or_a_share_of_the_steps(tmp_path):
         args = script.parse_args(["--output_dir", str(tmp_path), *flags])
         return script.to_sft_config(args, Plan(8, 1, []), False).get_warmup_steps(50)
 
-    assert [warmup(), warmup("--warmup_steps", "0"), warmup("--warmup_steps", "1"), warmup("--warmup_ratio", "0.1"),
-            warmup("--warmup_ratio", "0")] == [10, 0, 1, 5, 0]
+    assert [
+        warmup(),
+        warmup("--warmup_steps", "0"),
+        warmup("--warmup_steps", "1"),
+        warmup("--warmup_ratio", "0.1"),
+        warmup("--warmup_ratio", "0"),
+    ] == [10, 0, 1, 5, 0]
 
 
 def test_adapters_stand_on_the_named_layers_only(tmp_path):
@@ -200,22 +248,30 @@ def test_adapters_stand_on_the_named_layers_only(tmp_path):
     assert count_parameters(config, 0, targets=["experts"])["adapter"] == 0  # names are those of adapters
     assert str(error.value) == (
         "--target_modules experts lm_head: no linear layer of the model is named so; expected some of down_proj, "
-        "gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj")
+        "gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    )
     args = script.parse_args(["--target_modules", "v_proj", "q_proj", "v_proj"])
     assert args.target_modules == ["q_proj", "v_proj"]
     assert script.parse_args(["--target_modules=v_proj q_proj"]).target_modules == args.target_modules  # as in YAML
 
 
 ASK = {"role": "user", "content": "rain in Rome?"}
-CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {
-    "name": "get_weather", "arguments": {"city": "Rome"}}}]}
-TURNS = [ASK, {**CALL, "reasoning_content": "Rome it is."}, {"role": "tool", "content": "sun"},
-         {"role": "assistant", "content": "No, sun."}]
+CALL = {
+    "role": "assistant",
+    "tool_calls": [{"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Rome"}}}],
+}
+TURNS = [
+    ASK,
+    {**CALL, "reasoning_content": "Rome it is."},
+    {"role": "tool", "content": "sun"},
+    {"role": "assistant", "content": "No, sun."},
+]
 
 
 @pytest.fixture
 def thinking_rows(tmp_path, tokenizer):
     """Return a function: --thinking and rows of messages -> (rendered sequences as text, problems)."""
+
     def render(thinking, *rows):
         path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": row, "tools": [WEATHER]} for row in rows])
         args = script.parse_args(["--thinking", thinking, "--dataset_path", path])
@@ -223,16 +279,23 @@ def thinking_rows(tmp_path, tokenizer):
         assert total == len(rows)
         groups, unrendered = render_examples(tokenizer, examples, 4096)
         assert not unrendered
-        return [[(tokenizer.decode(turn.input_ids[: turn.prompt_length]), turn.answer) for turn in group]
-                for group in groups], [(where.rsplit("/", 1)[1], problem) for where, problem in problems]
+        return [
+            [(tokenizer.decode(turn.input_ids[: turn.prompt_length]), turn.answer) for turn in group]
+            for group in groups
+        ], [(where.rsplit("/", 1)[1], problem) for where, problem in problems]
+
     return render
 
 
 def test_thinking_off_trains_and_prompts_without_any_thought(thinking_rows, tokenizer):
     call = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n</tool_call>'
     bare = [ASK, {**CALL, "content": ""}, *TURNS[2:]]
-    prompts = [tokenizer.apply_chat_template(bare[:turn], tools=[WEATHER], tokenize=False, add_generation_prompt=True,
-                                             enable_thinking=False) for turn in (1, 3)]
+    prompts = [
+        tokenizer.apply_chat_template(
+            bare[:turn], tools=[WEATHER], tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        for turn in (1, 3)
+    ]
     assert thinking_rows("off", TURNS) == ([[(prompts[0], call), (prompts[1], "No, sun.")]], [])
     (((prompt, answer), (later, _)),), problems = thinking_rows("auto", TURNS)
     assert answer == f"<think>\nRome it is.\n</think>\n\n{call}" and "Rome it is." in later and not problems
@@ -251,12 +314,19 @@ def test_thinking_on_wants_a_thought_in_every_trained_turn(thinking_rows, tokeni
 
 
 def test_importing_does_nothing(tmp_path):
-    code = ("import os, sys\nbefore = dict(os.environ), os.getcwd(), list(sys.argv)\n"
-            "import train_qwen3_tool_calling\n"
-            "assert (dict(os.environ), os.getcwd(), list(sys.argv)) == before\n"
-            "print({'torch', 'transformers', 'numpy'} & set(sys.modules))\n")
-    result = subprocess.run([sys.executable, "-B", "-c", code], capture_output=True, text=True, cwd=tmp_path,
-                            env={**os.environ, "PYTHONPATH": str(ROOT)})
+    code = (
+        "import os, sys\nbefore = dict(os.environ), os.getcwd(), list(sys.argv)\n"
+        "import train_qwen3_tool_calling\n"
+        "assert (dict(os.environ), os.getcwd(), list(sys.argv)) == before\n"
+        "print({'torch', 'transformers', 'numpy'} & set(sys.modules))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-B", "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert (result.stdout, result.stderr) == ("set()\n", "") and not list(tmp_path.iterdir())
 
 
@@ -296,16 +366,60 @@ def test_main_returns_its_report_and_a_run_yaml_repeats_its_run(tmp_path):
     rows = [native(f"rain in {city}", ("get_weather", {"city": city})) for city in ("Rome", "Oslo", "Lima", "Cairo")]
     write_jsonl(tmp_path / "rows.jsonl", rows * 4)
     (tmp_path / "tools.json").write_text(json.dumps([WEATHER]))
-    flags = ["--model_id", tmp_path / "base", "--dataset_path", tmp_path / "rows.jsonl", "--tools_path",
-             tmp_path / "tools.json", "--output_dir", tmp_path / "out", "--final_model_dir", tmp_path / "final",
-             "--no-load_in_4bit", "--train_test_split", 0.25, "--num_epochs", 2, "--batch_size", 1, "--lora_rank", 4,
-             "--lora_alpha", 6, "--use_rslora", "--target_modules", "v_proj", "q_proj", "--learning_rate", 0.1,
-             "--warmup_ratio", 0.5, "--lr_scheduler_type", "cosine", "--thinking", "off", "--max_new_tokens", 4, "--eval_samples", 4]
+    flags = [
+        "--model_id",
+        tmp_path / "base",
+        "--dataset_path",
+        tmp_path / "rows.jsonl",
+        "--tools_path",
+        tmp_path / "tools.json",
+        "--output_dir",
+        tmp_path / "out",
+        "--final_model_dir",
+        tmp_path / "final",
+        "--no-load_in_4bit",
+        "--train_test_split",
+        0.25,
+        "--num_epochs",
+        2,
+        "--batch_size",
+        1,
+        "--lora_rank",
+        4,
+        "--lora_alpha",
+        6,
+        "--use_rslora",
+        "--target_modules",
+        "v_proj",
+        "q_proj",
+        "--learning_rate",
+        0.1,
+        "--warmup_ratio",
+        0.5,
+        "--lr_scheduler_type",
+        "cosine",
+        "--thinking",
+        "off",
+        "--max_new_tokens",
+        4,
+        "--eval_samples",
+        4,
+    ]
     (tmp_path / "program.py").write_text(PROGRAM)
     result = subprocess.run(
-        [sys.executable, "program.py", json.dumps(list(map(str, flags))), str(tmp_path)], capture_output=True,
-        text=True, cwd=tmp_path, timeout=240, env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "",
-                                        "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+        [sys.executable, "program.py", json.dumps(list(map(str, flags))), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=240,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "CUDA_VISIBLE_DEVICES": "",
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+        },
+    )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     said = [line for line in result.stdout.splitlines() if line.startswith(("COMMAND", "ERROR"))]
     assert said[0] == f"COMMAND python {ROOT / 'train_qwen3_tool_calling.py'} " + " ".join(map(str, flags))
@@ -324,11 +438,26 @@ def test_main_returns_its_report_and_a_run_yaml_repeats_its_run(tmp_path):
 def test_rslora_scales_by_the_root_of_the_rank(tmp_path):
     make_base(tmp_path / "base")
     for flag, scale in (("--use_rslora", 3.0), ("--no-use_rslora", 1.5)):
-        args = script.parse_args(["--model_id", str(tmp_path / "base"), "--no-load_in_4bit", "--lora_rank", "4",
-                                  "--lora_alpha", "6", "--target_modules", "q_proj", flag])
+        args = script.parse_args(
+            [
+                "--model_id",
+                str(tmp_path / "base"),
+                "--no-load_in_4bit",
+                "--lora_rank",
+                "4",
+                "--lora_alpha",
+                "6",
+                "--target_modules",
+                "q_proj",
+                flag,
+            ]
+        )
         model = script.load_model(args, "transformers", Plan(1, 1, []))
-        layers = {name: layer.scaling["default"] for name, layer in model.named_modules() if hasattr(layer, "scaling")
-                  and isinstance(layer.scaling, dict)}
+        layers = {
+            name: layer.scaling["default"]
+            for name, layer in model.named_modules()
+            if hasattr(layer, "scaling") and isinstance(layer.scaling, dict)
+        }
         assert len(layers) == 2 and set(layers.values()) == {scale} and all("q_proj" in name for name in layers)
 
 

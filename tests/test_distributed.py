@@ -26,16 +26,29 @@ from tool_calling.files import find_damage
 from tool_calling.processes import find_launcher
 from tool_calling.prompts import Sequence
 from tool_calling.run_folder import check_resume, list_checkpoints, to_step
-from tool_calling.schedule import hash_rows
-from tool_calling.schedule import Plan, cut_streams, order_rows
+from tool_calling.schedule import Plan, cut_streams, hash_rows, order_rows
 from tool_calling.terminal import FlagError, UserError
 from tool_calling.training.callbacks import build_stopper
 
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", 2]
 # 23 rows: of three epochs of two steps, each second step has a single row, so that one of two devices has none.
 SMALL = [ROOT / "tests" / "train_small.py"]
-FLAGS = ["--num_epochs", 3, "--save_steps", 1, "--batch_size", 11, "--max_seq_length", 60, "--warmup_steps", 0,
-         "--learning_rate", "0.01", "--lr_scheduler_type", "constant"]
+FLAGS = [
+    "--num_epochs",
+    3,
+    "--save_steps",
+    1,
+    "--batch_size",
+    11,
+    "--max_seq_length",
+    60,
+    "--warmup_steps",
+    0,
+    "--learning_rate",
+    "0.01",
+    "--lr_scheduler_type",
+    "constant",
+]
 
 
 def train(folder, devices, *more):
@@ -77,7 +90,8 @@ def test_two_devices_do_what_one_does_and_go_on_from_each_others_checkpoints(tmp
     assert logs(two, 6) == pytest.approx(logs(one, 6), rel=1e-5) and len(logs(one, 6)) == 6
     assert difference(two, one) < 1e-4  # fp32 sums in another order, after six steps of Adam
     assert (two / "out" / "checkpoint-6" / "rng_state_1.pth").is_file() and find_damage(
-        two / "out" / "checkpoint-6") is None
+        two / "out" / "checkpoint-6"
+    ) is None
     copy_until(two, 3, mixed)  # in the middle of the second epoch
     assert "resume   from" in train(mixed, 1, "--max_steps", 4)
     output = train(mixed, 2, "--fsdp")
@@ -98,8 +112,18 @@ def test_a_4_bit_base_split_over_two_devices_trains_the_same_adapter(tmp_path):
 def test_full_fine_tuning_with_all_weights_split_is_that_of_whole_models(tmp_path):
     """Against two whole models: against one, a gradient of 1e-8 has other rounding, which Adam makes a step of."""
     whole, split, mixed = (tmp_path / name for name in ("whole", "split", "mixed"))
-    full = ["--lora_rank", 0, "--optim", "adamw_torch", "--metric_for_best", "loss", "--save_steps", 1,
-            "--eval_steps", 1]
+    full = [
+        "--lora_rank",
+        0,
+        "--optim",
+        "adamw_torch",
+        "--metric_for_best",
+        "loss",
+        "--save_steps",
+        1,
+        "--eval_steps",
+        1,
+    ]
     train(whole, 2, *full)
     assert "holds 0.50 of the weights" in train(split, 2, *full, "--fsdp")
     assert difference(split, whole, "final/model.safetensors") < 1e-4
@@ -146,8 +170,19 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 
 def test_processes_that_are_signalled_one_after_the_other_stop_together(tmp_path):
     make_base(tmp_path / "base")
-    process = start(*TORCHRUN, *SMALL, tmp_path, 0, *FLAGS, "--gradient_accumulation_steps", 1, "--num_epochs", 300,
-                    "--eval_steps", 1)
+    process = start(
+        *TORCHRUN,
+        *SMALL,
+        tmp_path,
+        0,
+        *FLAGS,
+        "--gradient_accumulation_steps",
+        1,
+        "--num_epochs",
+        300,
+        "--eval_steps",
+        1,
+    )
     wait_for(lambda: "  loss " in process.stdout.readline())
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     workers = [int(pid) for pid in children if b"train_small" in Path(f"/proc/{pid}/cmdline").read_bytes()]
@@ -183,13 +218,20 @@ held = Held()
 atexit.register(print, "tidied")
 script.leave(3)
 """
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-                            env={**ENVIRONMENT, "WORLD_SIZE": str(devices), "RANK": str(rank)})
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**ENVIRONMENT, "WORLD_SIZE": str(devices), "RANK": str(rank)},
+    )
     assert (result.returncode, result.stdout, result.stderr) == (3, "tidied\n" + torn, "")
 
 
-@pytest.mark.parametrize("devices, here, words", [
-    (1, 1, "python"), (4, 4, "torchrun --nproc_per_node 4"), (16, 8, "torchrun --nnodes 2 --nproc_per_node 8")])
+@pytest.mark.parametrize(
+    "devices, here, words",
+    [(1, 1, "python"), (4, 4, "torchrun --nproc_per_node 4"), (16, 8, "torchrun --nnodes 2 --nproc_per_node 8")],
+)
 def test_the_command_to_go_on_is_started_as_this_one_was(monkeypatch, devices, here, words):
     monkeypatch.setenv("WORLD_SIZE", str(devices))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
@@ -204,14 +246,18 @@ def test_another_effective_batch_is_refused(tmp_path, monkeypatch):
     former = vars(args) | {"training_rows": hash_rows(rows), "rows_per_step": 16}
     with pytest.raises(UserError) as error:
         check_resume(args, str(tmp_path / "checkpoint-3"), former, rows)
-    assert str(error.value) == ("--batch_size x --gradient_accumulation_steps x devices is 8, and 16 in the run that "
-                                f"{tmp_path / 'checkpoint-3'} is from; expected the same")
+    assert str(error.value) == (
+        "--batch_size x --gradient_accumulation_steps x devices is 8, and 16 in the run that "
+        f"{tmp_path / 'checkpoint-3'} is from; expected the same"
+    )
     monkeypatch.setenv("WORLD_SIZE", "2")
     check_resume(args, str(tmp_path / "checkpoint-3"), former, rows)
 
 
-@pytest.mark.parametrize("rows, devices, streams", [
-    (16, 1, [8, 8]), (16, 2, [8, 8]), (12, 1, [8, 4]), (12, 2, [6, 6]), (17, 2, [8, 8, 0, 1]), (5, 4, [1, 1, 1, 2])])
+@pytest.mark.parametrize(
+    "rows, devices, streams",
+    [(16, 1, [8, 8]), (16, 2, [8, 8]), (12, 1, [8, 4]), (12, 2, [6, 6]), (17, 2, [8, 8, 0, 1]), (5, 4, [1, 1, 1, 2])],
+)
 def test_a_step_has_the_same_rows_on_any_number_of_devices(rows, devices, streams):
     args = script.parse_args([])
     group = [[[i] for i in range(rows)]]
@@ -232,12 +278,31 @@ def command(tmp_path_factory):
     """The command of a run on two processes, without its output folders."""
     folder = tmp_path_factory.mktemp("job")
     make_base(folder / "base")
-    write_jsonl(folder / "rows.jsonl", [native("good evening", content="Good evening."), *(
-        native(f"is it raining in {city}", ("get_weather", {"city": city})) for city in CITIES[1:])])
+    write_jsonl(
+        folder / "rows.jsonl",
+        [
+            native("good evening", content="Good evening."),
+            *(native(f"is it raining in {city}", ("get_weather", {"city": city})) for city in CITIES[1:]),
+        ],
+    )
     (folder / "tools.json").write_text(json.dumps([WEATHER]))
-    return [*TORCHRUN, ROOT / "train_qwen3_tool_calling.py", "--model_id", folder / "base", "--no-load_in_4bit",
-            "--dataset_path", folder / "rows.jsonl", "--tools_path", folder / "tools.json", "--train_test_split", 0.2,
-            "--learning_rate", 0.01, "--max_new_tokens", 4]
+    return [
+        *TORCHRUN,
+        ROOT / "train_qwen3_tool_calling.py",
+        "--model_id",
+        folder / "base",
+        "--no-load_in_4bit",
+        "--dataset_path",
+        folder / "rows.jsonl",
+        "--tools_path",
+        folder / "tools.json",
+        "--train_test_split",
+        0.2,
+        "--learning_rate",
+        0.01,
+        "--max_new_tokens",
+        4,
+    ]
 
 
 def test_the_command_line_on_two_processes_speaks_once_stops_together_and_goes_on_with_a_split_base(command, tmp_path):
@@ -258,8 +323,20 @@ def test_the_command_line_on_two_processes_speaks_once_stops_together_and_goes_o
 
 
 def test_the_command_line_trains_all_weights_split_and_proves_the_model_that_it_saves(command, tmp_path):
-    result = wait(start(*command, "--output_dir", tmp_path / "out", "--final_model_dir", tmp_path / "final", "--fsdp",
-                        "--lora_rank", 0, "--num_epochs", 2))
+    result = wait(
+        start(
+            *command,
+            "--output_dir",
+            tmp_path / "out",
+            "--final_model_dir",
+            tmp_path / "final",
+            "--fsdp",
+            "--lora_rank",
+            0,
+            "--num_epochs",
+            2,
+        )
+    )
     assert result.returncode == 0, result.stderr
     saved = re.search(r"16-bit, read back by a fresh process: held-out loss (\S+), before saving (\S+) ", result.stdout)
     assert float(saved[1]) == pytest.approx(float(saved[2]), rel=1e-3)
@@ -272,9 +349,28 @@ def test_two_machines_make_one_model(command, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         endpoint = f"localhost:{free.getsockname()[1]}"
-    machines = [start("-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend", "c10d",
-                      "--rdzv_endpoint", endpoint, *command[len(TORCHRUN):], "--output_dir", tmp_path / "out",
-                      "--final_model_dir", tmp_path / "final", "--num_epochs", 2) for _ in range(2)]
+    machines = [
+        start(
+            "-m",
+            "torch.distributed.run",
+            "--nnodes",
+            2,
+            "--nproc_per_node",
+            1,
+            "--rdzv_backend",
+            "c10d",
+            "--rdzv_endpoint",
+            endpoint,
+            *command[len(TORCHRUN) :],
+            "--output_dir",
+            tmp_path / "out",
+            "--final_model_dir",
+            tmp_path / "final",
+            "--num_epochs",
+            2,
+        )
+        for _ in range(2)
+    ]
     results = [wait(machine) for machine in machines]
     assert [result.returncode for result in results] == [0, 0], results[0].stderr + results[1].stderr
     assert sorted(result.stdout.count("done     merged model: ") for result in results) == [0, 1]
@@ -286,9 +382,16 @@ def test_a_mistake_in_the_data_is_said_once(command, tmp_path):
     rows = write_jsonl(tmp_path / "wrong.jsonl", [native("is it raining", ("get_weather", {"city": 7}))])
     result = subprocess.run(
         [sys.executable, *map(str, command), "--dataset_path", rows, "--output_dir", tmp_path / "out"],
-        capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, timeout=120)
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        cwd=ROOT,
+        timeout=120,
+    )
     assert result.returncode == 1
     said = [line for line in result.stderr.splitlines() if line.startswith("error: ")]  # torchrun adds a traceback
-    assert said == [f'error: {rows}:1: call 1 "get_weather": arguments.city must be a string, got 7',
-                              "error: 1 problem in 1 of 1 row; mend them, or leave them out with --on_invalid skip"]
+    assert said == [
+        f'error: {rows}:1: call 1 "get_weather": arguments.city must be a string, got 7',
+        "error: 1 problem in 1 of 1 row; mend them, or leave them out with --on_invalid skip",
+    ]
     assert names(tmp_path) == ["wrong.jsonl"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import ALARM, TINY, WEATHER, native, run_script, write_jsonl, patch
+from conftest import ALARM, TINY, WEATHER, native, patch, run_script, write_jsonl
 from test_render import ASK, CONVERSATIONS, calls, says, supervised
 
 import train_qwen3_tool_calling as script
@@ -25,16 +25,34 @@ from tool_calling.training.selfcheck import compare_sharing
 from tool_calling.training.trainer import build_trainer, load_trained, train_model
 
 trl = pytest.importorskip("trl")
-SHAPE = dict(vocab_size=4352, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=4096)
-LLAMA_TOKENS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>",
-                "<|python_tag|>", "<|reserved_special_token_0|>"]
+SHAPE = dict(
+    vocab_size=4352,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=4096,
+)
+LLAMA_TOKENS = [
+    "<|begin_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|python_tag|>",
+    "<|reserved_special_token_0|>",
+]
 FAMILIES = {  # name: (template of TRL, configuration, end of an answer, what the serving prompt ends with)
     "qwen2.5": ("qwen2_5", "Qwen2Config", {}, "<|im_end|>", "<|im_start|>assistant\n"),
     "qwen3-2507": ("qwen3_instruct_2507", "Qwen3Config", {"head_dim": 16}, "<|im_end|>", "<|im_start|>assistant\n"),
-    "qwen3-moe": ("qwen3", "Qwen3MoeConfig",
-                  {"head_dim": 16, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2},
-                  "<|im_end|>", "<|im_start|>assistant\n<think>\n\n</think>\n\n"),
+    "qwen3-moe": (
+        "qwen3",
+        "Qwen3MoeConfig",
+        {"head_dim": 16, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2},
+        "<|im_end|>",
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    ),
     "llama3.2": ("llama3_2", "LlamaConfig", {}, "<|eot_id|>", "<|start_header_id|>assistant<|end_header_id|>\n\n"),
 }
 
@@ -65,7 +83,8 @@ def make_model(name: str, folder: Path) -> Path:
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.3)
     model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(
-        ["<|eot_id|>", "<|eom_id|>"] if name == "llama3.2" else ["<|im_end|>", "<|endoftext|>"])
+        ["<|eot_id|>", "<|eom_id|>"] if name == "llama3.2" else ["<|im_end|>", "<|endoftext|>"]
+    )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -85,7 +104,8 @@ def is_rendered(name: str, messages: list[dict]) -> bool:
     """Say whether the family's template has a place for all that the messages hold."""
     several = any(len(m.get("tool_calls", [])) > 1 or m.get("tool_calls") and m["content"] for m in messages)
     return not (name == "llama3.2" and several) and (
-        name == "qwen3-moe" or not any("reasoning_content" in m for m in messages))
+        name == "qwen3-moe" or not any("reasoning_content" in m for m in messages)
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -98,14 +118,20 @@ def test_every_turn_is_trained_as_served(name):
         for turn, sequence in zip(turns, sequences):
             thinks = "reasoning_content" in messages[turn]
             served = tokenizer.apply_chat_template(
-                messages[:turn], tools=[WEATHER, ALARM], add_generation_prompt=True, tokenize=True, return_dict=False,
-                enable_thinking=thinks)
+                messages[:turn],
+                tools=[WEATHER, ALARM],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+                enable_thinking=thinks,
+            )
             assert sequence.input_ids[: sequence.prompt_length] == served
             assert thinks or tokenizer.decode(served).endswith(FAMILIES[name][4])
             answer, end = supervised(tokenizer, sequence), FAMILIES[name][3]
             assert answer == sequence.answer + end and end not in sequence.answer
             assert read_calls(sequence.answer, sequence.parser) == [
-                call["function"] for call in messages[turn].get("tool_calls", [])]
+                call["function"] for call in messages[turn].get("tool_calls", [])
+            ]
             assert sequence.request == [m["content"] for m in messages[:turn] if m["role"] == "user"][-1]
             count += 1
     assert count == {"llama3.2": 12, "qwen3-moe": 20}.get(name, 17)
@@ -115,29 +141,55 @@ def test_llama_writes_calls_as_its_template_does():
     tokenizer = make_tokenizer("llama3.2")
     (sequences,), _ = render(tokenizer, CONVERSATIONS["tool reply"], date="2024-07-26")
     assert [supervised(tokenizer, sequence) for sequence in sequences] == [
-        '{"name": "get_weather", "parameters": {"city": "Rome"}}<|eot_id|>', "Yes.<|eot_id|>"]
+        '{"name": "get_weather", "parameters": {"city": "Rome"}}<|eot_id|>',
+        "Yes.<|eot_id|>",
+    ]
     prompt = tokenizer.decode(sequences[1].input_ids[: sequences[1].prompt_length])
-    assert prompt.startswith("<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nEnvironment: ipython\n"
-                             "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n<|eot_id|>")
+    assert prompt.startswith(
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nEnvironment: ipython\n"
+        "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n<|eot_id|>"
+    )
     assert "<|start_header_id|>ipython<|end_header_id|>\n\n" in prompt  # the tool's reply
     assert find_date(tokenizer) == time.strftime("%Y-%m-%d")
     assert find_date(make_tokenizer("qwen2.5")) is None
 
 
-@pytest.mark.parametrize("name, messages, problem", [
-    ("llama3.2", CONVERSATIONS["two replies"],
-     "message 2: the chat template refuses it: This model only supports single tool-calls at once!"),
-    ("llama3.2", CONVERSATIONS["content beside a call"],
-     "message 2: the chat template leaves out its content; remove it, or choose another model"),
-    ("qwen3-2507", CONVERSATIONS["thinking after a reply"],
-     "message 2: the chat template leaves out its reasoning_content; remove it, or choose another model"),
-    ("llama3.2", [{"role": "user", "content": "hi <|reserved_special_token_0|>"}, says("y")],
-     "message 1: holds the control token <|reserved_special_token_0|>, which would forge a turn; remove it"),
-    ("llama3.2", [ASK, says('{"name": "get_weather", "parameters": {"city": "Rome"}}')],  # served, this would be a call
-     'message 2: its calls do not survive rendering and parsing: "{\\"name\\": \\"get_weather\\", '
-     '\\"parameters\\": {\\"city\\": \\"Rome\\"}}"'),
-    ("llama3.2", [ASK, says('{"name": "Bob"')], 'message 2: would be read as a broken call: "{\\"name\\": \\"Bob\\""'),
-])
+@pytest.mark.parametrize(
+    "name, messages, problem",
+    [
+        (
+            "llama3.2",
+            CONVERSATIONS["two replies"],
+            "message 2: the chat template refuses it: This model only supports single tool-calls at once!",
+        ),
+        (
+            "llama3.2",
+            CONVERSATIONS["content beside a call"],
+            "message 2: the chat template leaves out its content; remove it, or choose another model",
+        ),
+        (
+            "qwen3-2507",
+            CONVERSATIONS["thinking after a reply"],
+            "message 2: the chat template leaves out its reasoning_content; remove it, or choose another model",
+        ),
+        (
+            "llama3.2",
+            [{"role": "user", "content": "hi <|reserved_special_token_0|>"}, says("y")],
+            "message 1: holds the control token <|reserved_special_token_0|>, which would forge a turn; remove it",
+        ),
+        (
+            "llama3.2",
+            [ASK, says('{"name": "get_weather", "parameters": {"city": "Rome"}}')],  # served, this would be a call
+            'message 2: its calls do not survive rendering and parsing: "{\\"name\\": \\"get_weather\\", '
+            '\\"parameters\\": {\\"city\\": \\"Rome\\"}}"',
+        ),
+        (
+            "llama3.2",
+            [ASK, says('{"name": "Bob"')],
+            'message 2: would be read as a broken call: "{\\"name\\": \\"Bob\\""',
+        ),
+    ],
+)
 def test_what_a_template_has_no_place_for_is_a_problem(name, messages, problem):
     assert render(make_tokenizer(name), messages) == ([[]], [("x:1", problem)])
 
@@ -159,9 +211,11 @@ def test_a_template_that_cannot_do_what_the_rows_need_ends_the_run():
     assert refusal(mute, CONVERSATIONS["tool reply"]) == "leaves out the replies of tools"
     other = whole.replace("'\\n<tool_call>\\n{", "'\\n<function>\\n{")
     assert refusal(other, CONVERSATIONS["one call"]).startswith(
-        "writes calls in a way that cannot be read back: its calls do not survive rendering and parsing")
+        "writes calls in a way that cannot be read back: its calls do not survive rendering and parsing"
+    )
     assert refusal("{{ raise_exception('no ' ~ 'tools') if tools }}" + whole, CONVERSATIONS["one call"]) == (
-        "refuses it: no tools")
+        "refuses it: no tools"
+    )
     # What the rows do not use is not asked for.
     tokenizer.chat_template = mute + "{{ raise_exception('no') if messages[-1].role == 'tool' }}"
     assert render(tokenizer, CONVERSATIONS["one call"])[1] == []
@@ -169,15 +223,25 @@ def test_a_template_that_cannot_do_what_the_rows_need_ends_the_run():
     assert render(tokenizer, [ASK, says("Yes.")], tools=[])[1] == []
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("hello", []), ("", []), ('{"sentiment": "good"}', []), ('{"name": "Bob"}', []), ("{a, b} is a set", []),
-    ("[1]", []),
-    ('{"name": "f", "parameters": {"a": "}"}}', [{"name": "f", "arguments": {"a": "}"}}]),
-    ('<|python_tag|>{"name": "f", "arguments": {}}\n', [{"name": "f", "arguments": {}}]),
-    ('{"name": "f", "parameters": {}}; {"name": "g", "parameters": {}}',
-     [{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}]),
-    ('{"name": "f", "parameters": {', None), ('{"name": "f", "parameters": {}} and more', None),
-])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("hello", []),
+        ("", []),
+        ('{"sentiment": "good"}', []),
+        ('{"name": "Bob"}', []),
+        ("{a, b} is a set", []),
+        ("[1]", []),
+        ('{"name": "f", "parameters": {"a": "}"}}', [{"name": "f", "arguments": {"a": "}"}}]),
+        ('<|python_tag|>{"name": "f", "arguments": {}}\n', [{"name": "f", "arguments": {}}]),
+        (
+            '{"name": "f", "parameters": {}}; {"name": "g", "parameters": {}}',
+            [{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}],
+        ),
+        ('{"name": "f", "parameters": {', None),
+        ('{"name": "f", "parameters": {}} and more', None),
+    ],
+)
 def test_llama_calls_are_parsed_as_servers_do(text, expected):
     if expected is not None:
         assert parse_calls(text, "llama3_json") == expected
@@ -188,14 +252,18 @@ def test_llama_calls_are_parsed_as_servers_do(text, expected):
 
 def test_llama_answers_are_scored_by_their_calls():
     def score(got):
-        return score_answer(got, '{"name": "get_weather", "parameters": {"city": "Rome", "days": 2}}',
-                                   [WEATHER], "llama3_json")[:3]
+        return score_answer(
+            got, '{"name": "get_weather", "parameters": {"city": "Rome", "days": 2}}', [WEATHER], "llama3_json"
+        )[:3]
 
     assert score('{"parameters": {"days": 2, "city": "Rome"}, "name": "get_weather"}') == (True, True, False)
     assert score('{"name": "get_weather", "parameters": {"city": "rome", "days": 2}}') == (False, True, False)
     assert score('{"name": "get_weather", "parameters": "Rome"}') == (False, False, True)
     assert score('<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome", "days": 2}}\n</tool_call>') == (
-        False, False, False)  # a server with Llama's parser makes no call of it
+        False,
+        False,
+        False,
+    )  # a server with Llama's parser makes no call of it
     assert score_answer("Rome", "Rome", [], "llama3_json")[:3] == (True, True, False)
 
 
@@ -215,16 +283,18 @@ def to_sequences(tokenizer) -> list[Sequence]:
     """Return eight short turns of six conversations that every family renders."""
     rows = [[{"role": "user", "content": f"rain in {city}?"}, calls(city)] for city in ("Rome", "Oslo", "Lima", "Bonn")]
     rows += [CONVERSATIONS["tool reply"], CONVERSATIONS["no call"], CONVERSATIONS["system"]]
-    groups, problems = render_examples(tokenizer, [Example(f"x:{i}", row, [WEATHER, ALARM])
-                                                          for i, row in enumerate(rows)], 4096)
+    groups, problems = render_examples(
+        tokenizer, [Example(f"x:{i}", row, [WEATHER, ALARM]) for i, row in enumerate(rows)], 4096
+    )
     assert problems == []
     return [sequence for group in groups for sequence in group]
 
 
 def test_sharing_and_answers_are_exact_in_every_family(family):
     name, folder = family
-    args = script.parse_args(["--model_id", str(folder), "--no-load_in_4bit", "--lora_rank", "4",
-                              "--max_new_tokens", "12"])
+    args = script.parse_args(
+        ["--model_id", str(folder), "--no-load_in_4bit", "--lora_rank", "4", "--max_new_tokens", "12"]
+    )
     config = check_model(str(folder))
     model = script.load_model(args, "transformers", plan=None)
     trained = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
@@ -245,8 +315,9 @@ def test_sharing_and_answers_are_exact_in_every_family(family):
     alone = []
     for row in rows:
         prompt = torch.tensor([row.input_ids[: row.prompt_length]])
-        written = model.generate(input_ids=prompt, max_new_tokens=12, do_sample=False, eos_token_id=stops,
-                                 pad_token_id=0, use_cache=True)[0, prompt.shape[1]:].tolist()
+        written = model.generate(
+            input_ids=prompt, max_new_tokens=12, do_sample=False, eos_token_id=stops, pad_token_id=0, use_cache=True
+        )[0, prompt.shape[1] :].tolist()
         alone.append(tokenizer.decode([token for token in written if token not in stops]))
     assert len({*alone}) > 1
     assert generate_answers(model, tokenizer, rows, args, "adapter") == alone
@@ -256,20 +327,51 @@ def test_a_checkpoint_of_all_weights_holds_the_experts(tmp_path):
     from safetensors import safe_open
 
     folder = make_model("qwen3-moe", tmp_path / "base")
-    args = script.parse_args(["--model_id", str(folder), "--lora_rank", "0", "--output_dir", str(tmp_path / "out"),
-                              "--final_model_dir", str(tmp_path / "final"), "--max_steps", "2",
-                              "--learning_rate", "0.01", "--warmup_steps", "0"])
+    args = script.parse_args(
+        [
+            "--model_id",
+            str(folder),
+            "--lora_rank",
+            "0",
+            "--output_dir",
+            str(tmp_path / "out"),
+            "--final_model_dir",
+            str(tmp_path / "final"),
+            "--max_steps",
+            "2",
+            "--learning_rate",
+            "0.01",
+            "--warmup_steps",
+            "0",
+        ]
+    )
     tokenizer = load_tokenizer(str(folder))
     rows = to_sequences(tokenizer)
     plan = plan_streams(rows, args, "transformers")
-    trained, fresh = (build_trainer(args, script.to_sft_config(args, plan, False), "transformers", script.load_model(args, "transformers", plan),
-                                           tokenizer, rows, [], plan) for _ in range(2))
+    trained, fresh = (
+        build_trainer(
+            args,
+            script.to_sft_config(args, plan, False),
+            "transformers",
+            script.load_model(args, "transformers", plan),
+            tokenizer,
+            rows,
+            [],
+            plan,
+        )
+        for _ in range(2)
+    )
     trained.train()
-    experts = [name for name, weight in fresh.model.named_parameters() if "experts" in name
-               and not torch.equal(weight, trained.model.get_parameter(name))]
+    experts = [
+        name
+        for name, weight in fresh.model.named_parameters()
+        if "experts" in name and not torch.equal(weight, trained.model.get_parameter(name))
+    ]
     assert experts
     load_trained(fresh, str(tmp_path / "out" / "checkpoint-2"))
-    assert all(torch.equal(weight, trained.model.get_parameter(name)) for name, weight in fresh.model.named_parameters())
+    assert all(
+        torch.equal(weight, trained.model.get_parameter(name)) for name, weight in fresh.model.named_parameters()
+    )
     files = (path / "model.safetensors" for path in (folder, save_whole(args, trained.model)))
     names = [{*safe_open(file, "pt").keys()} for file in files]
     assert names[0] == names[1]  # as published: one by one
@@ -279,15 +381,33 @@ def test_a_mixture_of_experts_is_merged_with_its_experts(tmp_path):
     from peft import PeftModel
 
     folder, ids = make_model("qwen3-moe", tmp_path / "base"), torch.arange(30)[None]
-    args = script.parse_args(["--model_id", str(folder), "--no-load_in_4bit", "--output_dir", str(tmp_path / "out"),
-                              "--final_model_dir", str(tmp_path / "final"), "--max_steps", "2",
-                              "--learning_rate", "0.05", "--warmup_steps", "0", "--lora_rank", "4"])
+    args = script.parse_args(
+        [
+            "--model_id",
+            str(folder),
+            "--no-load_in_4bit",
+            "--output_dir",
+            str(tmp_path / "out"),
+            "--final_model_dir",
+            str(tmp_path / "final"),
+            "--max_steps",
+            "2",
+            "--learning_rate",
+            "0.05",
+            "--warmup_steps",
+            "0",
+            "--lora_rank",
+            "4",
+        ]
+    )
     check_dropout(args, check_model(str(folder)))
     tokenizer = load_tokenizer(str(folder))
     rows = to_sequences(tokenizer)
     plan = plan_streams(rows, args, "transformers")
     model = script.load_model(args, "transformers", plan)
-    trainer = build_trainer(args, script.to_sft_config(args, plan, False), "transformers", model, tokenizer, rows, [], plan)
+    trainer = build_trainer(
+        args, script.to_sft_config(args, plan, False), "transformers", model, tokenizer, rows, [], plan
+    )
     assert train_model(trainer, None, complete=False)["steps"] == 2
     changed = {name for name, weight in trainer.model.named_parameters() if "lora_B" in name and weight.any()}
     assert any("experts" in name for name in changed) and any("q_proj" in name for name in changed)
@@ -312,7 +432,8 @@ def test_experts_that_get_no_adapter_are_named(capsys):
         warn_of_frozen_experts(model)  # full fine-tuning
         warn_of_frozen_experts(get_peft_model(model, LoraConfig(r=2, target_modules=script.TARGET_MODULES)))
     assert capsys.readouterr().err == (
-        "warning: the experts of this qwen2_moe get no adapter: the layers beside them alone are trained\n")
+        "warning: the experts of this qwen2_moe get no adapter: the layers beside them alone are trained\n"
+    )
 
 
 def test_only_models_whose_layers_take_trees_share_with_unsloth(capsys):
@@ -321,16 +442,21 @@ def test_only_models_whose_layers_take_trees_share_with_unsloth(capsys):
     assert [can_share("unsloth", config()) for config in (LlamaConfig, Qwen2Config, Qwen3Config)] == [True] * 3
     assert can_share("transformers", Qwen3MoeConfig()) and capsys.readouterr().out == ""
     assert not can_share("unsloth", Qwen3MoeConfig())
-    assert capsys.readouterr().out == ("plan     ordinary padded batches: with Unsloth, only llama, qwen2, qwen3 share "
-                                       "prefixes, and this is qwen3_moe; --engine transformers shares them, too\n")
+    assert capsys.readouterr().out == (
+        "plan     ordinary padded batches: with Unsloth, only llama, qwen2, qwen3 share "
+        "prefixes, and this is qwen3_moe; --engine transformers shares them, too\n"
+    )
 
 
-@pytest.mark.parametrize("config, more, layers", [
-    ("MistralConfig", {"sliding_window": 4096, "max_position_embeddings": 32768}, "sliding_attention"),
-    ("MistralConfig", {"sliding_window": None}, None),
-    ("Qwen2Config", {"use_sliding_window": True, "max_window_layers": 1}, "sliding_attention"),
-    ("Qwen3NextConfig", {}, "linear_attention"),
-])
+@pytest.mark.parametrize(
+    "config, more, layers",
+    [
+        ("MistralConfig", {"sliding_window": 4096, "max_position_embeddings": 32768}, "sliding_attention"),
+        ("MistralConfig", {"sliding_window": None}, None),
+        ("Qwen2Config", {"use_sliding_window": True, "max_window_layers": 1}, "sliding_attention"),
+        ("Qwen3NextConfig", {}, "linear_attention"),
+    ],
+)
 def test_a_model_whose_layers_forget_is_refused(tmp_path, config, more, layers):
     import transformers
 
@@ -342,20 +468,43 @@ def test_a_model_whose_layers_forget_is_refused(tmp_path, config, more, layers):
         return check_model(str(tmp_path))
     with pytest.raises(UserError) as error:
         check_model(str(tmp_path))
-    assert str(error.value) == (f"--model_id {tmp_path}: has layers of {layers}, which do not look back on all tokens; "
-                                "expected full attention in every layer")
+    assert str(error.value) == (
+        f"--model_id {tmp_path}: has layers of {layers}, which do not look back on all tokens; "
+        "expected full attention in every layer"
+    )
 
 
 def test_llama_runs_from_rows_to_a_merged_model_and_resumes_on_another_day(tmp_path, monkeypatch, tools_path):
     from transformers import AutoTokenizer
 
     folder = make_model("llama3.2", tmp_path / "llama")
-    rows = [native(f"rain in {city} {day}?", ("get_weather", {"city": city}))
-            for city in ("Rome", "Oslo", "Lima", "Bonn") for day in ("today", "on Monday", "at all")]
+    rows = [
+        native(f"rain in {city} {day}?", ("get_weather", {"city": city}))
+        for city in ("Rome", "Oslo", "Lima", "Bonn")
+        for day in ("today", "on Monday", "at all")
+    ]
     write_jsonl(tmp_path / "rows.jsonl", [*rows, native("thanks", content="Bye."), native("ok", content="Bye.")])
-    arguments = ["--model_id", folder, "--dataset_path", tmp_path / "rows.jsonl", "--tools_path", tools_path,
-                 "--output_dir", tmp_path / "out", "--final_model_dir", tmp_path / "final", "--num_epochs", 1,
-                 "--no-load_in_4bit", "--max_new_tokens", 8, "--learning_rate", 0.01, "--warmup_steps", 0]
+    arguments = [
+        "--model_id",
+        folder,
+        "--dataset_path",
+        tmp_path / "rows.jsonl",
+        "--tools_path",
+        tools_path,
+        "--output_dir",
+        tmp_path / "out",
+        "--final_model_dir",
+        tmp_path / "final",
+        "--num_epochs",
+        1,
+        "--no-load_in_4bit",
+        "--max_new_tokens",
+        8,
+        "--learning_rate",
+        0.01,
+        "--warmup_steps",
+        0,
+    ]
     today = time.strftime("%Y-%m-%d")
     result = run_script(*arguments)
     assert result.returncode == 0, result.stderr

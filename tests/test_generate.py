@@ -25,8 +25,9 @@ def model():
 @pytest.fixture(scope="module")
 def sequences(tokenizer):
     """Held-out rows of the bundled data, of which the embedded base gets some right."""
-    args = script.parse_args(["--dataset_path", str(ROOT / script.DATASET_PATH), "--tools_path",
-                              str(ROOT / script.TOOLS_PATH)])
+    args = script.parse_args(
+        ["--dataset_path", str(ROOT / script.DATASET_PATH), "--tools_path", str(ROOT / script.TOOLS_PATH)]
+    )
     _, held_out = split_examples(read_examples(args, args.dataset_path)[0], 0.1)
     groups, problems = render_examples(tokenizer, held_out[8:24], 2048)
     assert not problems
@@ -36,8 +37,16 @@ def sequences(tokenizer):
 def write_alone(model, tokenizer, prompt: list[int], max_new_tokens: int) -> list[int]:
     """Return Transformers' own greedy answer to one prompt."""
     stop = tokenizer.convert_tokens_to_ids(tokenizer.eos_token)
-    output = model.generate(torch.tensor([prompt]), max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stop,
-                            pad_token_id=stop, temperature=None, top_p=None, top_k=None)[0, len(prompt):].tolist()
+    output = model.generate(
+        torch.tensor([prompt]),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=stop,
+        pad_token_id=stop,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+    )[0, len(prompt) :].tolist()
     return output[: output.index(stop)] if stop in output else output
 
 
@@ -51,8 +60,10 @@ def test_free_exact_match_is_that_of_generation_row_by_row(model, tokenizer, seq
         return to_metrics(score_batches(model, batches, "transformers"))["exact_match"]
 
     assert [count([build_stream([row])]) for row in sequences] == written
-    for batches in ([build_stream(sequences[:8]), build_stream(sequences[8:])],
-                    [build_padded(sequences[:9]), build_padded(sequences[9:])]):
+    for batches in (
+        [build_stream(sequences[:8]), build_stream(sequences[8:])],
+        [build_padded(sequences[:9]), build_padded(sequences[9:])],
+    ):
         assert count(batches) == sum(written) / len(written)
 
 
@@ -70,17 +81,28 @@ def test_a_batch_answers_as_each_prompt_alone(model, tokenizer, sequences, monke
         assert generate_tokens(model, prompts, [stop], 40) == alone
         strangers = [prompts[0], prompts[1][300:], prompts[2][5:]]  # nothing in common: no prefix, much padding
         assert generate_tokens(model, strangers, [stop], 12) == [
-            write_alone(model, tokenizer, prompt, 12) for prompt in strangers]
+            write_alone(model, tokenizer, prompt, 12) for prompt in strangers
+        ]
 
 
 def test_a_model_partly_outside_of_the_device_answers_alike_and_says_so(model, tokenizer, sequences, capsys):
     outside = {f"model.layers.{i}": "cpu" if i == 0 else "disk" for i in range(model.config.num_hidden_layers)}
-    spread = load_base(str(TINY), False, place={
-        "model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu", **outside})
+    spread = load_base(
+        str(TINY),
+        False,
+        place={
+            "model.embed_tokens": "cpu",
+            "model.norm": "cpu",
+            "model.rotary_emb": "cpu",
+            "lm_head": "cpu",
+            **outside,
+        },
+    )
     assert {weight.device.type for weight in spread.parameters()} == {"cpu", "meta"}
     args = script.parse_args(["--max_new_tokens", "12"])
-    assert (generate_answers(spread, tokenizer, sequences[:3], args, "spread")
-            == generate_answers(model, tokenizer, sequences[:3], args, "whole"))
+    assert generate_answers(spread, tokenizer, sequences[:3], args, "spread") == generate_answers(
+        model, tokenizer, sequences[:3], args, "whole"
+    )
     warn_if_spread(model)
     assert capsys.readouterr().err == ""
     warn_if_spread(spread)
@@ -91,14 +113,25 @@ def test_an_adapter_leaves_the_parts_of_its_base_where_they_are(tmp_path, sequen
     """By what is free with the base already there, PEFT would find no room for it."""
     from peft import LoraConfig, get_peft_model
 
-    trained = get_peft_model(load_base(str(TINY), False), LoraConfig(
-        r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"))
+    trained = get_peft_model(
+        load_base(str(TINY), False),
+        LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
+    )
     trained.save_pretrained(tmp_path)
     ids = torch.tensor([sequences[0].input_ids[:50]])
     expected = trained.eval()(ids).logits
     monkeypatch.setattr("peft.peft_model.infer_auto_device_map", lambda *_, **__: pytest.fail("spread anew"))
-    for place in (None, {"": "cpu"}, {"model.embed_tokens": "cpu", "model.layers": "cpu", "model.norm": "cpu",
-                                      "model.rotary_emb": "cpu", "lm_head": "cpu"}):
+    for place in (
+        None,
+        {"": "cpu"},
+        {
+            "model.embed_tokens": "cpu",
+            "model.layers": "cpu",
+            "model.norm": "cpu",
+            "model.rotary_emb": "cpu",
+            "lm_head": "cpu",
+        },
+    ):
         model = load_adapter(load_base(str(TINY), False, place=place), str(tmp_path)).eval()
         assert torch.equal(model(ids).logits, expected)
 
@@ -109,8 +142,10 @@ def test_grouped_query_attention_with_a_prefix_is_attention():
     prefix_key, prefix_value = (torch.randn(1, 2, 7, 8, generator=generator) for _ in range(2))
     mask = torch.ones(3, 1, 5, 5, dtype=torch.bool).tril()
     got = attend_with_prefix(query, key, value, mask, 0.3, prefix_key, prefix_value)
-    keys, values = (torch.cat([prefix.expand(3, -1, -1, -1), own], dim=2)
-                    for prefix, own in ((prefix_key, key), (prefix_value, value)))
+    keys, values = (
+        torch.cat([prefix.expand(3, -1, -1, -1), own], dim=2)
+        for prefix, own in ((prefix_key, key), (prefix_value, value))
+    )
     whole = torch.cat([torch.ones(3, 1, 5, 7, dtype=torch.bool), mask], dim=3)
     expected = torch.nn.functional.scaled_dot_product_attention(query, keys, values, whole, scale=0.3, enable_gqa=True)
     torch.testing.assert_close(got, expected.transpose(1, 2))

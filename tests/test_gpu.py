@@ -30,9 +30,16 @@ VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
 
 
 def run(folder, *more, **changes):
-    settings = {"--model_id": TINY, "--dataset_path": folder / "rows.jsonl", "--tools_path": folder / "tools.json",
-                "--output_dir": folder / "out", "--final_model_dir": folder / "final", "--num_epochs": 2,
-                "--train_test_split": 0.25, **changes}
+    settings = {
+        "--model_id": TINY,
+        "--dataset_path": folder / "rows.jsonl",
+        "--tools_path": folder / "tools.json",
+        "--output_dir": folder / "out",
+        "--final_model_dir": folder / "final",
+        "--num_epochs": 2,
+        "--train_test_split": 0.25,
+        **changes,
+    }
     flags = [item for pair in settings.items() for item in pair]
     result = run_script(*flags, *more, timeout=500, CUDA_VISIBLE_DEVICES=VISIBLE)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
@@ -71,20 +78,32 @@ def test_unsloth_trains_resumes_merges_and_matches_the_stock_engine(folder):
     difference = (read_adapter(folder) - whole).norm() / whole.norm()
     print("difference of the weights after resuming", difference.item())
     assert difference < 1e-6
-    stock = run(folder, **{"--engine": "transformers", "--output_dir": folder / "stock", "--max_steps": 1,
-                           "--warmup_steps": 0})
+    stock = run(
+        folder, **{"--engine": "transformers", "--output_dir": folder / "stock", "--max_steps": 1, "--warmup_steps": 0}
+    )
     assert losses(stock)[0] == pytest.approx(losses(output)[0], rel=0.01)
 
 
 def test_both_engines_put_the_same_adapter_on_the_same_layers(folder):
     found = {}
     for engine in ("unsloth", "transformers"):
-        output = run(folder, "--use_rslora", "--target_modules", "q_proj", "down_proj", "--no-load_in_4bit",
-                     **{"--engine": engine, "--output_dir": folder / engine, "--warmup_ratio": 0.5, "--lora_alpha": 8})
+        output = run(
+            folder,
+            "--use_rslora",
+            "--target_modules",
+            "q_proj",
+            "down_proj",
+            "--no-load_in_4bit",
+            **{"--engine": engine, "--output_dir": folder / engine, "--warmup_ratio": 0.5, "--lora_alpha": 8},
+        )
         settings = json.loads((folder / engine / "adapter" / "adapter_config.json").read_text())
         history = json.loads((folder / engine / "report.json").read_text())["train"]["history"]
-        found[engine] = (settings["use_rslora"], sorted(settings["target_modules"]),
-                         [log["learning_rate"] for log in history if "learning_rate" in log], losses(output)[0])
+        found[engine] = (
+            settings["use_rslora"],
+            sorted(settings["target_modules"]),
+            [log["learning_rate"] for log in history if "learning_rate" in log],
+            losses(output)[0],
+        )
     assert found["unsloth"][:2] == found["transformers"][:2] == (True, ["down_proj", "q_proj"])
     assert found["unsloth"][2] == pytest.approx(found["transformers"][2])
     assert found["unsloth"][3] == pytest.approx(found["transformers"][3], rel=0.01)
@@ -130,7 +149,12 @@ for i in range(2):
 def test_unsloth_shared_gradients_are_those_of_single_rows_also_from_a_cuda_graph(folder, flags):
     result = subprocess.run(
         [sys.executable, "-c", GRADIENTS, MODEL, folder / "rows.jsonl", folder / "tools.json", *flags],
-        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, timeout=500)
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        timeout=500,
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     found = re.findall(r"loss (\S+) norm (\S+) rounding (\S+) graph (\S+)", result.stdout)
     assert len(found) == 2
@@ -192,22 +216,53 @@ WORDS = ["amber", "basil", "cedar", "delta", "ember", "fjord", "grove", "heron",
 @pytest.mark.parametrize("flags", [["--engine", "transformers"], ["--no-cuda_graphs"], []])
 def test_a_step_that_does_not_fit_goes_on_in_smaller_streams(folder, flags):
     generator = random.Random(0)  # long requests that share nothing: memory grows with the rows
-    write_jsonl(folder / "long.jsonl", [native(" ".join(generator.choices(WORDS, k=300)), ("set_alarm", {"time": word}))
-                                        for word in WORDS * 4])
+    write_jsonl(
+        folder / "long.jsonl",
+        [native(" ".join(generator.choices(WORDS, k=300)), ("set_alarm", {"time": word})) for word in WORDS * 4],
+    )
     (folder / "short.py").write_text(SHORT_OF_MEMORY)
     results = {}
     for kind in ("plenty", "short"):
         results[kind] = subprocess.run(
-            [sys.executable, folder / "short.py", kind, "--model_id", MODEL, "--dataset_path", folder / "long.jsonl",
-             "--tools_path", folder / "tools.json", "--output_dir", folder / kind, "--max_steps", "3", "--batch_size",
-             "16", "--gradient_accumulation_steps", "1", "--gradient_checkpointing", "off", *flags],
-            capture_output=True, text=True, cwd=ROOT, timeout=500,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])})
+            [
+                sys.executable,
+                folder / "short.py",
+                kind,
+                "--model_id",
+                MODEL,
+                "--dataset_path",
+                folder / "long.jsonl",
+                "--tools_path",
+                folder / "tools.json",
+                "--output_dir",
+                folder / kind,
+                "--max_steps",
+                "3",
+                "--batch_size",
+                "16",
+                "--gradient_accumulation_steps",
+                "1",
+                "--gradient_checkpointing",
+                "off",
+                *flags,
+            ],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            timeout=500,
+            env={
+                **os.environ,
+                "HF_HUB_OFFLINE": "1",
+                "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            },
+        )
         assert results[kind].returncode == 0, results[kind].stderr[-3000:]
     warnings = re.findall("warning: out of GPU memory at step ([0-9]+) with a stream of", results["short"].stderr)
     assert warnings and set(warnings) == {"1"} and "out of GPU memory" not in results["plenty"].stderr
-    short, plenty = ([float(loss) for loss in re.search("losses (.*)", results[kind].stdout)[1].split()]
-                     for kind in ("short", "plenty"))
+    short, plenty = (
+        [float(loss) for loss in re.search("losses (.*)", results[kind].stdout)[1].split()]
+        for kind in ("short", "plenty")
+    )
     assert len(short) == 3 and short == pytest.approx(plenty, rel=0.02)
 
 
@@ -219,14 +274,48 @@ two_gpus = pytest.mark.skipif(not has_gpu or torch.cuda.device_count() < 2, reas
 
 def run_on_two(folder, name, *flags) -> str:
     """Run the command line on two GPUs, with the Transformers engine if no other is named; return what it prints."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               ROOT / "train_qwen3_tool_calling.py", "--model_id", MODEL, "--engine", "transformers", "--dataset_path",
-               folder / "rows.jsonl", "--tools_path", folder / "tools.json", "--train_test_split", "0.25",
-               "--output_dir", folder / name, "--final_model_dir", folder / f"{name}-final", "--max_steps", "2",
-               "--batch_size", "1", "--gradient_accumulation_steps", "1", "--warmup_steps", "0", "--max_new_tokens",
-               "4", *flags]
-    result = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT, timeout=500,
-                            env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        ROOT / "train_qwen3_tool_calling.py",
+        "--model_id",
+        MODEL,
+        "--engine",
+        "transformers",
+        "--dataset_path",
+        folder / "rows.jsonl",
+        "--tools_path",
+        folder / "tools.json",
+        "--train_test_split",
+        "0.25",
+        "--output_dir",
+        folder / name,
+        "--final_model_dir",
+        folder / f"{name}-final",
+        "--max_steps",
+        "2",
+        "--batch_size",
+        "1",
+        "--gradient_accumulation_steps",
+        "1",
+        "--warmup_steps",
+        "0",
+        "--max_new_tokens",
+        "4",
+        *flags,
+    ]
+    result = subprocess.run(
+        [*map(str, command)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=500,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result.stdout
 
@@ -235,8 +324,10 @@ def run_on_two(folder, name, *flags) -> str:
 @pytest.mark.parametrize("bits", ["--load_in_4bit", "--no-load_in_4bit"])
 def test_a_base_split_over_two_gpus_computes_what_a_whole_one_does(folder, bits):
     """As bf16, 4-bit numbers that look like NaN changed on the way, and the first loss by 0.2 %."""
-    whole, split = (losses(run_on_two(folder, f"{bits[2:4]}{name}", bits, "--save_method", "lora", *flags))
-                    for name, flags in (("whole", []), ("split", ["--fsdp"])))
+    whole, split = (
+        losses(run_on_two(folder, f"{bits[2:4]}{name}", bits, "--save_method", "lora", *flags))
+        for name, flags in (("whole", []), ("split", ["--fsdp"]))
+    )
     assert split[0] == pytest.approx(whole[0], rel=3e-4) and len(split) == 2
 
 
@@ -254,14 +345,37 @@ def test_all_weights_split_over_two_gpus_are_trained_saved_and_resumed(folder):
 def test_unsloth_on_two_gpus_replays_streams_of_several_lengths(folder):
     """CUDA refuses to record a stream once DistributedDataParallel is built on another: all come before."""
     generator = random.Random(0)
-    rows = [native(" ".join(generator.choices(WORDS, k=words)), ("set_alarm", {"time": "6"}))
-            for words in (10, 100, 250, 500) * 6]
+    rows = [
+        native(" ".join(generator.choices(WORDS, k=words)), ("set_alarm", {"time": "6"}))
+        for words in (10, 100, 250, 500) * 6
+    ]
     write_jsonl(folder / "lengths.jsonl", rows)
-    args = script.parse_args(["--dataset_path", str(folder / "lengths.jsonl"), "--batch_size", "1", "--tools_path",
-                              str(folder / "tools.json"), "--gradient_accumulation_steps", "1", "--train_test_split",
-                              "0.25"])
+    args = script.parse_args(
+        [
+            "--dataset_path",
+            str(folder / "lengths.jsonl"),
+            "--batch_size",
+            "1",
+            "--tools_path",
+            str(folder / "tools.json"),
+            "--gradient_accumulation_steps",
+            "1",
+            "--train_test_split",
+            "0.25",
+        ]
+    )
     train, _ = render_all(args, load_tokenizer(MODEL), read_examples(args, args.dataset_path)[0])
     assert len(plan_streams(train, args, "unsloth").lengths) > 2
-    output = run_on_two(folder, "lengths", "--engine", "unsloth", "--dataset_path", folder / "lengths.jsonl",
-                        "--max_steps", "8", "--save_method", "lora")
+    output = run_on_two(
+        folder,
+        "lengths",
+        "--engine",
+        "unsloth",
+        "--dataset_path",
+        folder / "lengths.jsonl",
+        "--max_steps",
+        "8",
+        "--save_method",
+        "lora",
+    )
     assert "Unsloth" in output and len(losses(output)) == 8

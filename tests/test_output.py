@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ALARM, ROOT, TINY, WEATHER, run_script, write_jsonl, patch
+from conftest import ALARM, ROOT, TINY, WEATHER, patch, run_script, write_jsonl
 from test_command_line import FINAL_FILES, ROWS, arguments, errors, names
 from test_robust import TRAIN, limit_memory, weights
 from train_small import make_base, make_rows
@@ -30,7 +30,14 @@ from tool_calling.estimates import check_disk, count_final_bytes, estimate_disk,
 from tool_calling.files import find_damage
 from tool_calling.saving.card import hand_over, to_card, to_vllm_command
 from tool_calling.saving.gguf import to_modelfile, write_gguf
-from tool_calling.saving.merge import merge_adapter, refuse_unchanged, round_at_random, round_trained, save_whole, sum_weights
+from tool_calling.saving.merge import (
+    merge_adapter,
+    refuse_unchanged,
+    round_at_random,
+    round_trained,
+    save_whole,
+    sum_weights,
+)
 from tool_calling.saving.proof import check_trained, merge_and_score
 from tool_calling.schedule import Plan, group_rows
 from tool_calling.streams import build_padded
@@ -89,8 +96,12 @@ class Hub:
                     hub.private = json.loads(body).get("private", json.loads(body).get("visibility") == "private")
                     value = {"url": f"{hub.url}/me/tools", "name": "me/tools"}
                 elif "/preupload/" in path:
-                    value = {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
-                                       for file in json.loads(body)["files"]]}
+                    value = {
+                        "files": [
+                            {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                            for file in json.loads(body)["files"]
+                        ]
+                    }
                 elif "/commit/" in path:
                     for line in body.decode().splitlines():
                         line = json.loads(line)
@@ -134,8 +145,21 @@ def full(tmp_path_factory):
     write_jsonl(folder / "rows.jsonl", ROWS)
     path = make_tools(folder / "bin")
     with Hub() as hub:
-        result = run_script(*arguments(folder, "--lora_rank", 0, "--learning_rate", 1e-3, "--save_gguf", "Q8_0,q4_k_m",
-                                       "--push_to_hub", "me/tools"), PATH=path, **on_hub(hub))
+        result = run_script(
+            *arguments(
+                folder,
+                "--lora_rank",
+                0,
+                "--learning_rate",
+                1e-3,
+                "--save_gguf",
+                "Q8_0,q4_k_m",
+                "--push_to_hub",
+                "me/tools",
+            ),
+            PATH=path,
+            **on_hub(hub),
+        )
     return folder, result, hub
 
 
@@ -150,7 +174,9 @@ def test_full_fine_tuning_writes_the_model_in_the_bases_type_and_no_adapter(full
     assert {name: (t.shape, t.dtype) for name, t in trained.items()} == {n: (t.shape, t.dtype) for n, t in base.items()}
     kept = [name for name in base if torch.equal(base[name], trained[name])]
     assert all("norm" in name for name in kept)  # a norm's weights of 1 can be too coarse for so few steps
-    assert (folder / "out" / "checkpoint-6" / "model.safetensors").stat().st_size > 4 * 11_475_264  # fp32, to go on from
+    assert (
+        folder / "out" / "checkpoint-6" / "model.safetensors"
+    ).stat().st_size > 4 * 11_475_264  # fp32, to go on from
     settings = yaml.safe_load((folder / "final" / "run.yaml").read_text())
     assert (settings["lora_rank"], settings["load_in_4bit"], settings["engine"]) == (0, False, "transformers")
     again = script.parse_args(["--config", str(folder / "final" / "run.yaml")])
@@ -170,7 +196,8 @@ def test_full_fine_tuning_is_checked_and_proven(full):
     assert lines[-2:] == [
         f"done     trained model: {folder / 'final'}",
         f"serve    vllm serve {folder / 'final'} --enable-auto-tool-choice --tool-call-parser hermes "
-        """--default-chat-template-kwargs '{"enable_thinking": false}'"""]
+        """--default-chat-template-kwargs '{"enable_thinking": false}'""",
+    ]
     assert result.stderr == "warning: no row without a call: a model so trained forgets to refuse\n"
 
 
@@ -178,8 +205,12 @@ def test_the_model_card_says_what_it_is_and_names_no_folder_of_this_machine(full
     folder, _, _ = full
     card = (folder / "final" / "README.md").read_text()
     _, head, text = card.split("---\n", 2)
-    assert yaml.safe_load(head) == {"base_model": "tiny-qwen3", "library_name": "transformers",
-                                    "pipeline_tag": "text-generation", "tags": ["tool-calling", "function-calling"]}
+    assert yaml.safe_load(head) == {
+        "base_model": "tiny-qwen3",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["tool-calling", "function-calling"],
+    }
     assert "`tiny-qwen3` taught to call tools by full fine-tuning: 16-bit weights." in text
     scores = json.loads((folder / "out" / "report.json").read_text())["scores"]
     for name in ("base", "trained"):
@@ -199,38 +230,83 @@ def test_gguf_files_are_made_of_the_final_folder(full):
     assert calls == [
         ["convert", str(final), "--outfile", str(inside / "whole.gguf"), "--outtype", "bf16"],
         ["convert", str(final), "--outfile", str(inside / "final-q8_0.gguf"), "--outtype", "q8_0"],
-        ["quantize", str(inside / "whole.gguf"), str(inside / "final-q4_k_m.gguf"), "Q4_K_M"]]
+        ["quantize", str(inside / "whole.gguf"), str(inside / "final-q4_k_m.gguf"), "Q4_K_M"],
+    ]
     assert names(final / "gguf") == ["Modelfile", "final-q4_k_m.gguf", "final-q8_0.gguf"]
-    assert (final / "gguf" / "Modelfile").read_text().startswith(
-        "FROM ./final-q8_0.gguf\nPARAMETER temperature 0\nPARAMETER num_ctx 4096\n")
+    assert (
+        (final / "gguf" / "Modelfile")
+        .read_text()
+        .startswith("FROM ./final-q8_0.gguf\nPARAMETER temperature 0\nPARAMETER num_ctx 4096\n")
+    )
     assert f"gguf     {final / 'gguf'}: q8_0,q4_k_m; for Ollama: ollama create NAME -f " in result.stdout
 
 
 def test_the_upload_is_private_whole_and_without_what_is_of_this_machine(full):
     folder, result, hub = full
     assert hub.private is True
-    assert sorted(hub.files) == sorted([*(set(FINAL_FILES) - {"run.yaml"}), "gguf/Modelfile", "gguf/final-q4_k_m.gguf",
-                                        "gguf/final-q8_0.gguf"])
+    assert sorted(hub.files) == sorted(
+        [*(set(FINAL_FILES) - {"run.yaml"}), "gguf/Modelfile", "gguf/final-q4_k_m.gguf", "gguf/final-q8_0.gguf"]
+    )
     assert hub.requests[0] == "GET /api/whoami-v2"  # before training
     assert {request.split("?")[0] for request in hub.requests[1:]} <= {
-        "POST /api/repos/create", "POST /api/validate-yaml", "POST /api/models/me/tools/preupload/main",
-        "GET /api/models/me/tools/revision/main", "GET /api/models/me/tools", "POST /api/models/me/tools/commit/main"}
+        "POST /api/repos/create",
+        "POST /api/validate-yaml",
+        "POST /api/models/me/tools/preupload/main",
+        "GET /api/models/me/tools/revision/main",
+        "GET /api/models/me/tools",
+        "POST /api/models/me/tools/commit/main",
+    }
     assert f"push     {hub.url}/me/tools" in result.stdout
-    written = [path for path in folder.rglob("*") if path.suffix in (".json", ".yaml", ".html", ".md") or path.name == "log"]
+    written = [
+        path for path in folder.rglob("*") if path.suffix in (".json", ".yaml", ".html", ".md") or path.name == "log"
+    ]
     assert len(written) > 10 and not [path for path in written if TOKEN in path.read_text()]
     assert TOKEN not in result.stdout + result.stderr
 
 
 def make_trainer(folder: Path, *flags: str):
     """A trainer of all weights of a small random Qwen3 over TRAIN, three steps, the same each time."""
-    args = script.parse_args(["--lora_rank", "0", "--num_epochs", "1", "--warmup_steps", "0", "--learning_rate", "0.01",
-                              "--save_steps", "1", "--output_dir", str(folder), *flags])
+    args = script.parse_args(
+        [
+            "--lora_rank",
+            "0",
+            "--num_epochs",
+            "1",
+            "--warmup_steps",
+            "0",
+            "--learning_rate",
+            "0.01",
+            "--save_steps",
+            "1",
+            "--output_dir",
+            str(folder),
+            *flags,
+        ]
+    )
     plan = Plan(args.batch_size, args.gradient_accumulation_steps, group_rows(TRAIN), (), True)
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=61, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=16, num_attention_heads=2,
-        num_key_value_heads=1, tie_word_embeddings=True))
-    return build_trainer(args, script.to_sft_config(args, plan, False), "transformers", model, AutoTokenizer.from_pretrained(TINY), TRAIN, [], plan)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=61,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            head_dim=16,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            tie_word_embeddings=True,
+        )
+    )
+    return build_trainer(
+        args,
+        script.to_sft_config(args, plan, False),
+        "transformers",
+        model,
+        AutoTokenizer.from_pretrained(TINY),
+        TRAIN,
+        [],
+        plan,
+    )
 
 
 def test_full_fine_tuning_goes_on_with_the_same_bits(tmp_path):
@@ -273,7 +349,9 @@ def test_of_a_large_gradient_every_nth_number_is_compared(tmp_path, monkeypatch)
 def test_rounding_at_random_keeps_sums(monkeypatch):
     patch(monkeypatch, "ROUNDED_WEIGHTS", 1000)
     torch.manual_seed(0)
-    held = torch.tensor([0.0, -0.0, 1.0, -1.0078125, 3.3895314e38, float("inf"), -float("inf"), 1e-40]).bfloat16().float()
+    held = (
+        torch.tensor([0.0, -0.0, 1.0, -1.0078125, 3.3895314e38, float("inf"), -float("inf"), 1e-40]).bfloat16().float()
+    )
     same = held.clone()
     round_at_random(same)
     assert torch.equal(same, held)  # what bf16 has
@@ -302,10 +380,13 @@ def test_a_merge_keeps_what_is_less_than_a_step_of_bf16(tmp_path, monkeypatch):
             weight.data.normal_(std=1e-5)
     model.save_pretrained(tmp_path / "adapter")
     args = script.parse_args(["--model_id", str(TINY), "--final_model_dir", str(tmp_path / "final")])
-    saved, again = (AutoModelForCausalLM.from_pretrained(merge_adapter(args, str(TINY), str(tmp_path / "adapter")))
-                    for _ in range(2))
-    exact = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32),
-                                      tmp_path / "adapter").merge_and_unload()
+    saved, again = (
+        AutoModelForCausalLM.from_pretrained(merge_adapter(args, str(TINY), str(tmp_path / "adapter")))
+        for _ in range(2)
+    )
+    exact = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32), tmp_path / "adapter"
+    ).merge_and_unload()
     kept = nearest = wanted = 0.0
     for (name, weight), other, whole in zip(saved.named_parameters(), again.parameters(), exact.parameters()):
         assert weight.dtype == torch.bfloat16 and torch.equal(weight, other)  # the seed decides
@@ -320,8 +401,10 @@ def test_a_merge_keeps_what_is_less_than_a_step_of_bf16(tmp_path, monkeypatch):
     places = layers | dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
     patch(monkeypatch, "find_place", lambda args: places)  # what "auto" says if the GPUs cannot hold all
     folder = merge_adapter(args, str(TINY), str(tmp_path / "adapter"))
-    assert all(torch.equal(*pair) for pair in zip(
-        saved.parameters(), AutoModelForCausalLM.from_pretrained(folder).parameters()))
+    assert all(
+        torch.equal(*pair)
+        for pair in zip(saved.parameters(), AutoModelForCausalLM.from_pretrained(folder).parameters())
+    )
 
 
 def test_a_merge_that_changes_nothing_is_refused(tmp_path):
@@ -339,13 +422,16 @@ def test_training_that_16_bits_do_not_hold_is_warned_of(tmp_path, monkeypatch, c
     losses = iter([1.0, 2.0])  # of ten tokens
     patch(monkeypatch, "score_batches", lambda *arguments: torch.tensor([next(losses), 10, 0, 1]))
     model = make_trainer(tmp_path).model
-    args = script.parse_args(["--model_id", str(TINY), "--lora_rank", "0", "--final_model_dir", str(tmp_path / "final")])
+    args = script.parse_args(
+        ["--model_id", str(TINY), "--lora_rank", "0", "--final_model_dir", str(tmp_path / "final")]
+    )
     trained, loss = round_trained(args, model, torch.bfloat16, [], "transformers")
     save_whole(args, trained)
     assert loss == pytest.approx(0.2)
     assert capsys.readouterr().err.startswith(
         "warning: torch.bfloat16 holds less than training changed: held-out loss 0.2000, in 32 bits 0.1000; train longer "
-        "or raise --learning_rate\n")
+        "or raise --learning_rate\n"
+    )
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / ".final.partial")
     assert saved.dtype == torch.bfloat16 and saved.config.use_cache
     with pytest.raises(UserError, match="the trained model equals the base"):
@@ -360,10 +446,13 @@ def test_a_trained_model_that_comes_back_different_is_refused(capsys):
             check_trained(args, loss, 0.1)
         assert str(error.value) == (
             f"the trained model read back does not do what it did: held-out loss {loss:.4f}, before it was saved 0.1000; "
-            "nothing was written to final, the checkpoints are safe in out")
+            "nothing was written to final, the checkpoints are safe in out"
+        )
     args.save_method = "merged_4bit"
     check_trained(args, 0.121, 0.1)
-    assert capsys.readouterr().err == "warning: 4 bits cost something: held-out loss 0.1210, before it was saved 0.1000\n"
+    assert (
+        capsys.readouterr().err == "warning: 4 bits cost something: held-out loss 0.1210, before it was saved 0.1000\n"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -373,15 +462,27 @@ def adapted(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("adapted")
     make_base(folder / "base")
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "base"), LoraConfig(
-        r=16, target_modules=script.TARGET_MODULES, init_lora_weights=False, task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder / "base"),
+        LoraConfig(r=16, target_modules=script.TARGET_MODULES, init_lora_weights=False, task_type="CAUSAL_LM"),
+    )
     model.save_pretrained(folder / "adapter")
     return folder
 
 
 def score(folder: Path, *flags: str) -> dict:
-    args = script.parse_args(["--model_id", str(folder / "base"), "--no-load_in_4bit", "--max_new_tokens", "4",
-                              "--final_model_dir", str(folder / "final"), *flags])
+    args = script.parse_args(
+        [
+            "--model_id",
+            str(folder / "base"),
+            "--no-load_in_4bit",
+            "--max_new_tokens",
+            "4",
+            "--final_model_dir",
+            str(folder / "final"),
+            *flags,
+        ]
+    )
     rows = make_rows(4, seed=1)
     plan = Plan(2, 1, group_rows(rows), (), True)
     return merge_and_score(args, str(folder / "base"), str(folder / "adapter"), rows, plan)
@@ -414,10 +515,15 @@ def test_only_the_adapter_is_handed_over(tmp_path, capsys):
     args = script.parse_args(["--save_method", "lora", "--lora_rank", "24", "--push_to_hub", "me/tools"])
     pushed = []
     row = {"exact_match": 0.5, "ast_match": 0.5, "tool_macro_f1": 0.5, "broken_json": 0, "n": 2}
-    report = {"args": vars(args), "scores": {"base": row, "adapter": row}, "data": {"train": 8, "held_out": 2},
-              "train": {"last_step": 3, "kept_step": 3, "history": []},
-              "command": "python x.py --output_dir=/home/me/out ~/a/b hf_abcdefghij",
-              "device": "cpu", "finished": "2026-01-01 00:00"}
+    report = {
+        "args": vars(args),
+        "scores": {"base": row, "adapter": row},
+        "data": {"train": 8, "held_out": 2},
+        "train": {"last_step": 3, "kept_step": 3, "history": []},
+        "command": "python x.py --output_dir=/home/me/out ~/a/b hf_abcdefghij",
+        "device": "cpu",
+        "finished": "2026-01-01 00:00",
+    }
     monkey = pytest.MonkeyPatch()
     with monkey.context() as monkey_:
         patch(monkey_, "push_folder", lambda repo, folder: pushed.append((repo, folder)) or "address")
@@ -425,30 +531,49 @@ def test_only_the_adapter_is_handed_over(tmp_path, capsys):
         hand_over(args, Qwen3Config(), None, str(tmp_path / "adapter"), report, "hermes", True, ([], []))
     assert pushed == [("me/tools", str(tmp_path / "adapter"))]
     card = (tmp_path / "adapter" / "README.md").read_text()
-    assert yaml.safe_load(card.split("---\n")[1])["library_name"] == "peft" and names(tmp_path / "adapter") == ["README.md"]
+    assert yaml.safe_load(card.split("---\n")[1])["library_name"] == "peft" and names(tmp_path / "adapter") == [
+        "README.md"
+    ]
     assert "`Qwen/Qwen3-0.6B` taught to call tools by LoRA of rank 24: the adapter alone." in card
     assert "\npython x.py --output_dir=out b $HF_TOKEN\n" in card
     assert "8 sequences of `data/synthetic_finetune_dataset.json`, 2 held out; 3 steps;\ncpu, 2026-01-01 00:00." in card
     report["train"] = {"last_step": 3, "kept_step": 2, "history": [{"loss": 2.0}, {"loss": 1.0}, {"eval_loss": 3.0}]}
     assert "2 held out; 2 steps of 3, the best on held-out rows, mean loss 1.5000;\ncpu" in to_card(
-        report, True, "tools", "vllm")
-    served = ("vllm serve Qwen/Qwen3-0.6B --enable-lora --max-lora-rank 32 --lora-modules tools={} "
-              "--enable-auto-tool-choice --tool-call-parser hermes --reasoning-parser qwen3")
+        report, True, "tools", "vllm"
+    )
+    served = (
+        "vllm serve Qwen/Qwen3-0.6B --enable-lora --max-lora-rank 32 --lora-modules tools={} "
+        "--enable-auto-tool-choice --tool-call-parser hermes --reasoning-parser qwen3"
+    )
     assert served.format("me/tools") in card
     assert capsys.readouterr().out.splitlines() == [
-        "push     address", f"done     adapter: {tmp_path / 'adapter'}",
-        "serve    " + served.format(tmp_path / "adapter")]
+        "push     address",
+        f"done     adapter: {tmp_path / 'adapter'}",
+        "serve    " + served.format(tmp_path / "adapter"),
+    ]
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--lora_rank", "0", "--load_in_4bit"], "--lora_rank 0 trains the 16-bit weights themselves"),
-    (["--lora_rank", "0", "--engine", "unsloth"], "leave out --load_in_4bit, --engine unsloth and --save_method lora"),
-    (["--lora_rank", "0", "--save_method", "lora"], "--lora_rank 0 trains the 16-bit weights themselves"),
-    (["--lora_rank", "-1"], "argument --lora_rank: must be at least 0, got -1"),
-    (["--save_method", "gguf"], "argument --save_method: invalid choice: 'gguf'"),
-    (["--save_gguf", "q8_0,q9_0"], "argument --save_gguf: unknown: q9_0; expected any of f32, f16, bf16, q8_0, q6_k"),
-    (["--save_gguf", "q8_0", "--save_method", "merged_4bit"],
-     "--save_gguf is made from the 16-bit model: leave out --save_method merged_4bit")])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--lora_rank", "0", "--load_in_4bit"], "--lora_rank 0 trains the 16-bit weights themselves"),
+        (
+            ["--lora_rank", "0", "--engine", "unsloth"],
+            "leave out --load_in_4bit, --engine unsloth and --save_method lora",
+        ),
+        (["--lora_rank", "0", "--save_method", "lora"], "--lora_rank 0 trains the 16-bit weights themselves"),
+        (["--lora_rank", "-1"], "argument --lora_rank: must be at least 0, got -1"),
+        (["--save_method", "gguf"], "argument --save_method: invalid choice: 'gguf'"),
+        (
+            ["--save_gguf", "q8_0,q9_0"],
+            "argument --save_gguf: unknown: q9_0; expected any of f32, f16, bf16, q8_0, q6_k",
+        ),
+        (
+            ["--save_gguf", "q8_0", "--save_method", "merged_4bit"],
+            "--save_gguf is made from the 16-bit model: leave out --save_method merged_4bit",
+        ),
+    ],
+)
 def test_flags_that_do_not_fit_are_refused(flags, message):
     with pytest.raises(FlagError) as error:  # exit code 2
         script.parse_args(flags)
@@ -461,7 +586,12 @@ def test_what_a_flag_leaves_open_depends_on_what_is_trained():
     args = script.parse_args(["--lora_rank", "0", "--no-load_in_4bit", "--learning_rate", "1e-4"])
     assert (args.load_in_4bit, args.learning_rate) == (False, 1e-4)
     args = script.parse_args([])
-    assert (args.load_in_4bit, args.learning_rate, args.engine, args.save_method) == (True, 2e-4, "auto", "merged_16bit")
+    assert (args.load_in_4bit, args.learning_rate, args.engine, args.save_method) == (
+        True,
+        2e-4,
+        "auto",
+        "merged_16bit",
+    )
 
 
 def test_full_fine_tuning_needs_the_16_bit_model():
@@ -482,7 +612,8 @@ def test_weights_are_summed_in_pieces(monkeypatch):
     whole = sum_weights(model)
     patch(monkeypatch, "ROUNDED_WEIGHTS", 4)
     assert sum_weights(model) == pytest.approx(whole) and whole["weight"] == pytest.approx(
-        model.weight.double().sum().item())
+        model.weight.double().sum().item()
+    )
 
 
 def test_disk_and_memory_are_reckoned_for_what_is_trained_and_saved(tmp_path):
@@ -495,7 +626,9 @@ def test_disk_and_memory_are_reckoned_for_what_is_trained_and_saved(tmp_path):
         return count_final_bytes(script.parse_args([*flags]), parameters)
 
     assert count() == 2 * whole and count("--save_method", "lora") == 0
-    assert count("--save_method", "merged_4bit") == pytest.approx(2 * whole + 0.53 * linear + 2 * parameters["other"], abs=1)
+    assert count("--save_method", "merged_4bit") == pytest.approx(
+        2 * whole + 0.53 * linear + 2 * parameters["other"], abs=1
+    )
     assert count("--save_gguf", "q8_0") == pytest.approx(3.1 * whole, abs=1)
     assert count("--save_gguf", "f16,q4_k_m") == pytest.approx((2 + 2 + 2 + 1.1) * whole, abs=1)
     args = script.parse_args(["--lora_rank", "0", "--optim", "adamw_torch", "--final_model_dir", str(tmp_path)])
@@ -513,20 +646,32 @@ def test_disk_and_memory_are_reckoned_for_what_is_trained_and_saved(tmp_path):
 
 def test_gguf_tools_that_are_missing_end_the_run_before_training(tmp_path, tools_path):
     path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
-    command = ["--model_id", TINY, "--dataset_path", path, "--tools_path", tools_path, "--output_dir", tmp_path / "out",
-               "--final_model_dir", tmp_path / "final"]
+    command = [
+        "--model_id",
+        TINY,
+        "--dataset_path",
+        path,
+        "--tools_path",
+        tools_path,
+        "--output_dir",
+        tmp_path / "out",
+        "--final_model_dir",
+        tmp_path / "final",
+    ]
     nowhere = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "UNSLOTH_LLAMA_CPP_PATH": ""}
     result = run_script(*command, "--save_gguf", "q8_0,q4_k_m", **nowhere)
     assert result.returncode == 1 and errors(result) == [
         "error: --save_gguf q8_0,q4_k_m: convert_hf_to_gguf.py and llama-quantize of llama.cpp not found; expected on "
-        "PATH, in ./llama.cpp, or where Unsloth installs it: $UNSLOTH_LLAMA_CPP_PATH or ~/.unsloth/llama.cpp"]
+        "PATH, in ./llama.cpp, or where Unsloth installs it: $UNSLOTH_LLAMA_CPP_PATH or ~/.unsloth/llama.cpp"
+    ]
     tools = tmp_path / ".unsloth"  # a converter there that does not know the model
     tools.mkdir()
     make_tools(tools / "llama.cpp", **{"convert_hf_to_gguf.py": "import sys\nsys.exit('Unknown: BPE pre-tokenizer')"})
     result = run_script(*command, "--save_gguf", "q8_0", **nowhere)
     converter = tools / "llama.cpp" / "convert_hf_to_gguf.py"
     assert result.returncode == 1 and errors(result) == [
-        f"error: --save_gguf q8_0: --model_id {TINY}: {sys.executable} {converter} failed: Unknown: BPE pre-tokenizer"]
+        f"error: --save_gguf q8_0: --model_id {TINY}: {sys.executable} {converter} failed: Unknown: BPE pre-tokenizer"
+    ]
     assert not (tmp_path / "out").exists() and not (tmp_path / "final").exists()
 
 
@@ -542,16 +687,29 @@ def test_a_gguf_that_fails_leaves_the_model_whole(tmp_path):
         assert names(tmp_path / "final") == before
 
 
-CALLS = [{"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Rome", "days": 2}}},
-         {"type": "function", "function": {"name": "set_alarm", "arguments": {"time": "6"}}}]
+CALLS = [
+    {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Rome", "days": 2}}},
+    {"type": "function", "function": {"name": "set_alarm", "arguments": {"time": "6"}}},
+]
 ASKED = {"role": "user", "content": "Rome?"}
 CHATS = [
-    [ASKED], [{"role": "system", "content": "Be short."}, ASKED],
-    [ASKED, {"role": "assistant", "content": "", "tool_calls": CALLS}, {"role": "tool", "content": "22"},
-     {"role": "tool", "content": "ok"}],
-    [{"role": "system", "content": "Be short."}, ASKED,
-     {"role": "assistant", "content": "Let me see.", "tool_calls": CALLS[:1]}, {"role": "tool", "content": "22"},
-     {"role": "assistant", "content": "22 degrees."}, {"role": "user", "content": "And now?"}]]
+    [ASKED],
+    [{"role": "system", "content": "Be short."}, ASKED],
+    [
+        ASKED,
+        {"role": "assistant", "content": "", "tool_calls": CALLS},
+        {"role": "tool", "content": "22"},
+        {"role": "tool", "content": "ok"},
+    ],
+    [
+        {"role": "system", "content": "Be short."},
+        ASKED,
+        {"role": "assistant", "content": "Let me see.", "tool_calls": CALLS[:1]},
+        {"role": "tool", "content": "22"},
+        {"role": "assistant", "content": "22 degrees."},
+        {"role": "user", "content": "And now?"},
+    ],
+]
 
 
 def read_template(modelfile: str) -> str:
@@ -561,8 +719,11 @@ def read_template(modelfile: str) -> str:
 @pytest.mark.skipif(not shutil.which("go"), reason="Go is not here, whose templates Ollama has")
 @pytest.mark.parametrize("thinks", [False, True])
 def test_ollama_sends_the_prompts_of_training(tokenizer, tmp_path, thinks):
-    subprocess.run(["go", "build", "-o", tmp_path / "render", ROOT / "tests" / "ollama_template.go"], check=True,
-                   env={**os.environ, "GO111MODULE": "off"})
+    subprocess.run(
+        ["go", "build", "-o", tmp_path / "render", ROOT / "tests" / "ollama_template.go"],
+        check=True,
+        env={**os.environ, "GO111MODULE": "off"},
+    )
     template = read_template(to_modelfile(tokenizer, "x.gguf", 4096, thinks))
     for chat in CHATS:
         for tools in ([], [WEATHER, ALARM]):
@@ -570,17 +731,25 @@ def test_ollama_sends_the_prompts_of_training(tokenizer, tmp_path, thinks):
             values = json.dumps({"Template": template, "System": system, "Messages": chat, "Tools": tools})
             rendered = subprocess.run([tmp_path / "render"], input=values, capture_output=True, text=True, check=True)
             assert rendered.stdout == tokenizer.apply_chat_template(
-                chat, tools=tools or None, add_generation_prompt=True, enable_thinking=thinks, tokenize=False)
+                chat, tools=tools or None, add_generation_prompt=True, enable_thinking=thinks, tokenize=False
+            )
 
 
 def test_the_modelfile_keeps_the_tools(tokenizer):
     modelfile = to_modelfile(tokenizer, "x-q8_0.gguf", 8192, False)
     assert modelfile.splitlines()[:5] == [
-        "FROM ./x-q8_0.gguf", "PARAMETER temperature 0", "PARAMETER num_ctx 8192", 'PARAMETER stop "<|im_start|>"',
-        'PARAMETER stop "<|im_end|>"']
+        "FROM ./x-q8_0.gguf",
+        "PARAMETER temperature 0",
+        "PARAMETER num_ctx 8192",
+        'PARAMETER stop "<|im_start|>"',
+        'PARAMETER stop "<|im_end|>"',
+    ]
     template = read_template(modelfile)
     assert "<BEFORE>" not in template and "{{ end }}# Tools\n\nYou may call one or more functions" in template
-    assert '<tools>{{ range .Tools }}\n{"type": "function", "function": {{ .Function }}}{{ end }}\n</tools>\n\n' in template
+    assert (
+        '<tools>{{ range .Tools }}\n{"type": "function", "function": {{ .Function }}}{{ end }}\n</tools>\n\n'
+        in template
+    )
     assert "<|im_start|>assistant\n<think>\n\n</think>\n\n{{ end }}{{ end }}" in template
     # Ollama finds the mark of a call as the first text after the first `if .ToolCalls`.
     assert template.split("{{ if .ToolCalls }}")[1].startswith("{{ range $n, $call := .ToolCalls }}<tool_call>\n{")
@@ -599,29 +768,43 @@ def test_the_modelfile_keeps_the_tools(tokenizer):
             return "<s>[INST] " + messages[-1]["content"]
 
     assert to_modelfile(Other(), "x", 4096, False) == (
-        "FROM ./x\nPARAMETER temperature 0\nPARAMETER num_ctx 4096\n")  # Ollama takes the template of the GGUF
+        "FROM ./x\nPARAMETER temperature 0\nPARAMETER num_ctx 4096\n"
+    )  # Ollama takes the template of the GGUF
 
 
-@pytest.mark.parametrize("family, parser, thinks, expected", [
-    ("qwen3", "hermes", False, "hermes --default-chat-template-kwargs '{\"enable_thinking\": false}'"),
-    ("qwen3_moe", "hermes", True, "hermes --reasoning-parser qwen3"), ("qwen2", "hermes", False, "hermes"),
-    ("llama", "llama3_json", False, "llama3_json"), ("llama", "hermes", True, "hermes")])
+@pytest.mark.parametrize(
+    "family, parser, thinks, expected",
+    [
+        ("qwen3", "hermes", False, "hermes --default-chat-template-kwargs '{\"enable_thinking\": false}'"),
+        ("qwen3_moe", "hermes", True, "hermes --reasoning-parser qwen3"),
+        ("qwen2", "hermes", False, "hermes"),
+        ("llama", "llama3_json", False, "llama3_json"),
+        ("llama", "hermes", True, "hermes"),
+    ],
+)
 def test_vllm_is_told_how_calls_look(family, parser, thinks, expected):
     config = types.SimpleNamespace(model_type=family)
     assert to_vllm_command(config, "a/b", parser, thinks) == (
-        f"vllm serve a/b --enable-auto-tool-choice --tool-call-parser {expected}")
+        f"vllm serve a/b --enable-auto-tool-choice --tool-call-parser {expected}"
+    )
 
 
-@pytest.mark.parametrize("repo, token, role, message", [
-    ("me/tools", "", "write", "no token; run `hf auth login`, or set HF_TOKEN"),
-    ("me/tools", "hf_wrong", "write", "the Hub answers 401 to the token; expected one that may write"),
-    ("me/tools", TOKEN, "read", "the token may only read; expected one that may write"),
-    ("you/tools", TOKEN, "write", "the token is of me, us; expected a repository of these"),
-    ("me/to ols", TOKEN, "write", "Repo id must")])
+@pytest.mark.parametrize(
+    "repo, token, role, message",
+    [
+        ("me/tools", "", "write", "no token; run `hf auth login`, or set HF_TOKEN"),
+        ("me/tools", "hf_wrong", "write", "the Hub answers 401 to the token; expected one that may write"),
+        ("me/tools", TOKEN, "read", "the token may only read; expected one that may write"),
+        ("you/tools", TOKEN, "write", "the token is of me, us; expected a repository of these"),
+        ("me/to ols", TOKEN, "write", "Repo id must"),
+    ],
+)
 def test_an_upload_that_cannot_be_is_refused_before_training(tmp_path, repo, token, role, message):
     """In a process of its own: the library reads its address when it is imported."""
-    code = ("import tool_calling.saving.upload as s\ntry:\n    s.check_hub({!r})\n    print('fine')\n"
-            "except s.UserError as error:\n    print(error)").format(repo)
+    code = (
+        f"import tool_calling.saving.upload as s\ntry:\n    s.check_hub({repo!r})\n    print('fine')\n"
+        "except s.UserError as error:\n    print(error)"
+    )
     with Hub(role) as hub:
         environment = {**os.environ, **on_hub(hub, token), "HF_HOME": str(tmp_path)}
         result = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
@@ -632,19 +815,25 @@ def test_an_upload_that_cannot_be_is_refused_before_training(tmp_path, repo, tok
 def test_an_upload_that_fails_says_that_all_is_there(tmp_path):
     (tmp_path / "final").mkdir()
     (tmp_path / "final" / "README.md").write_text("# x\n")
-    code = ("import tool_calling.saving.upload as s\ntry:\n    s.check_hub('us/x')\n    s.push_folder('us/x', 'final')\n"
-            "except s.UserError as error:\n    print(error)")
+    code = (
+        "import tool_calling.saving.upload as s\ntry:\n    s.check_hub('us/x')\n    s.push_folder('us/x', 'final')\n"
+        "except s.UserError as error:\n    print(error)"
+    )
     with Hub(fails=["/commit/"]) as hub:
         environment = {**os.environ, **on_hub(hub), "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-        result = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+        result = subprocess.run(
+            [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True
+        )
     assert result.stdout.startswith("--push_to_hub me/tools: ") and result.stdout.endswith(
-        "everything is whole in final, push it with: hf upload me/tools final . --private --exclude run.yaml\n"), result
+        "everything is whole in final, push it with: hf upload me/tools final . --private --exclude run.yaml\n"
+    ), result
 
 
 def test_bf16_is_for_gpus_that_compute_it(monkeypatch):
     for computes, dtype in ((True, torch.bfloat16), (False, torch.float16)):  # older ones emulate it
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported",
-                            lambda including_emulation=True: including_emulation or computes)
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or computes
+        )
         assert to_dtype("cuda") == dtype
 
 

@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, native, run_script, write_jsonl, patch
+from conftest import ROOT, native, patch, run_script, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -43,16 +43,19 @@ def error_of(*paths: object) -> str:
 # --- JSON and JSONL files --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("content", [
-    '{"a": 1}\n{"a": 2}\n',
-    '{"a": 1}\r\n{"a": 2}\r\n',
-    '{"a": 1}\n{"a": 2}',
-    '\ufeff{"a": 1}\n{"a": 2}\n',
-    '{"a": 1}\n\ufeff{"a": 2}\n',  # two files that each begin with a mark, joined
-    '[{"a": 1},\n{"a": 2}]',
-    '\ufeff[{"a": 1},\r\n{"a": 2}]\r\n',
-    '{"a":\t1}\n  {"a": 2}  \n \n',
-])
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"a": 1}\n{"a": 2}\n',
+        '{"a": 1}\r\n{"a": 2}\r\n',
+        '{"a": 1}\n{"a": 2}',
+        '\ufeff{"a": 1}\n{"a": 2}\n',
+        '{"a": 1}\n\ufeff{"a": 2}\n',  # two files that each begin with a mark, joined
+        '[{"a": 1},\n{"a": 2}]',
+        '\ufeff[{"a": 1},\r\n{"a": 2}]\r\n',
+        '{"a":\t1}\n  {"a": 2}  \n \n',
+    ],
+)
 def test_the_same_rows_in_every_layout(tmp_path, content):
     path = tmp_path / "rows.json"
     path.write_bytes(content.encode())
@@ -90,18 +93,24 @@ def test_a_first_line_that_was_cut_is_one_bad_row(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", ['{"input": "x",', B, '{"input": "x"', C])
     assert read(path) == [
         (f"{path}:1", "not valid JSON: Expecting property name enclosed in double quotes" + EXPECTED_LINE),
-        (f"{path}:2", B), (f"{path}:3", "not valid JSON: Expecting ',' delimiter" + EXPECTED_LINE), (f"{path}:4", C)]
+        (f"{path}:2", B),
+        (f"{path}:3", "not valid JSON: Expecting ',' delimiter" + EXPECTED_LINE),
+        (f"{path}:4", C),
+    ]
 
 
-@pytest.mark.parametrize("line, problem", [
-    (b'{"a": 1} {"a": 2}', "not valid JSON: Extra data"),
-    (b'{"a": 1, "b": {"x": 1, "x": 2}}', 'not valid JSON: the key "x" stands twice'),
-    (b'{"a": -Infinity}', "not valid JSON: -Infinity is not JSON"),
-    (b'{"a": 1e999}', "not valid JSON: the number 1e999 is too large"),
-    (b'{"a": ' + b"7" * 4301 + b"}", "not valid JSON: a number has more than 4,300 digits"),
-    (b"[" * 100_000, "not valid JSON: it is nested too deeply"),
-    (b'{"a": "\\ud83d"}', "not valid JSON: \\ud83d is half a character"),
-])
+@pytest.mark.parametrize(
+    "line, problem",
+    [
+        (b'{"a": 1} {"a": 2}', "not valid JSON: Extra data"),
+        (b'{"a": 1, "b": {"x": 1, "x": 2}}', 'not valid JSON: the key "x" stands twice'),
+        (b'{"a": -Infinity}', "not valid JSON: -Infinity is not JSON"),
+        (b'{"a": 1e999}', "not valid JSON: the number 1e999 is too large"),
+        (b'{"a": ' + b"7" * 4301 + b"}", "not valid JSON: a number has more than 4,300 digits"),
+        (b"[" * 100_000, "not valid JSON: it is nested too deeply"),
+        (b'{"a": "\\ud83d"}', "not valid JSON: \\ud83d is half a character"),
+    ],
+)
 def test_a_broken_line_is_a_problem_of_its_own(tmp_path, line, problem):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(json.dumps(A).encode() + b"\n" + line + b"\n" + json.dumps(B).encode() + b"\n")
@@ -116,9 +125,11 @@ def test_a_broken_line_is_a_problem_of_its_own(tmp_path, line, problem):
 def test_a_line_that_is_not_utf8_names_its_byte(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"a": 1}\n{"a": "caf\xe9"}\n{"a": "caf\xc3\xa9"}\n')
-    assert read(path) == [(f"{path}:1", {"a": 1}),
-                          (f"{path}:2", "not UTF-8 text (byte 10); save it as UTF-8 JSON or JSONL"),
-                          (f"{path}:3", {"a": "café"})]
+    assert read(path) == [
+        (f"{path}:1", {"a": 1}),
+        (f"{path}:2", "not UTF-8 text (byte 10); save it as UTF-8 JSON or JSONL"),
+        (f"{path}:3", {"a": "café"}),
+    ]
     path.write_bytes(b'[{"a": 1},\n{"a": "caf\xe9"}]')
     assert error_of(path) == f"{path}: not UTF-8 text (byte 21); save it as UTF-8 JSON or JSONL"
 
@@ -194,9 +205,39 @@ def test_a_bar_on_a_terminal_changes_no_row(tmp_path, monkeypatch, capsys):
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.one_of(st.binary(max_size=60), st.lists(st.sampled_from(
-    [b"{", b"}", b"[", b"]", b",", b":", b'"a"', b'"', b"\n", b"\r", b" ", b"1", b"-", b"NaN", b"1e999", b"\xff",
-     b"\xef\xbb\xbf", b"\\ud800", b"null", b"{}", b'{"a": 1}']), max_size=20).map(b"".join)))
+@given(
+    st.one_of(
+        st.binary(max_size=60),
+        st.lists(
+            st.sampled_from(
+                [
+                    b"{",
+                    b"}",
+                    b"[",
+                    b"]",
+                    b",",
+                    b":",
+                    b'"a"',
+                    b'"',
+                    b"\n",
+                    b"\r",
+                    b" ",
+                    b"1",
+                    b"-",
+                    b"NaN",
+                    b"1e999",
+                    b"\xff",
+                    b"\xef\xbb\xbf",
+                    b"\\ud800",
+                    b"null",
+                    b"{}",
+                    b'{"a": 1}',
+                ]
+            ),
+            max_size=20,
+        ).map(b"".join),
+    )
+)
 def test_any_bytes_give_rows_problems_or_one_line(tmp_path, content):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
@@ -212,8 +253,18 @@ def test_any_bytes_give_rows_problems_or_one_line(tmp_path, content):
 
 
 def test_a_folder_is_its_files_in_order(tmp_path):
-    for name in ("b/2.JSONL", "b/10.jsonl", "a.json", ".hidden.jsonl", ".git/x.jsonl", "tools.json", "b/tools.json",
-                 "dataset_info.json", "notes.txt", "c.jsonl.bak"):
+    for name in (
+        "b/2.JSONL",
+        "b/10.jsonl",
+        "a.json",
+        ".hidden.jsonl",
+        ".git/x.jsonl",
+        "tools.json",
+        "b/tools.json",
+        "dataset_info.json",
+        "notes.txt",
+        "c.jsonl.bak",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps({"name": name}))
     (tmp_path / "folder.json").mkdir()
@@ -238,25 +289,44 @@ def test_a_folder_without_rows_is_one_line(tmp_path):
     (tmp_path / "tools.json").write_text("[]")
     assert error_of(tmp_path) == f"{tmp_path}: holds no .json or .jsonl file of rows; expected at least one"
     (tmp_path / "rows.jsonl").write_text("")
-    assert error_of(tmp_path) == (f"{tmp_path}/rows.jsonl: is empty; expected a JSON array of rows, "
-                                  "or one JSON object a line")
+    assert error_of(tmp_path) == (
+        f"{tmp_path}/rows.jsonl: is empty; expected a JSON array of rows, or one JSON object a line"
+    )
 
 
 # --- Hub datasets ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path, expected", [
-    ("org/name", ("org/name", None, None)),
-    ("name", ("name", None, None)),
-    ("org/name-v1.5:test", ("org/name-v1.5", None, "test")),
-    ("org/name:single-turn:test.small", ("org/name", "single-turn", "test.small")),
-])
+@pytest.mark.parametrize(
+    "path, expected",
+    [
+        ("org/name", ("org/name", None, None)),
+        ("name", ("name", None, None)),
+        ("org/name-v1.5:test", ("org/name-v1.5", None, "test")),
+        ("org/name:single-turn:test.small", ("org/name", "single-turn", "test.small")),
+    ],
+)
 def test_hub_names_are_recognised(path, expected):
     assert match_hub(path).groups() == expected
 
 
-@pytest.mark.parametrize("path", ["no/such.json", "rows.jsonl", "rows.jsonl.gz", "a/b/c", "./name", "../name", "/name",
-                                  "org/name:train[:10]", "org/", "a b", "", "C:\\rows"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "no/such.json",
+        "rows.jsonl",
+        "rows.jsonl.gz",
+        "a/b/c",
+        "./name",
+        "../name",
+        "/name",
+        "org/name:train[:10]",
+        "org/",
+        "a b",
+        "",
+        "C:\\rows",
+    ],
+)
 def test_other_names_are_files(path):
     assert match_hub(path) is None
     assert error_of(path) == f"{path}: cannot be read: No such file or directory"
@@ -275,24 +345,45 @@ def test_only_the_nulls_of_columns_are_dropped():
     from datasets import Features, Json, List, Value
 
     text = Value("string")
-    features = Features({"input": text, "system": text, "raw": Json(), "tags": List(text), "turns": List({"a": text}),
-                         "output": {"content": text, "call": {"name": text, "arguments": {"x": text, "y": text}}}})
-    row = {"input": "i", "system": None, "raw": {"kept": None}, "tags": ["t", None], "turns": [{"a": None}, {"a": "b"}],
-           "output": {"content": None, "call": {"name": "f", "arguments": {"x": None, "y": None}}}}
+    features = Features(
+        {
+            "input": text,
+            "system": text,
+            "raw": Json(),
+            "tags": List(text),
+            "turns": List({"a": text}),
+            "output": {"content": text, "call": {"name": text, "arguments": {"x": text, "y": text}}},
+        }
+    )
+    row = {
+        "input": "i",
+        "system": None,
+        "raw": {"kept": None},
+        "tags": ["t", None],
+        "turns": [{"a": None}, {"a": "b"}],
+        "output": {"content": None, "call": {"name": "f", "arguments": {"x": None, "y": None}}},
+    }
     assert drop_null_columns(row, features) == {
-        "input": "i", "raw": {"kept": None}, "tags": ["t", None], "turns": [{}, {"a": "b"}],
-        "output": {"call": {"name": "f", "arguments": {}}}}
+        "input": "i",
+        "raw": {"kept": None},
+        "tags": ["t", None],
+        "turns": [{}, {"a": "b"}],
+        "output": {"call": {"name": "f", "arguments": {}}},
+    }
 
 
 def run_reader(*paths: str, **environment: str) -> subprocess.CompletedProcess:
     """Read the paths in a new process and print the pairs as JSON, or the error."""
-    code = ("import json, sys, tool_calling.data.rows as s\n"
-            "try:\n    print(json.dumps([[where, str(row) if isinstance(row, ValueError) else row]\n"
-            "                      for where, row in s.read_rows(sys.argv[1:])]))\n"
-            "except s.UserError as error:\n    print('error:', error)\n")
+    code = (
+        "import json, sys, tool_calling.data.rows as s\n"
+        "try:\n    print(json.dumps([[where, str(row) if isinstance(row, ValueError) else row]\n"
+        "                      for where, row in s.read_rows(sys.argv[1:])]))\n"
+        "except s.UserError as error:\n    print('error:', error)\n"
+    )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
-    return subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, timeout=120, cwd=ROOT,
-                          env=environment)
+    return subprocess.run(
+        [sys.executable, "-c", code, *paths], capture_output=True, text=True, timeout=120, cwd=ROOT, env=environment
+    )
 
 
 @pytest.fixture(scope="module")
@@ -302,16 +393,34 @@ def cache(tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("cache")
     text = Value("string")
-    features = Features({"input": text, "asked": Value("date32"), "output": {"content": text, "function_call": {
-        "name": text, "arguments": {"city": text, "days": Value("int64"), "on": Value("timestamp[s]")}}}})
-    rows = [native("rain?", ("get_weather", {"city": "Rome"})), native("bye", content="Bye."),
-            native("and in 2 days?", ("get_weather", {"days": 2})), native("again", ("get_weather", {})),
-            native("may", ("get_weather", {"on": datetime(2024, 5, 1)}))]
+    features = Features(
+        {
+            "input": text,
+            "asked": Value("date32"),
+            "output": {
+                "content": text,
+                "function_call": {
+                    "name": text,
+                    "arguments": {"city": text, "days": Value("int64"), "on": Value("timestamp[s]")},
+                },
+            },
+        }
+    )
+    rows = [
+        native("rain?", ("get_weather", {"city": "Rome"})),
+        native("bye", content="Bye."),
+        native("and in 2 days?", ("get_weather", {"days": 2})),
+        native("again", ("get_weather", {})),
+        native("may", ("get_weather", {"on": datetime(2024, 5, 1)})),
+    ]
     for split, part in (("train", rows), ("test", rows[:1])):
         table = Dataset.from_list([{"asked": date(2024, 5, 1), **row} for row in part], features=features)
         table.to_parquet(folder / f"{split}.parquet")
-    load_dataset("parquet", data_files={split: str(folder / f"{split}.parquet") for split in ("train", "test")},
-                 cache_dir=str(folder / "made"))
+    load_dataset(
+        "parquet",
+        data_files={split: str(folder / f"{split}.parquet") for split in ("train", "test")},
+        cache_dir=str(folder / "made"),
+    )
     (info,) = folder.glob("made/parquet/*/*/*/dataset_info.json")
     target = folder / "datasets" / "org___calls" / "default" / "0.0.0" / info.parent.name
     target.mkdir(parents=True)
@@ -330,35 +439,55 @@ def test_a_cached_dataset_is_read_offline_without_its_nulls(cache):
         ["org/Calls:train[1]", native("bye", content="Bye.")],
         ["org/Calls:train[2]", native("and in 2 days?", ("get_weather", {"days": 2}))],
         ["org/Calls:train[3]", native("again", ("get_weather", {}))],
-        ["org/Calls:train[4]", "holds the datetime 2024-05-01 00:00:00; expected text or another JSON value "
-                               "(a table may have made dates of texts: name the dataset's own file instead)"],
-        ["org/Calls:test[0]", weather], ["org/Calls:default:test[0]", weather]]
+        [
+            "org/Calls:train[4]",
+            "holds the datetime 2024-05-01 00:00:00; expected text or another JSON value "
+            "(a table may have made dates of texts: name the dataset's own file instead)",
+        ],
+        ["org/Calls:test[0]", weather],
+        ["org/Calls:default:test[0]", weather],
+    ]
 
 
 def test_a_split_that_is_not_there_names_the_others(cache):
     result = run_reader("org/Calls:dev", HF_DATASETS_CACHE=str(cache))
     assert (result.stdout, result.stderr) == (
-        'error: org/Calls: has no split "dev"; expected org/Calls:train or org/Calls:test\n', "")
+        'error: org/Calls: has no split "dev"; expected org/Calls:train or org/Calls:test\n',
+        "",
+    )
 
 
 def test_the_command_line_takes_a_dataset(cache, tmp_path, tools_path):
-    result = run_script("--dataset_path", "org/Calls", "--tools_path", tools_path, "--model_id", "no/such/model",
-                        "--output_dir", tmp_path / "out", "--final_model_dir", tmp_path / "final",
-                        HF_DATASETS_CACHE=str(cache))
+    result = run_script(
+        "--dataset_path",
+        "org/Calls",
+        "--tools_path",
+        tools_path,
+        "--model_id",
+        "no/such/model",
+        "--output_dir",
+        tmp_path / "out",
+        "--final_model_dir",
+        tmp_path / "final",
+        HF_DATASETS_CACHE=str(cache),
+    )
     assert result.returncode == 1
     assert result.stderr.splitlines() == [
         'error: org/Calls:train[2]: call 1 "get_weather": arguments.city is missing',
         'error: org/Calls:train[3]: call 1 "get_weather": arguments.city is missing',
         "error: org/Calls:train[4]: holds the datetime 2024-05-01 00:00:00; expected text or another JSON value "
         "(a table may have made dates of texts: name the dataset's own file instead)",
-        "error: 3 problems in 3 of 5 rows; mend them, or leave them out with --on_invalid skip"]
+        "error: 3 problems in 3 of 5 rows; mend them, or leave them out with --on_invalid skip",
+    ]
 
 
 def test_offline_and_not_cached_is_one_line(tmp_path):
     result = run_reader("org/other", HF_DATASETS_CACHE=str(tmp_path))
     assert (result.stdout, result.stderr) == (
         "error: org/other: is no file or folder, not in the local cache, and the Hub cannot be reached; "
-        "unset HF_HUB_OFFLINE\n", "")
+        "unset HF_HUB_OFFLINE\n",
+        "",
+    )
 
 
 class RefusingHub(BaseHTTPRequestHandler):
@@ -377,17 +506,29 @@ class RefusingHub(BaseHTTPRequestHandler):
         """Keep the test's output clean."""
 
 
-@pytest.mark.parametrize("name, message", [
-    ("org/none", "is no file or folder, and no public dataset on the Hub; check the name, or log in with: "
-                 "hf auth login"),
-    ("org/gated", "is gated; accept its terms at https://huggingface.co/datasets/org/gated, log in with: "
-                  "hf auth login"),
-])
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        (
+            "org/none",
+            "is no file or folder, and no public dataset on the Hub; check the name, or log in with: hf auth login",
+        ),
+        (
+            "org/gated",
+            "is gated; accept its terms at https://huggingface.co/datasets/org/gated, log in with: hf auth login",
+        ),
+    ],
+)
 def test_what_the_hub_refuses_is_one_line(tmp_path, name, message):
     server = ThreadingHTTPServer(("127.0.0.1", 0), RefusingHub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    result = run_reader(name, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path), no_proxy="127.0.0.1",
-                        HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}")
+    result = run_reader(
+        name,
+        HF_HUB_OFFLINE="0",
+        HF_HOME=str(tmp_path),
+        no_proxy="127.0.0.1",
+        HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}",
+    )
     server.shutdown()
     assert (result.stdout, result.stderr) == (f"error: {name}: {message}\n", "")
 
@@ -417,9 +558,11 @@ def test_the_memory_of_reading_does_not_grow_with_the_file(tmp_path):
 
 def test_a_hundred_thousand_rows_fit_into_a_gibibyte(tmp_path):
     path = write_many(tmp_path / "rows.jsonl", 100_000)
-    code = ("import re, sys, tool_calling.data.examples as s\nfrom tool_calling.data.rows import read_rows\n"
-            "examples, problems, total, *_ = s.to_examples(read_rows([sys.argv[1]]), 'data/tools.json')\n"
-            "print(len(examples), len(problems), total, re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n")
+    code = (
+        "import re, sys, tool_calling.data.examples as s\nfrom tool_calling.data.rows import read_rows\n"
+        "examples, problems, total, *_ = s.to_examples(read_rows([sys.argv[1]]), 'data/tools.json')\n"
+        "print(len(examples), len(problems), total, re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
+    )
     start = time.perf_counter()
     result = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True, cwd=ROOT)
     *counts, peak = map(int, result.stdout.split())

@@ -17,8 +17,14 @@ EMPTY_THOUGHT = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
 
 
 def calls(*cities: str, content: str = "", **more) -> dict:
-    return {"role": "assistant", "content": content, **more, "tool_calls": [
-        {"type": "function", "function": {"name": "get_weather", "arguments": {"city": city}}} for city in cities]}
+    return {
+        "role": "assistant",
+        "content": content,
+        **more,
+        "tool_calls": [
+            {"type": "function", "function": {"name": "get_weather", "arguments": {"city": city}}} for city in cities
+        ],
+    }
 
 
 def says(text: str, **more) -> dict:
@@ -36,8 +42,12 @@ CONVERSATIONS = {
     "two rounds of calls": [ASK, calls("Rome"), REPLY, calls("Oslo"), REPLY, says("Both.")],
     "several turns": [ASK, says("Where?"), ASK, calls("Rome"), REPLY, says("Yes."), ASK, calls("Oslo")],
     "thinking": [ASK, calls("Rome", reasoning_content="The user asks for Rome.")],
-    "thinking after a reply": [ASK, calls("Rome", reasoning_content="Rome first."), REPLY,
-                               says("Yes.", reasoning_content="It rains.")],
+    "thinking after a reply": [
+        ASK,
+        calls("Rome", reasoning_content="Rome first."),
+        REPLY,
+        says("Yes.", reasoning_content="It rains."),
+    ],
     "unicode": [{"role": "user", "content": "Wetter in Köln? 🌧 東京"}, calls("Köln", '"東京" \\ 🌧\n')],
 }
 
@@ -63,8 +73,10 @@ def test_the_supervised_text_is_exact(tokenizer):
     assert texts("no call") == ["I cannot know.<|im_end|>"]
     assert texts("content beside a call") == [f"Let me look.\n{rome}<|im_end|>"]
     assert texts("two rounds of calls") == [f"{rome}<|im_end|>", f"{oslo}<|im_end|>", "Both.<|im_end|>"]
-    assert texts("thinking after a reply") == [f"<think>\nRome first.\n</think>\n\n{rome}<|im_end|>",
-                                               "<think>\nIt rains.\n</think>\n\nYes.<|im_end|>"]
+    assert texts("thinking after a reply") == [
+        f"<think>\nRome first.\n</think>\n\n{rome}<|im_end|>",
+        "<think>\nIt rains.\n</think>\n\nYes.<|im_end|>",
+    ]
 
 
 def test_a_turn_before_a_tool_reply_stands_on_the_serving_prompt(tokenizer):
@@ -72,7 +84,7 @@ def test_a_turn_before_a_tool_reply_stands_on_the_serving_prompt(tokenizer):
     first, _ = render(tokenizer, CONVERSATIONS["tool reply"])
     assert tokenizer.decode(first.input_ids[: first.prompt_length]).endswith(EMPTY_THOUGHT)
     whole = tokenizer.apply_chat_template(CONVERSATIONS["tool reply"], tools=[WEATHER, ALARM], tokenize=False)
-    assert '<|im_start|>assistant\n<tool_call>' in whole  # what training on whole conversations would teach
+    assert "<|im_start|>assistant\n<tool_call>" in whole  # what training on whole conversations would teach
 
 
 @pytest.mark.parametrize("which", ["tokenizer", "real_tokenizer"])
@@ -85,8 +97,13 @@ def test_every_turn_is_trained_as_served(request, which, name):
     assert len(sequences) == len(turns)
     for turn, sequence in zip(turns, sequences):
         served = tokenizer.apply_chat_template(
-            messages[:turn], tools=[WEATHER, ALARM], add_generation_prompt=True, tokenize=True, return_dict=False,
-            enable_thinking="reasoning_content" in messages[turn])
+            messages[:turn],
+            tools=[WEATHER, ALARM],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            enable_thinking="reasoning_content" in messages[turn],
+        )
         assert sequence.input_ids[: sequence.prompt_length] == served
         answer = supervised(tokenizer, sequence)
         assert answer.endswith("<|im_end|>") and answer.count("<|im_end|>") == 1
@@ -102,12 +119,15 @@ def test_the_two_tokenizers_render_the_same_text(tokenizer, real_tokenizer):
 def test_without_tools_no_tool_is_rendered(tokenizer):
     (sequence,) = render(tokenizer, [{"role": "user", "content": "hi"}, says("hello")], tools=[])
     assert tokenizer.decode(sequence.input_ids) == (
-        "<|im_start|>user\nhi<|im_end|>\n" + EMPTY_THOUGHT + "hello<|im_end|>")
+        "<|im_start|>user\nhi<|im_end|>\n" + EMPTY_THOUGHT + "hello<|im_end|>"
+    )
 
 
 def test_a_sequence_over_the_limit_is_a_problem_and_is_not_cut(tokenizer):
-    examples = [Example("x:1", CONVERSATIONS["one call"], [WEATHER]),
-                Example("x:2", [ASK, says("long " * 300)], [WEATHER])]
+    examples = [
+        Example("x:1", CONVERSATIONS["one call"], [WEATHER]),
+        Example("x:2", [ASK, says("long " * 300)], [WEATHER]),
+    ]
     length = len(render_examples(tokenizer, examples, 4096)[0][1][0].input_ids)
     groups, problems = render_examples(tokenizer, examples, length)
     assert problems == [] and len(groups[1][0].input_ids) == length
@@ -134,17 +154,29 @@ def test_a_template_that_loses_the_calls_ends_the_run(tokenizer):
         render_examples(Lossy(), examples, 4096)
     assert str(error.value) == (
         "lossy: the chat template writes calls in a way that cannot be read back: its calls do not survive rendering "
-        'and parsing: ""; expected that of a model whose calls vLLM\'s parser hermes or llama3_json reads')
+        'and parsing: ""; expected that of a model whose calls vLLM\'s parser hermes or llama3_json reads'
+    )
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("hello", []),
-    ('<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>', [{"name": "f", "arguments": {}}]),
-    ('hm <tool_call>{"name": "f", "arguments": {"a": "</b>"}}</tool_call>', [{"name": "f", "arguments": {"a": "</b>"}}]),
-    ('<tool_call>\n{"name": "f", "arguments": {}}', [{"name": "f", "arguments": {}}]),  # cut off, as servers accept it
-    ('<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>\n<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>',
-     [{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}]),
-])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("hello", []),
+        ('<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>', [{"name": "f", "arguments": {}}]),
+        (
+            'hm <tool_call>{"name": "f", "arguments": {"a": "</b>"}}</tool_call>',
+            [{"name": "f", "arguments": {"a": "</b>"}}],
+        ),
+        (
+            '<tool_call>\n{"name": "f", "arguments": {}}',
+            [{"name": "f", "arguments": {}}],
+        ),  # cut off, as servers accept it
+        (
+            '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>\n<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>',
+            [{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}],
+        ),
+    ],
+)
 def test_calls_are_parsed_as_servers_do(text, expected):
     assert parse_calls(text) == expected
 

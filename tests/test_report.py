@@ -12,15 +12,29 @@ from tool_calling.page import draw_curve, mark_difference, render_report, shade_
 from tool_calling.report import find_versions, write_report
 from tool_calling.saving.card import hide_folders
 
-TOOLS = ["book_taxi", "get_weather", "play_music", "set_alarm", "search_the_company_knowledge_base", "send_message",
-         "(no call)"]
+TOOLS = [
+    "book_taxi",
+    "get_weather",
+    "play_music",
+    "set_alarm",
+    "search_the_company_knowledge_base",
+    "send_message",
+    "(no call)",
+]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = '"><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)> \u202e\0 {{ 7 * 7 }} \ud800'
 
 
 def score(exact: float, broken: int) -> dict:
-    return {"exact_match": exact, "ast_match": exact, "tool_macro_f1": 0.9, "call_precision": 0.75, "call_recall": 0.8,
-            "broken_json": broken, "n": 200}
+    return {
+        "exact_match": exact,
+        "ast_match": exact,
+        "tool_macro_f1": 0.9,
+        "call_precision": 0.75,
+        "call_recall": 0.8,
+        "broken_json": broken,
+        "n": 200,
+    }
 
 
 def failure(line: int, request: str, expected: str, got: str) -> dict:
@@ -37,46 +51,103 @@ def full_report() -> dict:
     draw = random.Random(0)
     counts = [[28 * (i == j < 7) for j in range(8)] for i in range(8)]
     counts[1][7], counts[3][0], counts[3][3] = 2, 4, 24
-    history = [{"step": step, "loss": 2.4 * 0.975**step + draw.random() * 0.1, "learning_rate": 2e-4}
-               for step in range(1, 226, 2)]
+    history = [
+        {"step": step, "loss": 2.4 * 0.975**step + draw.random() * 0.1, "learning_rate": 2e-4}
+        for step in range(1, 226, 2)
+    ]
     history += [{"step": 75 * i, "eval_loss": 0.5 / i**2, "eval_exact_match": 0.6 + 0.087 * i} for i in (1, 2, 3)]
     return {
         "scores": {"base": score(0.255, 31), "adapter": score(0.855, 0), "merged": score(0.86, 0)},
-        "per_tool": {name: {"support": 28, "base": {"tool": 0.1 * i + 0.1, "exact": 0.07 * i},
-                            "adapter": {"tool": 1.0, "exact": 0.9}, "merged": {"tool": 1.0, "exact": 0.7 + 0.05 * i}}
-                     for i, name in enumerate(TOOLS)},
+        "per_tool": {
+            name: {
+                "support": 28,
+                "base": {"tool": 0.1 * i + 0.1, "exact": 0.07 * i},
+                "adapter": {"tool": 1.0, "exact": 0.9},
+                "merged": {"tool": 1.0, "exact": 0.7 + 0.05 * i},
+            }
+            for i, name in enumerate(TOOLS)
+        },
         "confusion": {"labels": [*TOOLS, "(broken)"], "counts": counts},
-        "train": {"loss": 0.118, "seconds": 165.2, "samples_per_second": 10.9, "tokens_per_second": 10405.0,
-                  "peak_memory_gib": 1.05, "tokens_computed": 318600, "tokens_padded": 1730700, "steps": 225,
-                  "last_step": 225, "kept_step": 225, "resumed_from": None, "history": history},
-        "data": {"path": "data/x.json", "rows": 2000, "train": 1800, "held_out": 200, "skipped": 0,
-                 "tokens": {"mean": 956, "max": 1107},
-                 "lengths": {"edges": list(range(800, 1121, 20)),
-                             "counts": [3, 11, 30, 64, 120, 190, 260, 310, 290, 240, 180, 120, 90, 50, 30, 12]}},
-        "failures": [failure(17, "Wake me at half past seven, quietly please, and at nine on Sundays as ever",
-                             answer("set_alarm", time="07:30", day=7), answer("set_alarm", time="19:30", day=7)),
-                     failure(43, "أيقظني في السابعة",
-                             answer("set_alarm", time="07:00"), answer("book_taxi", to="السابعة")),
-                     failure(91, "What is the weather in Paris this week?", answer("get_weather", city="Paris", days=7),
-                             '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"')],
-        "versions": {"python": "3.11.7", "torch": "2.14.1", "transformers": "5.16.0", "trl": "1.15.2", "peft": "0.21.0",
-                     "unsloth": None},
-        "args": {"model_id": "Qwen/Qwen3-0.6B", "dataset_path": "data/x.json", "max_samples": None, "num_epochs": 3,
-                 "learning_rate": 2e-4, "load_in_4bit": True, "seed": 3407,
-                 "output_dir": "outputs/qwen3_tool_calling_unsloth"},
+        "train": {
+            "loss": 0.118,
+            "seconds": 165.2,
+            "samples_per_second": 10.9,
+            "tokens_per_second": 10405.0,
+            "peak_memory_gib": 1.05,
+            "tokens_computed": 318600,
+            "tokens_padded": 1730700,
+            "steps": 225,
+            "last_step": 225,
+            "kept_step": 225,
+            "resumed_from": None,
+            "history": history,
+        },
+        "data": {
+            "path": "data/x.json",
+            "rows": 2000,
+            "train": 1800,
+            "held_out": 200,
+            "skipped": 0,
+            "tokens": {"mean": 956, "max": 1107},
+            "lengths": {
+                "edges": list(range(800, 1121, 20)),
+                "counts": [3, 11, 30, 64, 120, 190, 260, 310, 290, 240, 180, 120, 90, 50, 30, 12],
+            },
+        },
+        "failures": [
+            failure(
+                17,
+                "Wake me at half past seven, quietly please, and at nine on Sundays as ever",
+                answer("set_alarm", time="07:30", day=7),
+                answer("set_alarm", time="19:30", day=7),
+            ),
+            failure(43, "أيقظني في السابعة", answer("set_alarm", time="07:00"), answer("book_taxi", to="السابعة")),
+            failure(
+                91,
+                "What is the weather in Paris this week?",
+                answer("get_weather", city="Paris", days=7),
+                '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"',
+            ),
+        ],
+        "versions": {
+            "python": "3.11.7",
+            "torch": "2.14.1",
+            "transformers": "5.16.0",
+            "trl": "1.15.2",
+            "peft": "0.21.0",
+            "unsloth": None,
+        },
+        "args": {
+            "model_id": "Qwen/Qwen3-0.6B",
+            "dataset_path": "data/x.json",
+            "max_samples": None,
+            "num_epochs": 3,
+            "learning_rate": 2e-4,
+            "load_in_4bit": True,
+            "seed": 3407,
+            "output_dir": "outputs/qwen3_tool_calling_unsloth",
+        },
         "command": "python train_qwen3_tool_calling.py --model_id Qwen/Qwen3-0.6B --dataset_path 'data/x.json'",
-        "git": "abc123 (dirty)", "device": "NVIDIA H200", "finished": "2026-11-21 07:40"}
+        "git": "abc123 (dirty)",
+        "device": "NVIDIA H200",
+        "finished": "2026-11-21 07:40",
+    }
 
 
 def minimal_report() -> dict:
     """Return the report of --eval_only: one model and no training."""
     full = full_report()
-    return {"scores": {"model": score(0.86, 1)}, "failures": [],
-            **{key: full[key] for key in ("data", "versions", "args", "command", "device", "finished")}, "git": None}
+    return {
+        "scores": {"model": score(0.86, 1)},
+        "failures": [],
+        **{key: full[key] for key in ("data", "versions", "args", "command", "device", "finished")},
+        "git": None,
+    }
 
 
 def hostile_report() -> dict:
     """Return a report in which every text attacks the page."""
+
     def poison(value):
         if isinstance(value, dict):
             return {key: poison(item) for key, item in value.items()}
@@ -140,10 +211,22 @@ def read_page(report: dict) -> Page:
 def test_full_report():
     page = read_page(full_report())
     assert page.words("h1") == ["25.5 % → 86 % of calls exact"] == page.words("title")
-    assert page.words("h2") == ["Scores", "Learning", "Tools", "Confusion", "Data", "Training", "Failures (3)",
-                                "Settings", "Versions", "Repeat this run"]
-    assert page.words("p")[0] == ("Qwen/Qwen3-0.6B, trained on 1,800 rows, measured on 200 held-out rows of data/x.json"
-                                  ", on NVIDIA H200, 2026-11-21 07:40.")
+    assert page.words("h2") == [
+        "Scores",
+        "Learning",
+        "Tools",
+        "Confusion",
+        "Data",
+        "Training",
+        "Failures (3)",
+        "Settings",
+        "Versions",
+        "Repeat this run",
+    ]
+    assert page.words("p")[0] == (
+        "Qwen/Qwen3-0.6B, trained on 1,800 rows, measured on 200 held-out rows of data/x.json"
+        ", on NVIDIA H200, 2026-11-21 07:40."
+    )
     text = " ".join(page.words("body"))
     for words in ("5.4 times fewer", "318,600 instead of 1,730,700", "2 min 45 s", "1.05 GiB", "10,405", "abc123"):
         assert words in text
@@ -153,21 +236,37 @@ def test_full_report():
 
 def test_score_table():
     cells = read_page(full_report()).words("td")
-    assert cells[:19] == ["", *["25.5 %", "85.5 %", "86.0 %"] * 2, *["90.0 %"] * 3, *["75.0 %"] * 3, *["80.0 %"] * 3,
-                          "31", "0", "0"]
+    assert cells[:19] == [
+        "",
+        *["25.5 %", "85.5 %", "86.0 %"] * 2,
+        *["90.0 %"] * 3,
+        *["75.0 %"] * 3,
+        *["80.0 %"] * 3,
+        "31",
+        "0",
+        "0",
+    ]
 
 
 def test_confusion_leaves_out_what_never_occurs():
     assert shade_confusion({"labels": ["a", "b", "(broken)"], "counts": [[3, 0, 1], [0, 0, 0], [0, 0, 0]]}) == {
-        "columns": ["a", "(broken)"], "rows": [("a", [("hit", 34, 3), ("miss", 19, 1)])]}
+        "columns": ["a", "(broken)"],
+        "rows": [("a", [("hit", 34, 3), ("miss", 19, 1)])],
+    }
 
 
 def test_curve():
     history = [{"step": 1, "loss": 3.0}, {"step": 5, "loss": float("nan")}, {"step": 10, "loss": 1.5, "eval_loss": 0}]
     curve = draw_curve(history, {"loss": "training", "eval_loss": "held out"})
-    assert curve == {"top": "3", "half": "1.5", "steps": 10, "lines": [
-        {"kind": "fitted", "name": "training", "points": "100.00,50.00 10.00,0.00", "last": "1.5", "dots": ""},
-        {"kind": "held", "name": "held out", "points": "100.00,100.00", "last": "0", "dots": "M100.00,100.00h0"}]}
+    assert curve == {
+        "top": "3",
+        "half": "1.5",
+        "steps": 10,
+        "lines": [
+            {"kind": "fitted", "name": "training", "points": "100.00,50.00 10.00,0.00", "last": "1.5", "dots": ""},
+            {"kind": "held", "name": "held out", "points": "100.00,100.00", "last": "0", "dots": "M100.00,100.00h0"},
+        ],
+    }
 
 
 def test_minimal_report():
@@ -206,20 +305,37 @@ def test_a_model_that_was_only_scored_is_the_one_that_is_named():
     lead = read_page(report).words("p")[0]
     assert lead.startswith("models/mine, ") and "Qwen" not in lead
     report["scores"] = {"model": report["scores"]["merged"]}
-    report["per_tool"] = {name: {"support": row["support"], "model": row["merged"]} for name, row in
-                          report["per_tool"].items()}
+    report["per_tool"] = {
+        name: {"support": row["support"], "model": row["merged"]} for name, row in report["per_tool"].items()
+    }
     assert "model model" not in (page := render_report(report)) and "called by the model." in page
 
 
-@pytest.mark.parametrize("number, shown", [(999, "999"), (999.4, "999"), (999.5, "1,000"), (999.7, "1,000"), (99.96, "100"),
-                                           (0.12345, "0.123"), (1234.5, "1,234"), (None, None)])
+@pytest.mark.parametrize(
+    "number, shown",
+    [
+        (999, "999"),
+        (999.4, "999"),
+        (999.5, "1,000"),
+        (999.7, "1,000"),
+        (99.96, "100"),
+        (0.12345, "0.123"),
+        (1234.5, "1,234"),
+        (None, None),
+    ],
+)
 def test_numbers_are_shown_with_three_digits(number, shown):
     assert show_number(number) == shown
 
 
 def test_folders_of_this_machine_are_hidden_with_spaces_too():
-    for word, shown in [("/home/me/Secret Project X/rows.json", "rows.json"), ("--output_dir=~/a b/c", "--output_dir=c"),
-                        ("data/rows.json", "data/rows.json"), ("/", "/"), ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B")]:
+    for word, shown in [
+        ("/home/me/Secret Project X/rows.json", "rows.json"),
+        ("--output_dir=~/a b/c", "--output_dir=c"),
+        ("data/rows.json", "data/rows.json"),
+        ("/", "/"),
+        ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
+    ]:
         assert hide_folders(word) == shown
 
 
@@ -287,14 +403,20 @@ def test_show_text():
     assert [show_text(value) for value in (None, 0, False)] == ["–", "0", "False"]
 
 
-@pytest.mark.parametrize("expected, got, marked", [
-    ("", "", ("", "")),
-    ("same <b>", "same <b>", ("same &lt;b&gt;", "same &lt;b&gt;")),
-    ('{"time": "07:30"}', '{"time": "19:30"}', ("{&#34;time&#34;: &#34;<ins>07:30</ins>&#34;}",
-                                                "{&#34;time&#34;: &#34;<del>19:30</del>&#34;}")),
-    ("a b", "a", ("a<ins> b</ins>", "a")),
-    ("a", "<del>a", ("a", "<del>&lt;del&gt;</del>a")),
-])
+@pytest.mark.parametrize(
+    "expected, got, marked",
+    [
+        ("", "", ("", "")),
+        ("same <b>", "same <b>", ("same &lt;b&gt;", "same &lt;b&gt;")),
+        (
+            '{"time": "07:30"}',
+            '{"time": "19:30"}',
+            ("{&#34;time&#34;: &#34;<ins>07:30</ins>&#34;}", "{&#34;time&#34;: &#34;<del>19:30</del>&#34;}"),
+        ),
+        ("a b", "a", ("a<ins> b</ins>", "a")),
+        ("a", "<del>a", ("a", "<del>&lt;del&gt;</del>a")),
+    ],
+)
 def test_mark_difference(expected, got, marked):
     assert tuple(mark_difference(expected, got)) == marked
 

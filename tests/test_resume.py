@@ -21,9 +21,18 @@ import train_qwen3_tool_calling as script
 from tool_calling.files import MANIFEST, discard_partial, find_damage, is_disk_full, lock_folder, write_manifest
 from tool_calling.processes import Interrupted, handle_signals, raise_interrupted
 from tool_calling.prompts import Sequence
-from tool_calling.schedule import hash_rows
-from tool_calling.run_folder import check_final, check_folder, check_resume, find_best, find_checkpoint, list_checkpoints, read_run, start_output, to_step
-from tool_calling.schedule import Plan, count_checkpoints, count_steps, count_trained
+from tool_calling.run_folder import (
+    check_final,
+    check_folder,
+    check_resume,
+    find_best,
+    find_checkpoint,
+    list_checkpoints,
+    read_run,
+    start_output,
+    to_step,
+)
+from tool_calling.schedule import Plan, count_checkpoints, count_steps, count_trained, hash_rows
 from tool_calling.terminal import UserError
 from tool_calling.training.callbacks import build_stopper
 
@@ -34,8 +43,15 @@ STOPPING = "stopping after this step, with a checkpoint; once more stops at once
 
 def start(*command: object) -> subprocess.Popen:
     """Start a Python script in a process group of its own, as a terminal does, and do not wait for it."""
-    return subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, env=ENVIRONMENT, cwd=ROOT, start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        cwd=ROOT,
+        start_new_session=True,
+    )
 
 
 def wait(process: subprocess.Popen, seconds: float = 120) -> subprocess.CompletedProcess:
@@ -68,8 +84,24 @@ def read_adapter(folder: Path) -> bytes:
 # ---------------------------------------------------------------------------------------------------------------
 # Killed at random moments: tests/train_small.py goes through many lives without loading the libraries again
 # ---------------------------------------------------------------------------------------------------------------
-SMALL_FLAGS = ["--num_epochs", "10", "--save_steps", "1", "--batch_size", "2", "--gradient_accumulation_steps", "2",
-               "--max_seq_length", "16", "--lora_dropout", "0.1", "--warmup_steps", "3", "--learning_rate", "0.01"]
+SMALL_FLAGS = [
+    "--num_epochs",
+    "10",
+    "--save_steps",
+    "1",
+    "--batch_size",
+    "2",
+    "--gradient_accumulation_steps",
+    "2",
+    "--max_seq_length",
+    "16",
+    "--lora_dropout",
+    "0.1",
+    "--warmup_steps",
+    "3",
+    "--learning_rate",
+    "0.01",
+]
 
 
 def train_small(folder: Path, kills: int, *flags: str) -> subprocess.CompletedProcess:
@@ -87,16 +119,29 @@ def test_20_kills_at_random_moments_change_no_bit(tmp_path):
     assert read_adapter(tmp_path / "killed") == read_adapter(tmp_path / "whole")
     settings = json.loads((tmp_path / "whole" / "out" / "adapter" / "adapter_config.json").read_text())
     assert settings["lora_dropout"] == 0.1  # what is random is in the steps, too
-    states = [json.loads((tmp_path / run / "out" / "checkpoint-60" / "trainer_state.json").read_text())
-              for run in ("killed", "whole")]
+    states = [
+        json.loads((tmp_path / run / "out" / "checkpoint-60" / "trainer_state.json").read_text())
+        for run in ("killed", "whole")
+    ]
     losses = [[log["loss"] for log in state["log_history"] if "loss" in log] for state in states]
     assert losses[0] == losses[1] and len(losses[0]) == 60
     assert not list((tmp_path / "killed" / "out").glob(".*.partial"))
 
 
 def test_early_stopping_and_the_best_checkpoint_survive_kills(tmp_path):
-    flags = [*SMALL_FLAGS, "--metric_for_best", "loss", "--eval_steps", "1", "--early_stopping_patience", "6",
-             "--save_total_limit", "2", "--learning_rate", "0.3"]
+    flags = [
+        *SMALL_FLAGS,
+        "--metric_for_best",
+        "loss",
+        "--eval_steps",
+        "1",
+        "--early_stopping_patience",
+        "6",
+        "--save_total_limit",
+        "2",
+        "--learning_rate",
+        "0.3",
+    ]
     whole = train_small(tmp_path / "whole", 0, *flags)
     assert whole.returncode == 0, whole.stderr
     killed = train_small(tmp_path / "killed", 4, *flags)
@@ -109,15 +154,19 @@ def test_early_stopping_and_the_best_checkpoint_survive_kills(tmp_path):
     assert kept == [f"checkpoint-{step}" for step in (best, last - 1, last)]  # the two newest, and the best
     assert state["best_model_checkpoint"] == str(tmp_path / "whole" / "out" / f"checkpoint-{best}")
     assert kept == [path.name for path in list_checkpoints(tmp_path / "killed" / "out")]
-    of_best, of_last = ((tmp_path / "whole" / "out" / kept[i] / "adapter_model.safetensors").read_bytes() for i in (0, -1))
+    of_best, of_last = (
+        (tmp_path / "whole" / "out" / kept[i] / "adapter_model.safetensors").read_bytes() for i in (0, -1)
+    )
     assert read_adapter(tmp_path / "whole") == of_best != of_last
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The real command line, on a small random base
 # ---------------------------------------------------------------------------------------------------------------
-ROWS = [native("good evening", content="Good evening."),  # without it the run would warn
-        *(native(f"is it raining in {city}", ("get_weather", {"city": city})) for city in CITIES[1:])]
+ROWS = [
+    native("good evening", content="Good evening."),  # without it the run would warn
+    *(native(f"is it raining in {city}", ("get_weather", {"city": city})) for city in CITIES[1:]),
+]
 
 
 @pytest.fixture(scope="module")
@@ -134,10 +183,37 @@ def job(tmp_path_factory) -> Path:
 
 def command(job: Path, folder: Path, *more: object) -> list:
     """Return the command line of a run that writes to `folder`/out and `folder`/final."""
-    return [ROOT / "train_qwen3_tool_calling.py", "--model_id", job / "base", "--dataset_path", job / "rows.jsonl",
-            "--tools_path", job / "tools.json", "--output_dir", folder / "out", "--final_model_dir", folder / "final",
-            "--no-load_in_4bit", "--max_steps", 60, "--num_epochs", 30, "--save_steps", 20, "--eval_steps", 30,
-            "--train_test_split", 0.2, "--batch_size", 2, "--learning_rate", 0.01, "--max_new_tokens", 4, *more]
+    return [
+        ROOT / "train_qwen3_tool_calling.py",
+        "--model_id",
+        job / "base",
+        "--dataset_path",
+        job / "rows.jsonl",
+        "--tools_path",
+        job / "tools.json",
+        "--output_dir",
+        folder / "out",
+        "--final_model_dir",
+        folder / "final",
+        "--no-load_in_4bit",
+        "--max_steps",
+        60,
+        "--num_epochs",
+        30,
+        "--save_steps",
+        20,
+        "--eval_steps",
+        30,
+        "--train_test_split",
+        0.2,
+        "--batch_size",
+        2,
+        "--learning_rate",
+        0.01,
+        "--max_new_tokens",
+        4,
+        *more,
+    ]
 
 
 def read_tree(folder: Path) -> dict[str, bytes]:
@@ -145,8 +221,7 @@ def read_tree(folder: Path) -> dict[str, bytes]:
 
 
 def assert_all_whole(out: Path) -> None:
-    assert {path: find_damage(path) for path in list_checkpoints(out)} == dict.fromkeys(
-        list_checkpoints(out))
+    assert {path: find_damage(path) for path in list_checkpoints(out)} == dict.fromkeys(list_checkpoints(out))
     assert not list(out.glob(".*.partial")) and not list(out.glob(".*.old"))
 
 
@@ -155,8 +230,14 @@ def test_a_signal_in_training_leaves_a_checkpoint_and_the_command_that_goes_on(j
     process = start(*command(job, tmp_path))
     wait_for(lambda: "step     3 of 60" in process.stdout.readline())
     second = wait(start(*command(job, tmp_path)))  # two runs at once
-    assert errors(second) == [f"error: --output_dir {tmp_path / 'out'}: in use by another run (process {process.pid}); "
-                              "wait for its end or choose another folder"] and second.returncode == 1
+    assert (
+        errors(second)
+        == [
+            f"error: --output_dir {tmp_path / 'out'}: in use by another run (process {process.pid}); "
+            "wait for its end or choose another folder"
+        ]
+        and second.returncode == 1
+    )
     process.send_signal(number)
     result = wait(process)
     found = list_checkpoints(tmp_path / "out")
@@ -215,8 +296,9 @@ def test_a_signal_before_training_is_one_line_and_changes_nothing(job, tmp_path)
     process.send_signal(signal.SIGTERM)
     result = wait(process)
     assert (result.returncode, names(tmp_path)) == (143, [])
-    assert result.stderr == ("interrupted by SIGTERM before a checkpoint was written; "
-                             "start again with the same command\n")
+    assert result.stderr == (
+        "interrupted by SIGTERM before a checkpoint was written; start again with the same command\n"
+    )
 
 
 def test_a_signal_waits_for_the_end_of_an_import(tmp_path, monkeypatch):
@@ -226,6 +308,7 @@ def test_a_signal_waits_for_the_end_of_an_import(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(Interrupted), handle_signals(raise_interrupted):
         import slow_library
+
         time.sleep(10)
     assert slow_library.whole and sys.modules.pop("slow_library")
 
@@ -243,8 +326,9 @@ def test_a_signal_while_merging_leaves_the_adapter_and_no_final_folder(job, tmp_
     assert read_adapter(tmp_path) == read_adapter(job)
     assert f"resume   from {tmp_path / 'out' / 'checkpoint-60'}, where training had ended" in result.stdout.splitlines()
     if number != signal.SIGKILL:
-        assert result.stderr == (f"interrupted by {number.name}; go on with: "
-                                 f"{shlex.join(['python', *map(str, resume)])}\n")
+        assert result.stderr == (
+            f"interrupted by {number.name}; go on with: {shlex.join(['python', *map(str, resume)])}\n"
+        )
         assert names(tmp_path) == ["out"]
     else:
         wait_for(lambda: is_gone(process.pid), 10)  # the process that merges follows its parent
@@ -257,18 +341,33 @@ def test_another_run_is_not_gone_on_with(job, tmp_path):
     shutil.copytree(job / "out", tmp_path / "out")
     before = read_tree(tmp_path)
     write_jsonl(tmp_path / "rows.jsonl", ROWS[:-1])
-    result = wait(start(*command(job, tmp_path, "--resume_from_checkpoint", "--lora_rank", 8, "--max_steps", 59,
-                                 "--dataset_path", tmp_path / "rows.jsonl")))
+    result = wait(
+        start(
+            *command(
+                job,
+                tmp_path,
+                "--resume_from_checkpoint",
+                "--lora_rank",
+                8,
+                "--max_steps",
+                59,
+                "--dataset_path",
+                tmp_path / "rows.jsonl",
+            )
+        )
+    )
     newest = tmp_path / "out" / "checkpoint-60"
     assert result.returncode == 1
     assert errors(result) == [
         f"error: --lora_rank is 8, and 16 in the run that {newest} is from; expected the same",
         f"error: the training rows are not those of the run that {newest} is from; "
         "expected the same rows in the same order",
-        f"error: {newest} is from step 60, and --max_steps or --num_epochs ends at 59; expected no fewer steps"]
+        f"error: {newest} is from step 60, and --max_steps or --num_epochs ends at 59; expected no fewer steps",
+    ]
     after = read_tree(tmp_path)
     assert {name: after[name] for name in after if name not in ("out/.lock", "rows.jsonl")} == {
-        name: before[name] for name in before if name != "out/.lock"}
+        name: before[name] for name in before if name != "out/.lock"
+    }
 
 
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(job, tmp_path):
@@ -278,8 +377,9 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(job, tmp_path):
     size = (job / "out" / "checkpoint-60" / "optimizer.pt").stat().st_size
     damage = f"optimizer.pt has 1,000 bytes instead of {size:,}"
     result = wait(start(*command(job, tmp_path, "--resume_from_checkpoint", newest)))
-    assert errors(result) == [f"error: --resume_from_checkpoint {newest}: is damaged: {damage}; "
-                              "expected a whole checkpoint"]
+    assert errors(result) == [
+        f"error: --resume_from_checkpoint {newest}: is damaged: {damage}; expected a whole checkpoint"
+    ]
     result = wait(start(*command(job, tmp_path, "--resume_from_checkpoint")))
     assert result.returncode == 0
     assert result.stderr == f"warning: {newest} is damaged: {damage}; the one before is used\n"
@@ -295,8 +395,11 @@ def small_disk(tmp_path):
 
     def mount(folder: Path, files: int) -> None:
         folder.mkdir()
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size=1g,nr_inodes={files}", "tmpfs", folder],
-                              capture_output=True, text=True)
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size=1g,nr_inodes={files}", "tmpfs", folder],
+            capture_output=True,
+            text=True,
+        )
         if done.returncode:
             pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
         mounted.append(folder)
@@ -310,8 +413,10 @@ def test_a_disk_that_fills_in_training_keeps_the_earlier_checkpoints(job, tmp_pa
     small_disk(tmp_path / "out", 40)  # two checkpoints and a part of the third
     result = wait(start(*command(job, tmp_path)))
     assert result.returncode == 1
-    assert errors(result) == [f"error: {tmp_path / 'out' / 'checkpoint-60'}: the disk is full; free some space, then "
-                              "go on from the last checkpoint with --resume_from_checkpoint"]
+    assert errors(result) == [
+        f"error: {tmp_path / 'out' / 'checkpoint-60'}: the disk is full; free some space, then "
+        "go on from the last checkpoint with --resume_from_checkpoint"
+    ]
     assert names(tmp_path) == ["out"]
     assert [path.name for path in list_checkpoints(tmp_path / "out")] == ["checkpoint-20", "checkpoint-40"]
     assert_all_whole(tmp_path / "out")
@@ -323,8 +428,10 @@ def test_a_disk_that_fills_in_merging_keeps_the_adapter(job, tmp_path, small_dis
     final = tmp_path / "models" / "final"
     result = wait(start(*command(job, tmp_path, "--resume_from_checkpoint", "--final_model_dir", final)))
     assert result.returncode == 1
-    assert errors(result) == [f"error: {final}: the disk is full; free some space, then go on from the last checkpoint "
-                              "with --resume_from_checkpoint"]
+    assert errors(result) == [
+        f"error: {final}: the disk is full; free some space, then go on from the last checkpoint "
+        "with --resume_from_checkpoint"
+    ]
     assert names(tmp_path / "models") == [] and read_adapter(tmp_path) == read_adapter(job)
 
 
@@ -340,14 +447,17 @@ def make_checkpoint(out: Path, step: int) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("damage, message", [
-    (lambda folder: os.truncate(folder / "weights", 4), "weights has 4 bytes instead of 10"),
-    (lambda folder: (folder / "weights").write_bytes(b"0123456788"), "weights is not as it was written"),
-    (lambda folder: (folder / "weights").unlink(), "weights is missing"),
-    (lambda folder: (folder / MANIFEST).unlink(), "manifest.json is missing"),
-    (lambda folder: (folder / MANIFEST).write_text("{"), "manifest.json cannot be read"),
-    (lambda folder: (folder / MANIFEST).write_text('{"weights": 1}'), "manifest.json cannot be read"),
-])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda folder: os.truncate(folder / "weights", 4), "weights has 4 bytes instead of 10"),
+        (lambda folder: (folder / "weights").write_bytes(b"0123456788"), "weights is not as it was written"),
+        (lambda folder: (folder / "weights").unlink(), "weights is missing"),
+        (lambda folder: (folder / MANIFEST).unlink(), "manifest.json is missing"),
+        (lambda folder: (folder / MANIFEST).write_text("{"), "manifest.json cannot be read"),
+        (lambda folder: (folder / MANIFEST).write_text('{"weights": 1}'), "manifest.json cannot be read"),
+    ],
+)
 def test_each_damage_is_found_and_named(tmp_path, capsys, damage, message):
     old, new = make_checkpoint(tmp_path, 9), make_checkpoint(tmp_path, 10)  # the newest by number, not by name
     args = script.parse_args(["--output_dir", str(tmp_path), "--resume_from_checkpoint"])
@@ -373,12 +483,29 @@ def agreed_run() -> tuple:
     return args, vars(args) | {"training_rows": hash_rows(SEQUENCES), "rows_per_step": 8}
 
 
-@pytest.mark.parametrize("name, value", [
-    ("model_id", "other/model"), ("load_in_4bit", False), ("lora_rank", 8), ("lora_alpha", 8), ("lora_dropout", 0.5),
-    ("share_prefix", False), ("learning_rate", 0.5),
-    ("lr_scheduler_type", "cosine"), ("warmup_steps", 0), ("weight_decay", 0.0), ("optim", "sgd"), ("seed", 1),
-    ("metric_for_best", "loss"), ("early_stopping_patience", 3), ("use_rslora", True), ("target_modules", ["q_proj"]),
-    ("thinking", "off"), ("warmup_ratio", 0.5)])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("model_id", "other/model"),
+        ("load_in_4bit", False),
+        ("lora_rank", 8),
+        ("lora_alpha", 8),
+        ("lora_dropout", 0.5),
+        ("share_prefix", False),
+        ("learning_rate", 0.5),
+        ("lr_scheduler_type", "cosine"),
+        ("warmup_steps", 0),
+        ("weight_decay", 0.0),
+        ("optim", "sgd"),
+        ("seed", 1),
+        ("metric_for_best", "loss"),
+        ("early_stopping_patience", 3),
+        ("use_rslora", True),
+        ("target_modules", ["q_proj"]),
+        ("thinking", "off"),
+        ("warmup_ratio", 0.5),
+    ],
+)
 def test_each_difference_is_refused_by_name(tmp_path, name, value):
     checkpoint = str(make_checkpoint(tmp_path, 3))
     args, former = agreed_run()
@@ -400,8 +527,9 @@ def test_a_damaged_best_checkpoint_is_found_before_training(tmp_path):
     (best / "weights").write_bytes(b"0123456788")
     with pytest.raises(UserError) as error:
         check_resume(args, str(last), former, SEQUENCES)
-    assert str(error.value) == (f"{best}, the best so far, is damaged: weights is not as it was written; remove it to "
-                                "go on without")
+    assert str(error.value) == (
+        f"{best}, the best so far, is damaged: weights is not as it was written; remove it to go on without"
+    )
 
 
 def test_where_the_best_checkpoint_is_gone_the_best_is_sought_anew(tmp_path, capsys):
@@ -414,8 +542,11 @@ def test_where_the_best_checkpoint_is_gone_the_best_is_sought_anew(tmp_path, cap
         loaded = TrainerState.load_from_json(str(last / "trainer_state.json"))
         build_stopper(str(last)).on_train_begin(TrainingArguments(str(tmp_path), use_cpu=True), loaded, None)
         assert (loaded.best_global_step, loaded.best_metric) == ((2, 0.9) if there else (None, None))
-        assert capsys.readouterr().err == "" if there else (
-            "warning: the best checkpoint, of step 2, is gone: the best is sought anew\n")
+        assert (
+            capsys.readouterr().err == ""
+            if there
+            else ("warning: the best checkpoint, of step 2, is gone: the best is sought anew\n")
+        )
         shutil.rmtree(best, ignore_errors=True)
 
 
@@ -429,7 +560,8 @@ def test_a_run_may_grow_and_not_shrink_and_says_what_that_does_to_its_rate(tmp_p
         expected = count_steps(args, SEQUENCES)[0]
         assert expected != planned and capsys.readouterr().err == (
             f"warning: {checkpoint} is from a run of {planned} steps, and this one has {expected}: from here on the learning "
-            "rate is that of the latter\n")
+            "rate is that of the latter\n"
+        )
     args.lr_scheduler_type = former["lr_scheduler_type"] = "constant_with_warmup"
     check_resume(args, checkpoint, former, SEQUENCES)
     assert capsys.readouterr().err == ""
@@ -440,9 +572,17 @@ def test_a_run_may_grow_and_not_shrink_and_says_what_that_does_to_its_rate(tmp_p
 
 def test_rows_are_the_same_only_in_the_same_order_with_the_same_prompts():
     first, second = SEQUENCES
-    hashes = {hash_rows(rows) for rows in (
-        [first, second], [second, first], [first], [first, second._replace(prompt_length=2)],
-        [first, second._replace(input_ids=[4, 5, 7])], [Sequence("", [1, 2, 3, 4, 5, 6], 2)])}
+    hashes = {
+        hash_rows(rows)
+        for rows in (
+            [first, second],
+            [second, first],
+            [first],
+            [first, second._replace(prompt_length=2)],
+            [first, second._replace(input_ids=[4, 5, 7])],
+            [Sequence("", [1, 2, 3, 4, 5, 6], 2)],
+        )
+    }
     assert len(hashes) == 6
     assert hash_rows([first._replace(where="elsewhere"), second]) == hash_rows(SEQUENCES)
 
@@ -462,12 +602,22 @@ def test_what_is_not_of_the_run_is_removed_at_its_start(tmp_path):
     assert names(tmp_path) == ["notes", "run.yaml"]
 
 
-@pytest.mark.parametrize("words", [[], ["--resume_from_checkpoint"], ["--resume_from_checkpoint", "out/checkpoint-3"],
-                                   ["--resume_from_checkpoint=out/checkpoint-3"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--resume_from_checkpoint"],
+        ["--resume_from_checkpoint", "out/checkpoint-3"],
+        ["--resume_from_checkpoint=out/checkpoint-3"],
+    ],
+)
 def test_the_command_that_goes_on_names_resume_once(words):
     argv = ["train it.py", "--seed", "1", *words, "--run_name", "it's"]
     assert script.drop_resume(argv) == ["train it.py", "--seed", "1", "--run_name", "it's"]
-    assert script.to_command(argv, "out") == """python 'train it.py' --seed 1 --run_name 'it'"'"'s' --resume_from_checkpoint"""
+    assert (
+        script.to_command(argv, "out")
+        == """python 'train it.py' --seed 1 --run_name 'it'"'"'s' --resume_from_checkpoint"""
+    )
 
 
 def test_checkpoints_on_the_disk_at_once_are_counted(tmp_path):
@@ -515,36 +665,63 @@ def test_a_final_folder_belongs_to_one_run_and_its_lock_lies_elsewhere(tmp_path)
     other = lock_folder(tmp_path / "other", "--final_model_dir")
     with pytest.raises(UserError) as error:
         lock_folder(f"{tmp_path}/x/../final", "--final_model_dir")
-    assert str(error.value) == (f"--final_model_dir {tmp_path}/x/../final: in use by another run (process {os.getpid()}); "
-                                "wait for its end or choose another folder")
+    assert str(error.value) == (
+        f"--final_model_dir {tmp_path}/x/../final: in use by another run (process {os.getpid()}); "
+        "wait for its end or choose another folder"
+    )
     assert names(tmp_path) == []
     for lock in (file, other):
         os.remove(lock.name)
         lock.close()
 
 
-@pytest.mark.parametrize("final, flags, reason", [
-    ("out", [], "is replaced as a whole, and --output_dir {folder}/out is in it; choose another folder"),
-    ("", [], "is replaced as a whole, and --output_dir {folder}/out is in it; choose another folder"),
-    ("base", [], "is replaced as a whole, and --model_id {folder}/base is in it; choose another folder"),
-    ("whole", ["--merge_model_id", "{folder}/whole"],
-     "is replaced as a whole, and --merge_model_id {folder}/whole is in it; choose another folder"),
-    ("/", ["--model_id", "Qwen/Qwen3-0.6B"],
-     "is replaced as a whole, and --output_dir {folder}/out is in it; choose another folder"),
-    ("data", ["--dataset_path", "{folder}/rows.jsonl", "{folder}/data/rows.jsonl"],
-     "is replaced as a whole, and --dataset_path {folder}/data/rows.jsonl is in it; choose another folder"),
-    ("other", ["--resume_from_checkpoint", "{folder}/other/checkpoint-5"],
-     "is replaced as a whole, and --resume_from_checkpoint {folder}/other/checkpoint-5 is in it; choose another folder"),
-    ("other", [], "is replaced as a whole, and is the --output_dir of a run; choose another folder"),
-    ("done", [], "is replaced as a whole, and is the --output_dir of a run; choose another folder"),
-    ("/proc", ["--model_id", "Qwen/Qwen3-0.6B"], "cannot be written and renamed there; choose another folder")])
+@pytest.mark.parametrize(
+    "final, flags, reason",
+    [
+        ("out", [], "is replaced as a whole, and --output_dir {folder}/out is in it; choose another folder"),
+        ("", [], "is replaced as a whole, and --output_dir {folder}/out is in it; choose another folder"),
+        ("base", [], "is replaced as a whole, and --model_id {folder}/base is in it; choose another folder"),
+        (
+            "whole",
+            ["--merge_model_id", "{folder}/whole"],
+            "is replaced as a whole, and --merge_model_id {folder}/whole is in it; choose another folder",
+        ),
+        (
+            "/",
+            ["--model_id", "Qwen/Qwen3-0.6B"],
+            "is replaced as a whole, and --output_dir {folder}/out is in it; choose another folder",
+        ),
+        (
+            "data",
+            ["--dataset_path", "{folder}/rows.jsonl", "{folder}/data/rows.jsonl"],
+            "is replaced as a whole, and --dataset_path {folder}/data/rows.jsonl is in it; choose another folder",
+        ),
+        (
+            "other",
+            ["--resume_from_checkpoint", "{folder}/other/checkpoint-5"],
+            "is replaced as a whole, and --resume_from_checkpoint {folder}/other/checkpoint-5 is in it; choose another folder",
+        ),
+        ("other", [], "is replaced as a whole, and is the --output_dir of a run; choose another folder"),
+        ("done", [], "is replaced as a whole, and is the --output_dir of a run; choose another folder"),
+        ("/proc", ["--model_id", "Qwen/Qwen3-0.6B"], "cannot be written and renamed there; choose another folder"),
+    ],
+)
 def test_a_final_folder_that_would_take_others_with_it_is_refused(tmp_path, final, flags, reason):
     for name in ("base", "whole", "data", "other/checkpoint-5", "done/adapter"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "data" / "rows.jsonl").touch()
     final = os.path.join(tmp_path, final) if final else str(tmp_path)
-    args = script.parse_args(["--output_dir", f"{tmp_path}/out", "--model_id", f"{tmp_path}/base", "--final_model_dir",
-                              final, *(flag.format(folder=tmp_path) for flag in flags)])
+    args = script.parse_args(
+        [
+            "--output_dir",
+            f"{tmp_path}/out",
+            "--model_id",
+            f"{tmp_path}/base",
+            "--final_model_dir",
+            final,
+            *(flag.format(folder=tmp_path) for flag in flags),
+        ]
+    )
     with pytest.raises(UserError) as error:
         check_final(args)
     assert str(error.value) == f"--final_model_dir {final}: {reason.format(folder=tmp_path)}"
@@ -554,7 +731,9 @@ def test_the_best_checkpoint_is_found_also_where_the_run_began(tmp_path):
     first, later = tmp_path / "a" / "checkpoint-100", tmp_path / "b" / "checkpoint-400"
     for folder in (first, later):
         folder.mkdir(parents=True)
-    (later / "trainer_state.json").write_text(json.dumps({"best_global_step": 100, "best_model_checkpoint": str(first)}))
+    (later / "trainer_state.json").write_text(
+        json.dumps({"best_global_step": 100, "best_model_checkpoint": str(first)})
+    )
     assert find_best(str(later)) == first
     (tmp_path / "b" / "checkpoint-100").mkdir()
     assert find_best(str(later)) == tmp_path / "b" / "checkpoint-100"
@@ -576,8 +755,11 @@ def test_what_unsloth_leaves_of_a_run_that_failed_early_makes_no_folder_foreign(
 
 
 def test_a_lock_dies_with_its_holder(tmp_path):
-    holder = start("-c", f"import time, tool_calling.files as s; lock = s.lock_folder({str(tmp_path)!r}); "
-                         "print('locked', flush=True); time.sleep(60)")
+    holder = start(
+        "-c",
+        f"import time, tool_calling.files as s; lock = s.lock_folder({str(tmp_path)!r}); "
+        "print('locked', flush=True); time.sleep(60)",
+    )
     assert holder.stdout.readline() == "locked\n"
     with pytest.raises(UserError, match=rf"in use by another run \(process {holder.pid}\); wait for its end"):
         lock_folder(tmp_path)

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import ALARM, ROOT, TINY, WEATHER, run_here, run_script, write_jsonl, patch
+from conftest import ALARM, ROOT, TINY, WEATHER, patch, run_here, run_script, write_jsonl
 from test_command_line import ROWS, arguments, errors, names
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -34,24 +34,42 @@ from tool_calling.training.trainer import build_trainer, explain_numbers, find_o
 
 COMPUTE = compute_token_losses
 ANSWERS = [[5, 6], [7], [8, 9, 10], [11], [12, 13], [14]]
-TRAIN = [Sequence(f"rows.jsonl:{i + 1}", [1, 2, 3, 4, 30 + i, 20, *answer], 6)
-         for i, answer in enumerate(ANSWERS * 4)]  # 24 rows that share four tokens
+TRAIN = [
+    Sequence(f"rows.jsonl:{i + 1}", [1, 2, 3, 4, 30 + i, 20, *answer], 6) for i, answer in enumerate(ANSWERS * 4)
+]  # 24 rows that share four tokens
 
 
 def make_trainer(folder, tokenizer, *flags, held_out=(), lengths=()):
     """A trainer of one epoch over TRAIN with a small random Qwen3, the same each time, in float32."""
     from peft import LoraConfig, get_peft_model
 
-    args = script.parse_args(["--num_epochs", "1", "--warmup_steps", "0", "--learning_rate", "0.01",
-                              "--output_dir", str(folder), *flags])
-    plan = Plan(args.batch_size, args.gradient_accumulation_steps, group_rows(TRAIN), lengths,
-                       args.share_prefix)
+    args = script.parse_args(
+        ["--num_epochs", "1", "--warmup_steps", "0", "--learning_rate", "0.01", "--output_dir", str(folder), *flags]
+    )
+    plan = Plan(args.batch_size, args.gradient_accumulation_steps, group_rows(TRAIN), lengths, args.share_prefix)
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=61, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=16, num_attention_heads=2,
-        num_key_value_heads=1))
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=61,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            head_dim=16,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+        )
+    )
     model = get_peft_model(model, LoraConfig(r=4, target_modules=script.TARGET_MODULES, task_type="CAUSAL_LM"))
-    return build_trainer(args, script.to_sft_config(args, plan, bool(held_out)), "transformers", model, tokenizer, TRAIN, list(held_out), plan)
+    return build_trainer(
+        args,
+        script.to_sft_config(args, plan, bool(held_out)),
+        "transformers",
+        model,
+        tokenizer,
+        TRAIN,
+        list(held_out),
+        plan,
+    )
 
 
 def weights(trainer) -> torch.Tensor:
@@ -96,21 +114,39 @@ def limit_memory(monkeypatch, tokens: int, backward: bool = False) -> list[int]:
 
 
 @pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("flags, limit, warning", [
-    # eight rows: 4 tokens that all share, then for each row 2 of its prompt and its answer
-    (["--batch_size", "8", "--gradient_accumulation_steps", "1"], 24, [
-        "with a stream of 36 tokens: from here on each step is computed in 2 streams of at most 4 rows"]),
-    (["--batch_size", "4", "--gradient_accumulation_steps", "2"], 14, [
-        "with a stream of 18 tokens: from here on each step is computed in 4 streams of at most 2 rows"]),
-    (["--batch_size", "5", "--gradient_accumulation_steps", "2"], 9, [
-        "with a stream of 22 tokens: from here on each step is computed in 4 streams of at most 3 rows",
-        "with a stream of 14 tokens: from here on each step is computed in 6 streams of at most 2 rows",
-        "with a stream of 11 tokens: from here on each step is computed in 10 streams of at most 1 row"]),
-    (["--batch_size", "4", "--gradient_accumulation_steps", "2", "--no-share_prefix"], 18, [
-        "with a stream of 32 tokens: from here on each step is computed in 4 streams of at most 2 rows"]),
-])
+@pytest.mark.parametrize(
+    "flags, limit, warning",
+    [
+        # eight rows: 4 tokens that all share, then for each row 2 of its prompt and its answer
+        (
+            ["--batch_size", "8", "--gradient_accumulation_steps", "1"],
+            24,
+            ["with a stream of 36 tokens: from here on each step is computed in 2 streams of at most 4 rows"],
+        ),
+        (
+            ["--batch_size", "4", "--gradient_accumulation_steps", "2"],
+            14,
+            ["with a stream of 18 tokens: from here on each step is computed in 4 streams of at most 2 rows"],
+        ),
+        (
+            ["--batch_size", "5", "--gradient_accumulation_steps", "2"],
+            9,
+            [
+                "with a stream of 22 tokens: from here on each step is computed in 4 streams of at most 3 rows",
+                "with a stream of 14 tokens: from here on each step is computed in 6 streams of at most 2 rows",
+                "with a stream of 11 tokens: from here on each step is computed in 10 streams of at most 1 row",
+            ],
+        ),
+        (
+            ["--batch_size", "4", "--gradient_accumulation_steps", "2", "--no-share_prefix"],
+            18,
+            ["with a stream of 32 tokens: from here on each step is computed in 4 streams of at most 2 rows"],
+        ),
+    ],
+)
 def test_a_step_that_does_not_fit_is_computed_in_smaller_streams(
-        tmp_path, tokenizer, monkeypatch, capsys, flags, limit, warning, backward):
+    tmp_path, tokenizer, monkeypatch, capsys, flags, limit, warning, backward
+):
     expected = make_trainer(tmp_path / "whole", tokenizer, *flags)
     start = weights(expected)
     expected.train()
@@ -135,7 +171,8 @@ def test_one_row_that_does_not_fit_ends_the_run_with_its_line(tmp_path, tokenize
     assert where in [row.where for row in TRAIN if len(row.input_ids) == 9]
     assert str(error.value) == (
         f"{where}: out of GPU memory at step 1 on this row alone, 9 tokens; lower --max_seq_length, use "
-        "--load_in_4bit, --gradient_checkpointing on and --no-cuda_graphs, or choose a smaller --model_id")
+        "--load_in_4bit, --gradient_checkpointing on and --no-cuda_graphs, or choose a smaller --model_id"
+    )
     assert "in 24 streams of at most 1 row; the result is the same" in capsys.readouterr().err
 
 
@@ -181,8 +218,10 @@ def test_a_kernel_that_cannot_be_compiled_switches_sharing_off(tmp_path, tokeniz
 
     patch(monkeypatch, "compare_sharing", fail)
     assert check_sharing(script.parse_args([]), trainer.model, TRAIN, plan, "unsloth") is False
-    assert capsys.readouterr().err == ("warning: attention with a shared prefix cannot be computed here (No valid "
-                                       "triton configs.): sharing is switched off\n")
+    assert capsys.readouterr().err == (
+        "warning: attention with a shared prefix cannot be computed here (No valid "
+        "triton configs.): sharing is switched off\n"
+    )
     for engine, devices in (("unsloth", 2), ("transformers", 1)):  # one device does not decide for all; and a bug
         with pytest.raises(RuntimeError):
             check_sharing(script.parse_args([]), trainer.model, TRAIN, plan._replace(devices=devices), engine)
@@ -198,7 +237,8 @@ def test_memory_that_runs_out_elsewhere_is_one_line(monkeypatch, capsys, error, 
     assert script.run_command_line() == 1
     assert capsys.readouterr().err == (
         f"error: out of {kind}; lower --batch_size or --max_seq_length (while answers are written, --eval_batch_size), "
-        "or choose a smaller --model_id\n")
+        "or choose a smaller --model_id\n"
+    )
 
 
 def test_recorded_graphs_are_dropped_when_memory_runs_out():
@@ -206,7 +246,9 @@ def test_recorded_graphs_are_dropped_when_memory_runs_out():
     decoder.graphs = {128: "a graph"}
     weight = decoder.weight
     weight.grad = torch.ones(1, 1)
-    model = types.SimpleNamespace(get_base_model=lambda: types.SimpleNamespace(model=decoder), zero_grad=decoder.zero_grad)
+    model = types.SimpleNamespace(
+        get_base_model=lambda: types.SimpleNamespace(model=decoder), zero_grad=decoder.zero_grad
+    )
     make_room(model)
     assert decoder.graphs is None and weight.grad is None
 
@@ -253,16 +295,30 @@ class InfiniteBackward(Identity):
         return gradient * math.inf
 
 
-SPOILERS = {"the loss is nan": lambda found: found * math.nan, "the loss is inf": lambda found: found + math.inf,
-            "the norm of the gradient is nan": InfiniteBackward.apply}
+SPOILERS = {
+    "the loss is nan": lambda found: found * math.nan,
+    "the loss is inf": lambda found: found + math.inf,
+    "the norm of the gradient is nan": InfiniteBackward.apply,
+}
 
 
 @pytest.mark.parametrize("wrong", SPOILERS)
 @pytest.mark.parametrize("logging_steps", ["1", "3"])
 def test_a_number_that_is_not_finite_ends_the_run_before_anything_is_saved(
-        tmp_path, tokenizer, monkeypatch, wrong, logging_steps):
-    flags = ["--batch_size", "5", "--gradient_accumulation_steps", "2", "--lr_scheduler_type", "constant",
-             "--logging_steps", logging_steps, "--save_steps", "1"]
+    tmp_path, tokenizer, monkeypatch, wrong, logging_steps
+):
+    flags = [
+        "--batch_size",
+        "5",
+        "--gradient_accumulation_steps",
+        "2",
+        "--lr_scheduler_type",
+        "constant",
+        "--logging_steps",
+        logging_steps,
+        "--save_steps",
+        "1",
+    ]
     one_step = make_trainer(tmp_path / "one", tokenizer, *flags, "--max_steps", "1")
     one_step.train()
     calls = []
@@ -283,8 +339,10 @@ def test_a_number_that_is_not_finite_ends_the_run_before_anything_is_saved(
     rows = [TRAIN[index].where for index in order_rows(plan, script.SEED, 0)[10:20]]
     assert str(error.value) == (
         f"step 2: {wrong}; expected a finite number. Nothing of it is saved, and a checkpoint written "
-        "before is good. Lower --learning_rate, or look at the rows of this step: " + ", ".join(rows[:8])
-        + ", and 2 more")
+        "before is good. Lower --learning_rate, or look at the rows of this step: "
+        + ", ".join(rows[:8])
+        + ", and 2 more"
+    )
     assert [name for name in names(tmp_path / "out") if name.startswith("checkpoint")] == ["checkpoint-1"]
     file = Path("checkpoint-1", "adapter_model.safetensors")
     assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "one" / file).read_bytes()
@@ -303,8 +361,9 @@ def test_a_loss_of_nothing_can_be_compared(monkeypatch):
 
 def test_a_run_that_diverges_is_one_line(tmp_path, tools_path):
     write_jsonl(tmp_path / "rows.jsonl", ROWS)
-    result = run_here(*arguments(tmp_path), "--learning_rate", "1e30", "--warmup_steps", 0, "--save_steps", 1,
-                      "--no-load_in_4bit")
+    result = run_here(
+        *arguments(tmp_path), "--learning_rate", "1e30", "--warmup_steps", 0, "--save_steps", 1, "--no-load_in_4bit"
+    )
     assert result.returncode == 1
     lines = errors(result)
     assert len(lines) == 1 and "the loss is nan; expected a finite number. Nothing of it" in lines[0]
@@ -326,16 +385,22 @@ def history(*epochs: tuple) -> list[dict]:
 def test_a_held_out_loss_that_rose_while_the_training_loss_fell_is_pointed_out():
     assert find_overfitting(history((0.5, 0.3), (0.2, 0.021), (0.1, 0.05))) == (
         "held-out loss rose from 0.021 (epoch 2) to 0.050 (epoch 3) while the training loss fell: fewer epochs, or "
-        "--metric_for_best loss keeps the best checkpoint")
+        "--metric_for_best loss keeps the best checkpoint"
+    )
 
 
-@pytest.mark.parametrize("epochs", [
-    [(0.5, 0.3), (0.2, 0.02), (0.1, 0.01)],  # still falling
-    [(0.5, 0.3), (0.2, 0.02), (0.1, 0.035)],  # rose by less than 0.02
-    [(0.5, 2.0), (0.2, 1.0), (0.1, 1.09)],  # rose by less than a tenth
-    [(0.5, 0.3), (0.1, 0.02), (0.2, 0.5)],  # the training loss rose too
-    [(0.5, 0.3)], [(0.5, None), (0.2, None)], [],
-])
+@pytest.mark.parametrize(
+    "epochs",
+    [
+        [(0.5, 0.3), (0.2, 0.02), (0.1, 0.01)],  # still falling
+        [(0.5, 0.3), (0.2, 0.02), (0.1, 0.035)],  # rose by less than 0.02
+        [(0.5, 2.0), (0.2, 1.0), (0.1, 1.09)],  # rose by less than a tenth
+        [(0.5, 0.3), (0.1, 0.02), (0.2, 0.5)],  # the training loss rose too
+        [(0.5, 0.3)],
+        [(0.5, None), (0.2, None)],
+        [],
+    ],
+)
 def test_nothing_is_pointed_out_where_nothing_is(epochs):
     assert find_overfitting(history(*epochs)) is None
 
@@ -363,13 +428,26 @@ def test_a_run_from_local_files_asks_nothing_of_the_network_even_when_it_may(tmp
     (tmp_path / "tools.json").write_text(json.dumps([WEATHER, ALARM]))
     write_jsonl(tmp_path / "rows.jsonl", ROWS)
     watched = {"ATTEMPTS": str(tmp_path / "attempts"), "PYTHONPATH": str(tmp_path / "site"), "CI": ""}
-    result = run_script(*arguments(tmp_path), "--max_steps", 2, "--warmup_steps", 0, "--eval_samples", 2,
-                        "--max_new_tokens", 9, HF_HUB_OFFLINE="0", **watched)
+    result = run_script(
+        *arguments(tmp_path),
+        "--max_steps",
+        2,
+        "--warmup_steps",
+        0,
+        "--eval_samples",
+        2,
+        "--max_new_tokens",
+        9,
+        HF_HUB_OFFLINE="0",
+        **watched,
+    )
     assert result.returncode == 0, result.stderr
     assert not (tmp_path / "attempts").exists(), (tmp_path / "attempts").read_text()
     # The watch itself works.
     connect = "import socket; socket.create_connection(('192.0.2.1', 80))"
-    assert subprocess.run([sys.executable, "-c", connect], env={**os.environ, **watched}, capture_output=True).returncode
+    assert subprocess.run(
+        [sys.executable, "-c", connect], env={**os.environ, **watched}, capture_output=True
+    ).returncode
     assert "192.0.2.1" in (tmp_path / "attempts").read_text()
 
 
@@ -408,11 +486,18 @@ def test_gpu_memory_is_given_back_by_the_page_where_the_driver_can(monkeypatch):
 def test_libraries_are_told_before_they_are_imported():
     """They read these variables only once."""
     names = ["PYTORCH_ALLOC_CONF", "UNSLOTH_DISABLE_STATISTICS", "HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY"]
-    code = ("import os, sys, train_qwen3_tool_calling as script\n"
-            f"found = lambda *_: sys.exit(repr([*map(os.environ.get, {names}), 'torch' in sys.modules]))\n"
-            "script.check_folder = found\nscript.main([])")
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env={
-        name: value for name, value in os.environ.items() if name not in (*names, "PYTORCH_CUDA_ALLOC_CONF")})
+    code = (
+        "import os, sys, train_qwen3_tool_calling as script\n"
+        f"found = lambda *_: sys.exit(repr([*map(os.environ.get, {names}), 'torch' in sys.modules]))\n"
+        "script.check_folder = found\nscript.main([])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name not in (*names, "PYTORCH_CUDA_ALLOC_CONF")},
+    )
     assert result.stderr.splitlines()[-1] == "['expandable_segments:True', '1', '1', '1', False]"
 
 
@@ -436,9 +521,16 @@ class OwnConfig(Qwen3Config):
 def test_the_process_that_merges_ends_with_the_one_that_waits_for_it(tmp_path):
     """Also if that is killed and can tell nobody: it would hold the GPU's memory."""
     words = ["sh", "-c", f"touch {tmp_path}/runs; exec sleep 30"]
-    parent = subprocess.Popen([sys.executable, "-c", f"""if __name__ == "__main__":
+    parent = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            f"""if __name__ == "__main__":
         import subprocess, tool_calling.fresh
-        tool_calling.fresh.run_fresh(subprocess.call, {words})"""], cwd=ROOT)
+        tool_calling.fresh.run_fresh(subprocess.call, {words})""",
+        ],
+        cwd=ROOT,
+    )
     while not (tmp_path / "runs").exists():
         assert parent.poll() is None
         time.sleep(0.05)
@@ -459,8 +551,10 @@ def test_code_that_comes_with_a_model_is_run_only_if_trusted(tmp_path, monkeypat
     (folder / "own.py").write_text(CODE.format(marker=str(marker)))
     with pytest.raises(UserError) as error:
         check_model(str(folder))
-    assert str(error.value) == (f"--model_id {folder}: brings Python code of its own, which is not run; if you know "
-                                "who wrote it, add --trust_remote_code")
+    assert str(error.value) == (
+        f"--model_id {folder}: brings Python code of its own, which is not run; if you know "
+        "who wrote it, add --trust_remote_code"
+    )
     assert not marker.exists()
     assert check_model(str(folder), trust=True).model_type == "own_qwen3"
     assert marker.exists()
@@ -481,8 +575,16 @@ def test_weights_are_read_from_safetensors_alone(tmp_path):
 def test_secrets_are_written_nowhere(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "hf_abcdefghij")
     monkeypatch.setenv("WANDB_API_KEY", "short")
-    args = script.parse_args(["--model_id", "https://me:hf_other@hub.example/x", "--run_name", "hf_abcdefghij, short",
-                              "--output_dir", str(tmp_path)])
+    args = script.parse_args(
+        [
+            "--model_id",
+            "https://me:hf_other@hub.example/x",
+            "--run_name",
+            "hf_abcdefghij, short",
+            "--output_dir",
+            str(tmp_path),
+        ]
+    )
     write_run(args, tmp_path)
     write_report(str(tmp_path), {"args": vars(args), "command": "python x.py --run_name hf_abcdefghij"})
     say("read", "from https://me:hf_other@hub.example/x")
@@ -491,7 +593,8 @@ def test_secrets_are_written_nowhere(tmp_path, monkeypatch, capsys):
     assert "hf_abcdefghij" not in write_audit(args, {"problems": ["holds hf_abcdefghij"]}).read_text()
     assert capsys.readouterr() == (
         "read     from https://hub.example/x\nskip     1 of 1 row, named above\n",
-        "warning: $HF_TOKEN in https://hub.example/x\nskipped: x:1: holds $HF_TOKEN\n")
+        "warning: $HF_TOKEN in https://hub.example/x\nskipped: x:1: holds $HF_TOKEN\n",
+    )
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["args"]["model_id"] == "https://hub.example/x" and report["args"]["run_name"] == "$HF_TOKEN, short"
     for name in ("run.yaml", "report.json", "report.html"):

@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tool_calling.scores import Verdict, can_pair, count_classes, count_confusion, count_per_tool, count_scores, score_answer
+from tool_calling.scores import (
+    Verdict,
+    can_pair,
+    count_classes,
+    count_confusion,
+    count_per_tool,
+    count_scores,
+    score_answer,
+)
 
 
 def tool(name: str, properties: dict | None, **schema) -> dict:
@@ -17,17 +25,38 @@ def tool(name: str, properties: dict | None, **schema) -> dict:
 
 
 TOOLS = [
-    tool("book", {
-        "city": {"type": "string"}, "days": {"type": "integer", "default": 3}, "price": {"type": "number"},
-        "loud": {"type": "boolean"}, "units": {"type": "string", "enum": ["C", "F"], "default": "C"},
-        "tags": {"type": "array", "items": {"type": "string"}}, "ids": {"type": "array", "items": {"type": "integer"}},
-        "place": {"type": "object", "required": ["room"], "properties": {
-            "room": {"type": "string"}, "floor": {"type": "integer", "default": 0}, "wing": {"type": "string"}}},
-        "stops": {"type": "array", "items": {"type": "object", "properties": {"at": {"type": "string"}}}},
-        "note": {"type": ["string", "null"]}, "any": {}, "free": True,
-        "either": {"anyOf": [{"type": "integer"}, {"type": "null"}], "default": None},
-        "pair": {"type": "array", "prefixItems": [{"type": "string"}, {"type": "integer"}], "items": {"type": "null"}},
-    }, required=["city"]),
+    tool(
+        "book",
+        {
+            "city": {"type": "string"},
+            "days": {"type": "integer", "default": 3},
+            "price": {"type": "number"},
+            "loud": {"type": "boolean"},
+            "units": {"type": "string", "enum": ["C", "F"], "default": "C"},
+            "tags": {"type": "array", "items": {"type": "string"}},
+            "ids": {"type": "array", "items": {"type": "integer"}},
+            "place": {
+                "type": "object",
+                "required": ["room"],
+                "properties": {
+                    "room": {"type": "string"},
+                    "floor": {"type": "integer", "default": 0},
+                    "wing": {"type": "string"},
+                },
+            },
+            "stops": {"type": "array", "items": {"type": "object", "properties": {"at": {"type": "string"}}}},
+            "note": {"type": ["string", "null"]},
+            "any": {},
+            "free": True,
+            "either": {"anyOf": [{"type": "integer"}, {"type": "null"}], "default": None},
+            "pair": {
+                "type": "array",
+                "prefixItems": [{"type": "string"}, {"type": "integer"}],
+                "items": {"type": "null"},
+            },
+        },
+        required=["city"],
+    ),
     tool("mode", {"mode": {"type": "string", "default": "eco"}, "text": {"type": "string"}}, required=["mode"]),
     tool("count", {}, additionalProperties={"type": "integer"}),
     tool("tick", {"n": {"type": "integer", "default": 5.0}, "of": {"type": "string"}}),  # to BFCL 5.0 is no integer
@@ -63,8 +92,11 @@ EXACT = [  # (name, got, expected): an exact match, which is a BFCL match too
     ("order of nested keys", book(place={"floor": 1, "room": "a"}), book(place={"room": "a", "floor": 1})),
     ("white space in JSON", '<tool_call>{"name":"book","arguments":{"city":"Rome"}}</tool_call>', ROME),
     ("escaped unicode", block(r'{"name": "book", "arguments": {"city": "caf\u00e9"}}'), call("book", city=E_ACUTE)),
-    ("an emoji as a surrogate pair", block(r'{"name": "book", "arguments": {"city": "\ud83d\ude00"}}'),
-     call("book", city="\U0001f600")),
+    (
+        "an emoji as a surrogate pair",
+        block(r'{"name": "book", "arguments": {"city": "\ud83d\ude00"}}'),
+        call("book", city="\U0001f600"),
+    ),
     ("1.0 is the number 1", book(price=1.0), book(price=1)),
     ("1 is the number 1.0", book(price=1), book(price=1.0)),
     ("1e2 is 100", block('{"name": "book", "arguments": {"city": "Rome", "price": 1e2}}'), book(price=100)),
@@ -119,8 +151,11 @@ ALIKE = [  # a BFCL match that is not exact
     ("parallel, the other order", call("book", city="oslo") + call("book", city="rome"), ROME + OSLO),
     ("parallel, one exact", ROME + call("book", city="OSLO"), OSLO + ROME),
     # n=5 fits both expected calls, but n left out fits only n left out: the first call must give way
-    ("parallel, where a greedy matcher errs", call("tick", of="A", n=5) + call("tick", of="A"),
-     call("tick", of="a") + call("tick", of="a", n=5)),
+    (
+        "parallel, where a greedy matcher errs",
+        call("tick", of="A", n=5) + call("tick", of="A"),
+        call("tick", of="a") + call("tick", of="a", n=5),
+    ),
 ]
 WRONG = [  # no match; well-formed
     ("another value", OSLO, ROME),
@@ -145,8 +180,11 @@ WRONG = [  # no match; well-formed
     ("integer for a string", call("book", city=5), call("book", city="5")),
     ("5.0 is no integer to BFCL", loose(days=5.0), book(days=5)),
     ("5.0 is no integer to BFCL, in a list", loose(ids=[5.0]), book(ids=[5])),
-    ("5.0 is no integer to BFCL, by additionalProperties", call("count", a=5.0) + call("book", city="rome"),
-     call("count", a=5) + ROME),
+    (
+        "5.0 is no integer to BFCL, by additionalProperties",
+        call("count", a=5.0) + call("book", city="rome"),
+        call("count", a=5) + ROME,
+    ),
     ("a float for an integer, of the default's value", loose(days=3.0), ROME),
     ("true is not 1", book(days=True), book(days=1)),
     ("1 is not true", book(loud=1), book(loud=True)),
@@ -174,8 +212,11 @@ WRONG = [  # no match; well-formed
     ("a call too many", ROME + OSLO, ROME),
     ("a call repeated", ROME + ROME, ROME),
     ("one call for two expected ones", ROME + ROME, ROME + OSLO),
-    ("arguments crossed between two calls", call("book", city="Rome", days=2) + call("book", city="Oslo", days=1),
-     call("book", city="Rome", days=1) + call("book", city="Oslo", days=2)),
+    (
+        "arguments crossed between two calls",
+        call("book", city="Rome", days=2) + call("book", city="Oslo", days=1),
+        call("book", city="Rome", days=1) + call("book", city="Oslo", days=2),
+    ),
     ("arguments for a tool that takes none", call("ping", x=1), call("ping")),
 ]
 BROKEN = [  # a block that no server could run: never a match and never "no call"
@@ -183,8 +224,11 @@ BROKEN = [  # a block that no server could run: never a match and never "no call
     ("brace missing", block('{"name": "book", "arguments": {"city": "Rome"}'), ROME),
     ("single quotes", block("{'name': 'book', 'arguments': {'city': 'Rome'}}"), ROME),
     ("Python's True", block('{"name": "book", "arguments": {"city": "Rome", "loud": True}}'), book(loud=True)),
-    ("two JSONs in one tag", block('{"name": "ping", "arguments": {}}\n{"name": "ping", "arguments": {}}'),
-     call("ping") + call("ping")),
+    (
+        "two JSONs in one tag",
+        block('{"name": "ping", "arguments": {}}\n{"name": "ping", "arguments": {}}'),
+        call("ping") + call("ping"),
+    ),
     ("a list of calls in one tag", block('[{"name": "ping", "arguments": {}}]'), call("ping")),
     ("an empty block", block(""), call("ping")),
     ("an opening tag alone", "<tool_call>", call("ping")),
@@ -204,9 +248,16 @@ BROKEN = [  # a block that no server could run: never a match and never "no call
     ("a thousand brackets", '<tool_call>\n{"name": "book", "arguments": {"city": ' + "[" * 100_000, ROME),
     ("too many digits", block('{"name": "book", "arguments": {"price": ' + "9" * 5_000 + "}}"), ROME),
 ]
-CASES = [(name, got, expected, *verdict) for cases, verdict in (
-    (EXACT, (True, True, False)), (ALIKE, (False, True, False)),
-    (WRONG, (False, False, False)), (BROKEN, (False, False, True))) for name, got, expected in cases]
+CASES = [
+    (name, got, expected, *verdict)
+    for cases, verdict in (
+        (EXACT, (True, True, False)),
+        (ALIKE, (False, True, False)),
+        (WRONG, (False, False, False)),
+        (BROKEN, (False, False, True)),
+    )
+    for name, got, expected in cases
+]
 
 
 @pytest.mark.parametrize("got, expected, exact, ast, broken", [pytest.param(*case[1:], id=case[0]) for case in CASES])
@@ -216,26 +267,32 @@ def test_answer(got, expected, exact, ast, broken):
     assert score_answer(expected, expected, TOOLS)[:3] == (True, True, False)
 
 
-@pytest.mark.parametrize("got, expected, verdict", [
-    (ROME + call("ping"), call("ping") + ROME, (True, True, False, ("ping", "book"), ("book", "ping"))),
-    (call("fly") + call("fly"), ROME, (False, False, False, ("book",), ("fly", "fly"))),
-    (ANSWER, ROME, (False, False, False, ("book",), ())),
-    (ROME, ANSWER, (False, False, False, (), ("book",))),
-    (ANSWER, ANSWER, (True, True, False, (), ())),
-    (ROME + block("{"), ROME, (False, False, True, ("book",), ())),
-])
+@pytest.mark.parametrize(
+    "got, expected, verdict",
+    [
+        (ROME + call("ping"), call("ping") + ROME, (True, True, False, ("ping", "book"), ("book", "ping"))),
+        (call("fly") + call("fly"), ROME, (False, False, False, ("book",), ("fly", "fly"))),
+        (ANSWER, ROME, (False, False, False, ("book",), ())),
+        (ROME, ANSWER, (False, False, False, (), ("book",))),
+        (ANSWER, ANSWER, (True, True, False, (), ())),
+        (ROME + block("{"), ROME, (False, False, True, ("book",), ())),
+    ],
+)
 def test_verdict_names_the_tools(got, expected, verdict):
     assert score_answer(got, expected, TOOLS) == Verdict(*verdict)
 
 
-@pytest.mark.parametrize("got, exact, broken, names", [
-    ("positive", True, False, ()),
-    (" positive\n", True, False, ()),
-    ("Positive", False, False, ()),
-    ("", False, False, ()),
-    ("positive" + call("ping"), False, False, ("ping",)),
-    ("positive" + block("{"), False, True, ()),
-])
+@pytest.mark.parametrize(
+    "got, exact, broken, names",
+    [
+        ("positive", True, False, ()),
+        (" positive\n", True, False, ()),
+        ("Positive", False, False, ()),
+        ("", False, False, ()),
+        ("positive" + call("ping"), False, False, ("ping",)),
+        ("positive" + block("{"), False, True, ()),
+    ],
+)
 def test_rows_without_tools_compare_texts(got, exact, broken, names):
     assert score_answer(got, "positive", []) == Verdict(exact, exact, broken, (), names)
 
@@ -246,39 +303,59 @@ def test_a_broken_expected_answer_is_no_verdict():
 
 
 # Hand-made rows: exact, ast, broken, expected, got
-VERDICTS = [Verdict(*row) for row in (
-    (True, True, False, ("book",), ("book",)),
-    (False, True, False, ("book",), ("book",)),
-    (False, False, False, ("book",), ("mode",)),
-    (False, False, False, ("book",), ()),
-    (False, False, True, ("ping",), ()),
-    (False, False, False, ("ping", "ping"), ("book", "ping", "mode")),
-    (False, False, False, ("book", "ping", "mode"), ("fly", "ping")),
-    (True, True, False, (), ()),
-    (False, False, False, (), ("fly", "ping")),
-    (False, False, True, (), ()),
-)]
+VERDICTS = [
+    Verdict(*row)
+    for row in (
+        (True, True, False, ("book",), ("book",)),
+        (False, True, False, ("book",), ("book",)),
+        (False, False, False, ("book",), ("mode",)),
+        (False, False, False, ("book",), ()),
+        (False, False, True, ("ping",), ()),
+        (False, False, False, ("ping", "ping"), ("book", "ping", "mode")),
+        (False, False, False, ("book", "ping", "mode"), ("fly", "ping")),
+        (True, True, False, (), ()),
+        (False, False, False, (), ("fly", "ping")),
+        (False, False, True, (), ()),
+    )
+]
 
 
 def test_scores():
     # book: 2 hits, 5 expected, 3 called; mode: 0 of 1 and 2; ping: 2 hits, 4 expected, 3 called
     assert count_scores(VERDICTS) == {
-        "exact_match": 2 / 10, "ast_match": 3 / 10, "tool_macro_f1": pytest.approx((4 / 8 + 0 + 4 / 7) / 3),
-        "call_precision": 6 / 8, "call_recall": 6 / 7, "broken_json": 2, "n": 10}
+        "exact_match": 2 / 10,
+        "ast_match": 3 / 10,
+        "tool_macro_f1": pytest.approx((4 / 8 + 0 + 4 / 7) / 3),
+        "call_precision": 6 / 8,
+        "call_recall": 6 / 7,
+        "broken_json": 2,
+        "n": 10,
+    }
 
 
-PERFECT = {"exact_match": 1.0, "ast_match": 1.0, "tool_macro_f1": 1.0, "call_precision": 1.0, "call_recall": 1.0,
-           "broken_json": 0, "n": 1}
+PERFECT = {
+    "exact_match": 1.0,
+    "ast_match": 1.0,
+    "tool_macro_f1": 1.0,
+    "call_precision": 1.0,
+    "call_recall": 1.0,
+    "broken_json": 0,
+    "n": 1,
+}
 
 
-@pytest.mark.parametrize("verdicts, scores", [
-    ([], PERFECT | {"n": 0}),
-    ([VERDICTS[0]], PERFECT),
-    ([VERDICTS[7]], PERFECT),
-    ([VERDICTS[3]], PERFECT | {"exact_match": 0.0, "ast_match": 0.0, "tool_macro_f1": 0.0, "call_recall": 0.0}),
-    ([VERDICTS[8]], PERFECT | {"exact_match": 0.0, "ast_match": 0.0, "call_precision": 0.0}),
-    ([VERDICTS[4]], PERFECT | {"exact_match": 0.0, "ast_match": 0.0, "tool_macro_f1": 0.0, "broken_json": 1}),
-], ids=["no row", "a right call", "rightly no call", "a call missed", "a needless call", "a broken call"])
+@pytest.mark.parametrize(
+    "verdicts, scores",
+    [
+        ([], PERFECT | {"n": 0}),
+        ([VERDICTS[0]], PERFECT),
+        ([VERDICTS[7]], PERFECT),
+        ([VERDICTS[3]], PERFECT | {"exact_match": 0.0, "ast_match": 0.0, "tool_macro_f1": 0.0, "call_recall": 0.0}),
+        ([VERDICTS[8]], PERFECT | {"exact_match": 0.0, "ast_match": 0.0, "call_precision": 0.0}),
+        ([VERDICTS[4]], PERFECT | {"exact_match": 0.0, "ast_match": 0.0, "tool_macro_f1": 0.0, "broken_json": 1}),
+    ],
+    ids=["no row", "a right call", "rightly no call", "a call missed", "a needless call", "a broken call"],
+)
 def test_scores_of_one_row(verdicts, scores):
     assert count_scores(verdicts) == scores
 
@@ -289,7 +366,8 @@ def test_per_tool():
         "book": {"support": 5, "tool": 2 / 5, "exact": 1 / 5},
         "mode": {"support": 1, "tool": 0.0, "exact": 0.0},
         "ping": {"support": 3, "tool": 2 / 3, "exact": 0.0},
-        "(no call)": {"support": 3, "tool": 1 / 3, "exact": 1 / 3}}
+        "(no call)": {"support": 3, "tool": 1 / 3, "exact": 1 / 3},
+    }
     assert list(table) == ["book", "mode", "ping", "(no call)"]
     assert count_per_tool(VERDICTS[:1]) == {"book": {"support": 1, "tool": 1.0, "exact": 1.0}}
     assert count_per_tool([]) == {}
@@ -298,42 +376,54 @@ def test_per_tool():
 def test_confusion():
     assert count_confusion(VERDICTS) == (
         ["book", "mode", "ping", "fly", "(no call)", "(broken)"],
-        [[2, 1, 0, 1, 1, 0],
-         [0, 0, 0, 0, 1, 0],
-         [1, 0, 2, 0, 0, 1],
-         [0, 0, 0, 0, 0, 0],
-         [0, 0, 1, 1, 1, 1],
-         [0, 0, 0, 0, 0, 0]])
+        [
+            [2, 1, 0, 1, 1, 0],
+            [0, 0, 0, 0, 1, 0],
+            [1, 0, 2, 0, 0, 1],
+            [0, 0, 0, 0, 0, 0],
+            [0, 0, 1, 1, 1, 1],
+            [0, 0, 0, 0, 0, 0],
+        ],
+    )
 
 
-@pytest.mark.parametrize("expected, got, broken, labels, counts", [
-    (("a",), ("a",), False, ["a"], [[1]]),
-    (("a",), ("a", "z"), False, ["a"], [[1]]),  # a call too many is left out
-    (("a", "b"), ("b", "z"), False, ["a", "b", "z"], [[0, 0, 1], [0, 1, 0], [0, 0, 0]]),
-    (("b", "a"), (), True, ["a", "b", "(broken)"], [[0, 0, 1], [0, 0, 1], [0, 0, 0]]),
-    ((), (), False, ["(no call)"], [[1]]),
-    ((), ("z", "z"), False, ["z", "(no call)"], [[0, 0], [2, 0]]),
-])
+@pytest.mark.parametrize(
+    "expected, got, broken, labels, counts",
+    [
+        (("a",), ("a",), False, ["a"], [[1]]),
+        (("a",), ("a", "z"), False, ["a"], [[1]]),  # a call too many is left out
+        (("a", "b"), ("b", "z"), False, ["a", "b", "z"], [[0, 0, 1], [0, 1, 0], [0, 0, 0]]),
+        (("b", "a"), (), True, ["a", "b", "(broken)"], [[0, 0, 1], [0, 0, 1], [0, 0, 0]]),
+        ((), (), False, ["(no call)"], [[1]]),
+        ((), ("z", "z"), False, ["z", "(no call)"], [[0, 0], [2, 0]]),
+    ],
+)
 def test_confusion_of_one_row(expected, got, broken, labels, counts):
     assert count_confusion([Verdict(False, False, broken, expected, got)]) == (labels, counts)
 
 
-@pytest.mark.parametrize("pairs, score", [
-    ([], None),
-    ([("yes", "yes"), ("no", "no")], 1.0),
-    ([(" yes", "yes\n")], 1.0),
-    ([("yes", "Yes")], 0.0),
-    ([("yes", "yes"), ("yes", "no"), ("no", "no"), ("no", "maybe")], pytest.approx((2 / 3 + 1 / 2) / 2)),
-    ([(str(i), "0") for i in range(20)], pytest.approx(2 / 21 / 20)),
-    ([(str(i), str(i)) for i in range(21)], None),
-], ids=["no row", "right", "white space", "case", "mixed", "20 classes", "21 classes"])
+@pytest.mark.parametrize(
+    "pairs, score",
+    [
+        ([], None),
+        ([("yes", "yes"), ("no", "no")], 1.0),
+        ([(" yes", "yes\n")], 1.0),
+        ([("yes", "Yes")], 0.0),
+        ([("yes", "yes"), ("yes", "no"), ("no", "no"), ("no", "maybe")], pytest.approx((2 / 3 + 1 / 2) / 2)),
+        ([(str(i), "0") for i in range(20)], pytest.approx(2 / 21 / 20)),
+        ([(str(i), str(i)) for i in range(21)], None),
+    ],
+    ids=["no row", "right", "white space", "case", "mixed", "20 classes", "21 classes"],
+)
 def test_classes(pairs, score):
     assert count_classes(pairs) == score
 
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3), max_leaves=8)
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
 ARGUMENTS = st.dictionaries(st.text(max_size=3), JSON, max_size=3)
 CALL = st.fixed_dictionaries({"name": st.sampled_from(["book", "ping", "fly"]), "arguments": ARGUMENTS})
 
@@ -345,7 +435,8 @@ def test_calls_match_themselves_in_every_order(calls):
     for permutation in itertools.permutations(calls):
         got = "\n".join(block(json.dumps(call)) for call in permutation)
         assert score_answer(got, expected, TOOLS) == Verdict(
-            True, True, False, names, tuple(call["name"] for call in permutation))
+            True, True, False, names, tuple(call["name"] for call in permutation)
+        )
 
 
 @given(st.integers(1, 4), st.data())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ALARM, WEATHER, write_jsonl, patch
+from conftest import ALARM, WEATHER, patch, write_jsonl
 from test_command_line import ROWS
 from train_small import make_base
 
@@ -35,19 +35,45 @@ def job(tmp_path_factory) -> Path:
 
 def run(job: Path, folder: Path, *more: object) -> dict:
     """Run in this process, with one step and short answers."""
-    return script.main([
-        "--model_id", job / "base", "--dataset_path", job / "rows.jsonl", "--tools_path", job / "tools.json",
-        "--output_dir", folder / "out", "--final_model_dir", folder / "final", "--no-load_in_4bit", "--max_steps", 1,
-        "--warmup_steps", 0, "--train_test_split", 0.25, "--eval_samples", 4, "--max_new_tokens", 4, *more])
+    return script.main(
+        [
+            "--model_id",
+            job / "base",
+            "--dataset_path",
+            job / "rows.jsonl",
+            "--tools_path",
+            job / "tools.json",
+            "--output_dir",
+            folder / "out",
+            "--final_model_dir",
+            folder / "final",
+            "--no-load_in_4bit",
+            "--max_steps",
+            1,
+            "--warmup_steps",
+            0,
+            "--train_test_split",
+            0.25,
+            "--eval_samples",
+            4,
+            "--max_new_tokens",
+            4,
+            *more,
+        ]
+    )
 
 
 def stop(*found):
     raise Reached(*found)
 
 
-@pytest.mark.parametrize("rank, kept, message", [
-    (4, "adapter", "the merged model does not do what the adapter does: held-out loss 9.0000, adapter 0.1000"),
-    (0, "checkpoint-1", "the trained model read back does not do what it did: held-out loss 9.0000")])
+@pytest.mark.parametrize(
+    "rank, kept, message",
+    [
+        (4, "adapter", "the merged model does not do what the adapter does: held-out loss 9.0000, adapter 0.1000"),
+        (0, "checkpoint-1", "the trained model read back does not do what it did: held-out loss 9.0000"),
+    ],
+)
 def test_a_saved_model_that_is_worse_takes_no_final_name(job, tmp_path, monkeypatch, rank, kept, message):
     def prove(function, args, base, adapter, rows, plan):
         assert function is merge_and_score and (adapter is None) == (rank == 0)
@@ -78,9 +104,18 @@ def test_a_run_whose_check_fails_goes_on_without_sharing(job, tmp_path, monkeypa
     assert yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())["share_prefix"] is False
 
 
-@pytest.mark.parametrize("check, flags", [
-    ("check_hub", ["--push_to_hub", "me/tools"]), ("find_gguf_tools", ["--save_gguf", "q8_0"]),
-    ("check_report_to", []), ("check_optim", []), ("check_model", []), ("check_dropout", []), ("check_merge_base", [])])
+@pytest.mark.parametrize(
+    "check, flags",
+    [
+        ("check_hub", ["--push_to_hub", "me/tools"]),
+        ("find_gguf_tools", ["--save_gguf", "q8_0"]),
+        ("check_report_to", []),
+        ("check_optim", []),
+        ("check_model", []),
+        ("check_dropout", []),
+        ("check_merge_base", []),
+    ],
+)
 def test_what_would_fail_in_the_end_is_looked_at_before_a_model_is_loaded(job, tmp_path, monkeypatch, check, flags):
     patch(monkeypatch, check, lambda *_, **__: stop(check))
     patch(monkeypatch, "load_model", lambda *_: pytest.fail("too late"))
@@ -128,8 +163,12 @@ def test_what_is_scored_alone_and_in_how_many_bits(job, tmp_path, monkeypatch):
         return render(tokenizer, examples, *more)
 
     patch(monkeypatch, "render_examples", note)
-    for model, more, four_bit in ((adapter, [], True), (adapter, ["--no-load_in_4bit"], False), (job / "base", [], False),
-                                  (adapter, ["--eval_dataset_path", other], True)):
+    for model, more, four_bit in (
+        (adapter, [], True),
+        (adapter, ["--no-load_in_4bit"], False),
+        (job / "base", [], False),
+        (adapter, ["--eval_dataset_path", other], True),
+    ):
         with pytest.raises(Reached) as reached:
             script.main([*flags, "--eval_only", model, *more])
         assert reached.value.args == (str(job / "base"), four_bit)
@@ -144,9 +183,10 @@ def test_a_saved_model_with_missing_stray_or_broken_weights_is_refused(job, tmp_
     name = next(name for name in whole if name.endswith("q_proj.weight"))
     shutil.copytree(job / "base", tmp_path / "model")
     for weights, message in (
-            ({**whole, "of.nobody": torch.zeros(1)}, "missing or unknown weights: of.nobody"),
-            ({key: weight for key, weight in whole.items() if key != name}, f"missing or unknown weights: {name}"),
-            ({**whole, name: whole[name] * torch.nan}, f"weights that are not finite: {name}")):
+        ({**whole, "of.nobody": torch.zeros(1)}, "missing or unknown weights: of.nobody"),
+        ({key: weight for key, weight in whole.items() if key != name}, f"missing or unknown weights: {name}"),
+        ({**whole, name: whole[name] * torch.nan}, f"weights that are not finite: {name}"),
+    ):
         save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
         with pytest.raises(UserError, match=message):
             read_back(tmp_path / "model")

@@ -4,9 +4,8 @@ import argparse
 import math
 
 import pytest
-
-from conftest import patch
 import torch
+from conftest import patch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -16,7 +15,18 @@ import train_qwen3_tool_calling as script
 from tool_calling.engines.graphs import find_recorded
 from tool_calling.engines.losses import compute_token_losses, score_batches, to_metrics
 from tool_calling.prompts import Sequence
-from tool_calling.schedule import Plan, build_batch, choose_lengths, count_measured_epochs, group_rows, measure_batches, order_rows, plan_streams, to_batches, to_small_batches
+from tool_calling.schedule import (
+    Plan,
+    build_batch,
+    choose_lengths,
+    count_measured_epochs,
+    group_rows,
+    measure_batches,
+    order_rows,
+    plan_streams,
+    to_batches,
+    to_small_batches,
+)
 from tool_calling.streams import build_padded, build_stream, fill_up
 from tool_calling.training.selfcheck import check_sharing, compare_sharing, compute_lengths
 
@@ -35,8 +45,11 @@ def values(stream: dict) -> dict:
 
 def test_one_row_is_itself():
     assert values(build_stream([row([5, 6, 7], [8, 9])])) == {
-        "input_ids": [5, 6, 7, 8, 9], "position_ids": [0, 1, 2, 3, 4], "labels": [-100, -100, -100, 8, 9],
-        "subtree_end": [5, 5, 5, 5, 5]}
+        "input_ids": [5, 6, 7, 8, 9],
+        "position_ids": [0, 1, 2, 3, 4],
+        "labels": [-100, -100, -100, 8, 9],
+        "subtree_end": [5, 5, 5, 5, 5],
+    }
 
 
 def test_a_common_prefix_stands_once():
@@ -46,14 +59,18 @@ def test_a_common_prefix_stands_once():
         "input_ids": [5, 6, 7, 2, 8, 9, 1, 4],
         "position_ids": [0, 1, 2, 3, 4, 5, 3, 4],
         "labels": [-100, -100, -100, -100, 8, 9, -100, 4],
-        "subtree_end": [8, 8, 8, 6, 6, 6, 8, 8]}
+        "subtree_end": [8, 8, 8, 6, 6, 6, 8, 8],
+    }
 
 
 def test_equal_prompts_keep_their_last_token_apart():
     rows = [row([5, 6], [8, 9]), row([5, 6], [7])]  # token 6 predicts 8 in one row and 7 in the other
     assert values(build_stream(rows)) == {
-        "input_ids": [5, 6, 8, 9, 6, 7], "position_ids": [0, 1, 2, 3, 1, 2],
-        "labels": [-100, -100, 8, 9, -100, 7], "subtree_end": [6, 4, 4, 4, 6, 6]}
+        "input_ids": [5, 6, 8, 9, 6, 7],
+        "position_ids": [0, 1, 2, 3, 1, 2],
+        "labels": [-100, -100, 8, 9, -100, 7],
+        "subtree_end": [6, 4, 4, 4, 6, 6],
+    }
 
 
 def test_a_tree_with_three_levels_and_a_stranger():
@@ -62,13 +79,18 @@ def test_a_tree_with_three_levels_and_a_stranger():
         "input_ids": [1, 7, 4, 2, 3, 9, 4, 5, 9, 4, 8, 2, 4],
         "position_ids": [0, 1, 2, 1, 2, 3, 4, 2, 3, 4, 0, 1, 2],
         "labels": [-100, -100, 4, -100, -100, -100, 4, -100, -100, 4, -100, -100, 4],
-        "subtree_end": [10, 3, 3, 10, 7, 7, 7, 10, 10, 10, 13, 13, 13]}
+        "subtree_end": [10, 3, 3, 10, 7, 7, 7, 10, 10, 10, 13, 13, 13],
+    }
 
 
 def test_filling_tokens_see_only_themselves():
     stream = values(build_stream([row([5, 6], [7])], lengths=(2, 4, 8)))
-    assert stream == {"input_ids": [5, 6, 7, 0], "position_ids": [0, 1, 2, 0], "labels": [-100, -100, 7, -100],
-                      "subtree_end": [3, 3, 3, 4]}
+    assert stream == {
+        "input_ids": [5, 6, 7, 0],
+        "position_ids": [0, 1, 2, 0],
+        "labels": [-100, -100, 7, -100],
+        "subtree_end": [3, 3, 3, 4],
+    }
 
 
 def test_streams_longer_than_planned_have_few_lengths_too():
@@ -84,8 +106,16 @@ def test_streams_longer_than_planned_have_few_lengths_too():
 def model():
     """A small random Qwen3 with LoRA whose two factors are both alive, in float32."""
     torch.manual_seed(0)
-    config = Qwen3Config(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=16,
-                         num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        head_dim=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+    )
     lora = LoraConfig(r=4, lora_alpha=4, target_modules=script.TARGET_MODULES, task_type="CAUSAL_LM")
     model = get_peft_model(Qwen3ForCausalLM(config), lora)
     for name, parameter in model.named_parameters():
@@ -126,18 +156,31 @@ def assert_same(shared, separate):
     assert shared[1].keys() == separate[1].keys()
     largest = max(torch.linalg.norm(gradient) for gradient in separate[1].values())
     for name, gradient in separate[1].items():  # a gradient that is zero by symmetry is rounding noise in both
-        assert torch.linalg.norm(shared[1][name] - gradient) <= 1e-5 * torch.linalg.norm(gradient) + 1e-6 * largest, name
+        assert torch.linalg.norm(shared[1][name] - gradient) <= 1e-5 * torch.linalg.norm(gradient) + 1e-6 * largest, (
+            name
+        )
 
 
 TOOLS_A, TOOLS_B = list(range(1, 21)), list(range(30, 45))
 CASES = {
-    "one tool set": [row(TOOLS_A + [22, 23], [24, 25]), row(TOOLS_A + [22, 26], [27]), row(TOOLS_A + [28], [29, 24, 1])],
-    "several tool sets": [row(TOOLS_A + [22], [24]), row(TOOLS_B + [22], [24, 25]), row(TOOLS_A + [23], [24]),
-                          row(TOOLS_B + [50, 51], [52])],
+    "one tool set": [
+        row(TOOLS_A + [22, 23], [24, 25]),
+        row(TOOLS_A + [22, 26], [27]),
+        row(TOOLS_A + [28], [29, 24, 1]),
+    ],
+    "several tool sets": [
+        row(TOOLS_A + [22], [24]),
+        row(TOOLS_B + [22], [24, 25]),
+        row(TOOLS_A + [23], [24]),
+        row(TOOLS_B + [50, 51], [52]),
+    ],
     "a row that is a prefix of another": [row(TOOLS_A[:10], [11]), row(TOOLS_A, [21, 22]), row(TOOLS_A[:9], [10, 11])],
     "single rows": [row(TOOLS_A, [21]), row(TOOLS_B, [21]), row([59, 58, 57], [56, 55])],
-    "turns of one conversation": [row(TOOLS_A, [21, 22]), row(TOOLS_A + [21, 22, 30, 31], [32]),
-                                  row(TOOLS_A + [21, 22, 30, 31, 32, 33], [34, 35])],
+    "turns of one conversation": [
+        row(TOOLS_A, [21, 22]),
+        row(TOOLS_A + [21, 22, 30, 31], [32]),
+        row(TOOLS_A + [21, 22, 30, 31, 32, 33], [34, 35]),
+    ],
     "the same row twice": [row(TOOLS_A, [21, 22])] * 2,
     "prompts of one token": [row([7], [8]), row([7], [9])],
 }
@@ -174,8 +217,11 @@ def test_a_broken_mask_would_be_seen(model):
 
 
 token = st.integers(1, 3)  # few tokens, so that prefixes meet by chance
-rows_of_tokens = st.lists(st.builds(row, st.lists(token, min_size=1, max_size=8), st.lists(token, min_size=1, max_size=3)),
-                          min_size=1, max_size=7)
+rows_of_tokens = st.lists(
+    st.builds(row, st.lists(token, min_size=1, max_size=8), st.lists(token, min_size=1, max_size=3)),
+    min_size=1,
+    max_size=7,
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -197,13 +243,22 @@ def test_every_token_sees_its_own_row_and_nothing_else(rows):
 
 
 def settings_of(batch_size: int, steps: int, max_seq_length: int, **more) -> argparse.Namespace:
-    return argparse.Namespace(batch_size=batch_size, gradient_accumulation_steps=steps, share_prefix=True, num_epochs=2,
-                              max_steps=None, max_seq_length=max_seq_length, seed=1, **more)
+    return argparse.Namespace(
+        batch_size=batch_size,
+        gradient_accumulation_steps=steps,
+        share_prefix=True,
+        num_epochs=2,
+        max_steps=None,
+        max_seq_length=max_seq_length,
+        seed=1,
+        **more,
+    )
 
 
 def plan(lengths: list[int], shared: int, batch_size: int, steps: int, max_seq_length: int, engine="transformers"):
-    sequences = [row(list(range(shared)) + [100 + i] * (length - shared - 1), [7], f"x:{i}")
-                 for i, length in enumerate(lengths)]
+    sequences = [
+        row(list(range(shared)) + [100 + i] * (length - shared - 1), [7], f"x:{i}") for i, length in enumerate(lengths)
+    ]
     plan = plan_streams(sequences, settings_of(batch_size, steps, max_seq_length), engine)
     assert sorted(row for group in plan.groups for rows in group for row in rows) == list(range(len(sequences)))
     return plan._replace(groups=[])
@@ -234,8 +289,10 @@ def test_no_sharing_is_the_batches_of_the_flags():
     assert plan == (2, 4, [[[1]], [[0]]], (), False, 1, math.inf)
     batch = build_batch(rows, plan)
     assert {name: tensor.tolist() for name, tensor in batch.items()} == {
-        "input_ids": [[1, 2, 3, 4], [1, 2, 5, 6]], "labels": [[-100, -100, -100, 4], [-100, -100, 5, 6]],
-        "attention_mask": [[1, 1, 1, 1], [1, 1, 1, 1]]}
+        "input_ids": [[1, 2, 3, 4], [1, 2, 5, 6]],
+        "labels": [[-100, -100, -100, 4], [-100, -100, 5, 6]],
+        "attention_mask": [[1, 1, 1, 1], [1, 1, 1, 1]],
+    }
 
 
 def many_tools() -> list[Sequence]:
@@ -318,9 +375,16 @@ def test_on_several_devices_a_stream_of_each_length_is_computed_before_training(
 KEPT = 4 * 32 + 3 * 16 * 3 + 2 * 64  # inputs of norms and projections of one layer
 
 
-@pytest.mark.parametrize("flags, token", [
-    (["--gradient_checkpointing", "on"], 2 * 2 * 32 + 1.25 * 2 * KEPT),  # bytes, layers, width; and one layer at work
-    (["--gradient_checkpointing", "off"], 2 * 2 * KEPT)])
+@pytest.mark.parametrize(
+    "flags, token",
+    [
+        (
+            ["--gradient_checkpointing", "on"],
+            2 * 2 * 32 + 1.25 * 2 * KEPT,
+        ),  # bytes, layers, width; and one layer at work
+        (["--gradient_checkpointing", "off"], 2 * 2 * KEPT),
+    ],
+)
 def test_streams_are_recorded_where_half_of_the_free_memory_holds_them(model, monkeypatch, flags, token):
     flags, lengths = [*flags, "--lora_dropout", "0"], (128, 256)
     plan = Plan(8, 1, [], lengths)
@@ -355,8 +419,10 @@ def test_held_out_rows_that_share_nothing_make_no_larger_streams_than_training(m
     batches = to_batches(strangers, plan)
     assert [batch["input_ids"].numel() for batch in batches] == [128] * 4
     assert len(to_batches(train, plan)) == 1
-    sums = [to_metrics(score_batches(model, given, "transformers"))["loss"]
-            for given in (batches, [build_padded(strangers)])]
+    sums = [
+        to_metrics(score_batches(model, given, "transformers"))["loss"]
+        for given in (batches, [build_padded(strangers)])
+    ]
     assert sums[0] == pytest.approx(sums[1], rel=1e-5)
 
 
@@ -377,5 +443,3 @@ def test_held_out_loss_is_a_mean_over_tokens(model):
         sums = score_batches(model, to_batches(rows, Plan(size, 1, [])), "transformers")
         assert to_metrics(sums)["loss"] == pytest.approx(expected, rel=1e-5)
     assert model.training
-
-

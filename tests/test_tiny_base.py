@@ -155,9 +155,29 @@ def conversations():
     question, again = {"role": "user", "content": "Paint it.\n  über "}, {"role": "user", "content": "and now?"}
     wrapped = {"role": "user", "content": "<tool_response>\nold style\n</tool_response>"}
     assistants = []
-    for content in ["", None, "Done.", "\n\nDone.\n", "<think>\nhm\n</think>\n\nDone.", "<think></think>Done.", "no start</think>\n\nDone.", [{"type": "text"}]]:
-        for extra in [{}, {"reasoning_content": "\nI think.\n"}, {"reasoning_content": ""}, {"reasoning_content": None}]:
-            for tool_calls in [{}, {"tool_calls": calls(False)}, {"tool_calls": calls(True)[:1]}, {"tool_calls": []}, {"tool_calls": None}]:
+    for content in [
+        "",
+        None,
+        "Done.",
+        "\n\nDone.\n",
+        "<think>\nhm\n</think>\n\nDone.",
+        "<think></think>Done.",
+        "no start</think>\n\nDone.",
+        [{"type": "text"}],
+    ]:
+        for extra in [
+            {},
+            {"reasoning_content": "\nI think.\n"},
+            {"reasoning_content": ""},
+            {"reasoning_content": None},
+        ]:
+            for tool_calls in [
+                {},
+                {"tool_calls": calls(False)},
+                {"tool_calls": calls(True)[:1]},
+                {"tool_calls": []},
+                {"tool_calls": None},
+            ]:
                 assistants.append({"role": "assistant", "content": content, **extra, **tool_calls})
     assistants.append({"role": "assistant", "tool_calls": calls(False)})
     replies = [{"role": "tool", "content": "ok"}, {"role": "tool", "content": '{"x": "é"}'}]
@@ -185,7 +205,11 @@ def test_chat_template_writes_the_text_of_stock_qwen3(tokenizer):
     stock = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text(encoding="utf-8")
     assert tokenizer.chat_template != stock
     systems = [[], [{"role": "system", "content": "Be bröd.\n"}]]
-    switches = [dict(add_generation_prompt=add, **thinking) for add in (False, True) for thinking in ({}, {"enable_thinking": True}, {"enable_thinking": False})]
+    switches = [
+        dict(add_generation_prompt=add, **thinking)
+        for add in (False, True)
+        for thinking in ({}, {"enable_thinking": True}, {"enable_thinking": False})
+    ]
     compared = 0
     for messages, system, tools in itertools.product(conversations(), systems, (None, TOOLS[:1], TOOLS)):
         # The switches act on the end of the text alone, so each conversation tries one of them, in turn.
@@ -255,10 +279,26 @@ def strings_in(node):
 def test_no_sentence_template_is_shared_with_the_data(maker):
     data = load_module(ROOT / "data" / "make_dataset.py")
     # A phrase of the data: a constant's string with a slot, or with three words or more.
-    phrases = {frame_of(text) for name, value in vars(data).items() if name.isupper() for text in strings_in(value) if len(text) < 300}
+    phrases = {
+        frame_of(text)
+        for name, value in vars(data).items()
+        if name.isupper()
+        for text in strings_in(value)
+        if len(text) < 300
+    }
     phrases = {phrase for phrase in phrases if len(phrase) >= 2}
     assert len(phrases) > 200, "the templates of data/make_dataset.py were not found"
-    ours = [maker.OPENERS, maker.CLOSERS, maker.LEADS, maker.CHATTER, maker.REPLIES, maker.QUESTIONS, maker.SYSTEM_TEXTS, maker.TRUE_MENTIONS, maker.FALSE_MENTIONS]
+    ours = [
+        maker.OPENERS,
+        maker.CLOSERS,
+        maker.LEADS,
+        maker.CHATTER,
+        maker.REPLIES,
+        maker.QUESTIONS,
+        maker.SYSTEM_TEXTS,
+        maker.TRUE_MENTIONS,
+        maker.FALSE_MENTIONS,
+    ]
     frames = {frame_of(text) for text in strings_in(ours)}
     frames = {frame for frame in frames if len(frame) >= 2}
     assert len(frames) > 40
@@ -288,7 +328,11 @@ def test_generated_answers_obey_their_tools(maker):
             for text in re.findall(r"<tool_call>\n(.*?)\n</tool_call>", answer):
                 call = json.loads(text)
                 schema = {key: value for key, value in schemas[call["name"]].items()}
-                problems = [e for e in jsonschema.Draft202012Validator(schema).iter_errors(call["arguments"]) if e.validator in ("type", "required", "enum")]
+                problems = [
+                    e
+                    for e in jsonschema.Draft202012Validator(schema).iter_errors(call["arguments"])
+                    if e.validator in ("type", "required", "enum")
+                ]
                 assert not problems, (call, problems)
 
 
@@ -309,7 +353,9 @@ def test_batches_train_on_answers_only_and_keep_requests_apart(maker):
     mask = maker.make_mask(groups, parts, "sdpa")[0, 0]
     last = int(groups[0].nonzero()[-1])
     seen = mask[last].nonzero()[:, 0]
-    assert set(parts[0][seen].tolist()) == {0, int(parts[0][last])} and set(groups[0][seen].tolist()) == {int(groups[0][last])}
+    assert set(parts[0][seen].tolist()) == {0, int(parts[0][last])} and set(groups[0][seen].tolist()) == {
+        int(groups[0][last])
+    }
     assert int(seen.max()) == last
 
 

@@ -36,9 +36,18 @@ def make_base(folder: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "models" / "tiny-qwen3")
     torch.manual_seed(1)
-    config = Qwen3Config(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                         num_attention_heads=2, num_key_value_heads=1, head_dim=16, tie_word_embeddings=True,
-                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     Qwen3ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -53,9 +62,20 @@ def live(folder: Path, flags: list[str]) -> None:
     """Go from the newest whole checkpoint in `folder`/out, or from the start, to the adapter."""
     if not is_main():
         sys.stdout = open(os.devnull, "w")
-    args = script.parse_args(["--output_dir", str(folder / "out"), "--final_model_dir", str(folder / "final"),
-                              "--model_id", str(folder / "base"), "--no-load_in_4bit", "--engine", "transformers",
-                              *flags])
+    args = script.parse_args(
+        [
+            "--output_dir",
+            str(folder / "out"),
+            "--final_model_dir",
+            str(folder / "final"),
+            "--model_id",
+            str(folder / "base"),
+            "--no-load_in_4bit",
+            "--engine",
+            "transformers",
+            *flags,
+        ]
+    )
     lock = lock_folder(args.output_dir)  # noqa: F841
     if list_checkpoints(args.output_dir):
         args.resume_from_checkpoint = "newest"

@@ -10,11 +10,32 @@ import yaml
 
 from tool_calling.terminal import FlagError, suggest
 
-SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
-              "inverse_sqrt")  # those of Transformers that need nothing but the number of steps
+SCHEDULERS = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)  # those of Transformers that need nothing but the number of steps
 CONVERTED_GGUF = ("f32", "f16", "bf16", "q8_0")  # what llama.cpp's converter writes by itself
-GGUF_NAMES = (*CONVERTED_GGUF, "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0",
-              "q3_k_l", "q3_k_m", "q3_k_s", "q2_k")  # of the others, those that need no importance matrix
+GGUF_NAMES = (
+    *CONVERTED_GGUF,
+    "q6_k",
+    "q5_k_m",
+    "q5_k_s",
+    "q5_1",
+    "q5_0",
+    "q4_k_m",
+    "q4_k_s",
+    "q4_1",
+    "q4_0",
+    "q3_k_l",
+    "q3_k_m",
+    "q3_k_s",
+    "q2_k",
+)  # of the others, those that need no importance matrix
 
 
 def number(kind, low, high=math.inf, low_open=False):
@@ -58,8 +79,14 @@ class Parser(argparse.ArgumentParser):
 def to_words(actions: dict, name: str, node) -> list[str]:
     """Return the words of a command line that give the flag `name` the value of a YAML node, as it is written there."""
     if name not in actions:
-        raise FlagError(f"{name}: " + ("a file of settings cannot name another" if name == "config" else
-                                       f"no flag is named so{suggest(name, actions)}"))
+        raise FlagError(
+            f"{name}: "
+            + (
+                "a file of settings cannot name another"
+                if name == "config"
+                else f"no flag is named so{suggest(name, actions)}"
+            )
+        )
     flag, nargs, kind = actions[name].option_strings[0], actions[name].nargs, node.tag.rsplit(":", 1)[-1]
     if kind == "null":
         return []
@@ -87,8 +114,10 @@ def read_config(parser: Parser, path: str) -> list[str]:
         root = yaml.compose(Path(path).read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
-        raise FlagError(f"{path}{f':{mark.line + 1}' if mark else ''}: not valid YAML: "
-                        f"{getattr(error, 'problem', None) or str(error).splitlines()[0]}") from None
+        raise FlagError(
+            f"{path}{f':{mark.line + 1}' if mark else ''}: not valid YAML: "
+            f"{getattr(error, 'problem', None) or str(error).splitlines()[0]}"
+        ) from None
     if not isinstance(root, yaml.MappingNode):
         raise FlagError(f"{path}: expected lines `flag: value`, such as batch_size: 4")
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}

@@ -31,8 +31,11 @@ from tool_calling.terminal import UserError, hide_secrets, list_first, plural, s
 LISTED = 1000  # rows that audit.json names for each finding; all are counted
 SHOWN_PAIRS = 5  # rows that the screen names for each finding
 SHOWN_TOOLS = 8
-REPEATS = {"duplicates": "exact duplicates", "conflicts": "equal requests with different answers",
-           "held_out_in_training": "held-out rows that also occur in training"}
+REPEATS = {
+    "duplicates": "exact duplicates",
+    "conflicts": "equal requests with different answers",
+    "held_out_in_training": "held-out rows that also occur in training",
+}
 
 
 class Characters:
@@ -81,12 +84,14 @@ def audit_calls(examples: list[Example]) -> dict:
     counts = Counter(name for turns in calls for names in turns for name in names)
     lists = dict(zip(digest_tools(examples), (example.tools for example in examples)))
     tools = {digest(tool): tool["function"]["name"] for listed in lists.values() for tool in listed}
-    return {"formats": dict(Counter(example.format for example in examples)),
-            "tools": {"distinct": len(tools), "lists": len(lists)},
-            "calls_per_tool": dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))),
-            "never_called": sorted({*tools.values()} - counts.keys()),
-            "no_call_share": sum(not turns for turns in calls) / len(examples),
-            "parallel_share": sum(any(len(names) > 1 for names in turns) for turns in calls) / len(examples)}
+    return {
+        "formats": dict(Counter(example.format for example in examples)),
+        "tools": {"distinct": len(tools), "lists": len(lists)},
+        "calls_per_tool": dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))),
+        "never_called": sorted({*tools.values()} - counts.keys()),
+        "no_call_share": sum(not turns for turns in calls) / len(examples),
+        "parallel_share": sum(any(len(names) > 1 for names in turns) for turns in calls) / len(examples),
+    }
 
 
 def count_tool_tokens(tokenizer, examples: list[Example]) -> list[int]:
@@ -95,8 +100,10 @@ def count_tool_tokens(tokenizer, examples: list[Example]) -> list[int]:
     for example, key in zip(examples, keys):
         if key not in sizes:
             messages = example.messages[: find_first_answer(example)]
-            prompts = [render_text(tokenizer, messages, tools=tools, add_generation_prompt=True)
-                       for tools in (example.tools or None, None)]
+            prompts = [
+                render_text(tokenizer, messages, tools=tools, add_generation_prompt=True)
+                for tools in (example.tools or None, None)
+            ]
             long, short = tokenizer(prompts, add_special_tokens=False)["input_ids"]
             sizes[key] = len(long) - len(short)
     return [sizes[key] for key in keys]
@@ -113,9 +120,12 @@ def audit_sizes(tokenizer, examples: list[Example], groups: list[list[Sequence]]
     rendered = [(example, group) for example, group in zip(examples, groups) if group]
     counts = count_tool_tokens(tokenizer, [example for example, _ in rendered])
     turns = [(count, turn) for count, (_, group) in zip(counts, rendered) for turn in group]
-    parts = {"tools": [count for count, _ in turns], "prompt": [turn.prompt_length - count for count, turn in turns],
-             "answer": [len(turn.input_ids) - turn.prompt_length for _, turn in turns],
-             "all": [len(turn.input_ids) for _, turn in turns]}
+    parts = {
+        "tools": [count for count, _ in turns],
+        "prompt": [turn.prompt_length - count for count, turn in turns],
+        "answer": [len(turn.input_ids) - turn.prompt_length for _, turn in turns],
+        "all": [len(turn.input_ids) for _, turn in turns],
+    }
     return {name: summarise(values) for name, values in parts.items()} if turns else {}
 
 
@@ -151,35 +161,52 @@ def audit_repeats(examples: list[Example], held_out: list[Example]) -> dict:
         where, expected = requests.setdefault((tools, digest_prompt(example)), (example.where, answer))
         if answer != expected:
             conflicts.append((where, example.where))
-    return {"duplicates": list_some(duplicates), "conflicts": list_some(conflicts),
-            "held_out_in_training": list_some(find_leaks(examples, held_out))}
+    return {
+        "duplicates": list_some(duplicates),
+        "conflicts": list_some(conflicts),
+        "held_out_in_training": list_some(find_leaks(examples, held_out)),
+    }
 
 
 def audit_epoch(train: list[Sequence], args: argparse.Namespace, plan: Plan) -> dict:
     """Return how many tokens the first epoch computes as padded batches, as rows without padding, and as streams."""
+
     def measure(plan):
         return sum(measure_batches(train, plan, cut_streams(plan, args, epoch=0)))
 
-    return {"padded": measure(to_padded(plan, args)), "packed": sum(len(row.input_ids) for row in train),
-            "shared_prefix": measure(plan._replace(lengths=(), share_prefix=True))}
+    return {
+        "padded": measure(to_padded(plan, args)),
+        "packed": sum(len(row.input_ids) for row in train),
+        "shared_prefix": measure(plan._replace(lengths=(), share_prefix=True)),
+    }
 
 
 def audit_plan(train: list[Sequence], args: argparse.Namespace, plan: Plan) -> dict:
     """Return steps, streams and checkpoints of the run; the sizes are those of the streams measured, filled up."""
     sizes = measure_run(train, plan, args)
     steps, per_epoch = count_steps(args, train)
-    return {"rows_per_step": plan.rows_per_step, "streams_per_step": plan.accumulation,
-            "steps_per_epoch": per_epoch, "steps": steps, "share_prefix": plan.share_prefix,
-            "stream_sizes": {"min": min(sizes), "mean": round(sum(sizes) / len(sizes), 1), "max": max(sizes)},
-            "checkpoints": list_saves(args, train)}
+    return {
+        "rows_per_step": plan.rows_per_step,
+        "streams_per_step": plan.accumulation,
+        "steps_per_epoch": per_epoch,
+        "steps": steps,
+        "share_prefix": plan.share_prefix,
+        "stream_sizes": {"min": min(sizes), "mean": round(sum(sizes) / len(sizes), 1), "max": max(sizes)},
+        "checkpoints": list_saves(args, train),
+    }
 
 
 def list_writes(args: argparse.Namespace, checkpoints: list[int]) -> dict:
     """Return the paths that a run would write, and what is there now that it would remove or replace."""
     output = Path(args.output_dir)
-    written = [output / "run.yaml", *(output / f"checkpoint-{step}" for step in checkpoints),
-               *[output / "adapter"] * (args.lora_rank > 0), output / "report.json", output / "report.html",
-               *[Path(args.final_model_dir)] * (args.save_method != "lora")]
+    written = [
+        output / "run.yaml",
+        *(output / f"checkpoint-{step}" for step in checkpoints),
+        *[output / "adapter"] * (args.lora_rank > 0),
+        output / "report.json",
+        output / "report.html",
+        *[Path(args.final_model_dir)] * (args.save_method != "lora"),
+    ]
     earlier = list_checkpoints(output)
     replaced = [path for path in written if path.exists() and path not in earlier and path.name != "run.yaml"]
     return {"written": [str(path) for path in written], "replaced": [str(path) for path in (*earlier, *replaced)]}
@@ -196,22 +223,32 @@ def audit_run(args: argparse.Namespace, train: list[Sequence], config) -> dict:
         return audit
     parameters = count_parameters(config, args.lora_rank, args.trust_remote_code, args.target_modules)
     kept = count_checkpoints(args, train)
-    disk = {name: round(size / 1e9, 2)
-            for name, size in estimate_disk(args, parameters, find_optim(args, cuda=True), kept).items()}
+    disk = {
+        name: round(size / 1e9, 2)
+        for name, size in estimate_disk(args, parameters, find_optim(args, cuda=True), kept).items()
+    }
     free = round(shutil.disk_usage(find_existing(args.final_model_dir)).free / 1e9, 1)
-    return audit | {"memory_gib": estimate_memory(args, config, parameters, facts["stream_sizes"]["max"], plan),
-                    "disk_gb": disk | {"free": free, "checkpoints_kept": kept}}
+    return audit | {
+        "memory_gib": estimate_memory(args, config, parameters, facts["stream_sizes"]["max"], plan),
+        "disk_gb": disk | {"free": free, "checkpoints_kept": kept},
+    }
 
 
 def show_data(audit: dict) -> None:
     """Print what the rows are, what they call, how long they are, and which repeat or contradict others."""
     rows, tools, counts = audit["rows"], audit["tools"], audit["calls_per_tool"]
     formats = ", ".join(f"{count:,} {name}" for name, count in audit["formats"].items())
-    say("rows", f"{rows['valid']:,} valid ({formats}), {rows['with_problems']:,} with problems; "
-                f"{rows['training']:,} for training, {rows['held_out']:,} held out")
-    say("calls", f"{sum(counts.values()):,} in {audit['turns']:,} trained turns; {audit['no_call_share']:.1%} of the "
-                 f"rows without a call, {audit['parallel_share']:.1%} with parallel calls; "
-                 f"{plural(tools['distinct'], 'tool')} in {plural(tools['lists'], 'list')}")
+    say(
+        "rows",
+        f"{rows['valid']:,} valid ({formats}), {rows['with_problems']:,} with problems; "
+        f"{rows['training']:,} for training, {rows['held_out']:,} held out",
+    )
+    say(
+        "calls",
+        f"{sum(counts.values()):,} in {audit['turns']:,} trained turns; {audit['no_call_share']:.1%} of the "
+        f"rows without a call, {audit['parallel_share']:.1%} with parallel calls; "
+        f"{plural(tools['distinct'], 'tool')} in {plural(tools['lists'], 'list')}",
+    )
     if counts:
         say("", list_first((f"{name} {count:,}" for name, count in counts.items()), SHOWN_TOOLS))
     if audit["never_called"]:
@@ -223,9 +260,12 @@ def show_data(audit: dict) -> None:
         show_table(["", *audit["sizes"]["all"]], [[name, *sizes.values()] for name, sizes in audit["sizes"].items()])
     if length := audit["length"]:
         long = [f"{where} ({size:,})" for where, size in length["too_long"]]
-        say("length", f"{plural(len(long), 'row')} over --max_seq_length {length['max_seq_length']:,}"
-                      f"{': ' * bool(long)}"
-                      f"{list_first(long, SHOWN_PAIRS)}; the smallest that loses nothing is {length['smallest']:,}")
+        say(
+            "length",
+            f"{plural(len(long), 'row')} over --max_seq_length {length['max_seq_length']:,}"
+            f"{': ' * bool(long)}"
+            f"{list_first(long, SHOWN_PAIRS)}; the smallest that loses nothing is {length['smallest']:,}",
+        )
     found = {name: audit["repeats"][key] for key, name in REPEATS.items()}
     say("repeats", ", ".join(f"{pairs['count']:,} {name}" for name, pairs in found.items()))
     for name, pairs in found.items():
@@ -236,27 +276,44 @@ def show_data(audit: dict) -> None:
 def show_run(audit: dict) -> None:
     """Print what a run would compute, hold and write."""
     epoch, plan, unit = audit["epoch"], audit["plan"], audit["unit"]
-    say("epoch", f"{epoch['padded']:,} {unit} in padded batches, {epoch['packed']:,} packed, "
-                 f"{epoch['shared_prefix']:,} with shared prefix ({epoch['padded'] / epoch['shared_prefix']:.1f} times "
-                 "fewer than padded)")
+    say(
+        "epoch",
+        f"{epoch['padded']:,} {unit} in padded batches, {epoch['packed']:,} packed, "
+        f"{epoch['shared_prefix']:,} with shared prefix ({epoch['padded'] / epoch['shared_prefix']:.1f} times "
+        "fewer than padded)",
+    )
     name, sizes = "stream" if plan["share_prefix"] else "padded batch", plan["stream_sizes"]
     span = " to ".join(f"{size:,}" for size in sorted({sizes["min"], sizes["max"]}))
-    say("plan", f"{plan['steps']:,} steps, {plan['steps_per_epoch']:,} an epoch, of {plan['rows_per_step']:,} rows in "
-                f"{plural(plan['streams_per_step'], name)} of {span} {unit}")
+    say(
+        "plan",
+        f"{plan['steps']:,} steps, {plan['steps_per_epoch']:,} an epoch, of {plan['rows_per_step']:,} rows in "
+        f"{plural(plan['streams_per_step'], name)} of {span} {unit}",
+    )
     if "memory_gib" in audit:
         memory, disk = audit["memory_gib"], audit["disk_gb"]
         graphs = f"; without CUDA graphs {memory['without_graphs']:.2f}" * (memory["without_graphs"] < memory["total"])
-        say("memory", f"about {memory['total']:.2f} GiB of GPU memory (an estimate): base {memory['base']:.2f}, "
-                      f"trained weights and optimizer {memory['adapter']:.2f}, longest {name} "
-                      f"{memory['longest_stream']:.2f}{graphs}")
-        say("disk", f"{disk['merged_model']:.2f} GB for the final model, {disk['checkpoints']:.2f} GB for "
-                    f"{plural(disk['checkpoints_kept'], 'checkpoint')}; {disk['free']:,.1f} GB free")
+        say(
+            "memory",
+            f"about {memory['total']:.2f} GiB of GPU memory (an estimate): base {memory['base']:.2f}, "
+            f"trained weights and optimizer {memory['adapter']:.2f}, longest {name} "
+            f"{memory['longest_stream']:.2f}{graphs}",
+        )
+        say(
+            "disk",
+            f"{disk['merged_model']:.2f} GB for the final model, {disk['checkpoints']:.2f} GB for "
+            f"{plural(disk['checkpoints_kept'], 'checkpoint')}; {disk['free']:,.1f} GB free",
+        )
     else:
         say("memory", "not estimated, nor disk: that takes tokenizer and config.json of the model")
     written, replaced = audit["files"]["written"], audit["files"]["replaced"]
     names = {f"checkpoint-{step}" for step in plan["checkpoints"]}
-    say("writes", ", ".join([path for path in written if Path(path).name not in names]
-                            + [plural(len(plan["checkpoints"]), "checkpoint")]))
+    say(
+        "writes",
+        ", ".join(
+            [path for path in written if Path(path).name not in names]
+            + [plural(len(plan["checkpoints"]), "checkpoint")]
+        ),
+    )
     if replaced:
         say("", f"instead of: {list_first(replaced, SHOWN_PAIRS)}")
 

@@ -36,20 +36,34 @@ def count_moment_bytes(optim: str) -> int:
 def estimate_disk(args: argparse.Namespace, parameters: dict[str, int], optim: str, checkpoints: int) -> dict[str, int]:
     """Return the bytes of the weights that a run saves at most, without the SMALL_FILES beside each."""
     trained = parameters["adapter"] or parameters["linear"] + parameters["other"]
-    return {"merged_model": count_final_bytes(args, parameters),
-            "adapter": 4 * parameters["adapter"],
-            "checkpoints": checkpoints * trained * (4 + count_moment_bytes(optim))}
+    return {
+        "merged_model": count_final_bytes(args, parameters),
+        "adapter": 4 * parameters["adapter"],
+        "checkpoints": checkpoints * trained * (4 + count_moment_bytes(optim)),
+    }
 
 
 def check_disk(args: argparse.Namespace, config, checkpoints: int) -> None:
     """Refuse to start when adapter, checkpoints and merged model would not fit beside what is on their disks."""
     parameters = count_parameters(config, args.lora_rank, args.trust_remote_code, args.target_modules)
     sizes, lora = estimate_disk(args, parameters, find_optim(args), checkpoints), parameters["adapter"]
-    needs = [("--output_dir", args.output_dir, "the adapter and " * bool(lora) + plural(checkpoints, "checkpoint"),
-              sizes["adapter"] + sizes["checkpoints"] + (1 + checkpoints) * SMALL_FILES)]
+    needs = [
+        (
+            "--output_dir",
+            args.output_dir,
+            "the adapter and " * bool(lora) + plural(checkpoints, "checkpoint"),
+            sizes["adapter"] + sizes["checkpoints"] + (1 + checkpoints) * SMALL_FILES,
+        )
+    ]
     if args.save_method != "lora":
-        needs.append(("--final_model_dir", args.final_model_dir, f"the {'merged' if lora else 'trained'} model",
-                      sizes["merged_model"] + SMALL_FILES))
+        needs.append(
+            (
+                "--final_model_dir",
+                args.final_model_dir,
+                f"the {'merged' if lora else 'trained'} model",
+                sizes["merged_model"] + SMALL_FILES,
+            )
+        )
     disks: dict[int, list] = {}
     for need in needs:
         folder = find_existing(need[1])
@@ -58,9 +72,11 @@ def check_disk(args: argparse.Namespace, config, checkpoints: int) -> None:
         flags, folders, names, sizes, free = zip(*wanted)
         if free[0] < sum(sizes):
             fewer = ", or keep fewer checkpoints with --save_total_limit" * ("--output_dir" in flags)
-            raise UserError(f"{' and '.join(map(' '.join, zip(flags, folders)))}: for {' and '.join(names)} "
-                            f"{sum(sizes) / 1e9:.2f} GB are needed and the disk has {free[0] / 1e9:.2f} GB free; free "
-                            f"some space or choose another disk{fewer}")
+            raise UserError(
+                f"{' and '.join(map(' '.join, zip(flags, folders)))}: for {' and '.join(names)} "
+                f"{sum(sizes) / 1e9:.2f} GB are needed and the disk has {free[0] / 1e9:.2f} GB free; free "
+                f"some space or choose another disk{fewer}"
+            )
 
 
 def estimate_memory(args: argparse.Namespace, config, parameters: dict[str, int], tokens: int, plan: Plan) -> dict:
@@ -69,6 +85,7 @@ def estimate_memory(args: argparse.Namespace, config, parameters: dict[str, int]
     "without_graphs" is the total when no stream is recorded, by wish or for want of memory. CUDA's own memory is not
     in it.
     """
+
     def hold(recorded: bool) -> float:
         fixed, working = RECORDED_MEMORY if recorded else EAGER_MEMORY
         held = sum(plan.lengths) if recorded and plan.lengths else tokens  # each recorded length has memory of its own

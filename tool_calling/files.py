@@ -77,8 +77,10 @@ def discard_partial(final: str | Path):
         yield folder
     except Exception as error:
         if is_disk_full(error):
-            raise UserError(f"{final}: the disk is full; free some space, then go on from the last checkpoint with "
-                            "--resume_from_checkpoint") from None
+            raise UserError(
+                f"{final}: the disk is full; free some space, then go on from the last checkpoint with "
+                "--resume_from_checkpoint"
+            ) from None
         raise
     finally:
         if is_main():
@@ -98,8 +100,11 @@ def hash_file(path: Path) -> str:
 
 def write_manifest(folder: Path) -> None:
     """Write the size and the SHA-256 of every file of a checkpoint into it."""
-    files = {str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": hash_file(path)}
-             for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = {
+        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": hash_file(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
     (folder / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
 
 
@@ -143,8 +148,10 @@ def lock_folder(folder: str, flag: str = "--output_dir"):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        raise UserError(f"{flag} {folder}: in use by another run (process {file.read().strip() or 'unknown'}); "
-                        "wait for its end or choose another folder") from None
+        raise UserError(
+            f"{flag} {folder}: in use by another run (process {file.read().strip() or 'unknown'}); "
+            "wait for its end or choose another folder"
+        ) from None
     except OSError:  # a file system without locks
         pass
     file.truncate(0)

@@ -11,6 +11,7 @@ from tool_calling.terminal import UserError
 
 def send_result(sender, function, arguments: tuple) -> None:
     """Send function(*arguments), or the error that it ends with, to the process that waits for it."""
+
     def follow_parent():
         multiprocessing.parent_process().join()
         os._exit(1)

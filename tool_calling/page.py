@@ -12,8 +12,14 @@ from tool_calling.terminal import plural
 
 SHOWN_CHARACTERS = 2000  # of any one text in the report; the rest is counted, not shown
 INVISIBLE = r"[\0-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ud800-\udfff\ufffe\uffff]"
-SCORE_NAMES = {"exact_match": "Exact match", "ast_match": "AST match", "tool_macro_f1": "Tool macro-F1",
-               "call_precision": "Call precision", "call_recall": "Call recall", "broken_json": "Broken JSON"}
+SCORE_NAMES = {
+    "exact_match": "Exact match",
+    "ast_match": "AST match",
+    "tool_macro_f1": "Tool macro-F1",
+    "call_precision": "Call precision",
+    "call_recall": "Call recall",
+    "broken_json": "Broken JSON",
+}
 REPORT_TEMPLATE = """<!doctype html>
 {% macro section(title, note="") %}<section><div><h2>{{ title }}</h2><p class="note">{{ note }}</p></div>
 <div>{{ caller() }}</div></section>{% endmacro %}
@@ -171,7 +177,7 @@ def mark_difference(expected: str, got: str) -> list:
         for side, tag, words in ((0, "ins", left[a:b]), (1, "del", right[c:d])):
             text = escape("".join(words))
             marked[side] += text if change == "equal" or not words else Markup(f"<{tag}>{text}</{tag}>")
-    return [mark + show_text(text)[len(shown):] for mark, text, shown in zip(marked, (expected, got), cut)]
+    return [mark + show_text(text)[len(shown) :] for mark, text, shown in zip(marked, (expected, got), cut)]
 
 
 def show_number(value: float | None) -> str | None:
@@ -188,8 +194,14 @@ def show_percent(share: float | None, digits: int = 0) -> str | None:
 
 def draw_curve(history: list[dict], names: dict[str, str], show=show_number, top: float | None = None) -> dict:
     """Return the lines of a chart for the log's keys in `names`, in percent of its width and height."""
-    logged = {key: [(entry["step"], entry[key]) for entry in history
-                    if isinstance(entry.get(key), (int, float)) and math.isfinite(entry[key])] for key in names}
+    logged = {
+        key: [
+            (entry["step"], entry[key])
+            for entry in history
+            if isinstance(entry.get(key), (int, float)) and math.isfinite(entry[key])
+        ]
+        for key in names
+    }
     steps = max((entry["step"] for entry in history), default=1) or 1
     highest = max((value for points in logged.values() for _, value in points), default=1)
     unit = 10 ** math.floor(math.log10(highest)) if highest > 0 else 1
@@ -200,9 +212,15 @@ def draw_curve(history: list[dict], names: dict[str, str], show=show_number, top
         drawn = [f"{100 * step / steps:.2f},{100 - 100 * value / top:.2f}" for step, value in thin]
         if points:
             held = key.startswith("eval")
-            lines.append({"kind": "held" if held else "fitted", "name": names[key], "last": show(points[-1][1]),
-                          "points": Markup(" ".join(drawn)),
-                          "dots": Markup("".join(f"M{point}h0" for point in drawn)) if held else ""})
+            lines.append(
+                {
+                    "kind": "held" if held else "fitted",
+                    "name": names[key],
+                    "last": show(points[-1][1]),
+                    "points": Markup(" ".join(drawn)),
+                    "dots": Markup("".join(f"M{point}h0" for point in drawn)) if held else "",
+                }
+            )
     return {"lines": lines, "top": show(top), "half": show(top / 2), "steps": steps}
 
 
@@ -222,18 +240,29 @@ def shade_confusion(confusion: dict) -> dict:
 def render_report(report: dict) -> str:
     """Return the report of a run as one HTML page that needs nothing from outside; absent parts are left out."""
     page = Environment(autoescape=True, undefined=ChainableUndefined, finalize=show_text, trim_blocks=True)
-    page.filters |= {"percent": show_percent, "number": show_number, "plural": plural,
-                     "share": lambda part: f"{100 * (part or 0):.1f}%",
-                     "breakable": lambda name: Markup("_<wbr>").join(show_text(name).split("_")),
-                     "whole": lambda text: Markup(escape(show_text(text, sys.maxsize)))}  # not cut: it is to be copied
+    page.filters |= {
+        "percent": show_percent,
+        "number": show_number,
+        "plural": plural,
+        "share": lambda part: f"{100 * (part or 0):.1f}%",
+        "breakable": lambda name: Markup("_<wbr>").join(show_text(name).split("_")),
+        "whole": lambda text: Markup(escape(show_text(text, sys.maxsize))),
+    }  # not cut: it is to be copied
     scores, train, tools = report.get("scores") or {}, report.get("train") or {}, report.get("per_tool") or {}
     first, last = (next(iter(names), None) for names in (scores, reversed(scores)))
     headline = " → ".join(show_percent(scores[name]["exact_match"]) for name in dict.fromkeys([first, last]) if name)
-    curves = {"Loss": draw_curve(train.get("history") or [], {"loss": "training", "eval_loss": "held out"}),
-              "Exact match": draw_curve(train.get("history") or [], {"eval_exact_match": "held out"}, show_percent, 1)}
+    curves = {
+        "Loss": draw_curve(train.get("history") or [], {"loss": "training", "eval_loss": "held out"}),
+        "Exact match": draw_curve(train.get("history") or [], {"eval_exact_match": "held out"}, show_percent, 1),
+    }
     return page.from_string(REPORT_TEMPLATE).render(
-        report, first=first, last=last, score_names=SCORE_NAMES,
-        headline=headline + " of calls exact" if scores else "Trained, not measured", mark_difference=mark_difference,
+        report,
+        first=first,
+        last=last,
+        score_names=SCORE_NAMES,
+        headline=headline + " of calls exact" if scores else "Trained, not measured",
+        mark_difference=mark_difference,
         tools=sorted(tools.items(), key=lambda item: (item[1].get(last, {}).get("exact", 0), item[0])),
         curves={name: curve for name, curve in curves.items() if curve["lines"]},
-        matrix=shade_confusion(report["confusion"]) if report.get("confusion") else {})
+        matrix=shade_confusion(report["confusion"]) if report.get("confusion") else {},
+    )

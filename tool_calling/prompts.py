@@ -31,12 +31,25 @@ class Sequence(NamedTuple):
 
 
 PARSERS = ("hermes", "llama3_json")  # as vLLM's --tool-call-parser names them
-PROBE_TOOL = {"type": "function", "function": {"name": "probe_tool", "description": "Probe.", "parameters": {
-    "type": "object", "properties": {"probe": {"type": "string"}}}}}
-PROBE = [{"role": "user", "content": "probe"},
-         {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "id": "probe0001", "function": {
-             "name": "probe_tool", "arguments": {"probe": "value"}}}]},
-         {"role": "tool", "content": "probe reply", "name": "probe_tool", "tool_call_id": "probe0001"}]
+PROBE_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "probe_tool",
+        "description": "Probe.",
+        "parameters": {"type": "object", "properties": {"probe": {"type": "string"}}},
+    },
+}
+PROBE = [
+    {"role": "user", "content": "probe"},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [
+            {"type": "function", "id": "probe0001", "function": {"name": "probe_tool", "arguments": {"probe": "value"}}}
+        ],
+    },
+    {"role": "tool", "content": "probe reply", "name": "probe_tool", "tool_call_id": "probe0001"},
+]
 
 
 def parse_llama_calls(text: str) -> list[dict]:
@@ -88,8 +101,9 @@ def find_date(tokenizer) -> str | None:
     return time.strftime("%Y-%m-%d") if len(texts) > 1 else None
 
 
-def render_turn(tokenizer, example: Example, turn: int, parser: str = "hermes",
-                date: str | None = None) -> tuple[str, str]:
+def render_turn(
+    tokenizer, example: Example, turn: int, parser: str = "hermes", date: str | None = None
+) -> tuple[str, str]:
     """Return (prompt, answer) text of the assistant turn `example.messages[turn]`; ValueError if they do not fit.
 
     A template may render one turn differently in the middle of a conversation and at its end: Qwen3 drops the think
@@ -99,8 +113,9 @@ def render_turn(tokenizer, example: Example, turn: int, parser: str = "hermes",
     turn_message, where = example.messages[turn], f"message {turn + 1}"
     render = partial(render_text, tokenizer, date=date, tools=example.tools or None)
     try:
-        prompt = render(example.messages[:turn], add_generation_prompt=True,
-                        enable_thinking="reasoning_content" in turn_message)
+        prompt = render(
+            example.messages[:turn], add_generation_prompt=True, enable_thinking="reasoning_content" in turn_message
+        )
         full = render(example.messages[: turn + 1])
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
@@ -146,14 +161,19 @@ def check_template(tokenizer, examples: list[Example]) -> str:
             raise ValueError("the chat template leaves out the replies of tools")
         return find_parser(tokenizer)
     except ValueError as error:
-        raise UserError(f"{tokenizer.name_or_path}: {error}; expected that of a model whose calls vLLM's parser "
-                        f"{' or '.join(PARSERS)} reads") from None
+        raise UserError(
+            f"{tokenizer.name_or_path}: {error}; expected that of a model whose calls vLLM's parser "
+            f"{' or '.join(PARSERS)} reads"
+        ) from None
 
 
 def find_control_tokens(tokenizer) -> re.Pattern | None:
     """Return what matches the tokenizer's own control tokens beyond CONTROL_TOKEN, or None if there are none."""
-    tokens = [str(token) for token in tokenizer.added_tokens_decoder.values()
-              if token.special or str(token) in str(tokenizer.chat_template)]
+    tokens = [
+        str(token)
+        for token in tokenizer.added_tokens_decoder.values()
+        if token.special or str(token) in str(tokenizer.chat_template)
+    ]
     tokens = [token for token in tokens if token.strip() and not CONTROL_TOKEN.search(token)]
     return re.compile("|".join(map(re.escape, tokens))) if tokens else None
 
@@ -194,8 +214,17 @@ def render_examples(tokenizer, examples: list[Example], max_seq_length: int, dat
             bad.add(index)
             problems.append((example.where, describe_length(len(prompt) + len(answer), max_seq_length)))
         request = next((m["content"] for m in reversed(example.messages[:turn]) if m["role"] == "user"), "")
-        groups[index].append(Sequence(example.where, prompt + answer, len(prompt),
-                                      text.removesuffix(tokenizer.eos_token), example.tools, request, parser))
+        groups[index].append(
+            Sequence(
+                example.where,
+                prompt + answer,
+                len(prompt),
+                text.removesuffix(tokenizer.eos_token),
+                example.tools,
+                request,
+                parser,
+            )
+        )
     return [[] if index in bad else group for index, group in enumerate(groups)], problems
 
 
@@ -205,8 +234,11 @@ def show_row(tokenizer, sequence: Sequence, whole: bool = False) -> None:
     answer = tokenizer.decode(sequence.input_ids[sequence.prompt_length :])
     if len(prompt) > 500 and not whole:
         prompt = f"{prompt[:160]} … {len(prompt) - 460:,} characters … {prompt[-300:]}"
-    text = Text(f"\n{sequence.where}  ({sequence.prompt_length:,} prompt tokens, "
-                f"{len(sequence.input_ids) - sequence.prompt_length} supervised)\n", style="bold")
+    text = Text(
+        f"\n{sequence.where}  ({sequence.prompt_length:,} prompt tokens, "
+        f"{len(sequence.input_ids) - sequence.prompt_length} supervised)\n",
+        style="bold",
+    )
     text += Text(prompt, style="dim") + Text(f"▶{answer}◀", style="green")
     make_console(soft_wrap=True).print(text)
 
@@ -248,8 +280,9 @@ def name_unit(*sides: list[Sequence]) -> str:
     return "rows" if all(count_origins(side) == len(side) for side in sides) else "turns"
 
 
-def to_sides(args: argparse.Namespace, examples: list[Example], held_out: list[Example],
-             groups: list[list[Sequence]]) -> list[list[Sequence]]:
+def to_sides(
+    args: argparse.Namespace, examples: list[Example], held_out: list[Example], groups: list[list[Sequence]]
+) -> list[list[Sequence]]:
     """Return the training and held-out sequences of rendered examples, split here if none are held out yet."""
     sequences = {id(example): group for example, group in zip([*examples, *held_out], groups) if group}
     sides = [[example for example in side if id(example) in sequences] for side in (examples, held_out)]
@@ -268,12 +301,15 @@ def check_sides(args: argparse.Namespace, train: list[Sequence], held_out: list[
         raise UserError(f"{paths}: no row is left to train on; lower --train_test_split or add rows")
     if not held_out and args.metric_for_best:
         flag = "--early_stopping_patience" if args.early_stopping_patience else "--metric_for_best"
-        raise UserError(f"{flag}: no row is held out to choose a checkpoint by; raise --train_test_split, or give "
-                        "--eval_dataset_path")
+        raise UserError(
+            f"{flag}: no row is held out to choose a checkpoint by; raise --train_test_split, or give "
+            "--eval_dataset_path"
+        )
 
 
-def render_all(args: argparse.Namespace, tokenizer, examples: list[Example], held_out: list[Example] = [],
-               date: str | None = None) -> tuple[list[Sequence], list[Sequence]]:
+def render_all(
+    args: argparse.Namespace, tokenizer, examples: list[Example], held_out: list[Example] = [], date: str | None = None
+) -> tuple[list[Sequence], list[Sequence]]:
     """Return the training and held-out sequences of the valid examples, split here if none are held out yet."""
     start = time.perf_counter()
     both = [*examples, *held_out]
@@ -284,8 +320,11 @@ def render_all(args: argparse.Namespace, tokenizer, examples: list[Example], hel
     if not test:
         warn(NOT_HELD_OUT)
     tokens = [len(sequence.input_ids) for sequence in (*train, *test)]
-    say("render", f"{len(train):,} training and {len(test):,} held-out sequences of {sum(tokens) // len(tokens):,} "
-                  f"tokens on average, {max(tokens):,} at most ({time.perf_counter() - start:.1f} s)")
+    say(
+        "render",
+        f"{len(train):,} training and {len(test):,} held-out sequences of {sum(tokens) // len(tokens):,} "
+        f"tokens on average, {max(tokens):,} at most ({time.perf_counter() - start:.1f} s)",
+    )
     if date:
         say("", f"the chat template writes the date into prompts: {date}, the day this run began, also when resumed")
     return train, test

@@ -35,38 +35,66 @@ def show_answers(sequences: list[Sequence], results: dict, verdicts: dict) -> No
 
 def show_scores(scores: dict) -> None:
     """Print one line of scores for each model."""
-    say("score", f"{'':<9}{'exact':>8}{'AST':>8}{'tool F1':>9}{'calls: precision':>18}{'recall':>8}{'broken':>8}"
-                 f"{'rows':>7}")
+    say(
+        "score",
+        f"{'':<9}{'exact':>8}{'AST':>8}{'tool F1':>9}{'calls: precision':>18}{'recall':>8}{'broken':>8}{'rows':>7}",
+    )
     for name, score in scores.items():
-        say("", f"{name:<9}{score['exact_match']:>8.1%}{score['ast_match']:>8.1%}{score['tool_macro_f1']:>9.1%}"
-                f"{score['call_precision']:>18.1%}{score['call_recall']:>8.1%}{score['broken_json']:>8}{score['n']:>7}")
+        say(
+            "",
+            f"{name:<9}{score['exact_match']:>8.1%}{score['ast_match']:>8.1%}{score['tool_macro_f1']:>9.1%}"
+            f"{score['call_precision']:>18.1%}{score['call_recall']:>8.1%}{score['broken_json']:>8}{score['n']:>7}",
+        )
 
 
 def to_report(args, command, sequences, results, scores, verdicts, data, lengths, train) -> dict:
     """Return all that is known of the run as one dict, with what report.json promises."""
     last = list(results)[-1]
     shares = {name: count_per_tool(of_model) for name, of_model in verdicts.items()}
-    per_tool = {tool: {"support": row["support"], **{name: {key: shares[name][tool][key] for key in ("tool", "exact")}
-                                                     for name in shares}} for tool, row in shares[last].items()}
+    per_tool = {
+        tool: {
+            "support": row["support"],
+            **{name: {key: shares[name][tool][key] for key in ("tool", "exact")} for name in shares},
+        }
+        for tool, row in shares[last].items()
+    }
     labels, counts = count_confusion(verdicts[last])
     before, got = results[next(iter(results))]["answers"], results[last]["answers"]
-    failures = [{"where": sequence.where, "request": sequence.request, "expected": sequence.answer,
-                 "got": got[index], **({"before": before[index]} if len(results) > 1 else {})}
-                for index, sequence in enumerate(sequences) if not verdicts[last][index].exact]
+    failures = [
+        {
+            "where": sequence.where,
+            "request": sequence.request,
+            "expected": sequence.answer,
+            "got": got[index],
+            **({"before": before[index]} if len(results) > 1 else {}),
+        }
+        for index, sequence in enumerate(sequences)
+        if not verdicts[last][index].exact
+    ]
     paths = [*args.dataset_path * bool(train or not args.eval_dataset_path), *(args.eval_dataset_path or [])]
     data = {"path": " ".join(paths), "rows": data["train"] + data["held_out"], **data}
     if lengths:
         bins, edges = np.histogram(lengths, bins=min(30, max(lengths) - min(lengths) + 1))
-        data |= {"tokens": {"mean": sum(lengths) / len(lengths), "max": max(lengths)},
-                 "lengths": {"edges": [round(float(edge), 1) for edge in edges], "counts": bins.tolist()}}
+        data |= {
+            "tokens": {"mean": sum(lengths) / len(lengths), "max": max(lengths)},
+            "lengths": {"edges": [round(float(edge), 1) for edge in edges], "counts": bins.tolist()},
+        }
     classes = count_classes([(sequence.answer, answer) for sequence, answer in zip(sequences, got)])
     if not any(sequence.tools for sequence in sequences) and classes is not None:
         scores[last]["macro_f1"] = classes
-    report = {"scores": scores, "per_tool": per_tool, "confusion": {"labels": labels, "counts": counts}, "data": data,
-              "failures": failures, "versions": find_versions(), "args": vars(args), "git": find_commit(),
-              "command": command,
-              "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu",
-              "finished": time.strftime("%Y-%m-%d %H:%M")}
+    report = {
+        "scores": scores,
+        "per_tool": per_tool,
+        "confusion": {"labels": labels, "counts": counts},
+        "data": data,
+        "failures": failures,
+        "versions": find_versions(),
+        "args": vars(args),
+        "git": find_commit(),
+        "command": command,
+        "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu",
+        "finished": time.strftime("%Y-%m-%d %H:%M"),
+    }
     return report | ({"train": train} if train else {})
 
 
@@ -80,8 +108,15 @@ def find_versions() -> dict:
 def find_commit() -> str | None:
     """Return the commit of the folder that the script is in, with "(changed)" where files differ from it, or None."""
     try:
-        return subprocess.run(["git", "describe", "--always", "--exclude=*", "--dirty= (changed)"], text=True,
-                              cwd=Path(__file__).parent, capture_output=True).stdout.strip() or None
+        return (
+            subprocess.run(
+                ["git", "describe", "--always", "--exclude=*", "--dirty= (changed)"],
+                text=True,
+                cwd=Path(__file__).parent,
+                capture_output=True,
+            ).stdout.strip()
+            or None
+        )
     except OSError:  # no git here
         return None
 
@@ -96,8 +131,17 @@ def write_report(folder: str, report: dict) -> dict:
     return report
 
 
-def finish(args: argparse.Namespace, command: str, sequences: list[Sequence], results: dict, scores: dict,
-           verdicts: dict, data: dict, lengths: list[int], train: dict | None = None) -> dict:
+def finish(
+    args: argparse.Namespace,
+    command: str,
+    sequences: list[Sequence],
+    results: dict,
+    scores: dict,
+    verdicts: dict,
+    data: dict,
+    lengths: list[int],
+    train: dict | None = None,
+) -> dict:
     """Show the first answers and the scores; write and return the report."""
     report = to_report(args, command, sequences, results, scores, verdicts, data, lengths, train)
     show_answers(sequences, results, verdicts)

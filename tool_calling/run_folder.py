@@ -18,9 +18,26 @@ from tool_calling.terminal import UserError, hide_secrets, warn
 
 WRITTEN_BY = "# written by train_qwen3_tool_calling.py\n"  # first line of run.yaml: marks a folder as ours to replace
 # Settings that a resumed run must share with the one it goes on from.
-AGREED = ("model_id", "load_in_4bit", "lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "target_modules",
-          "thinking", "share_prefix", "learning_rate", "lr_scheduler_type", "warmup_steps", "warmup_ratio",
-          "weight_decay", "optim", "seed", "metric_for_best", "early_stopping_patience")
+AGREED = (
+    "model_id",
+    "load_in_4bit",
+    "lora_rank",
+    "lora_alpha",
+    "lora_dropout",
+    "use_rslora",
+    "target_modules",
+    "thinking",
+    "share_prefix",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "warmup_ratio",
+    "weight_decay",
+    "optim",
+    "seed",
+    "metric_for_best",
+    "early_stopping_patience",
+)
 ONCE = ("resume_from_checkpoint", "dry_run", "show_row")  # not in run.yaml: who repeats a run wants none of these
 
 
@@ -57,8 +74,10 @@ def find_checkpoint(args: argparse.Namespace) -> str | None:
         if not damage:
             return str(path)
         warn(f"{path} is damaged: {damage}; the one before is used")
-    raise UserError(f"--resume_from_checkpoint: {args.output_dir} holds no {'whole ' if found else ''}checkpoint; "
-                    "leave the flag out to start")
+    raise UserError(
+        f"--resume_from_checkpoint: {args.output_dir} holds no {'whole ' if found else ''}checkpoint; "
+        "leave the flag out to start"
+    )
 
 
 def read_run(checkpoint: str | None, defaults: dict) -> dict:
@@ -80,37 +99,52 @@ def check_resume(args: argparse.Namespace, checkpoint: str | None, former: dict,
     """Refuse to go on from a checkpoint of a run with other rows or settings: the result would be of neither run."""
     from tool_calling.engines.start import find_optim
     from tool_calling.schedule import count_rows_per_step, count_steps, hash_rows
+
     if checkpoint is None:
         return
     settings = vars(args) | {"optim": find_optim(args)}
     former = former | {"optim": former.get("optimizer") or find_optim(argparse.Namespace(**former))}
-    problems = [f"--{name} is {settings[name]}, and {former.get(name)} in the run that {checkpoint} is from; "
-                "expected the same" for name in AGREED if settings[name] != former.get(name)]
+    problems = [
+        f"--{name} is {settings[name]}, and {former.get(name)} in the run that {checkpoint} is from; expected the same"
+        for name in AGREED
+        if settings[name] != former.get(name)
+    ]
     if former.get("rows_per_step") != count_rows_per_step(args):
-        problems.append(f"--batch_size x --gradient_accumulation_steps x devices is {count_rows_per_step(args)}, and "
-                        f"{former.get('rows_per_step')} in the run that {checkpoint} is from; expected the same")
+        problems.append(
+            f"--batch_size x --gradient_accumulation_steps x devices is {count_rows_per_step(args)}, and "
+            f"{former.get('rows_per_step')} in the run that {checkpoint} is from; expected the same"
+        )
     if former.get("training_rows") != hash_rows(train):
-        problems.append(f"the training rows are not those of the run that {checkpoint} is from; "
-                        "expected the same rows in the same order")
+        problems.append(
+            f"the training rows are not those of the run that {checkpoint} is from; "
+            "expected the same rows in the same order"
+        )
     best = find_best(checkpoint) if args.metric_for_best else None
     if best and (damage := find_damage(best)):
         problems.append(f"{best}, the best so far, is damaged: {damage}; remove it to go on without")
     steps, done = count_steps(args, train)[0], to_step(checkpoint)
-    planned = count_steps(argparse.Namespace(**vars(args) | {name: former[name] for name in former.keys() & {
-        "max_steps", "num_epochs"}}), train)[0]
+    planned = count_steps(
+        argparse.Namespace(**vars(args) | {name: former[name] for name in former.keys() & {"max_steps", "num_epochs"}}),
+        train,
+    )[0]
     if done > steps:
-        problems.append(f"{checkpoint} is from step {done:,}, and --max_steps or --num_epochs ends at "
-                        f"{steps:,}; expected no fewer steps")
+        problems.append(
+            f"{checkpoint} is from step {done:,}, and --max_steps or --num_epochs ends at "
+            f"{steps:,}; expected no fewer steps"
+        )
     if problems:
         raise UserError("\n".join(problems))
     if steps != planned and not args.lr_scheduler_type.startswith("constant"):
-        warn(f"{checkpoint} is from a run of {planned:,} steps, and this one has {steps:,}: from here on the learning "
-             "rate is that of the latter")
+        warn(
+            f"{checkpoint} is from a run of {planned:,} steps, and this one has {steps:,}: from here on the learning "
+            "rate is that of the latter"
+        )
 
 
 def is_complete(args: argparse.Namespace, checkpoint: str, train: list[Sequence]) -> bool:
     """Say whether training had ended with this checkpoint: at its last step, or early for want of improvement."""
     from tool_calling.schedule import count_steps
+
     state = read_state(checkpoint)
     stopping = state["stateful_callbacks"].get("EarlyStoppingCallback", {})
     waited = stopping.get("attributes", {}).get("early_stopping_patience_counter", 0)
@@ -142,21 +176,31 @@ def check_folder(path: str, flag: str) -> None:
 def check_final(args: argparse.Namespace) -> None:
     """Refuse a final folder that cannot be replaced as a whole, or would take with it what the run still needs."""
     final = Path(args.final_model_dir)
-    for flag in ("output_dir", "model_id", "merge_model_id", "dataset_path", "eval_dataset_path", "tools_path",
-                 "resume_from_checkpoint"):
+    for flag in (
+        "output_dir",
+        "model_id",
+        "merge_model_id",
+        "dataset_path",
+        "eval_dataset_path",
+        "tools_path",
+        "resume_from_checkpoint",
+    ):
         for kept in as_list(getattr(args, flag) or []):
             is_path = flag == "output_dir" or Path(kept).exists()  # not a name on the Hub
             if is_path and Path(kept).resolve().is_relative_to(final.resolve()):
-                raise UserError(f"--final_model_dir {final}: is replaced as a whole, and --{flag} {kept} is in it; "
-                                "choose another folder")
+                raise UserError(
+                    f"--final_model_dir {final}: is replaced as a whole, and --{flag} {kept} is in it; "
+                    "choose another folder"
+                )
     inside = final.resolve().parent == Path(args.output_dir).resolve()
     if inside and re.fullmatch(r"adapter|eval_only|checkpoint-\d+", final.name):
         raise UserError(f"--final_model_dir {final}: is where --output_dir has its {final.name}; choose another folder")
     if list_checkpoints(final) or (final / "adapter").exists():
-        raise UserError(f"--final_model_dir {final}: is replaced as a whole, and is the --output_dir of a run; choose "
-                        "another folder")
-    if (not final.name or final.is_symlink() or final.is_mount()
-            or not os.access(find_existing(final.parent), os.W_OK)):
+        raise UserError(
+            f"--final_model_dir {final}: is replaced as a whole, and is the --output_dir of a run; choose "
+            "another folder"
+        )
+    if not final.name or final.is_symlink() or final.is_mount() or not os.access(find_existing(final.parent), os.W_OK):
         raise UserError(f"--final_model_dir {final}: cannot be written and renamed there; choose another folder")
 
 
@@ -180,14 +224,16 @@ def mark_output(args: argparse.Namespace) -> None:
         write_run(args, args.output_dir)
 
 
-def start_output(args: argparse.Namespace, checkpoint: str | None, train: list[Sequence], plan,
-                 date: str | None = None) -> None:
+def start_output(
+    args: argparse.Namespace, checkpoint: str | None, train: list[Sequence], plan, date: str | None = None
+) -> None:
     """Mark the output folder as this run's, and remove what is not of it: checkpoints and unfinished folders.
 
     Of the checkpoints there, only the one to go on from stays, and those before it.
     """
     from tool_calling.engines.start import find_optim
     from tool_calling.schedule import hash_rows
+
     if not is_main():
         return
     output = Path(args.output_dir)
@@ -198,5 +244,11 @@ def start_output(args: argparse.Namespace, checkpoint: str | None, train: list[S
             shutil.rmtree(move_aside(old), ignore_errors=True)
     for leftover in (*output.glob(".*.partial"), *output.glob(".*.old")):
         shutil.rmtree(leftover, ignore_errors=True)
-    write_run(args, output, training_rows=hash_rows(train), rows_per_step=plan.rows_per_step,
-              optimizer=find_optim(args), **({"prompt_date": date} if date else {}))
+    write_run(
+        args,
+        output,
+        training_rows=hash_rows(train),
+        rows_per_step=plan.rows_per_step,
+        optimizer=find_optim(args),
+        **({"prompt_date": date} if date else {}),
+    )

@@ -121,8 +121,11 @@ def count_measured_epochs(args: argparse.Namespace, sequences: list[Sequence]) -
 def measure_run(sequences: list[Sequence], plan: Plan, args: argparse.Namespace) -> list[int]:
     """Return how many tokens are computed for each stream of the epochs that are measured."""
     rows = [row._replace(input_ids=np.asarray(row.input_ids, dtype=">u4")) for row in sequences]  # once for all epochs
-    return [size for epoch in range(count_measured_epochs(args, sequences))
-            for size in measure_batches(rows, plan, cut_streams(plan, args, epoch))]
+    return [
+        size
+        for epoch in range(count_measured_epochs(args, sequences))
+        for size in measure_batches(rows, plan, cut_streams(plan, args, epoch))
+    ]
 
 
 def to_padded(plan: Plan, args: argparse.Namespace) -> Plan:
@@ -141,8 +144,9 @@ def plan_streams(sequences: list[Sequence], args: argparse.Namespace, engine: st
         return plan
     for fused in range(steps, 0, -1):
         if steps % fused == 0:
-            plan = plan._replace(rows=batch_size * fused, accumulation=steps // fused,
-                                 limit=batch_size * args.max_seq_length)
+            plan = plan._replace(
+                rows=batch_size * fused, accumulation=steps // fused, limit=batch_size * args.max_seq_length
+            )
             sizes = measure_run(sequences, plan, args)
             if fused == 1 or max(sizes) <= plan.limit:
                 return plan._replace(lengths=choose_lengths(sizes)) if engine == "unsloth" else plan
@@ -169,9 +173,13 @@ def divide_plan(plan: Plan, size: int, sequences: list[Sequence], args: argparse
     """
     if not plan.lengths:
         return plan._replace(rows=size)
-    sizes = [count_tokens(part) for epoch in range(count_measured_epochs(args, sequences))
-             for stream in cut_streams(plan, args, epoch) if stream
-             for part in split_rows([sequences[i] for i in stream], size)]
+    sizes = [
+        count_tokens(part)
+        for epoch in range(count_measured_epochs(args, sequences))
+        for stream in cut_streams(plan, args, epoch)
+        if stream
+        for part in split_rows([sequences[i] for i in stream], size)
+    ]
     return plan._replace(rows=size, lengths=choose_lengths(sizes))
 
 
@@ -222,12 +230,18 @@ def show_plan(train: list[Sequence], args: argparse.Namespace, plan: Plan) -> No
     computed, padded = sum(streams), sum(batches)
     devices = f" on {plan.devices} devices" * (plan.devices > 1)
     if not plan.share_prefix:
-        say("plan", f"{plural(rows, 'row')} per step{devices} in {plural(len(batches), 'padded batch')} of about "
-                    f"{padded // len(batches):,} tokens")
+        say(
+            "plan",
+            f"{plural(rows, 'row')} per step{devices} in {plural(len(batches), 'padded batch')} of about "
+            f"{padded // len(batches):,} tokens",
+        )
         return
-    say("plan", f"{plural(rows, 'row')} per step{devices} in {plural(len(streams), 'stream')} of about "
-                f"{computed // len(streams):,} tokens instead of {plural(len(batches), 'batch')} of "
-                f"{padded // len(batches):,} ({padded / computed:.1f} times fewer)")
+    say(
+        "plan",
+        f"{plural(rows, 'row')} per step{devices} in {plural(len(streams), 'stream')} of about "
+        f"{computed // len(streams):,} tokens instead of {plural(len(batches), 'batch')} of "
+        f"{padded // len(batches):,} ({padded / computed:.1f} times fewer)",
+    )
 
 
 def count_trained(step: int, rows: int, rows_per_step: int) -> int:
@@ -240,8 +254,10 @@ def count_padded(args: argparse.Namespace, train: list[Sequence], plan: Plan, st
     """Return how many tokens padded batches of --batch_size would have computed in these steps of the run."""
     padded, total, per_epoch = to_padded(plan, args), 0, count_steps(args, train)[1]
     for epoch in range(steps.start // per_epoch, -(-steps.stop // per_epoch)):
-        made = (padded.accumulation * padded.devices * max(0, step - epoch * per_epoch)  # the last step may have fewer
-                for step in (steps.start, min(steps.stop, (epoch + 1) * per_epoch)))
+        made = (
+            padded.accumulation * padded.devices * max(0, step - epoch * per_epoch)  # the last step may have fewer
+            for step in (steps.start, min(steps.stop, (epoch + 1) * per_epoch))
+        )
         total += sum(measure_batches(train, padded, cut_streams(padded, args, epoch)[slice(*made)]))
     return total
 

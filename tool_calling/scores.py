@@ -10,8 +10,15 @@ from tool_calling.prompts import Sequence, parse_calls
 
 NO_CALL, BROKEN = "(no call)", "(broken)"  # labels beside the names of the tools
 MAX_CLASSES = 20  # plain answers that take at most so many values are classes
-JSON_TYPES = {dict: {"object"}, list: {"array"}, str: {"string"}, int: {"integer", "number"}, float: {"number"},
-              bool: {"boolean"}, type(None): {"null"}}  # what a value may serve as: 5.0 is no integer
+JSON_TYPES = {
+    dict: {"object"},
+    list: {"array"},
+    str: {"string"},
+    int: {"integer", "number"},
+    float: {"number"},
+    bool: {"boolean"},
+    type(None): {"null"},
+}  # what a value may serve as: 5.0 is no integer
 IGNORED = re.compile(r"[ ,./\-_*^]")  # what the Berkeley Function-Calling Leaderboard (BFCL) ignores in a string
 
 
@@ -28,8 +35,10 @@ class Verdict(NamedTuple):
 def read_calls(text: str, parser: str = "hermes") -> list[dict]:
     """Return the calls in an answer; ValueError if one of them is nothing that a server could run."""
     calls = parse_calls(text, parser)
-    if not all(isinstance(call, dict) and isinstance(call.get("name"), str) and isinstance(call.get("arguments"), dict)
-               for call in calls):
+    if not all(
+        isinstance(call, dict) and isinstance(call.get("name"), str) and isinstance(call.get("arguments"), dict)
+        for call in calls
+    ):
         raise ValueError('a call must be {"name": "...", "arguments": {...}}')
     return [{"name": call["name"], "arguments": call["arguments"]} for call in calls]
 
@@ -68,9 +77,11 @@ def has_alike_arguments(got: dict, expected: dict, schema: dict) -> bool:
     defaults = {name: rule["default"] for name, rule in rules.items() if isinstance(rule, dict) and "default" in rule}
     full_got, full_expected = {**defaults, **got}, {**defaults, **expected}
     return got.keys() >= set(schema.get("required", [])) and all(
-        name in full_got and name in full_expected
+        name in full_got
+        and name in full_expected
         and is_alike(full_got[name], full_expected[name], rules.get(name, schema.get("additionalProperties")))
-        for name in got.keys() | expected.keys())
+        for name in got.keys() | expected.keys()
+    )
 
 
 def can_pair(got: list, expected: list, fits) -> bool:
@@ -100,8 +111,14 @@ def score_answer(got: str, expected: str, tools: list[dict], parser: str = "herm
     if tools:
         schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
         exact = can_pair(calls, wanted, is_same)
-        alike = exact or can_pair(calls, wanted, lambda call, other: call["name"] == other["name"]
-                                  and is_alike(call["arguments"], other["arguments"], schemas.get(call["name"])))
+        alike = exact or can_pair(
+            calls,
+            wanted,
+            lambda call, other: (
+                call["name"] == other["name"]
+                and is_alike(call["arguments"], other["arguments"], schemas.get(call["name"]))
+            ),
+        )
     else:
         exact = alike = got.strip() == expected.strip()
     return Verdict(exact, alike, False, wanted_names, tuple(call["name"] for call in calls))
@@ -144,8 +161,11 @@ def count_per_tool(verdicts: list[Verdict]) -> dict[str, dict]:
         rows = [row for row in verdicts if label in (row.expected or (NO_CALL,))]
         called = [label in (row.got or (BROKEN if row.broken else NO_CALL,)) for row in rows]
         if rows:
-            table[label] = {"support": len(rows), "tool": divide(sum(called), len(rows)),
-                            "exact": divide(sum(row.exact for row in rows), len(rows))}
+            table[label] = {
+                "support": len(rows),
+                "tool": divide(sum(called), len(rows)),
+                "exact": divide(sum(row.exact for row in rows), len(rows)),
+            }
     return table
 
 
@@ -182,6 +202,11 @@ def count_classes(pairs: list[tuple[str, str]]) -> float | None:
 
 def score_results(sequences: list[Sequence], results: dict) -> tuple[dict, dict]:
     """Return ({model: scores}, {model: verdicts}) of the answers of each model."""
-    verdicts = {name: [score_answer(answer, sequence.answer, sequence.tools, sequence.parser)
-                       for answer, sequence in zip(result["answers"], sequences)] for name, result in results.items()}
+    verdicts = {
+        name: [
+            score_answer(answer, sequence.answer, sequence.tools, sequence.parser)
+            for answer, sequence in zip(result["answers"], sequences)
+        ]
+        for name, result in results.items()
+    }
     return {name: count_scores(of_model) for name, of_model in verdicts.items()}, verdicts

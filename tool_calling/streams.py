@@ -54,8 +54,12 @@ def build_stream(rows: list[Sequence], lengths: tuple[int, ...] = ()) -> dict:
     """
     tree = to_tree(rows)
     length = fill_up(sum(len(row.input_ids) - shared for row, shared in tree), lengths)
-    stream = {"input_ids": np.zeros(length, dtype=np.int64), "position_ids": np.zeros(length, dtype=np.int64),
-              "labels": np.full(length, -100), "subtree_end": np.arange(1, length + 1)}  # what fills it up
+    stream = {
+        "input_ids": np.zeros(length, dtype=np.int64),
+        "position_ids": np.zeros(length, dtype=np.int64),
+        "labels": np.full(length, -100),
+        "subtree_end": np.arange(1, length + 1),
+    }  # what fills it up
     path, size = np.zeros(0, dtype=np.int64), 0  # path: where the tokens of the row before stand in the stream
     for row, shared in tree:
         stream["subtree_end"][path[shared:]] = size
@@ -81,6 +85,12 @@ def split_rows(rows: list[Sequence], size: int, limit: float = math.inf) -> list
     """Return rows in parts of at most `size`, and of `limit` tokens if they share; neighbours share the most."""
     ordered = [row for row, _ in to_tree(rows)]
     parts = [ordered[i : i + size] for i in range(0, len(ordered), size)]
-    return [half for part in parts for half in (
-        [part] if limit == math.inf or len(part) == 1 or count_tokens(part) <= limit
-        else split_rows(part, -(-len(part) // 2), limit))]
+    return [
+        half
+        for part in parts
+        for half in (
+            [part]
+            if limit == math.inf or len(part) == 1 or count_tokens(part) <= limit
+            else split_rows(part, -(-len(part) // 2), limit)
+        )
+    ]

@@ -31,15 +31,24 @@ def to_row(example: Example) -> dict:
     messages = []
     for message in example.messages:
         if "tool_calls" in message:
-            calls = [{**call, "function": {**call["function"], "arguments": json.dumps(
-                call["function"]["arguments"], ensure_ascii=False)}} for call in message["tool_calls"]]
+            calls = [
+                {
+                    **call,
+                    "function": {
+                        **call["function"],
+                        "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
+                    },
+                }
+                for call in message["tool_calls"]
+            ]
             message = {**message, "tool_calls": calls}
         messages.append(message)
     return {"messages": messages, "tools": example.tools}
 
 
-def to_examples(rows, tools_path: str,
-                name: str = "auto") -> tuple[list[Example], list[tuple[str, str]], int, Counter, Counter]:
+def to_examples(
+    rows, tools_path: str, name: str = "auto"
+) -> tuple[list[Example], list[tuple[str, str]], int, Counter, Counter]:
     """Convert and check every (where, row).
 
     Returned are (valid examples, (where, problem) pairs, number of rows, changes to tools, what list_unread finds).
@@ -77,11 +86,21 @@ def apply_thinking(examples: list[Example], thinking: str) -> tuple[list[Example
     if thinking == "auto":
         return examples, []
     if thinking == "off":
-        return [example._replace(messages=[{key: value for key, value in message.items() if key != "reasoning_content"}
-                                           for message in example.messages]) for example in examples], []
-    problems = [(example.where, f"message {index}: has no reasoning; with --thinking on every trained answer needs it")
-                for example in examples for index, message in enumerate(example.messages, start=1)
-                if is_trained(message) and "reasoning_content" not in message]
+        return [
+            example._replace(
+                messages=[
+                    {key: value for key, value in message.items() if key != "reasoning_content"}
+                    for message in example.messages
+                ]
+            )
+            for example in examples
+        ], []
+    problems = [
+        (example.where, f"message {index}: has no reasoning; with --thinking on every trained answer needs it")
+        for example in examples
+        for index, message in enumerate(example.messages, start=1)
+        if is_trained(message) and "reasoning_content" not in message
+    ]
     bad = {where for where, _ in problems}
     return [example for example in examples if example.where not in bad], problems
 
@@ -118,8 +137,10 @@ def split_examples(examples: list[Example], share: float) -> tuple[list[Example]
 
 def list_calls(example: Example) -> list[list[str]]:
     """Return the names of the tools that each trained turn of a row calls; turns without a call are left out."""
-    turns = [[call["function"]["name"] for call in message.get("tool_calls", [])]
-             for message in filter(is_trained, example.messages)]
+    turns = [
+        [call["function"]["name"] for call in message.get("tool_calls", [])]
+        for message in filter(is_trained, example.messages)
+    ]
     return [names for names in turns if names]
 
 
@@ -135,8 +156,10 @@ def find_warnings(examples: list[Example], held_out: list[Example]) -> list[str]
     if any(example.tools for example in examples) and all(map(list_calls, examples)):
         found.append("no row without a call: a model so trained forgets to refuse")
     if leaks := find_leaks(examples, held_out):
-        found.append(f"{len(leaks):,} of {len(held_out):,} held-out rows also occur in training ({leaks[0][0]} is "
-                     f"{leaks[0][1]}): their score says nothing about new requests")
+        found.append(
+            f"{len(leaks):,} of {len(held_out):,} held-out rows also occur in training ({leaks[0][0]} is "
+            f"{leaks[0][1]}): their score says nothing about new requests"
+        )
     return found
 
 
@@ -165,8 +188,11 @@ def read_examples(args: argparse.Namespace, paths: list[str]) -> tuple[list[Exam
     examples, problems, total = check_rows(args, paths)
     report_problems(problems, args.on_invalid, total)
     calls = sum(bool(message.get("tool_calls")) for example in examples for message in example.messages)
-    say("read", f"{plural(len(examples), 'valid row')}, {plural(calls, 'turn')} that call{'s' * (calls == 1)}, from "
-                f"{' '.join(paths)} ({time.perf_counter() - start:.1f} s)")
+    say(
+        "read",
+        f"{plural(len(examples), 'valid row')}, {plural(calls, 'turn')} that call{'s' * (calls == 1)}, from "
+        f"{' '.join(paths)} ({time.perf_counter() - start:.1f} s)",
+    )
     return examples, total - len(examples)
 
 

@@ -21,8 +21,10 @@ BRACKET_CALLS = re.compile(r"\s*\[[^\[\](){}]+\(.*\)\s*\]\s*", re.DOTALL)  # [Na
 TOOL_LIST = re.compile(r'\[\s*\{.*"(?:parameters|function)"', re.DOTALL)
 GLAIVE_TURN = re.compile(r"(?:^|\n)[^\S\n]*(USER|ASSISTANT|FUNCTION RESPONSE):")
 GLAIVE_ROLES = {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool"}
-GLAIVE_BOILERPLATE = re.compile(r"You are a helpful assistant with access to the following functions\. "
-                                r"Use them if required\s*-?")
+GLAIVE_BOILERPLATE = re.compile(
+    r"You are a helpful assistant with access to the following functions\. "
+    r"Use them if required\s*-?"
+)
 QUESTION_KEYS = ("instruction", "question", "prompt", "query", "input")
 ANSWER_KEYS = ("output", "answer", "response", "completion")
 
@@ -30,8 +32,14 @@ ANSWER_KEYS = ("output", "answer", "response", "completion")
 def read_turns(row: dict) -> list[dict]:
     """Return the turns of a ShareGPT row, {"from", "value"} or {"role", "content"}, with its `system` in front."""
     key = "messages" if "messages" in row and "conversations" not in row else "conversations"
-    turns = [{**turn, "role": turn.get("from", turn.get("role")),
-              "content": join_text(turn.get("value", turn.get("content")))} for turn in take(row, key, list)]
+    turns = [
+        {
+            **turn,
+            "role": turn.get("from", turn.get("role")),
+            "content": join_text(turn.get("value", turn.get("content"))),
+        }
+        for turn in take(row, key, list)
+    ]
     return add_system(row, turns)
 
 
@@ -97,8 +105,14 @@ def split_hermes_turn(turn: dict) -> list[dict]:
         content = "\n".join(map(str.strip, cut[::2])).strip() if len(cut) > 1 else content
         if calls and turn.get("tool_calls"):
             raise ValueError(f"a turn holds tool_calls and <{tag}>; expected one of them")
-        return [{**turn, "content": content, "reasoning_content": thought,
-                 "tool_calls": calls or turn.get("tool_calls") or []}]
+        return [
+            {
+                **turn,
+                "content": content,
+                "reasoning_content": thought,
+                "tool_calls": calls or turn.get("tool_calls") or [],
+            }
+        ]
     if role == "tool" and isinstance(content, str):
         cut = split_tags(content, "tool_response")
         if len(cut) > 1 and not "".join(cut[::2]).strip():
@@ -178,8 +192,10 @@ def parse_bracket_calls(text: str) -> list[dict]:
         for pair in split_at_commas(inner[:-1]) if inner[:-1].strip() else []:
             key, equals, value = pair.partition("=")
             if not equals or not key.strip() or key.strip() in arguments:
-                raise ValueError(f"call {shorten(name.strip())}: expected arguments like key=value, each key once, "
-                                 f"got {shorten(pair)}")
+                raise ValueError(
+                    f"call {shorten(name.strip())}: expected arguments like key=value, each key once, "
+                    f"got {shorten(pair)}"
+                )
             arguments[key.strip()] = parse_literal(value, f"call {shorten(name.strip())}: {key.strip()} is")
         calls.append({"name": name.strip(), "arguments": arguments})
     return calls
@@ -205,8 +221,9 @@ def convert_alpaca(row: dict) -> tuple[list[dict], object]:
     question = next((key for key in QUESTION_KEYS if key in row), None)
     answer = next((key for key in ANSWER_KEYS if key in row), None)
     if not question or not answer:
-        raise ValueError(f"expected one of {', '.join(QUESTION_KEYS)} and one of {', '.join(ANSWER_KEYS)}, got "
-                         + shorten(row))
+        raise ValueError(
+            f"expected one of {', '.join(QUESTION_KEYS)} and one of {', '.join(ANSWER_KEYS)}, got " + shorten(row)
+        )
     for key, others in ((question, QUESTION_KEYS), (answer, ANSWER_KEYS)):
         if more := [other for other in others if row.get(other) and other not in (key, "input")]:
             raise ValueError(f'"{key}" and "{more[0]}" both have a place in the row; expected one of them')
@@ -224,8 +241,11 @@ def peek(row: dict, key: str) -> list[tuple[str, str]]:
 def is_mobile(row: dict) -> bool:
     """Return whether the row has `messages` and tools that do not say their type."""
     tools = row.get("tools") if "messages" in row else None
-    return isinstance(tools, list) and bool(tools) and all(
-        isinstance(tool, dict) and "function" in tool and "type" not in tool for tool in tools)
+    return (
+        isinstance(tools, list)
+        and bool(tools)
+        and all(isinstance(tool, dict) and "function" in tool and "type" not in tool for tool in tools)
+    )
 
 
 def names_tools(row: dict) -> bool:
@@ -239,34 +259,47 @@ def is_hermes(row: dict) -> bool:
     if any("<tool_call>" in text or "<TOOLCALL>" in text for _, text in turns):
         return True
     anywhere, nowhere = "conversations" in row, names_tools(row)
-    return any("<tools>" in text and (anywhere or not nowhere and role in ("system", "developer"))
-               for role, text in turns)
+    return any(
+        "<tools>" in text and (anywhere or not nowhere and role in ("system", "developer")) for role, text in turns
+    )
 
 
 def is_toolace(row: dict) -> bool:
     """Return whether calls are written as [Name(key=value)], or tools stand in the system text; in `messages`, both."""
+
     def calls(turns):
         return any(role in ("assistant", "gpt") and BRACKET_CALLS.fullmatch(text) for role, text in turns)
 
     turns, messages = peek(row, "conversations"), [] if names_tools(row) else peek(row, "messages")
     system = row.get("system") if isinstance(row.get("system"), str) else ""
-    return bool(turns and TOOL_LIST.search(system)) or calls(turns) or calls(messages) and any(
-        role == "system" and TOOL_LIST.search(text) for role, text in [*messages, ("system", system)])
+    return (
+        bool(turns and TOOL_LIST.search(system))
+        or calls(turns)
+        or calls(messages)
+        and any(role == "system" and TOOL_LIST.search(text) for role, text in [*messages, ("system", system)])
+    )
 
 
 def is_sharegpt_tools(row: dict) -> bool:
     """Return whether the conversation has tools beside it, or calls or replies as turns."""
-    return "conversations" in row and (names_tools(row) or any(
-        to_role(role) in ("calls", "tool") for role, _ in peek(row, "conversations")))
+    return "conversations" in row and (
+        names_tools(row) or any(to_role(role) in ("calls", "tool") for role, _ in peek(row, "conversations"))
+    )
 
 
 # name: (whether a row is of this format, converter to (turns, tools or None), the keys it reads beside tools and
 # system); the first that fits
 FORMATS = {
-    "native": (lambda row: "input" in row and isinstance(row.get("output"), dict), convert_native,
-               {"input", "output", "instruction", "history", "context"}),
-    "swift": (lambda row: any(role in ("tool_call", "tool_response") for role, _ in peek(row, "messages")),
-              convert_openai, {"messages"}),
+    "native": (
+        lambda row: "input" in row and isinstance(row.get("output"), dict),
+        convert_native,
+        {"input", "output", "instruction", "history", "context"},
+    ),
+    "swift": (
+        lambda row: any(role in ("tool_call", "tool_response") for role, _ in peek(row, "messages")),
+        convert_openai,
+        {"messages"},
+    ),
     "hermes": (is_hermes, convert_hermes, {"messages", "conversations"}),
     "toolace": (is_toolace, convert_toolace, {"messages", "conversations"}),
     "mobile-actions": (is_mobile, convert_openai, {"messages"}),
@@ -276,13 +309,21 @@ FORMATS = {
     "sharegpt": (lambda row: "conversations" in row, lambda row: (read_turns(row), []), {"conversations"}),  # no tools
     "xlam": (lambda row: "query" in row and "answers" in row, convert_xlam, {"query", "answers"}),
     "glaive": (lambda row: "chat" in row, convert_glaive, {"chat"}),
-    "prompt-completion": (lambda row: isinstance(row.get("prompt"), list) and "completion" in row,
-                          convert_prompt_completion, {"prompt", "completion"}),
-    "alpaca": (lambda row: any(key in row for key in QUESTION_KEYS) and any(key in row for key in ANSWER_KEYS),
-               convert_alpaca, {*QUESTION_KEYS, *ANSWER_KEYS, "history", "context"}),
+    "prompt-completion": (
+        lambda row: isinstance(row.get("prompt"), list) and "completion" in row,
+        convert_prompt_completion,
+        {"prompt", "completion"},
+    ),
+    "alpaca": (
+        lambda row: any(key in row for key in QUESTION_KEYS) and any(key in row for key in ANSWER_KEYS),
+        convert_alpaca,
+        {*QUESTION_KEYS, *ANSWER_KEYS, "history", "context"},
+    ),
 }
-SHAPES = ('"messages"; "conversations"; "input" and "output"; "query" and "answers"; "chat"; "question" and "answer"; '
-          '"prompt" and "completion"')
+SHAPES = (
+    '"messages"; "conversations"; "input" and "output"; "query" and "answers"; "chat"; "question" and "answer"; '
+    '"prompt" and "completion"'
+)
 
 
 def list_unread(row: dict, name: str) -> list[tuple[str, str]]:
@@ -295,10 +336,19 @@ def list_unread(row: dict, name: str) -> list[tuple[str, str]]:
     if name == "native":
         places.append(("output", row["output"], {*TURN_KEYS, "function_calls"}))
     elif name != "alpaca":  # whose `prompt` and `completion` are plain text
-        places += [("turn", turn, TURN_KEYS) for key in ("messages", "conversations", "prompt", "completion")
-                   if key in keys and row.get(key) for turn in as_list(row[key])]
-    return [(place, key) for place, holder, known in places if isinstance(holder, dict)
-            for key, value in holder.items() if key not in known and value not in (None, "", [], {})]
+        places += [
+            ("turn", turn, TURN_KEYS)
+            for key in ("messages", "conversations", "prompt", "completion")
+            if key in keys and row.get(key)
+            for turn in as_list(row[key])
+        ]
+    return [
+        (place, key)
+        for place, holder, known in places
+        if isinstance(holder, dict)
+        for key, value in holder.items()
+        if key not in known and value not in (None, "", [], {})
+    ]
 
 
 def convert(row: object, name: str) -> tuple[str, list[dict], object, list[tuple[str, str]]]:
@@ -316,8 +366,11 @@ def convert(row: object, name: str) -> tuple[str, list[dict], object, list[tuple
     if "prompt" in row and "completion" in row:  # which may as well be plain text that begins with a bracket
         with contextlib.suppress(ValueError, RecursionError):
             turns = {key: unpack(row[key], key) for key in ("prompt", "completion")}
-            row |= turns if all(isinstance(turn, dict) and "role" in turn for part in turns.values()
-                                for turn in as_list(part)) else {}
+            row |= (
+                turns
+                if all(isinstance(turn, dict) and "role" in turn for part in turns.values() for turn in as_list(part))
+                else {}
+            )
     if name == "auto":
         name = next((found for found, (fits, *_) in FORMATS.items() if fits(row)), "")
     if not name:

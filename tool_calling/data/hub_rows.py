@@ -21,8 +21,10 @@ def drop_null_columns(value: object, feature: object) -> object:
     if isinstance(value, list) and hasattr(feature, "feature"):
         return [drop_null_columns(inner, feature.feature) for inner in value]
     if not isinstance(value, (str, int, float, list, dict, type(None))):
-        raise ValueError(f"holds the {type(value).__name__} {str(value)[:40]}; expected text or another JSON value "
-                         "(a table may have made dates of texts: name the dataset's own file instead)")
+        raise ValueError(
+            f"holds the {type(value).__name__} {str(value)[:40]}; expected text or another JSON value "
+            "(a table may have made dates of texts: name the dataset's own file instead)"
+        )
     return value
 
 
@@ -44,8 +46,10 @@ def load_hub(name: str, config: str | None):
         if "gated" in str(error):
             reason = f"is gated; accept its terms at https://huggingface.co/datasets/{name}, log in with: hf auth login"
     except Exception as error:  # whatever else can be wrong with a dataset; its message is the best there is
-        reason = (f"cannot be read as a table: {' '.join(str(error.__cause__ or error).split())[:200]}; "
-                  f"expected {name}, {name}:SPLIT or {name}:CONFIG:SPLIT")
+        reason = (
+            f"cannot be read as a table: {' '.join(str(error.__cause__ or error).split())[:200]}; "
+            f"expected {name}, {name}:SPLIT or {name}:CONFIG:SPLIT"
+        )
     raise UserError(f"{name}: {reason}")
 
 
@@ -53,8 +57,9 @@ def read_hub(name: str, config: str | None, split: str | None):
     """Yield (name:split[index], row) of a dataset on the Hub or in the local cache, without null-filled keys."""
     splits, whole, split = load_hub(name, config), f"{name}:{config}" if config else name, split or "train"
     if split not in splits:
-        raise UserError(f'{whole}: has no split "{split}"; expected '
-                        + " or ".join(f"{whole}:{found}" for found in splits))
+        raise UserError(
+            f'{whole}: has no split "{split}"; expected ' + " or ".join(f"{whole}:{found}" for found in splits)
+        )
     table = splits[split]
     for index, row in enumerate(table):
         # A whole column of images or dates is none that a format reads; such a value inside an object is a problem.

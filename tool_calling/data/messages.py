@@ -8,12 +8,32 @@ from tool_calling.data.tools import check_call
 from tool_calling.terminal import shorten
 
 ROLES = {  # roles as other formats name them; "calls" is a turn that holds nothing but calls
-    "human": "user", "gpt": "assistant", "model": "assistant", "developer": "system",
-    "observation": "tool", "tool_response": "tool", "function": "tool", "function-response": "tool",
-    "function_call": "calls", "function-call": "calls", "tool_call": "calls",
+    "human": "user",
+    "gpt": "assistant",
+    "model": "assistant",
+    "developer": "system",
+    "observation": "tool",
+    "tool_response": "tool",
+    "function": "tool",
+    "function-response": "tool",
+    "function_call": "calls",
+    "function-call": "calls",
+    "tool_call": "calls",
 }
-TURN_KEYS = {"role", "from", "content", "value", "name", "weight", "tool_calls", "function_call", "tool_call_id",
-             "reasoning_content", "thinking", "reasoning"}
+TURN_KEYS = {
+    "role",
+    "from",
+    "content",
+    "value",
+    "name",
+    "weight",
+    "tool_calls",
+    "function_call",
+    "tool_call_id",
+    "reasoning_content",
+    "thinking",
+    "reasoning",
+}
 TEXT_PART = {"type", "text", "annotations", "cache_control"}  # a part of content with other keys says more than a text
 KIND_NAMES = {list: "a list of objects", dict: "an object", str: "text"}
 
@@ -50,9 +70,17 @@ def join_text(content: object) -> object:
     """Return content as text where it is text, nothing, or a list of text parts; other content stays as it is."""
     if content is None:
         return ""
-    if content and isinstance(content, list) and all(
-            isinstance(part, dict) and isinstance(part.get("text"), str) and part.get("type", "text") == "text"
-            and part.keys() <= TEXT_PART for part in content):
+    if (
+        content
+        and isinstance(content, list)
+        and all(
+            isinstance(part, dict)
+            and isinstance(part.get("text"), str)
+            and part.get("type", "text") == "text"
+            and part.keys() <= TEXT_PART
+            for part in content
+        )
+    ):
         return "".join(part["text"] for part in content)
     return content
 
@@ -88,8 +116,11 @@ def to_message(message: dict) -> dict:
     role, content = to_role(message.get("role")), join_text(message.get("content"))
     if role == "tool":
         call_id = message.get("tool_call_id")
-        return {"role": role, **({"tool_call_id": call_id} if isinstance(call_id, str) and call_id else {}),
-                "content": content}
+        return {
+            "role": role,
+            **({"tool_call_id": call_id} if isinstance(call_id, str) and call_id else {}),
+            "content": content,
+        }
     if role not in ("assistant", "calls"):
         return {"role": role, "content": content}
     if message.get("weight") not in (None, 0, 1):
@@ -102,9 +133,13 @@ def to_message(message: dict) -> dict:
         calls = as_list(parse_literal(content, "a turn of calls is") if isinstance(content, str) else content)
         content = ""
     calls = [*map(to_tool_call, calls)]
-    return {"role": role, "content": content,
-            **({"reasoning_content": thought} if thought else {}), **({"tool_calls": calls} if calls else {}),
-            **({"weight": 0} if message.get("weight") == 0 else {})}
+    return {
+        "role": role,
+        "content": content,
+        **({"reasoning_content": thought} if thought else {}),
+        **({"tool_calls": calls} if calls else {}),
+        **({"weight": 0} if message.get("weight") == 0 else {}),
+    }
 
 
 def to_messages(turns: list[dict]) -> list[dict]:
@@ -180,10 +215,13 @@ def check_roles(messages: list[dict]) -> list[str]:
 
 def is_call_text(text: str) -> bool:
     """Return whether an answer is the JSON of a call, of several, or of a message with some, or a foreign call."""
+
     def is_call(found: object) -> bool:
         return isinstance(found, dict) and (
-            isinstance(found.get("name"), str) and isinstance(found.get("arguments"), (dict, str))
-            or any(found.get(key) for key in ("function_call", "function_calls", "tool_calls")))
+            isinstance(found.get("name"), str)
+            and isinstance(found.get("arguments"), (dict, str))
+            or any(found.get(key) for key in ("function_call", "function_calls", "tool_calls"))
+        )
 
     fence = CODE_FENCE.fullmatch(text.strip())
     try:
@@ -205,8 +243,10 @@ def check_text(messages: list[dict]) -> list[str]:
         if not content.strip() and message["role"] != "tool" and not message.get("tool_calls"):
             problems.append(f"{name}: content is empty")
         if is_trained(message) and is_call_text(content):
-            problems.append(f"{name}: content is a call as text, {shorten(content, 40)}; expected it in a form that is "
-                            'read as a call, such as "tool_calls"')
+            problems.append(
+                f"{name}: content is a call as text, {shorten(content, 40)}; expected it in a form that is "
+                'read as a call, such as "tool_calls"'
+            )
         for text in (content, message.get("reasoning_content", ""), to_json(message.get("tool_calls", []))):
             if problem := find_forbidden(text):
                 is_call = text is content and message["role"] == "assistant" and re.search(r"</tool_?call>", text, re.I)
@@ -217,5 +257,8 @@ def check_text(messages: list[dict]) -> list[str]:
 def check_calls(messages: list[dict], validators: dict) -> list[str]:
     """Check every call of the conversation."""
     calls = [call["function"] for message in messages for call in message.get("tool_calls", [])]
-    return [f"call {index} {shorten(call['name'])}: {problem}" for index, call in enumerate(calls, start=1)
-            for problem in check_call(call["name"], call["arguments"], validators)]
+    return [
+        f"call {index} {shorten(call['name'])}: {problem}"
+        for index, call in enumerate(calls, start=1)
+        for problem in check_call(call["name"], call["arguments"], validators)
+    ]

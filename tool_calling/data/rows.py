@@ -17,9 +17,16 @@ from tool_calling.terminal import UserError
 ROW_FILES = (".json", ".jsonl")  # what is read of a folder
 NOT_ROWS = ("tools.json", "dataset_info.json", "dataset_infos.json", "state.json", "package.json")
 PACKED = {  # the first bytes of a file: its kind
-    b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"PAR1": "parquet"}
-HUB_NAME = re.compile(r"(?P<name>\w[\w.-]*(?:/\w[\w.-]*)?)"
-                      r"(?::(?P<config>[\w.+-]+)(?=:))?(?::(?P<split>\w[\w.]*))?", re.ASCII)
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PAR1": "parquet",
+}
+HUB_NAME = re.compile(
+    r"(?P<name>\w[\w.-]*(?:/\w[\w.-]*)?)"
+    r"(?::(?P<config>[\w.+-]+)(?=:))?(?::(?P<split>\w[\w.]*))?",
+    re.ASCII,
+)
 FILE_NAME = re.compile(r".*\.(jsonl?|ndjson|csv|tsv|txt|parquet|arrow|ya?ml|gz|zip|zst)", re.IGNORECASE)
 SHOWN_BYTES = 2**26  # a larger file takes seconds to read, so on a terminal a bar is shown
 
@@ -154,9 +161,15 @@ def read_file(path: str):
 def find_files(folder: str, tools_path: str | None) -> list[str]:
     """Return the JSON and JSONL files of a folder and those in it, sorted; not hidden ones, NOT_ROWS and the tools."""
     tools = tools_path and Path(tools_path).resolve()
-    found = [path for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in ROW_FILES
-             and path.name not in NOT_ROWS and not path.is_dir() and path.resolve() != tools
-             and not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    found = [
+        path
+        for path in sorted(Path(folder).rglob("*"))
+        if path.suffix.lower() in ROW_FILES
+        and path.name not in NOT_ROWS
+        and not path.is_dir()
+        and path.resolve() != tools
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
     if not found:
         raise UserError(f"{folder}: holds no .json or .jsonl file of rows; expected at least one")
     return [str(path) for path in found]

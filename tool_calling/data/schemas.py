@@ -8,13 +8,30 @@ from tool_calling.data.literals import as_list, parse_python
 from tool_calling.terminal import shorten
 
 TYPES = {  # types as Python, Java or Gemini write them, in lower case
-    "str": "string", "string": "string", "int": "integer", "integer": "integer", "long": "integer",
-    "float": "number", "double": "number", "number": "number", "bool": "boolean", "boolean": "boolean",
-    "dict": "object", "object": "object", "list": "array", "tuple": "array", "array": "array",
-    "none": "null", "nonetype": "null", "null": "null",
+    "str": "string",
+    "string": "string",
+    "int": "integer",
+    "integer": "integer",
+    "long": "integer",
+    "float": "number",
+    "double": "number",
+    "number": "number",
+    "bool": "boolean",
+    "boolean": "boolean",
+    "dict": "object",
+    "object": "object",
+    "list": "array",
+    "tuple": "array",
+    "array": "array",
+    "none": "null",
+    "nonetype": "null",
+    "null": "null",
 }
-PLAIN_TYPES = {**{name: {"type": kind} for name, kind in TYPES.items()},
-               "any": {}, "set": {"type": "array", "uniqueItems": True}}
+PLAIN_TYPES = {
+    **{name: {"type": kind} for name, kind in TYPES.items()},
+    "any": {},
+    "set": {"type": "array", "uniqueItems": True},
+}
 SCHEMA_PLACES = {  # keywords of JSON Schema: what stands there
     "one": ("items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames"),
     "list": ("anyOf", "oneOf", "allOf", "prefixItems"),
@@ -98,13 +115,18 @@ def list_required(schema: dict, changes: Counter) -> dict:
     properties = schema.get("properties")
     if not isinstance(properties, dict) or not isinstance(schema.get("required", []), list):
         return schema
-    marked = {name: value["required"] for name, value in properties.items()
-              if isinstance(value, dict) and isinstance(value.get("required"), bool)}
+    marked = {
+        name: value["required"]
+        for name, value in properties.items()
+        if isinstance(value, dict) and isinstance(value.get("required"), bool)
+    }
     if not marked:
         return schema
     changes["required true or false in a property -> list"] += len(marked)
-    properties = {name: {key: item for key, item in value.items() if key != "required"} if name in marked else value
-                  for name, value in properties.items()}
+    properties = {
+        name: {key: item for key, item in value.items() if key != "required"} if name in marked else value
+        for name, value in properties.items()
+    }
     required = [*schema.get("required", [])]
     required += [name for name, needed in marked.items() if needed and name not in required]
     return {**schema, "properties": properties, "required": required}
@@ -189,21 +211,32 @@ def to_parameters(parameters: object, changes: Counter) -> object:
     if is_flat and flat and not nested:
         changes["flat parameters -> schema"] += 1
         required = [name for name, value in flat.items() if not is_optional(value)] if listed is None else listed
-        properties = {name: {key: item for key, item in value.items()
-                             if key != "required" or not isinstance(item, bool)} for name, value in flat.items()}
+        properties = {
+            name: {key: item for key, item in value.items() if key != "required" or not isinstance(item, bool)}
+            for name, value in flat.items()
+        }
         parameters = {"type": "object", "properties": properties, "required": required}
     return to_schema(parameters, changes)
 
 
-TYPE_NAMES = {"integer": "an integer", "number": "a number", "string": "a string", "boolean": "true or false",
-              "array": "an array", "object": "an object", "null": "null"}
+TYPE_NAMES = {
+    "integer": "an integer",
+    "number": "a number",
+    "string": "a string",
+    "boolean": "true or false",
+    "array": "an array",
+    "object": "an object",
+    "null": "null",
+}
 COMBINED = ("allOf", "anyOf", "oneOf", "then", "else")  # where parts of a value's schema stand
 
 
 def names_properties(schema: object) -> bool:
     """Return whether a schema lists properties, by itself or by what it is combined of."""
-    return isinstance(schema, dict) and (not schema.keys().isdisjoint(("properties", "$ref")) or any(
-        names_properties(part) for key in COMBINED for part in as_list(schema.get(key))))
+    return isinstance(schema, dict) and (
+        not schema.keys().isdisjoint(("properties", "$ref"))
+        or any(names_properties(part) for key in COMBINED for part in as_list(schema.get(key)))
+    )
 
 
 def to_strict(schema: object, whole: bool = True) -> object:
@@ -233,11 +266,18 @@ def to_strict(schema: object, whole: bool = True) -> object:
     if schema.keys() & {"additionalProperties", "unevaluatedProperties"}:
         return strict
     if names_properties(schema) and "patternProperties" not in schema:
-        word = "unevaluatedProperties" if schema.keys() & {*COMBINED, "$ref", "if", "dependentSchemas"} else (
-            "additionalProperties")  # which is faster
+        word = (
+            "unevaluatedProperties"
+            if schema.keys() & {*COMBINED, "$ref", "if", "dependentSchemas"}
+            else ("additionalProperties")
+        )  # which is faster
         return {**strict, word: False} if whole else strict
-    if (whole or "patternProperties" in schema or "object" in as_list(schema.get("type"))
-            or schema.keys().isdisjoint((*COMBINED, "if", "not", "required"))):
+    if (
+        whole
+        or "patternProperties" in schema
+        or "object" in as_list(schema.get("type"))
+        or schema.keys().isdisjoint((*COMBINED, "if", "not", "required"))
+    ):
         strict["additionalProperties"] = True
     return strict
 

@@ -59,8 +59,9 @@ def to_tools(tools: object) -> tuple[object, Counter]:
 
 def is_tool(value: object) -> bool:
     """Say whether a value looks like a tool, in the OpenAI shape or bare; a name alone may be anything's."""
-    return isinstance(value, dict) and ("function" in value or "name" in value and not value.keys().isdisjoint(
-        ("parameters", "description")))
+    return isinstance(value, dict) and (
+        "function" in value or "name" in value and not value.keys().isdisjoint(("parameters", "description"))
+    )
 
 
 def find_tools(text: str) -> tuple[list[dict], str]:
@@ -100,8 +101,9 @@ def check_tool(text: str) -> tuple[object, str | None]:
         return validator({}), f"parameters must be an object, got {shorten(schema)}"
     strays = [key for key in schema if key not in SCHEMA_NOTES]
     if strays and not schema.keys() & SCHEMA_SUBJECTS:  # valid JSON Schema, by which any call would pass
-        return validator({}), (f"parameters.{strays[0]} is no word of JSON Schema; expected "
-                               '{"type": "object", "properties": {...}}')
+        return validator({}), (
+            f'parameters.{strays[0]} is no word of JSON Schema; expected {{"type": "object", "properties": {{...}}}}'
+        )
     try:
         validator.check_schema(schema, format_checker=validator.FORMAT_CHECKER)
         # An empty registry: a $ref to elsewhere is a problem, never a download.
@@ -121,8 +123,9 @@ def check_tools(tools: object) -> tuple[dict, list[str]]:
     for index, tool in enumerate(tools, start=1):
         function = tool.get("function") if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
-            problems.append(f'tool {index}: expected {{"type": "function", "function": {{"name": ...}}}}, got '
-                            + shorten(tool))
+            problems.append(
+                f'tool {index}: expected {{"type": "function", "function": {{"name": ...}}}}, got ' + shorten(tool)
+            )
             continue
         name = function["name"]
         if name in validators:
@@ -165,12 +168,16 @@ def check_call(name: str, arguments: dict, validators: dict) -> list[str]:
                 errors = [*validators[name].iter_errors(arguments)]
             # Where something in a value fails, the part that says so has let none of the value's properties pass.
             failed = [error.json_path for error in errors if error.validator != "unevaluatedProperties"]
-            return [describe(error) for error in sorted(errors, key=lambda error: error.json_path)
-                    if error.validator != "unevaluatedProperties"
-                    or not any(path.startswith(error.json_path) for path in failed)]
+            return [
+                describe(error)
+                for error in sorted(errors, key=lambda error: error.json_path)
+                if error.validator != "unevaluatedProperties"
+                or not any(path.startswith(error.json_path) for path in failed)
+            ]
     except TimeoutError:
-        validators[name] = (f"its tool's schema takes over {CHECK_SECONDS} s to apply; simplify its patterns or "
-                            "alternatives")
+        validators[name] = (
+            f"its tool's schema takes over {CHECK_SECONDS} s to apply; simplify its patterns or alternatives"
+        )
     except referencing.exceptions.Unresolvable as error:
         return [f"its tool's schema refers to {error.ref}, which is not inside that schema"]
     except Exception as error:  # as in check_tool

@@ -40,8 +40,14 @@ def generate_tokens(model, prompts: list[list[int]], stops: list[int], max_new_t
     mask = (filled[:, None, :].bool() & torch.ones_like(own).tril() | own)[:, None]
     answers, open_rows = [[] for _ in prompts], range(len(prompts))
     for _ in range(max_new_tokens):
-        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                       prefix_cache=prefix if shared else None, logits_to_keep=1).logits
+        logits = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            prefix_cache=prefix if shared else None,
+            logits_to_keep=1,
+        ).logits
         tokens = logits[:, -1].argmax(dim=-1)
         going = []  # on the CPU, whence it can index the caches of layers on any GPU
         for index, (row, token) in enumerate(zip(open_rows, tokens.tolist())):

@@ -43,8 +43,9 @@ def attend_with_prefix(query, key, value, attention_mask, scaling: float, prefix
     return output.reshape(rows, heads, tokens, -1).transpose(1, 2)
 
 
-def attend_in_blocks(module, query, key, value, attention_mask, scaling=None, key_blocks=None, prefix_cache=None,
-                     **kwargs):
+def attend_in_blocks(
+    module, query, key, value, attention_mask, scaling=None, key_blocks=None, prefix_cache=None, **kwargs
+):
     """Return PyTorch's attention [rows, tokens, heads, head_dim] without the blocks in which nothing is seen.
 
     A stream of many rows is mostly such blocks. With `prefix_cache` the rows have a prefix in common whose keys and
@@ -61,8 +62,14 @@ def attend_in_blocks(module, query, key, value, attention_mask, scaling=None, ke
     keys, values = key.split(size, dim=2), value.split(size, dim=2)
     for queries, mask, blocks in zip(query.split(size, dim=2), attention_mask.split(size, dim=2), key_blocks):
         masks = mask.split(size, dim=3)
-        outputs.append(torch.nn.functional.scaled_dot_product_attention(
-            queries, torch.cat([keys[block] for block in blocks], dim=2),
-            torch.cat([values[block] for block in blocks], dim=2), torch.cat([masks[block] for block in blocks], dim=3),
-            scale=scaling, enable_gqa=query.shape[1] != key.shape[1]))
+        outputs.append(
+            torch.nn.functional.scaled_dot_product_attention(
+                queries,
+                torch.cat([keys[block] for block in blocks], dim=2),
+                torch.cat([values[block] for block in blocks], dim=2),
+                torch.cat([masks[block] for block in blocks], dim=3),
+                scale=scaling,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+        )
     return torch.cat(outputs, dim=2).transpose(1, 2), None

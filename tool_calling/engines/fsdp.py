@@ -26,8 +26,9 @@ def split_model(model):
     resuming and results are those of a run without FSDP (up to rounding: norms, too, are then computed in 16 bits).
     """
     if any(not weight.is_floating_point() for weight in model.parameters()):
-        raise UserError("--fsdp splits floating-point weights, and those of --model_id are quantised; use the 16-bit "
-                        "original")
+        raise UserError(
+            "--fsdp splits floating-point weights, and those of --model_id are quantised; use the 16-bit original"
+        )
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=PATIENCE))
     # After forward too, or the one device that saves a checkpoint after an evaluation would let go alone.
     how = {"mesh": init_device_mesh(state.device.type, (state.num_processes,)), "reshard_after_forward": True}
@@ -36,8 +37,9 @@ def split_model(model):
         how["ignored_params"] = {parameter for parameter in model.parameters() if parameter.requires_grad}
         for parameter in how["ignored_params"]:
             parameter.data = parameter.data.to(state.device)
-        model._ddp_params_and_buffers_to_ignore = [name for name, weight in model.named_parameters()
-                                                   if not weight.requires_grad]
+        model._ddp_params_and_buffers_to_ignore = [
+            name for name, weight in model.named_parameters() if not weight.requires_grad
+        ]
     else:
         how["mp_policy"] = MixedPrecisionPolicy(to_dtype(state.device.type), torch.float32)  # computed in, averaged in
         model.register_load_state_dict_pre_hook(split_weights)
@@ -67,6 +69,7 @@ def split_weights(model, weights: dict, *_) -> None:
 
 def gather_whole(state):
     """Return a state of split tensors with each of them whole, on the CPU of the first process; all must call this."""
+
     def gather(tensor):
         whole = tensor.full_tensor()
         return whole.cpu() if is_main() else None

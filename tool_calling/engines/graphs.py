@@ -30,7 +30,8 @@ def to_prefix_seg_info(subtree_end):
     seg_info = SimpleNamespace(signature=object(), T=length, T_pad=length)
     kernel.clear_block_mask_cache()  # one stream at a time
     kernel._BLOCK_MASK_CACHE[(seg_info.signature, str(subtree_end.device))] = kernel._create_block_mask_compiled(
-        sees, B=1, H=None, Q_LEN=length, KV_LEN=length, device=subtree_end.device)
+        sees, B=1, H=None, Q_LEN=length, KV_LEN=length, device=subtree_end.device
+    )
     return seg_info
 
 
@@ -96,8 +97,12 @@ def read_streams(model, recorded: tuple[int, ...]) -> None:
         def forward(self, input_ids, position_ids, subtree_end):
             self.captured = torch.cuda.is_current_stream_capturing()
             # Given packed_seq_lengths, Unsloth need not wait for the GPU to find them, which a graph cannot.
-            return eager(input_ids=input_ids, position_ids=position_ids, packed_seq_lengths=self.packed_seq_lengths,
-                         prefix_seg_info=to_prefix_seg_info(subtree_end)).last_hidden_state
+            return eager(
+                input_ids=input_ids,
+                position_ids=position_ids,
+                packed_seq_lengths=self.packed_seq_lengths,
+                prefix_seg_info=to_prefix_seg_info(subtree_end),
+            ).last_hidden_state
 
     def to_graph(*tensors):
         checkpoint = getattr(torch.utils.checkpoint, "_old_checkpoint", torch.utils.checkpoint.checkpoint)
@@ -109,7 +114,8 @@ def read_streams(model, recorded: tuple[int, ...]) -> None:
                 layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
             with torch.autocast("cuda", torch.get_autocast_dtype("cuda"), cache_enabled=False):
                 graph = torch.cuda.make_graphed_callables(
-                    stream, tuple(t.clone() for t in tensors), num_warmup_iters=1, pool=pool)
+                    stream, tuple(t.clone() for t in tensors), num_warmup_iters=1, pool=pool
+                )
             # A stream longer than Unsloth's tables of rotations replaces them, but the graph goes on reading these.
             graph.rotations = [module.get_cached() for module in decoder.modules() if hasattr(module, "get_cached")]
             return graph
@@ -117,10 +123,14 @@ def read_streams(model, recorded: tuple[int, ...]) -> None:
             if not stream.captured:  # in the trial before the recording, after which the run can go on
                 raise
             if isinstance(error, torch.OutOfMemoryError):  # now CUDA's allocator is in a state not to be trusted
-                raise UserError("out of GPU memory while the step was recorded as a CUDA graph; run again with "
-                                "--no-cuda_graphs, slower, or lower --batch_size") from None
-            raise UserError(f"the step cannot be recorded as a CUDA graph ({str(error).splitlines()[0]}); "
-                            "run again with --no-cuda_graphs, slower") from None
+                raise UserError(
+                    "out of GPU memory while the step was recorded as a CUDA graph; run again with "
+                    "--no-cuda_graphs, slower, or lower --batch_size"
+                ) from None
+            raise UserError(
+                f"the step cannot be recorded as a CUDA graph ({str(error).splitlines()[0]}); "
+                "run again with --no-cuda_graphs, slower"
+            ) from None
         finally:
             for layer in decoder.layers:
                 layer._gradient_checkpointing_func = unsloth_checkpoint

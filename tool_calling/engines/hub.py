@@ -82,23 +82,30 @@ def check_kind(config, model_id: str, flag: str = "--model_id") -> None:
     layers = getattr(config, "layer_types", None) or []
     kinds, window = {*layers} - {"full_attention"}, not layers and getattr(config, "sliding_window", None)
     if kinds or window and window < getattr(config, "max_position_embeddings", math.inf):
-        raise UserError(f"{flag} {model_id}: has layers of {', '.join(sorted(kinds)) or 'sliding_attention'}, which do "
-                        "not look back on all tokens; expected full attention in every layer")
+        raise UserError(
+            f"{flag} {model_id}: has layers of {', '.join(sorted(kinds)) or 'sliding_attention'}, which do "
+            "not look back on all tokens; expected full attention in every layer"
+        )
 
 
 def check_dropout(args: argparse.Namespace, config) -> None:
     """Refuse dropout for a mixture of experts: PEFT has none for experts, whose weights are one tensor per layer."""
     if args.lora_dropout and (getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)):
-        raise UserError(f"--lora_dropout {args.lora_dropout}: {args.model_id} is a mixture of experts, whose adapters "
-                        "have no dropout; expected 0")
+        raise UserError(
+            f"--lora_dropout {args.lora_dropout}: {args.model_id} is a mixture of experts, whose adapters "
+            "have no dropout; expected 0"
+        )
 
 
 def can_share(engine: str, config) -> bool:
     """Say whether an engine's attention for a kind of model takes trees; print one line if not."""
     if engine != "unsloth" or config.model_type in UNSLOTH_TREES:
         return True
-    say("plan", f"ordinary padded batches: with Unsloth, only {', '.join(UNSLOTH_TREES)} share prefixes, and this is "
-                f"{config.model_type}; --engine transformers shares them, too")
+    say(
+        "plan",
+        f"ordinary padded batches: with Unsloth, only {', '.join(UNSLOTH_TREES)} share prefixes, and this is "
+        f"{config.model_type}; --engine transformers shares them, too",
+    )
     return False
 
 
@@ -116,8 +123,10 @@ def load_tokenizer(model_id: str, trust: bool = False, flag: str = "--model_id")
         raise UserError(f"{flag} {model_id}: has no chat template; use a chat model such as Qwen/Qwen3-0.6B")
     end = find_end_token(tokenizer)
     if end is None:
-        raise UserError(f"{flag} {model_id}: its chat template does not end an answer with a token of its own, so "
-                        f"the model could not stop; use a chat model such as Qwen/Qwen3-0.6B")
+        raise UserError(
+            f"{flag} {model_id}: its chat template does not end an answer with a token of its own, so "
+            f"the model could not stop; use a chat model such as Qwen/Qwen3-0.6B"
+        )
     if end != tokenizer.eos_token:
         tokenizer.eos_token = end
     return tokenizer
@@ -135,37 +144,57 @@ def count_parameters(config, rank: int, trust: bool = False, targets=PROJECTIONS
     A name of --target_modules that no linear layer has is a UserError.
     """
     skeleton = build_skeleton(config, trust)
-    layers = {name: module for name, module in skeleton.named_modules()
-              if isinstance(module, torch.nn.Linear) and not name.startswith("lm_head")}
-    experts = [(name, *weight.shape[1:], weight.shape[0]) for name, weight in skeleton.named_parameters()
-               if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]
+    layers = {
+        name: module
+        for name, module in skeleton.named_modules()
+        if isinstance(module, torch.nn.Linear) and not name.startswith("lm_head")
+    }
+    experts = [
+        (name, *weight.shape[1:], weight.shape[0])
+        for name, weight in skeleton.named_parameters()
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj"))
+    ]
     names = {name.rsplit(".", 1)[-1] for name in layers} | ({"gate_proj", "up_proj", "down_proj"} if experts else set())
     if rank and (missing := sorted({*targets} - names)):
-        raise UserError(f"--target_modules {' '.join(missing)}: no linear layer of the model is named so; "
-                        f"expected some of {', '.join(sorted(names))}")
+        raise UserError(
+            f"--target_modules {' '.join(missing)}: no linear layer of the model is named so; "
+            f"expected some of {', '.join(sorted(names))}"
+        )
     linear = sum(layer.weight.numel() for layer in layers.values())
-    adapter = sum(rank * (layer.in_features + layer.out_features) for name, layer in layers.items()
-                  if name.rsplit(".", 1)[-1] in targets)
+    adapter = sum(
+        rank * (layer.in_features + layer.out_features)
+        for name, layer in layers.items()
+        if name.rsplit(".", 1)[-1] in targets
+    )
     for name, rows, columns, count in experts:  # gate and up are one weight, and their adapter has twice the rank
         adapter += count * rank * (1 + name.endswith("gate_up_proj")) * (rows + columns)
-    return {"linear": linear, "other": sum(weight.numel() for weight in skeleton.parameters()) - linear,
-            "adapter": adapter}
+    return {
+        "linear": linear,
+        "other": sum(weight.numel() for weight in skeleton.parameters()) - linear,
+        "adapter": adapter,
+    }
 
 
 def check_merge_base(args: argparse.Namespace, config) -> str:
     """Return the id of the 16-bit model that the adapter will be merged into, settled before training."""
     quantised = getattr(config, "quantization_config", None)
     if quantised is not None and (method := quantised.get("quant_method", "bitsandbytes")) != "bitsandbytes":
-        raise UserError(f"--model_id {args.model_id}: is quantised by {method}, on which no adapter is trained here; "
-                        "expected the original, which is put into 4 bits while it is loaded")
+        raise UserError(
+            f"--model_id {args.model_id}: is quantised by {method}, on which no adapter is trained here; "
+            "expected the original, which is put into 4 bits while it is loaded"
+        )
     if quantised is None or args.save_method == "lora":
         return args.merge_model_id or args.model_id
     if not args.lora_rank:
-        raise UserError(f"--model_id {args.model_id}: is quantised, and --lora_rank 0 trains 16-bit weights; give the "
-                        "original, or train an adapter")
+        raise UserError(
+            f"--model_id {args.model_id}: is quantised, and --lora_rank 0 trains 16-bit weights; give the "
+            "original, or train an adapter"
+        )
     if args.merge_model_id is None:
-        raise UserError(f"--model_id {args.model_id}: is already quantised, and a merge needs the 16-bit weights; "
-                        "name the original with --merge_model_id")
+        raise UserError(
+            f"--model_id {args.model_id}: is already quantised, and a merge needs the 16-bit weights; "
+            "name the original with --merge_model_id"
+        )
     return args.merge_model_id
 
 
@@ -176,5 +205,7 @@ def check_same_shape(config, merge_model_id: str, trust: bool) -> None:
         raise UserError(f"--merge_model_id {merge_model_id}: is quantised too; expected the 16-bit original")
     for name in ("model_type", "hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size"):
         if getattr(config, name, None) != getattr(other, name, None):
-            raise UserError(f"--merge_model_id {merge_model_id}: {name} is {getattr(other, name, None)}, "
-                            f"and {getattr(config, name, None)} in --model_id; expected the same model in 16 bits")
+            raise UserError(
+                f"--merge_model_id {merge_model_id}: {name} is {getattr(other, name, None)}, "
+                f"and {getattr(config, name, None)} in --model_id; expected the same model in 16 bits"
+            )

@@ -15,8 +15,9 @@ from tool_calling.files import is_disk_full
 from tool_calling.terminal import UserError, list_first, warn
 
 
-def load_base(model_id: str, load_in_4bit: bool, trust: bool = False, dtype=None, place: str | None = None,
-              storage=None):
+def load_base(
+    model_id: str, load_in_4bit: bool, trust: bool = False, dtype=None, place: str | None = None, storage=None
+):
     """Return a model with plain Transformers, in 4 bits if asked, on the GPU if there is one or where `place` says.
 
     4-bit numbers are held as bytes, or several of them in a number of the type `storage`. Here as in every load,
@@ -24,8 +25,13 @@ def load_base(model_id: str, load_in_4bit: bool, trust: bool = False, dtype=None
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = dtype or to_dtype(device)
-    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                                  bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=storage)
+    four_bit = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=storage,
+    )
     AttentionInterface.register("blocks", attend_in_blocks)
     AttentionMaskInterface.register("blocks", sdpa_mask)
     options = {"quantization_config": four_bit} if load_in_4bit else {}  # None would undo that of the folder
@@ -37,8 +43,15 @@ def load_base(model_id: str, load_in_4bit: bool, trust: bool = False, dtype=None
         options |= {"max_memory": room}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            model_id, dtype=dtype, attn_implementation="blocks", device_map=place or device, use_safetensors=True,
-            trust_remote_code=trust, output_loading_info=True, **options)
+            model_id,
+            dtype=dtype,
+            attn_implementation="blocks",
+            device_map=place or device,
+            use_safetensors=True,
+            trust_remote_code=trust,
+            output_loading_info=True,
+            **options,
+        )
     except (OSError, RuntimeError) as error:
         if is_disk_full(error) or isinstance(error, RuntimeError) and "mismatched" not in str(error):
             raise
@@ -58,8 +71,9 @@ def load_adapter(model, adapter: str):
     PEFT would spread it anew by what is free now, and so count weights twice that are there already.
     """
     places = getattr(model, "hf_device_map", {})
-    return PeftModel.from_pretrained(model, adapter, device_map={
-        f"base_model.model.{name}".rstrip("."): place for name, place in places.items()})
+    return PeftModel.from_pretrained(
+        model, adapter, device_map={f"base_model.model.{name}".rstrip("."): place for name, place in places.items()}
+    )
 
 
 def warn_of_frozen_experts(model) -> None:
@@ -84,5 +98,7 @@ def warn_if_spread(model) -> None:
     """Say that a part of a model is not on the GPU."""
     places = set(getattr(model, "hf_device_map", {}).values())
     if "cpu" in places and len(places) > 1:
-        warn("the 16-bit model is larger than the GPU's memory: a part of it stays in the machine's, and answers take "
-             "longer; a smaller --eval_samples writes fewer")
+        warn(
+            "the 16-bit model is larger than the GPU's memory: a part of it stays in the machine's, and answers take "
+            "longer; a smaller --eval_samples writes fewer"
+        )

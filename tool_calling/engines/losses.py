@@ -48,7 +48,8 @@ def score_batches(model, batches, engine: str):
         with torch.no_grad(), autocast(model):
             loss, hits = compute_token_losses(model, {n: t.to(model.device) for n, t in batch.items()}, engine)
         misses = torch.zeros(int(starts.sum()), device=hits.device).index_add_(
-            0, answer.to(hits.device), (~hits).float())
+            0, answer.to(hits.device), (~hits).float()
+        )
         losses.append(loss.sum(dtype=torch.float64))
         exact.append((misses == 0).sum(dtype=torch.float64))
         tokens, sequences = tokens + len(loss), sequences + len(misses)

@@ -112,8 +112,11 @@ def report_gpu() -> None:
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory / 2**30
         peak = torch.cuda.max_memory_reserved() / 2**30
-        say("gpu", f"{torch.cuda.get_device_name(0)}, {total:.1f} GiB; {peak:.2f} GiB reserved at peak "
-                   f"({peak / total:.1%} of the card)")
+        say(
+            "gpu",
+            f"{torch.cuda.get_device_name(0)}, {total:.1f} GiB; {peak:.2f} GiB reserved at peak "
+            f"({peak / total:.1%} of the card)",
+        )
 
 
 def leave_group() -> bool:

@@ -23,8 +23,9 @@ def to_vllm_command(config, model: str, parser: str, thinks: bool) -> str:
     command = f"vllm serve {model} --enable-auto-tool-choice --tool-call-parser {parser}"
     if not config.model_type.startswith("qwen3"):
         return command
-    return command + (" --reasoning-parser qwen3" if thinks else
-                      """ --default-chat-template-kwargs '{"enable_thinking": false}'""")
+    return command + (
+        " --reasoning-parser qwen3" if thinks else """ --default-chat-template-kwargs '{"enable_thinking": false}'"""
+    )
 
 
 def hide_folders(text: str) -> str:
@@ -35,22 +36,43 @@ def hide_folders(text: str) -> str:
 def to_card(report: dict, adapter: bool, name: str, command: str) -> str:
     """Return the model card of an adapter or of a whole model: what it is, how well it calls tools, how to use it."""
     args, data, train = report["args"], report["data"], report["train"]
-    steps = f"{train['kept_step']:,} steps" + (f" of {train['last_step']:,}, the best on held-out rows" if
-                                               train["kept_step"] < train["last_step"] else "")
+    steps = f"{train['kept_step']:,} steps" + (
+        f" of {train['last_step']:,}, the best on held-out rows" if train["kept_step"] < train["last_step"] else ""
+    )
     losses = [log["loss"] for log in train["history"] if "loss" in log]  # also of before the run was resumed
     loss = f", mean loss {sum(losses) / len(losses):.4f}" if losses else ""
     base, rank = hide_folders(args["model_id"].rstrip("/")), args["lora_rank"]
     how = f"LoRA of rank {rank}" if rank else "full fine-tuning"
-    what = "the adapter alone" if adapter else {"merged_16bit": "16-bit weights", "merged_4bit": "4-bit weights "
-                                                "(bitsandbytes, nf4)"}[args["save_method"]]
-    head = yaml.safe_dump({"base_model": base, "library_name": "peft" if adapter else "transformers",
-                           "pipeline_tag": "text-generation", "tags": ["tool-calling", "function-calling"]})
-    scores = [f"| {model} | {show_percent(row['exact_match'], 1)} | {show_percent(row['ast_match'], 1)} | "
-              f"{show_percent(row['tool_macro_f1'], 1)} | {row['broken_json']} | {row['n']} |"
-              for model, row in report["scores"].items()]
-    settings = [f"| `{key}` | {args[key]} |" for key in (
-        "num_epochs", "max_steps", "batch_size", "gradient_accumulation_steps", "max_seq_length", *AGREED[1:])
-                if args[key] is not None and not (key == "num_epochs" and args["max_steps"])]
+    what = (
+        "the adapter alone"
+        if adapter
+        else {"merged_16bit": "16-bit weights", "merged_4bit": "4-bit weights (bitsandbytes, nf4)"}[args["save_method"]]
+    )
+    head = yaml.safe_dump(
+        {
+            "base_model": base,
+            "library_name": "peft" if adapter else "transformers",
+            "pipeline_tag": "text-generation",
+            "tags": ["tool-calling", "function-calling"],
+        }
+    )
+    scores = [
+        f"| {model} | {show_percent(row['exact_match'], 1)} | {show_percent(row['ast_match'], 1)} | "
+        f"{show_percent(row['tool_macro_f1'], 1)} | {row['broken_json']} | {row['n']} |"
+        for model, row in report["scores"].items()
+    ]
+    settings = [
+        f"| `{key}` | {args[key]} |"
+        for key in (
+            "num_epochs",
+            "max_steps",
+            "batch_size",
+            "gradient_accumulation_steps",
+            "max_seq_length",
+            *AGREED[1:],
+        )
+        if args[key] is not None and not (key == "num_epochs" and args["max_steps"])
+    ]
     words = [shlex.quote(hide_folders(word)) for word in shlex.split(report["command"])]
     paths = ", ".join(f"`{hide_folders(path)}`" for path in args["dataset_path"])
     return hide_secrets(f"""---
@@ -59,7 +81,7 @@ def to_card(report: dict, adapter: bool, name: str, command: str) -> str:
 
 `{base}` taught to call tools by {how}: {what}.
 
-| | exact match | AST match | tool macro-F1 | broken JSON | {'held-out' if data['held_out'] else 'training'} requests |
+| | exact match | AST match | tool macro-F1 | broken JSON | {"held-out" if data["held_out"] else "training"} requests |
 |---|---|---|---|---|---|
 {chr(10).join(scores)}
 
@@ -74,11 +96,11 @@ call is right when none is made, and one without tools when the text is the same
 
 ## Training
 
-{data['train']:,} sequences of {paths}, {data['held_out']:,} held out; {steps}{loss};
-{report['device']}, {report['finished']}.
+{data["train"]:,} sequences of {paths}, {data["held_out"]:,} held out; {steps}{loss};
+{report["device"]}, {report["finished"]}.
 
 ```bash
-{' '.join(words)}
+{" ".join(words)}
 ```
 
 | setting | value |
@@ -87,8 +109,16 @@ call is right when none is made, and one without tools when the text is the same
 """)
 
 
-def hand_over(args: argparse.Namespace, config, tokenizer, adapter: str | None, report: dict, parser: str,
-              thinks: bool, gguf: tuple[list[str], list[str]]) -> None:
+def hand_over(
+    args: argparse.Namespace,
+    config,
+    tokenizer,
+    adapter: str | None,
+    report: dict,
+    parser: str,
+    thinks: bool,
+    gguf: tuple[list[str], list[str]],
+) -> None:
     """Write model cards and GGUF files, upload, and say how to serve; what was proven stays, whatever fails here."""
     only_adapter = args.save_method == "lora"
     result = adapter if only_adapter else args.final_model_dir
@@ -102,8 +132,10 @@ def hand_over(args: argparse.Namespace, config, tokenizer, adapter: str | None, 
         write_file(f"{folder}/README.md", to_card(report, is_adapter, name, serve))
     if args.save_gguf:
         folder = write_gguf(args, gguf, tokenizer, thinks)
-        say("gguf", f"{folder}: {args.save_gguf}; for Ollama: ollama create NAME -f "
-                    f"{shlex.quote(str(folder / 'Modelfile'))}")
+        say(
+            "gguf",
+            f"{folder}: {args.save_gguf}; for Ollama: ollama create NAME -f {shlex.quote(str(folder / 'Modelfile'))}",
+        )
     if args.push_to_hub:
         say("push", push_folder(args.push_to_hub, result))
     say("done", f"{'adapter' if only_adapter else 'merged model' if adapter else 'trained model'}: {result}")

@@ -48,8 +48,10 @@ def find_gguf_tools(names: str | None) -> tuple[list[str], list[str]]:
     if not set(names.split(",")) <= set(CONVERTED_GGUF):
         tools["llama-quantize"] = find_llama_tool("llama-quantize")
     if missing := [name for name, command in tools.items() if not command]:
-        raise UserError(f"--save_gguf {names}: {' and '.join(missing)} of llama.cpp not found; expected on PATH, in "
-                        "./llama.cpp, or where Unsloth installs it: $UNSLOTH_LLAMA_CPP_PATH or ~/.unsloth/llama.cpp")
+        raise UserError(
+            f"--save_gguf {names}: {' and '.join(missing)} of llama.cpp not found; expected on PATH, in "
+            "./llama.cpp, or where Unsloth installs it: $UNSLOTH_LLAMA_CPP_PATH or ~/.unsloth/llama.cpp"
+        )
     return tools["convert_hf_to_gguf.py"], tools.get("llama-quantize", [])
 
 
@@ -58,8 +60,10 @@ def check_gguf(args: argparse.Namespace, converter: list[str], config, tokenizer
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        run_llama_tool([*converter, folder, "--vocab-only", "--outfile", str(Path(folder) / "vocabulary.gguf")],
-                       f"--save_gguf {args.save_gguf}: --model_id {args.model_id}")
+        run_llama_tool(
+            [*converter, folder, "--vocab-only", "--outfile", str(Path(folder) / "vocabulary.gguf")],
+            f"--save_gguf {args.save_gguf}: --model_id {args.model_id}",
+        )
 
 
 OLLAMA_TEMPLATE = """\
@@ -127,6 +131,7 @@ def write_gguf(args: argparse.Namespace, tools: tuple[list[str], list[str]], tok
         whole.unlink(missing_ok=True)
         first = next(iter(files.values())).name
         (folder / "Modelfile").write_text(
-            to_modelfile(tokenizer, first, max(4096, args.max_seq_length), thinks), encoding="utf-8")
+            to_modelfile(tokenizer, first, max(4096, args.max_seq_length), thinks), encoding="utf-8"
+        )
         put_in_place(model / "gguf")
     return model / "gguf"

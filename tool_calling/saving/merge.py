@@ -47,15 +47,20 @@ def save_whole(args: argparse.Namespace, model) -> Path:
 
 def sum_weights(model) -> dict[str, float]:
     """Return the sum of each of a model's weights by name, of those that are in memory."""
-    return {name: sum(part.double().sum().item() for part in parameter.detach().flatten().split(ROUNDED_WEIGHTS))
-            for name, parameter in model.named_parameters() if parameter.device.type != "meta"}
+    return {
+        name: sum(part.double().sum().item() for part in parameter.detach().flatten().split(ROUNDED_WEIGHTS))
+        for name, parameter in model.named_parameters()
+        if parameter.device.type != "meta"
+    }
 
 
 def refuse_unchanged(sums: dict[str, float], model) -> None:
     """Refuse a model that equals the base, whose sum_weights these are."""
     if sums == sum_weights(model):
-        raise UserError("the trained model equals the base: training changed nothing that 16-bit weights can hold; "
-                        "train longer or raise --learning_rate")
+        raise UserError(
+            "the trained model equals the base: training changed nothing that 16-bit weights can hold; "
+            "train longer or raise --learning_rate"
+        )
 
 
 def round_at_random(weights) -> None:
@@ -86,9 +91,11 @@ def merge_layers(model) -> None:
 
 def merge_adapter(args: argparse.Namespace, base_id: str, adapter: str) -> Path:
     """Merge the adapter into the 16-bit base, save the model whole, and return its folder, not yet the final one."""
+
     def load(place):
-        return AutoModelForCausalLM.from_pretrained(base_id, dtype="auto", device_map=place, use_safetensors=True,
-                                                    trust_remote_code=args.trust_remote_code)
+        return AutoModelForCausalLM.from_pretrained(
+            base_id, dtype="auto", device_map=place, use_safetensors=True, trust_remote_code=args.trust_remote_code
+        )
 
     base = load(find_place(args))
     if any(weight.device.type == "meta" for weight in base.parameters()):  # more than the GPUs hold
@@ -115,7 +122,8 @@ def quantise_folder(folder: Path, trust: bool, place: str) -> None:
 def read_back(folder: Path, trust: bool = False, place: str | None = None):
     """Return the saved model, loaded with plain Transformers and checked: no stray weights, all finite."""
     model, info = AutoModelForCausalLM.from_pretrained(
-        folder, output_loading_info=True, use_safetensors=True, trust_remote_code=trust)
+        folder, output_loading_info=True, use_safetensors=True, trust_remote_code=trust
+    )
     strays = [*info["missing_keys"], *info["unexpected_keys"], *(n for n, _ in model.named_parameters() if "lora" in n)]
     if strays:
         raise UserError(f"{folder}: missing or unknown weights: {', '.join(sorted(strays)[:5])}")
@@ -144,6 +152,8 @@ def round_trained(args: argparse.Namespace, model, dtype, batches: list[dict], e
         parameter.data.copy_(parameter.data.to(dtype))
     after = measure_loss(model, batches, engine)
     if is_worse(after, before):
-        warn(f"{dtype} holds less than training changed: held-out loss {after:.4f}, in 32 bits {before:.4f}; train "
-             "longer or raise --learning_rate")
+        warn(
+            f"{dtype} holds less than training changed: held-out loss {after:.4f}, in 32 bits {before:.4f}; train "
+            "longer or raise --learning_rate"
+        )
     return gather_model(model, dtype, args.trust_remote_code) if args.fsdp else model.to(dtype), after

@@ -24,8 +24,9 @@ from tool_calling.schedule import Plan, to_small_batches
 from tool_calling.terminal import UserError, say, warn
 
 
-def merge_and_score(args: argparse.Namespace, base_id: str, adapter: str | None, sequences: list[Sequence],
-                    plan: Plan) -> dict:
+def merge_and_score(
+    args: argparse.Namespace, base_id: str, adapter: str | None, sequences: list[Sequence], plan: Plan
+) -> dict:
     """Answer the sequences with base, adapter, and the model to keep read back; return {name: result} of each.
 
     Runs in a fresh process, because Unsloth changes Transformers' classes for good, and the proof must hold where no
@@ -84,17 +85,23 @@ def check_merged(args: argparse.Namespace, adapter: str, results: dict, scores: 
     worse = round((scores["adapter"]["exact_match"] - scores["merged"]["exact_match"]) * len(exact)) / len(exact)
     different = sum(sure and a != b for sure, a, b in zip(exact, expected["answers"], got["answers"])) / len(exact)
     wrong = is_worse(got["loss"], expected["loss"]) or worse > slack
-    found = (f"held-out loss {got['loss']:.4f}, adapter {expected['loss']:.4f}; exact "
-             f"{scores['merged']['exact_match']:.1%}, adapter {scores['adapter']['exact_match']:.1%}")
+    found = (
+        f"held-out loss {got['loss']:.4f}, adapter {expected['loss']:.4f}; exact "
+        f"{scores['merged']['exact_match']:.1%}, adapter {scores['adapter']['exact_match']:.1%}"
+    )
     if args.save_method == "merged_4bit" and math.isfinite(got["loss"]):
         return warn(f"4 bits cost something: {found}") if wrong else None
     if wrong or not math.isfinite(got["loss"]) or (not args.load_in_4bit and different > slack):
         shutil.rmtree(partial_folder(args.final_model_dir), ignore_errors=True)
-        advice = ("; what is learned on a base in 4 bits may be worth less on it in 16: train longer, or with "
-                  "--no-load_in_4bit")
-        raise UserError(f"the merged model does not do what the adapter does: {found}; {different:.1%} of the answers "
-                        f"are no longer its exact ones; nothing was written to {args.final_model_dir}, the adapter is "
-                        f"safe in {adapter}" + advice * args.load_in_4bit)
+        advice = (
+            "; what is learned on a base in 4 bits may be worth less on it in 16: train longer, or with "
+            "--no-load_in_4bit"
+        )
+        raise UserError(
+            f"the merged model does not do what the adapter does: {found}; {different:.1%} of the answers "
+            f"are no longer its exact ones; nothing was written to {args.final_model_dir}, the adapter is "
+            f"safe in {adapter}" + advice * args.load_in_4bit
+        )
 
 
 def check_trained(args: argparse.Namespace, loss: float, expected: float) -> None:
@@ -104,8 +111,10 @@ def check_trained(args: argparse.Namespace, loss: float, expected: float) -> Non
     found = f"held-out loss {loss:.4f}, before it was saved {expected:.4f}"
     if args.save_method == "merged_4bit" and math.isfinite(loss):
         return warn(f"4 bits cost something: {found}")
-    raise UserError(f"the trained model read back does not do what it did: {found}; nothing was written to "
-                    f"{args.final_model_dir}, the checkpoints are safe in {args.output_dir}")
+    raise UserError(
+        f"the trained model read back does not do what it did: {found}; nothing was written to "
+        f"{args.final_model_dir}, the checkpoints are safe in {args.output_dir}"
+    )
 
 
 def show_saved(args: argparse.Namespace, results: dict, before: float | None, seconds: float) -> None:

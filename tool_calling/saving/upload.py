@@ -20,8 +20,10 @@ def check_hub(repo: str | None) -> None:
     except LocalTokenNotFoundError:
         raise UserError(f"--push_to_hub {repo}: no token; run `hf auth login`, or set HF_TOKEN") from None
     except HfHubHTTPError as error:
-        raise UserError(f"--push_to_hub {repo}: the Hub answers {error.response.status_code} to the token; expected "
-                        "one that may write") from None
+        raise UserError(
+            f"--push_to_hub {repo}: the Hub answers {error.response.status_code} to the token; expected "
+            "one that may write"
+        ) from None
     except ValueError as error:
         raise UserError(f"--push_to_hub {repo}: {str(error).splitlines()[0]}") from None
     except (OSError, httpx.HTTPError) as error:
@@ -38,9 +40,19 @@ def push_folder(repo: str, folder: str) -> str:
     try:
         repo = HfApi().create_repo(repo, private=True, exist_ok=True).repo_id
         # run.yaml has the paths of this machine.
-        return HfApi().upload_folder(repo_id=repo, folder_path=folder, ignore_patterns=["run.yaml"],
-                                     commit_message="Upload by train_qwen3_tool_calling.py").repo_url
+        return (
+            HfApi()
+            .upload_folder(
+                repo_id=repo,
+                folder_path=folder,
+                ignore_patterns=["run.yaml"],
+                commit_message="Upload by train_qwen3_tool_calling.py",
+            )
+            .repo_url
+        )
     except Exception as error:  # of whatever kind: what was trained is there, and must not look lost
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"--push_to_hub {repo}: {reason}; everything is whole in {folder}, push it with: "
-                        f"hf upload {repo} {shlex.quote(folder)} . --private --exclude run.yaml") from None
+        raise UserError(
+            f"--push_to_hub {repo}: {reason}; everything is whole in {folder}, push it with: "
+            f"hf upload {repo} {shlex.quote(folder)} . --private --exclude run.yaml"
+        ) from None

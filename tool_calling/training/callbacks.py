@@ -16,6 +16,7 @@ from tool_calling.terminal import say, warn
 
 def build_progress():
     """Return a TrainerCallback that draws a progress bar and prints about twenty losses and every held-out loss."""
+
     class ProgressBar(TrainerCallback):
         def __init__(self):
             columns = ("train    ", BarColumn(), MofNCompleteColumn(), "steps", TextColumn("{task.fields[loss]}"))
@@ -35,8 +36,11 @@ def build_progress():
                 self.logged = step
 
         def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-            say("", f"step {state.global_step:>5,} of {state.max_steps:,}  epoch {state.epoch:.3g}: "
-                    f"held-out loss {metrics['eval_loss']:.4f}, exact match {metrics['eval_exact_match']:.1%}")
+            say(
+                "",
+                f"step {state.global_step:>5,} of {state.max_steps:,}  epoch {state.epoch:.3g}: "
+                f"held-out loss {metrics['eval_loss']:.4f}, exact match {metrics['eval_exact_match']:.1%}",
+            )
 
         def on_train_end(self, args, state, control, **kwargs):
             self.bar.stop()
@@ -51,6 +55,7 @@ def build_stopper(checkpoint: str | None = None):
     a run that goes on. The second signal ends everything at once. Signals reach several processes at several moments:
     wherever one decides by them, all first `agree`, or one would stop while another waits for it in the next step.
     """
+
     class Stopper(TrainerCallback):
         number, noted, group = None, 0.0, None
 

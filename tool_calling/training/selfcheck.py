@@ -79,8 +79,10 @@ def check_sharing(args: argparse.Namespace, model, train: list[Sequence], plan: 
         except RuntimeError as error:  # as a rule of the compiler, which Unsloth's attention alone needs
             if engine != "unsloth" or plan.devices > 1:
                 raise
-            warn(f"attention with a shared prefix cannot be computed here ({str(error).splitlines()[0]}): sharing is "
-                 "switched off")
+            warn(
+                f"attention with a shared prefix cannot be computed here ({str(error).splitlines()[0]}): sharing is "
+                "switched off"
+            )
             return False
         make_room(model)  # not above, where the failed computation is still held
         rows = rows[: len(rows) // 2]
@@ -91,9 +93,14 @@ def check_sharing(args: argparse.Namespace, model, train: list[Sequence], plan: 
     limit = 1e-4 if to_dtype(model.device.type) == torch.float32 else 0.2
     if broadcast_object_list([gradient <= limit])[0]:  # all devices do as the first one finds
         verdict = "rounding" if gradient <= 0.02 else "more than usual, as rounding can where the loss is near zero"
-        say("check", f"sharing changes the loss of {plural(len(rows), 'row')} by {loss:.1e} and their gradient by "
-                     f"{gradient:.1e} of its norm: {verdict} ({time.perf_counter() - start:.1f} s)")
+        say(
+            "check",
+            f"sharing changes the loss of {plural(len(rows), 'row')} by {loss:.1e} and their gradient by "
+            f"{gradient:.1e} of its norm: {verdict} ({time.perf_counter() - start:.1f} s)",
+        )
         return True
-    warn(f"sharing the prefix changes the loss by {loss:.1e} and the gradient by {gradient:.1e} of its norm, "
-         f"more than rounding ({limit:.0e}): sharing is switched off")
+    warn(
+        f"sharing the prefix changes the loss by {loss:.1e} and the gradient by {gradient:.1e} of its norm, "
+        f"more than rounding ({limit:.0e}): sharing is switched off"
+    )
     return False

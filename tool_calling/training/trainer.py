@@ -40,17 +40,21 @@ def explain_memory(row: Sequence, step: int) -> str:
         free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
         memory = f", with {free:.1f} of {total:.1f} GiB free for it"
     tokens = f"{len(row.input_ids):,} tokens"
-    return (f"{row.where}: out of GPU memory at step {step:,} on this row alone, {tokens}{memory}; lower "
-            "--max_seq_length, use --load_in_4bit, --gradient_checkpointing on and --no-cuda_graphs, or choose a "
-            "smaller --model_id")
+    return (
+        f"{row.where}: out of GPU memory at step {step:,} on this row alone, {tokens}{memory}; lower "
+        "--max_seq_length, use --load_in_4bit, --gradient_checkpointing on and --no-cuda_graphs, or choose a "
+        "smaller --model_id"
+    )
 
 
 def explain_numbers(step: int, loss: float, norm: float, rows: list[Sequence]) -> str:
     """Return what is not finite in a step, its rows, and what to do."""
     wrong = f"the norm of the gradient is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
     names = dict.fromkeys(row.where for row in rows if row.prompt_length < len(row.input_ids))  # not an empty stream's
-    return (f"step {step:,}: {wrong}; expected a finite number. Nothing of it is saved, and a checkpoint written "
-            f"before is good. Lower --learning_rate, or look at the rows of this step: {list_first(names, NAMED_ROWS)}")
+    return (
+        f"step {step:,}: {wrong}; expected a finite number. Nothing of it is saved, and a checkpoint written "
+        f"before is good. Lower --learning_rate, or look at the rows of this step: {list_first(names, NAMED_ROWS)}"
+    )
 
 
 def find_overfitting(history: list[dict]) -> str | None:
@@ -67,16 +71,19 @@ def find_overfitting(history: list[dict]) -> str | None:
 
     def train_loss(evaluation: int) -> float:
         """Return the mean training loss between an evaluation and the one before it; NaN if none was logged."""
-        losses = [log["loss"] for log in history
-                  if "loss" in log and steps[evaluation] < log["step"] <= steps[evaluation + 1]]
+        losses = [
+            log["loss"] for log in history if "loss" in log and steps[evaluation] < log["step"] <= steps[evaluation + 1]
+        ]
         return sum(losses) / len(losses) if losses else math.nan
 
     rise = last["eval_loss"] - best["eval_loss"]
     if rise <= max(CLEAR_RISE, 0.1 * best["eval_loss"]) or not train_loss(len(held) - 1) < train_loss(held.index(best)):
         return None
-    return (f"held-out loss rose from {best['eval_loss']:.3f} (epoch {best['epoch']:.3g}) to {last['eval_loss']:.3f} "
-            f"(epoch {last['epoch']:.3g}) while the training loss fell: fewer epochs, or --metric_for_best loss keeps "
-            "the best checkpoint")
+    return (
+        f"held-out loss rose from {best['eval_loss']:.3f} (epoch {best['epoch']:.3g}) to {last['eval_loss']:.3f} "
+        f"(epoch {last['epoch']:.3g}) while the training loss fell: fewer epochs, or --metric_for_best loss keeps "
+        "the best checkpoint"
+    )
 
 
 class StreamTrainer:
@@ -106,9 +113,14 @@ class StreamTrainer:
 
     def get_train_dataloader(self):
         sampler = StreamSampler(self.plan, self.run, len(self.train_rows), lambda: int(self.state.epoch or 0))
-        return self.accelerator.prepare(torch.utils.data.DataLoader(
-            range(len(self.arrays)), batch_sampler=sampler, collate_fn=self.collate,
-            pin_memory=self.args.dataloader_pin_memory))
+        return self.accelerator.prepare(
+            torch.utils.data.DataLoader(
+                range(len(self.arrays)),
+                batch_sampler=sampler,
+                collate_fn=self.collate,
+                pin_memory=self.args.dataloader_pin_memory,
+            )
+        )
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Return the micro-batches of a step, and how many tokens all devices supervise in it."""
@@ -157,14 +169,18 @@ class StreamTrainer:
         if len(rows) == 1:
             raise UserError(explain_memory(rows[0], step))
         if self.accelerator.num_processes > 1:  # the others wait for one gradient, not for two halves
-            raise UserError(f"out of GPU memory at step {step:,} with a stream of {tokens:,} tokens; lower "
-                            "--batch_size and raise --gradient_accumulation_steps as much")
+            raise UserError(
+                f"out of GPU memory at step {step:,} with a stream of {tokens:,} tokens; lower "
+                "--batch_size and raise --gradient_accumulation_steps as much"
+            )
         size = -(-len(rows) // 2)
         self.streams = divide_plan(self.plan, size, self.train_rows, self.run)
         self.held_out_batches = to_batches(self.held_out_rows, self.streams) if self.held_out_rows else []
-        warn(f"out of GPU memory at step {step:,} with a stream of {tokens:,} tokens: from here on each step is "
-             f"computed in {self.plan.accumulation * -(-self.plan.rows // size)} streams of at most "
-             f"{plural(size, 'row')}; the result is the same")
+        warn(
+            f"out of GPU memory at step {step:,} with a stream of {tokens:,} tokens: from here on each step is "
+            f"computed in {self.plan.accumulation * -(-self.plan.rows // size)} streams of at most "
+            f"{plural(size, 'row')}; the result is the same"
+        )
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -254,8 +270,10 @@ class SplitTrainer:
             return
         state = torch.load(Path(checkpoint) / "optimizer.pt", map_location="cpu", mmap=True, weights_only=True)
         weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
-        state["state"] = {number: {name: split_as(weights[number], value) for name, value in moments.items()}
-                          for number, moments in state["state"].items()}
+        state["state"] = {
+            number: {name: split_as(weights[number], value) for name, value in moments.items()}
+            for number, moments in state["state"].items()
+        }
         self.optimizer.load_state_dict(state)
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
 
@@ -269,8 +287,17 @@ def build_trainer(args: argparse.Namespace, config, engine: str, model, tokenize
     classes = (*[SplitTrainer] * args.fsdp, StreamTrainer, SFTTrainer)
     numbers = [Dataset.from_dict({"index": range(len(rows))}) if rows else None for rows in (train, held_out)]
     trainer = type("StreamTrainer", classes, {})(
-        args, engine, plan, train, held_out, model=model, args=config,
-        processing_class=tokenizer, train_dataset=numbers[0], eval_dataset=numbers[1])
+        args,
+        engine,
+        plan,
+        train,
+        held_out,
+        model=model,
+        args=config,
+        processing_class=tokenizer,
+        train_dataset=numbers[0],
+        eval_dataset=numbers[1],
+    )
     trainer.accelerator.ddp_handler.gradient_as_bucket_view = True  # or each gradient is copied back from its bucket
     trainer.remove_callback(PrinterCallback)
     trainer.progress = build_progress()
@@ -334,17 +361,30 @@ def train_model(trainer, checkpoint: str | None, complete: bool) -> dict:
     history = trainer.state.log_history
     losses = [log["loss"] for log in history if "loss" in log and (complete or log["step"] > first)]
     best = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
-    facts = {"loss": sum(losses) / len(losses) if losses else loss, "seconds": seconds, "steps": steps,
-             "last_step": last, "kept_step": best or last, "resumed_from": checkpoint,
-             "samples_per_second": rows / seconds, "tokens_per_second": tokens / seconds,
-             "peak_memory_gib": torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None,
-             "tokens_computed": sum(gather_object([trainer.tokens_computed])), "history": history}
+    facts = {
+        "loss": sum(losses) / len(losses) if losses else loss,
+        "seconds": seconds,
+        "steps": steps,
+        "last_step": last,
+        "kept_step": best or last,
+        "resumed_from": checkpoint,
+        "samples_per_second": rows / seconds,
+        "tokens_per_second": tokens / seconds,
+        "peak_memory_gib": torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None,
+        "tokens_computed": sum(gather_object([trainer.tokens_computed])),
+        "history": history,
+    }
     if steps:
-        say("train", f"{steps:,} steps in {seconds:.0f} s: {facts['samples_per_second']:.1f} samples/s, "
-                     f"{facts['tokens_per_second']:,.0f} tokens/s of the rows; loss {facts['loss']:.4f}")
+        say(
+            "train",
+            f"{steps:,} steps in {seconds:.0f} s: {facts['samples_per_second']:.1f} samples/s, "
+            f"{facts['tokens_per_second']:,.0f} tokens/s of the rows; loss {facts['loss']:.4f}",
+        )
     if best:
-        say("keep", f"step {best:,}, the best on held-out rows; training ended at step {last:,} of "
-                    f"{trainer.state.max_steps:,}")
+        say(
+            "keep",
+            f"step {best:,}, the best on held-out rows; training ended at step {last:,} of {trainer.state.max_steps:,}",
+        )
     facts["advice"] = None if trainer.args.load_best_model_at_end else find_overfitting(history)
     if facts["advice"]:
         say("advice", facts["advice"])
