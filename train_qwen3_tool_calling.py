@@ -3,7 +3,7 @@
 
     python train_qwen3_tool_calling.py --dataset_path data/mine.jsonl --tools_path data/tools.json
 
-The data flows through this file from top to bottom: row -> example -> sequence -> stream -> model -> merged model.
+The data flows through this file from top to bottom: row -> example -> sample -> stream -> model -> merged model.
 Each section takes what the one above it gives. Everything that can be checked without a model is checked
 before torch is imported, so a mistake costs a second and not an hour.
 """
@@ -74,13 +74,13 @@ OUTPUT_DIR = "outputs/qwen3_tool_calling_unsloth"  # checkpoints and the adapter
 FINAL_MODEL_DIR = "models/qwen3_tool_calling_merged"  # the model to serve
 TRAIN_TEST_SPLIT = 0.1  # share of the rows held out from training
 NUM_EPOCHS = 3  # a third pass still helps on a few thousand rows; more begins to memorise
-BATCH_SIZE = 2  # sequences per device and micro-batch: fits 8 GB cards with rows of 2,048 tokens
-GRADIENT_ACCUMULATION_STEPS = 4  # 2 x 4 = 8 sequences per optimizer step
+BATCH_SIZE = 2  # samples per device and micro-batch: fits 8 GB cards with rows of 2,048 tokens
+GRADIENT_ACCUMULATION_STEPS = 4  # 2 x 4 = 8 samples per optimizer step
 LEARNING_RATE = 2e-4  # the usual rate for LoRA; full fine-tuning takes a tenth of it
 WARMUP_STEPS = 10  # Adam's moments are noise in the first steps
 WEIGHT_DECAY = 0.01
 LR_SCHEDULER_TYPE = "linear"
-MAX_SEQ_LENGTH = 2048  # longer sequences are reported, never cut
+MAX_SEQ_LENGTH = 2048  # longer samples are reported, never cut
 SEED = 3407
 LORA_RANK = 16
 LORA_ALPHA = 16  # alpha / rank = 1: the adapter's output is not scaled
@@ -131,7 +131,7 @@ def build_parser() -> Parser:
         type=count,
         default=MAX_SEQ_LENGTH,
         metavar="TOKENS",
-        help="longest sequence; a longer one is a problem, it is never cut",
+        help="longest sample; a longer one is a problem, it is never cut",
     )
     add("--on_invalid", choices=["error", "skip"], default="error", help="what to do with a row that has a problem")
     add(
@@ -213,7 +213,7 @@ def build_parser() -> Parser:
     add = train.add_argument
     add("--num_epochs", type=count, default=NUM_EPOCHS, metavar="N", help="passes over the data")
     add("--max_steps", type=count, metavar="N", help="train N optimizer steps, not --num_epochs")
-    add("--batch_size", type=count, default=BATCH_SIZE, metavar="N", help="sequences per device and micro-batch")
+    add("--batch_size", type=count, default=BATCH_SIZE, metavar="N", help="samples per device and micro-batch")
     add(
         "--gradient_accumulation_steps",
         type=count,
@@ -619,8 +619,8 @@ def evaluate_only(args: argparse.Namespace, command: str) -> dict:
     groups, problems = render_examples(tokenizer, examples, args.max_seq_length)
     report_problems(problems, args.on_invalid, len(groups))
     sides = to_sides(args, *(([], examples) if args.eval_dataset_path else (examples, [])), groups)
-    sequences = (sides[1] or sides[0])[: args.eval_samples]
-    if not sequences:
+    samples = (sides[1] or sides[0])[: args.eval_samples]
+    if not samples:
         raise UserError(f"{' '.join(args.eval_dataset_path or args.dataset_path)}: no row is left to score; add rows")
     four_bit = is_adapter and args.load_in_4bit
     model = load_base(base_id, four_bit, args.trust_remote_code, place=find_place(args, four_bit))
@@ -635,21 +635,21 @@ def evaluate_only(args: argparse.Namespace, command: str) -> dict:
             reason = str(error).strip().splitlines()[-1].strip()
             raise UserError(f"{flag} {base_id} is another model than it was trained on ({reason})") from None
         say("load", f"adapter on its base {base_id} in {4 if four_bit else 16} bits")
-    results = {"model": {"answers": generate_answers(model, tokenizer, sequences, args, args.eval_only)}}
-    held_out = len(sequences) if sides[1] else 0
+    results = {"model": {"answers": generate_answers(model, tokenizer, samples, args, args.eval_only)}}
+    held_out = len(samples) if sides[1] else 0
     if not held_out:
         warn(NOT_HELD_OUT)
     data = {
-        "train": len(sequences) - held_out,
+        "train": len(samples) - held_out,
         "held_out": held_out,
         "skipped": skipped + groups.count([]),
-        "unit": name_unit(sequences),
+        "unit": name_unit(samples),
     }
     mark_output(args)
     folder = str(Path(args.output_dir) / "eval_only")  # beside a training run's report, not in its place
     write_run(args, folder)
     args.output_dir = folder
-    return finish(args, command, sequences, results, *score_results(sequences, results), data, [])
+    return finish(args, command, samples, results, *score_results(samples, results), data, [])
 
 
 def main(argv: list[str] | None = None) -> dict | None:

@@ -30,7 +30,7 @@ from tool_calling.engines.loading import load_base
 from tool_calling.engines.start import autocast, start_engine, use_checkpointing
 from tool_calling.environment import return_pages
 from tool_calling.processes import is_main
-from tool_calling.prompts import Sequence, render_examples
+from tool_calling.prompts import Sample, render_examples
 from tool_calling.schedule import plan_streams
 from tool_calling.terminal import report_problems
 from tool_calling.training.selfcheck import check_sharing
@@ -63,8 +63,8 @@ CPU_RECIPES = {
 }
 
 
-def make_rows(args: argparse.Namespace, tokenizer, tools: int | None) -> list[Sequence]:
-    """Return the training sequences; with `tools`, every row lists that many (renamed copies make up the number)."""
+def make_rows(args: argparse.Namespace, tokenizer, tools: int | None) -> list[Sample]:
+    """Return the training samples; with `tools`, every row lists that many (renamed copies make up the number)."""
     examples, _ = read_examples(args, args.dataset_path)
     if tools:
         own = examples[0].tools
@@ -81,7 +81,7 @@ def make_rows(args: argparse.Namespace, tokenizer, tools: int | None) -> list[Se
         examples = [example._replace(tools=listed) for example, calls in zip(examples, called) if calls <= names]
     groups, problems = render_examples(tokenizer, examples, args.max_seq_length)
     report_problems(problems, "error", len(examples))
-    return [sequence for group in groups for sequence in group]
+    return [sample for group in groups for sample in group]
 
 
 def make_stock_trainer(args, model, tokenizer, train, packing: bool):

@@ -16,7 +16,7 @@ from tool_calling.audit import audit_epoch, audit_plan, audit_run
 from tool_calling.data.examples import Example, find_warnings
 from tool_calling.engines.hub import count_parameters, load_config, load_tokenizer
 from tool_calling.estimates import estimate_memory
-from tool_calling.prompts import NOT_HELD_OUT, Sequence, show_rows
+from tool_calling.prompts import NOT_HELD_OUT, Sample, show_rows
 from tool_calling.run_folder import WRITTEN_BY
 from tool_calling.schedule import Plan, count_padded, measure_batches, order_rows
 
@@ -240,7 +240,7 @@ def test_the_plan_is_the_runs(dry):
 
 def test_batches_are_counted_as_the_run_orders_them():
     """Rows of 5, 6, 7 tokens that share 3 of them, two in a stream; the prompt's last token is never shared."""
-    rows = [Sequence(f"x:{n}", [1, 2, 3, 10 + n, *range(20, 20 + n), 9], 4 + n - 1) for n in range(3)]
+    rows = [Sample(f"x:{n}", [1, 2, 3, 10 + n, *range(20, 20 + n), 9], 4 + n - 1) for n in range(3)]
     rows = [row._replace(prompt_length=4) for row in rows]
     args = script.parse_args(["--batch_size", "2", "--gradient_accumulation_steps", "1", "--num_epochs", "2"])
     plan = Plan(2, 1, [[[0], [1], [2]]], lengths=(8, 16))
@@ -262,7 +262,7 @@ def test_batches_are_counted_as_the_run_orders_them():
 
 
 def test_disk_is_estimated_for_the_checkpoints_that_are_kept(tmp_path):
-    rows = [Sequence(f"x:{n}", [1, 2, 3, n, 9], 4) for n in range(20)]
+    rows = [Sample(f"x:{n}", [1, 2, 3, n, 9], 4) for n in range(20)]
     args = script.parse_args(["--save_total_limit", "1", "--output_dir", str(tmp_path)])
     found = audit_run(args, rows, load_config(str(TINY)))
     assert found["plan"]["checkpoints"] == [3, 6, 9] and found["disk_gb"]["checkpoints_kept"] == 2
@@ -492,7 +492,7 @@ def test_show_row_beyond_the_end_is_one_line(tmp_path):
 
 
 def test_a_run_shows_the_chosen_row_and_not_the_first_two(tokenizer, capsys):
-    rows = [Sequence(f"x:{n}", tokenizer(f"question {n} answer {n}")["input_ids"], 2) for n in (1, 2, 3)]
+    rows = [Sample(f"x:{n}", tokenizer(f"question {n} answer {n}")["input_ids"], 2) for n in (1, 2, 3)]
     show_rows(tokenizer, rows, None)
     assert [text for text in capsys.readouterr().out.splitlines() if text.startswith("x:")] == [
         f"x:{n}  (2 prompt tokens, {len(rows[n - 1].input_ids) - 2} supervised)" for n in (1, 2)

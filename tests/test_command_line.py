@@ -111,7 +111,7 @@ def test_a_run_says_what_it_did(job):
     _, result = job
     lines = result.stdout.splitlines()
     assert lines[0].startswith("read     24 valid rows, 24 turns that call, from ")
-    assert lines[1].startswith("render   18 training and 6 held-out sequences of ")
+    assert lines[1].startswith("render   18 training and 6 held-out samples of ")
     assert sum(line.startswith("▶<tool_call>") for line in lines) == 2  # two rows shown, supervised part marked
     assert any(line.startswith("plan     8 rows per step in 1 stream of about ") for line in lines)
     assert sum("of 6  loss " in line for line in lines) == 6
@@ -207,7 +207,7 @@ def test_the_best_checkpoint_is_kept_and_a_separate_file_is_held_out(tmp_path):
             8,
         )
     )
-    assert "render   16 training and 8 held-out sequences" in result.stdout, result.stderr
+    assert "render   16 training and 8 held-out samples" in result.stdout, result.stderr
     losses = [float(x) for x in re.findall(r"held-out loss ([\d.]+)", result.stdout.split("train  ")[0])]
     assert 2 <= len(losses) < 12 and losses[-1] >= min(losses[:-1])  # stopped early, one evaluation after the best
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -293,7 +293,7 @@ def test_16_bit_training_answers_like_its_adapter_and_skips_what_it_must(tmp_pat
         "--max_seq_length is 500 and no answer is ever cut"
     )
     assert len(skipped) == 2
-    assert "render   9 training and 3 held-out sequences" in result.stdout
+    assert "render   9 training and 3 held-out samples" in result.stdout
     data = json.loads((tmp_path / "out" / "report.json").read_text())["data"]
     assert (data["rows"], data["train"], data["held_out"], data["skipped"]) == (12, 9, 3, 2)
     assert names(tmp_path / "final") == FINAL_FILES
@@ -439,10 +439,10 @@ def test_scoring_alone_holds_out_the_rows_that_training_did(tmp_path, monkeypatc
     patch(
         monkeypatch,
         "generate_answers",
-        lambda model, tokenizer, sequences, *_: [scored.append(sequence.where) or "" for sequence in sequences],
+        lambda model, tokenizer, samples, *_: [scored.append(sample.source) or "" for sample in samples],
     )
     result = run_here(*flags, "--eval_only", TINY, "--output_dir", tmp_path / "out")
-    assert result.returncode == 0 and scored == [sequence.where for sequence in held_out], result.stderr
+    assert result.returncode == 0 and scored == [sample.source for sample in held_out], result.stderr
     report = json.loads((tmp_path / "out" / "eval_only" / "report.json").read_text())
     assert {name: report["data"][name] for name in ("train", "held_out", "skipped")} == {
         "train": 0,

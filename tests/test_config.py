@@ -141,7 +141,7 @@ help: true
             "10: argument --max_steps: invalid: 'true'",
             "11: batch_size: stands twice",
             "12: help: no flag is named so",
-            "13: sequence: no flag is named so",
+            "13: sample: no flag is named so",
         ]
     ]
 
@@ -270,7 +270,7 @@ TURNS = [
 
 @pytest.fixture
 def thinking_rows(tmp_path, tokenizer):
-    """Return a function: --thinking and rows of messages -> (rendered sequences as text, problems)."""
+    """Return a function: --thinking and rows of messages -> (rendered samples as text, problems)."""
 
     def render(thinking, *rows):
         path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": row, "tools": [WEATHER]} for row in rows])
@@ -280,7 +280,7 @@ def thinking_rows(tmp_path, tokenizer):
         groups, unrendered = render_examples(tokenizer, examples, 4096)
         assert not unrendered
         return [
-            [(tokenizer.decode(turn.input_ids[: turn.prompt_length]), turn.answer) for turn in group]
+            [(tokenizer.decode(turn.input_ids[: turn.prompt_length]), turn.completion) for turn in group]
             for group in groups
         ], [(where.rsplit("/", 1)[1], problem) for where, problem in problems]
 

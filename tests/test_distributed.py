@@ -24,7 +24,7 @@ import train_qwen3_tool_calling as script
 from tool_calling.engines.start import find_optim, start_engine
 from tool_calling.files import find_damage
 from tool_calling.processes import find_launcher
-from tool_calling.prompts import Sequence
+from tool_calling.prompts import Sample
 from tool_calling.run_folder import check_resume, list_checkpoints, to_step
 from tool_calling.schedule import Plan, cut_streams, hash_rows, order_rows
 from tool_calling.terminal import FlagError, UserError
@@ -241,7 +241,7 @@ def test_the_command_to_go_on_is_started_as_this_one_was(monkeypatch, devices, h
 def test_another_effective_batch_is_refused(tmp_path, monkeypatch):
     (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "checkpoint-3" / "trainer_state.json").write_text('{"global_step": 3}')
-    rows = [Sequence("row:1", [1, 2, 3], 2)]
+    rows = [Sample("row:1", [1, 2, 3], 2)]
     args = script.parse_args(["--batch_size", "2", "--gradient_accumulation_steps", "4"])
     former = vars(args) | {"training_rows": hash_rows(rows), "rows_per_step": 16}
     with pytest.raises(UserError) as error:

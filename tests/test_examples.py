@@ -48,7 +48,7 @@ def test_native_rows_become_examples(tmp_path, tools_path):
     )
     examples, problems = read(path, tools_path)
     assert problems == []
-    assert [example.where for example in examples] == [f"{path}:1", f"{path}:2", f"{path}:4"]
+    assert [example.source for example in examples] == [f"{path}:1", f"{path}:2", f"{path}:4"]
     assert examples[0].messages == [
         {"role": "user", "content": "rain in Rome?"},
         {
@@ -451,7 +451,7 @@ def test_split_is_exact_and_independent_of_order():
     shuffled = random.Random(0).sample(examples, len(examples))
     again = split_examples(shuffled, 0.1)
     assert (requests(again[0]), requests(again[1])) == (requests(train), requests(held_out))
-    assert [e.where for e in train] == [e.where for e in examples if e in train]  # file order is kept
+    assert [e.source for e in train] == [e.source for e in examples if e in train]  # file order is kept
 
 
 def test_one_prompt_is_never_on_both_sides():

@@ -15,7 +15,7 @@ from tool_calling.data.examples import Example
 from tool_calling.engines.answers import find_stop_tokens, generate_answers
 from tool_calling.engines.hub import can_share, check_dropout, check_model, count_parameters, load_tokenizer
 from tool_calling.engines.loading import load_base, warn_of_frozen_experts
-from tool_calling.prompts import Sequence, find_date, parse_calls, render_examples
+from tool_calling.prompts import Sample, find_date, parse_calls, render_examples
 from tool_calling.saving.merge import merge_adapter, read_back, save_adapter, save_whole
 from tool_calling.schedule import plan_streams
 from tool_calling.scores import read_calls, score_answer
@@ -112,10 +112,10 @@ def is_rendered(name: str, messages: list[dict]) -> bool:
 def test_every_turn_is_trained_as_served(name):
     tokenizer, count = make_tokenizer(name), 0
     for messages in CONVERSATIONS.values():
-        (sequences,), problems = render(tokenizer, messages)
+        (samples,), problems = render(tokenizer, messages)
         assert bool(problems) != is_rendered(name, messages)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        for turn, sequence in zip(turns, sequences):
+        for turn, sample in zip(turns, samples):
             thinks = "reasoning_content" in messages[turn]
             served = tokenizer.apply_chat_template(
                 messages[:turn],
@@ -125,26 +125,26 @@ def test_every_turn_is_trained_as_served(name):
                 return_dict=False,
                 enable_thinking=thinks,
             )
-            assert sequence.input_ids[: sequence.prompt_length] == served
+            assert sample.input_ids[: sample.prompt_length] == served
             assert thinks or tokenizer.decode(served).endswith(FAMILIES[name][4])
-            answer, end = supervised(tokenizer, sequence), FAMILIES[name][3]
-            assert answer == sequence.answer + end and end not in sequence.answer
-            assert read_calls(sequence.answer, sequence.parser) == [
+            answer, end = supervised(tokenizer, sample), FAMILIES[name][3]
+            assert answer == sample.completion + end and end not in sample.completion
+            assert read_calls(sample.completion, sample.parser) == [
                 call["function"] for call in messages[turn].get("tool_calls", [])
             ]
-            assert sequence.request == [m["content"] for m in messages[:turn] if m["role"] == "user"][-1]
+            assert sample.request == [m["content"] for m in messages[:turn] if m["role"] == "user"][-1]
             count += 1
     assert count == {"llama3.2": 12, "qwen3-moe": 20}.get(name, 17)
 
 
 def test_llama_writes_calls_as_its_template_does():
     tokenizer = make_tokenizer("llama3.2")
-    (sequences,), _ = render(tokenizer, CONVERSATIONS["tool reply"], date="2024-07-26")
-    assert [supervised(tokenizer, sequence) for sequence in sequences] == [
+    (samples,), _ = render(tokenizer, CONVERSATIONS["tool reply"], date="2024-07-26")
+    assert [supervised(tokenizer, sample) for sample in samples] == [
         '{"name": "get_weather", "parameters": {"city": "Rome"}}<|eot_id|>',
         "Yes.<|eot_id|>",
     ]
-    prompt = tokenizer.decode(sequences[1].input_ids[: sequences[1].prompt_length])
+    prompt = tokenizer.decode(samples[1].input_ids[: samples[1].prompt_length])
     assert prompt.startswith(
         "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nEnvironment: ipython\n"
         "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n<|eot_id|>"
@@ -279,7 +279,7 @@ def test_a_base_ends_its_answers_as_its_template_does(tmp_path):
         load_tokenizer(str(tmp_path))
 
 
-def to_sequences(tokenizer) -> list[Sequence]:
+def to_samples(tokenizer) -> list[Sample]:
     """Return eight short turns of six conversations that every family renders."""
     rows = [[{"role": "user", "content": f"rain in {city}?"}, calls(city)] for city in ("Rome", "Oslo", "Lima", "Bonn")]
     rows += [CONVERSATIONS["tool reply"], CONVERSATIONS["no call"], CONVERSATIONS["system"]]
@@ -287,7 +287,7 @@ def to_sequences(tokenizer) -> list[Sequence]:
         tokenizer, [Example(f"x:{i}", row, [WEATHER, ALARM]) for i, row in enumerate(rows)], 4096
     )
     assert problems == []
-    return [sequence for group in groups for sequence in group]
+    return [sample for group in groups for sample in group]
 
 
 def test_sharing_and_answers_are_exact_in_every_family(family):
@@ -304,7 +304,7 @@ def test_sharing_and_answers_are_exact_in_every_family(family):
         if "lora_B" in n:
             torch.nn.init.normal_(parameter, std=0.1)
     tokenizer = load_tokenizer(str(folder))
-    rows = to_sequences(tokenizer)
+    rows = to_samples(tokenizer)
     loss, gradient = compare_sharing(model, rows, (), "transformers")
     assert loss < 1e-5 and gradient < 1e-4
     assert count_tokens(rows) < 0.4 * sum(len(row.input_ids) for row in rows)
@@ -346,7 +346,7 @@ def test_a_checkpoint_of_all_weights_holds_the_experts(tmp_path):
         ]
     )
     tokenizer = load_tokenizer(str(folder))
-    rows = to_sequences(tokenizer)
+    rows = to_samples(tokenizer)
     plan = plan_streams(rows, args, "transformers")
     trained, fresh = (
         build_trainer(
@@ -402,7 +402,7 @@ def test_a_mixture_of_experts_is_merged_with_its_experts(tmp_path):
     )
     check_dropout(args, check_model(str(folder)))
     tokenizer = load_tokenizer(str(folder))
-    rows = to_sequences(tokenizer)
+    rows = to_samples(tokenizer)
     plan = plan_streams(rows, args, "transformers")
     model = script.load_model(args, "transformers", plan)
     trainer = build_trainer(

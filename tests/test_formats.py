@@ -609,7 +609,7 @@ def test_rows_of_every_format_may_be_mixed_and_converting_twice_changes_nothing(
     rows = [(f"x:{i}", row) for i, (row, *_) in enumerate(CASES.values(), start=1)]
     examples, problems, total, *_ = to_examples(rows, tools_path)
     assert problems == [] and len(examples) == total == len(CASES)
-    lines = [(example.where, json.loads(json.dumps(to_row(example)))) for example in examples]
+    lines = [(example.source, json.loads(json.dumps(to_row(example)))) for example in examples]
     again, problems, _, changes, _ = to_examples(lines, "no/such/tools.json")
     assert problems == [] and not changes
     assert again == [example._replace(format="openai") for example in examples]
@@ -1257,9 +1257,9 @@ def test_turns_of_weight_0_are_not_trained(tokenizer):
     messages = [USER, {**YES, "weight": 0}, {"role": "user", "content": "sure?"}, {**YES, "content": "I am."}]
     example, problems, _ = read({"messages": messages, "tools": []})
     assert problems == []
-    ((sequence,),), problems = render_examples(tokenizer, [example], 4096)
-    assert problems == [] and sequence.answer == "I am."
-    assert "Yes." in tokenizer.decode(sequence.input_ids[: sequence.prompt_length])
+    ((sample,),), problems = render_examples(tokenizer, [example], 4096)
+    assert problems == [] and sample.completion == "I am."
+    assert "Yes." in tokenizer.decode(sample.input_ids[: sample.prompt_length])
 
 
 def test_convert_to_writes_a_new_file_and_trains_nothing(tmp_path, tools_path):
@@ -1438,10 +1438,10 @@ ROW = CALLING | st.fixed_dictionaries(
 def test_arbitrary_json_is_an_example_or_a_located_problem(tools_path, rows, name):
     rows = [(f"x:{line}", row) for line, row in enumerate(rows, start=1)]
     examples, problems, total, *_ = to_examples(rows, tools_path, name)
-    valid, broken = {example.where for example in examples}, {where for where, _ in problems}
+    valid, broken = {example.source for example in examples}, {where for where, _ in problems}
     assert total == len(rows) and not valid & broken and valid | broken == {where for where, _ in rows}
     assert all(problem and "\n" not in problem and len(problem) < 800 for _, problem in problems)
-    again = to_examples([(example.where, to_row(example)) for example in examples], tools_path)
+    again = to_examples([(example.source, to_row(example)) for example in examples], tools_path)
     assert again[1] == [] and json.dumps(again[0]) == json.dumps([e._replace(format="openai") for e in examples])
 
 

@@ -23,7 +23,7 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def sequences(tokenizer):
+def samples(tokenizer):
     """Held-out rows of the bundled data, of which the embedded base gets some right."""
     args = script.parse_args(
         ["--dataset_path", str(ROOT / script.DATASET_PATH), "--tools_path", str(ROOT / script.TOOLS_PATH)]
@@ -31,7 +31,7 @@ def sequences(tokenizer):
     _, held_out = split_examples(read_examples(args, args.dataset_path)[0], 0.1)
     groups, problems = render_examples(tokenizer, held_out[8:24], 2048)
     assert not problems
-    return [sequence for group in groups for sequence in group]
+    return [sample for group in groups for sample in group]
 
 
 def write_alone(model, tokenizer, prompt: list[int], max_new_tokens: int) -> list[int]:
@@ -50,25 +50,25 @@ def write_alone(model, tokenizer, prompt: list[int], max_new_tokens: int) -> lis
     return output[: output.index(stop)] if stop in output else output
 
 
-def test_free_exact_match_is_that_of_generation_row_by_row(model, tokenizer, sequences):
+def test_free_exact_match_is_that_of_generation_row_by_row(model, tokenizer, samples):
     args = script.parse_args(["--eval_batch_size", "16", "--max_new_tokens", "60"])
-    answers = generate_answers(model, tokenizer, sequences, args, "base")
-    written = [answer == sequence.answer for answer, sequence in zip(answers, sequences)]
+    answers = generate_answers(model, tokenizer, samples, args, "base")
+    written = [answer == sample.completion for answer, sample in zip(answers, samples)]
     assert 3 <= sum(written) <= 13  # both verdicts occur
 
     def count(batches):
         return to_metrics(score_batches(model, batches, "transformers"))["exact_match"]
 
-    assert [count([build_stream([row])]) for row in sequences] == written
+    assert [count([build_stream([row])]) for row in samples] == written
     for batches in (
-        [build_stream(sequences[:8]), build_stream(sequences[8:])],
-        [build_padded(sequences[:9]), build_padded(sequences[9:])],
+        [build_stream(samples[:8]), build_stream(samples[8:])],
+        [build_padded(samples[:9]), build_padded(samples[9:])],
     ):
         assert count(batches) == sum(written) / len(written)
 
 
-def test_a_batch_answers_as_each_prompt_alone(model, tokenizer, sequences, monkeypatch):
-    rows = sequences[:6]
+def test_a_batch_answers_as_each_prompt_alone(model, tokenizer, samples, monkeypatch):
+    rows = samples[:6]
     prompts = [row.input_ids[: row.prompt_length] for row in rows]
     stop = tokenizer.convert_tokens_to_ids(tokenizer.eos_token)
     alone = [write_alone(model, tokenizer, prompt, 40) for prompt in prompts]
@@ -85,7 +85,7 @@ def test_a_batch_answers_as_each_prompt_alone(model, tokenizer, sequences, monke
         ]
 
 
-def test_a_model_partly_outside_of_the_device_answers_alike_and_says_so(model, tokenizer, sequences, capsys):
+def test_a_model_partly_outside_of_the_device_answers_alike_and_says_so(model, tokenizer, samples, capsys):
     outside = {f"model.layers.{i}": "cpu" if i == 0 else "disk" for i in range(model.config.num_hidden_layers)}
     spread = load_base(
         str(TINY),
@@ -100,8 +100,8 @@ def test_a_model_partly_outside_of_the_device_answers_alike_and_says_so(model, t
     )
     assert {weight.device.type for weight in spread.parameters()} == {"cpu", "meta"}
     args = script.parse_args(["--max_new_tokens", "12"])
-    assert generate_answers(spread, tokenizer, sequences[:3], args, "spread") == generate_answers(
-        model, tokenizer, sequences[:3], args, "whole"
+    assert generate_answers(spread, tokenizer, samples[:3], args, "spread") == generate_answers(
+        model, tokenizer, samples[:3], args, "whole"
     )
     warn_if_spread(model)
     assert capsys.readouterr().err == ""
@@ -109,7 +109,7 @@ def test_a_model_partly_outside_of_the_device_answers_alike_and_says_so(model, t
     assert capsys.readouterr().err.startswith("warning: the 16-bit model is larger than the GPU's memory: ")
 
 
-def test_an_adapter_leaves_the_parts_of_its_base_where_they_are(tmp_path, sequences, monkeypatch):
+def test_an_adapter_leaves_the_parts_of_its_base_where_they_are(tmp_path, samples, monkeypatch):
     """By what is free with the base already there, PEFT would find no room for it."""
     from peft import LoraConfig, get_peft_model
 
@@ -118,7 +118,7 @@ def test_an_adapter_leaves_the_parts_of_its_base_where_they_are(tmp_path, sequen
         LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
     )
     trained.save_pretrained(tmp_path)
-    ids = torch.tensor([sequences[0].input_ids[:50]])
+    ids = torch.tensor([samples[0].input_ids[:50]])
     expected = trained.eval()(ids).logits
     monkeypatch.setattr("peft.peft_model.infer_auto_device_map", lambda *_, **__: pytest.fail("spread anew"))
     for place in (

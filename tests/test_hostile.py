@@ -147,7 +147,7 @@ def test_a_hostile_line_is_a_located_problem_and_its_neighbours_are_read(tmp_pat
     good = json.dumps(GOOD).encode()
     path.write_bytes(b"\xef\xbb\xbf" + good + b"\r\n" + line + b"\r\n" + good + b"\r\n")
     examples, problems, total, *_ = to_examples(read_rows([str(path)]), str(tmp_path / "tools.json"))
-    assert total == 3 and [example.where for example in examples][:: 2 - bool(problems)] == [f"{path}:1", f"{path}:3"]
+    assert total == 3 and [example.source for example in examples][:: 2 - bool(problems)] == [f"{path}:1", f"{path}:3"]
     if BAD_LINES[line] is None:
         assert problems == []
     else:

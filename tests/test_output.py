@@ -215,7 +215,7 @@ def test_the_model_card_says_what_it_is_and_names_no_folder_of_this_machine(full
     scores = json.loads((folder / "out" / "report.json").read_text())["scores"]
     for name in ("base", "trained"):
         assert f"| {name} | {100 * scores[name]['exact_match']:.1f} % |" in text
-    assert "18 sequences of `rows.jsonl`, 6 held out; 6 steps," in text and "| `learning_rate` | 0.001 |" in text
+    assert "18 samples of `rows.jsonl`, 6 held out; 6 steps," in text and "| `learning_rate` | 0.001 |" in text
     assert "\nvllm serve me/tools --enable-auto-tool-choice" in text
     assert "--model_id tiny-qwen3 --dataset_path rows.jsonl" in text
     assert str(folder) not in card and str(ROOT) not in card and TOKEN not in card
@@ -536,7 +536,7 @@ def test_only_the_adapter_is_handed_over(tmp_path, capsys):
     ]
     assert "`Qwen/Qwen3-0.6B` taught to call tools by LoRA of rank 24: the adapter alone." in card
     assert "\npython x.py --output_dir=out b $HF_TOKEN\n" in card
-    assert "8 sequences of `data/synthetic_finetune_dataset.json`, 2 held out; 3 steps;\ncpu, 2026-01-01 00:00." in card
+    assert "8 samples of `data/synthetic_finetune_dataset.json`, 2 held out; 3 steps;\ncpu, 2026-01-01 00:00." in card
     report["train"] = {"last_step": 3, "kept_step": 2, "history": [{"loss": 2.0}, {"loss": 1.0}, {"eval_loss": 3.0}]}
     assert "2 held out; 2 steps of 3, the best on held-out rows, mean loss 1.5000;\ncpu" in to_card(
         report, True, "tools", "vllm"

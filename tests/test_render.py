@@ -8,7 +8,7 @@ from conftest import ALARM, WEATHER
 import train_qwen3_tool_calling as script
 from tool_calling.data.examples import Example, to_examples
 from tool_calling.data.rows import read_rows
-from tool_calling.prompts import Sequence, parse_calls, render_examples
+from tool_calling.prompts import Sample, parse_calls, render_examples
 from tool_calling.terminal import UserError
 
 ASK = {"role": "user", "content": "rain in Rome and Oslo?"}
@@ -52,19 +52,19 @@ CONVERSATIONS = {
 }
 
 
-def render(tokenizer, messages: list[dict], tools=(WEATHER, ALARM)) -> list[Sequence]:
-    (sequences,), problems = render_examples(tokenizer, [Example("x:1", messages, list(tools))], 4096)
+def render(tokenizer, messages: list[dict], tools=(WEATHER, ALARM)) -> list[Sample]:
+    (samples,), problems = render_examples(tokenizer, [Example("x:1", messages, list(tools))], 4096)
     assert problems == []
-    return sequences
+    return samples
 
 
-def supervised(tokenizer, sequence: Sequence) -> str:
-    return tokenizer.decode(sequence.input_ids[sequence.prompt_length :])
+def supervised(tokenizer, sample: Sample) -> str:
+    return tokenizer.decode(sample.input_ids[sample.prompt_length :])
 
 
 def test_the_supervised_text_is_exact(tokenizer):
     def texts(name):
-        return [supervised(tokenizer, sequence) for sequence in render(tokenizer, CONVERSATIONS[name])]
+        return [supervised(tokenizer, sample) for sample in render(tokenizer, CONVERSATIONS[name])]
 
     rome = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n</tool_call>'
     oslo = rome.replace("Rome", "Oslo")
@@ -93,9 +93,9 @@ def test_every_turn_is_trained_as_served(request, which, name):
     tokenizer = request.getfixturevalue(which)
     messages = CONVERSATIONS[name]
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    sequences = render(tokenizer, messages)
-    assert len(sequences) == len(turns)
-    for turn, sequence in zip(turns, sequences):
+    samples = render(tokenizer, messages)
+    assert len(samples) == len(turns)
+    for turn, sample in zip(turns, samples):
         served = tokenizer.apply_chat_template(
             messages[:turn],
             tools=[WEATHER, ALARM],
@@ -104,8 +104,8 @@ def test_every_turn_is_trained_as_served(request, which, name):
             return_dict=False,
             enable_thinking="reasoning_content" in messages[turn],
         )
-        assert sequence.input_ids[: sequence.prompt_length] == served
-        answer = supervised(tokenizer, sequence)
+        assert sample.input_ids[: sample.prompt_length] == served
+        answer = supervised(tokenizer, sample)
         assert answer.endswith("<|im_end|>") and answer.count("<|im_end|>") == 1
         assert parse_calls(answer) == [call["function"] for call in messages[turn].get("tool_calls", [])]
 
@@ -117,8 +117,8 @@ def test_the_two_tokenizers_render_the_same_text(tokenizer, real_tokenizer):
 
 
 def test_without_tools_no_tool_is_rendered(tokenizer):
-    (sequence,) = render(tokenizer, [{"role": "user", "content": "hi"}, says("hello")], tools=[])
-    assert tokenizer.decode(sequence.input_ids) == (
+    (sample,) = render(tokenizer, [{"role": "user", "content": "hi"}, says("hello")], tools=[])
+    assert tokenizer.decode(sample.input_ids) == (
         "<|im_start|>user\nhi<|im_end|>\n" + EMPTY_THOUGHT + "hello<|im_end|>"
     )
 
@@ -194,7 +194,7 @@ def test_the_bundled_data_renders_without_a_problem(tokenizer):
     assert problems == [] and len(examples) == total == 2000
     groups, problems = render_examples(tokenizer, examples, script.MAX_SEQ_LENGTH)
     assert problems == []
-    for (_, row), (sequence,) in zip(rows, groups):
+    for (_, row), (sample,) in zip(rows, groups):
         output = row["output"]
         expected = output.get("function_calls") or [output["function_call"]] if "content" not in output else []
-        assert parse_calls(supervised(tokenizer, sequence)) == json.loads(json.dumps(expected))
+        assert parse_calls(supervised(tokenizer, sample)) == json.loads(json.dumps(expected))

@@ -20,7 +20,7 @@ from train_small import make_base
 import train_qwen3_tool_calling as script
 from tool_calling.files import MANIFEST, discard_partial, find_damage, is_disk_full, lock_folder, write_manifest
 from tool_calling.processes import Interrupted, handle_signals, raise_interrupted
-from tool_calling.prompts import Sequence
+from tool_calling.prompts import Sample
 from tool_calling.run_folder import (
     check_final,
     check_folder,
@@ -474,13 +474,13 @@ def test_each_damage_is_found_and_named(tmp_path, capsys, damage, message):
         find_checkpoint(args)
 
 
-SEQUENCES = [Sequence("row:1", [1, 2, 3], 2), Sequence("row:2", [4, 5, 6], 1)]
+SAMPLES = [Sample("row:1", [1, 2, 3], 2), Sample("row:2", [4, 5, 6], 1)]
 
 
 def agreed_run() -> tuple:
     """Return (settings, what run.yaml holds of them)."""
     args = script.parse_args(["--num_epochs", "4"])
-    return args, vars(args) | {"training_rows": hash_rows(SEQUENCES), "rows_per_step": 8}
+    return args, vars(args) | {"training_rows": hash_rows(SAMPLES), "rows_per_step": 8}
 
 
 @pytest.mark.parametrize(
@@ -509,10 +509,10 @@ def agreed_run() -> tuple:
 def test_each_difference_is_refused_by_name(tmp_path, name, value):
     checkpoint = str(make_checkpoint(tmp_path, 3))
     args, former = agreed_run()
-    check_resume(args, checkpoint, former, SEQUENCES)
+    check_resume(args, checkpoint, former, SAMPLES)
     setattr(args, name, value)
     with pytest.raises(UserError) as error:
-        check_resume(args, checkpoint, former, SEQUENCES)
+        check_resume(args, checkpoint, former, SAMPLES)
     was = "adamw_torch" if name == "optim" else former[name]  # on the CPU, of a run that named none
     assert str(error.value) == f"--{name} is {value}, and {was} in the run that {checkpoint} is from; expected the same"
 
@@ -523,10 +523,10 @@ def test_a_damaged_best_checkpoint_is_found_before_training(tmp_path):
     (last / "trainer_state.json").write_text(json.dumps(state))
     args, former = agreed_run()
     args.metric_for_best = former["metric_for_best"] = "loss"
-    check_resume(args, str(last), former, SEQUENCES)
+    check_resume(args, str(last), former, SAMPLES)
     (best / "weights").write_bytes(b"0123456788")
     with pytest.raises(UserError) as error:
-        check_resume(args, str(last), former, SEQUENCES)
+        check_resume(args, str(last), former, SAMPLES)
     assert str(error.value) == (
         f"{best}, the best so far, is damaged: weights is not as it was written; remove it to go on without"
     )
@@ -553,25 +553,25 @@ def test_where_the_best_checkpoint_is_gone_the_best_is_sought_anew(tmp_path, cap
 def test_a_run_may_grow_and_not_shrink_and_says_what_that_does_to_its_rate(tmp_path, capsys):
     checkpoint = str(make_checkpoint(tmp_path, 3))
     args, former = agreed_run()
-    planned = count_steps(args, SEQUENCES)[0]
+    planned = count_steps(args, SAMPLES)[0]
     for epochs, steps in ((9, None), (4, 3), (1, 7)):
         args.num_epochs, args.max_steps = epochs, steps
-        check_resume(args, checkpoint, former, SEQUENCES)
-        expected = count_steps(args, SEQUENCES)[0]
+        check_resume(args, checkpoint, former, SAMPLES)
+        expected = count_steps(args, SAMPLES)[0]
         assert expected != planned and capsys.readouterr().err == (
             f"warning: {checkpoint} is from a run of {planned} steps, and this one has {expected}: from here on the learning "
             "rate is that of the latter\n"
         )
     args.lr_scheduler_type = former["lr_scheduler_type"] = "constant_with_warmup"
-    check_resume(args, checkpoint, former, SEQUENCES)
+    check_resume(args, checkpoint, former, SAMPLES)
     assert capsys.readouterr().err == ""
     args.max_steps = 2
     with pytest.raises(UserError, match="-3 is from step 3, and --max_steps or --num_epochs ends at 2; "):
-        check_resume(args, checkpoint, former, SEQUENCES)
+        check_resume(args, checkpoint, former, SAMPLES)
 
 
 def test_rows_are_the_same_only_in_the_same_order_with_the_same_prompts():
-    first, second = SEQUENCES
+    first, second = SAMPLES
     hashes = {
         hash_rows(rows)
         for rows in (
@@ -580,11 +580,11 @@ def test_rows_are_the_same_only_in_the_same_order_with_the_same_prompts():
             [first],
             [first, second._replace(prompt_length=2)],
             [first, second._replace(input_ids=[4, 5, 7])],
-            [Sequence("", [1, 2, 3, 4, 5, 6], 2)],
+            [Sample("", [1, 2, 3, 4, 5, 6], 2)],
         )
     }
     assert len(hashes) == 6
-    assert hash_rows([first._replace(where="elsewhere"), second]) == hash_rows(SEQUENCES)
+    assert hash_rows([first._replace(source="elsewhere"), second]) == hash_rows(SAMPLES)
 
 
 def test_what_is_not_of_the_run_is_removed_at_its_start(tmp_path):
@@ -594,11 +594,11 @@ def test_what_is_not_of_the_run_is_removed_at_its_start(tmp_path):
         make_checkpoint(tmp_path, step)
     (tmp_path / ".checkpoint-15.partial").mkdir()
     (tmp_path / "notes").mkdir()
-    start_output(args, str(tmp_path / "checkpoint-6"), SEQUENCES, plan)
+    start_output(args, str(tmp_path / "checkpoint-6"), SAMPLES, plan)
     assert names(tmp_path) == ["checkpoint-3", "checkpoint-6", "notes", "run.yaml"]
     former = read_run(str(tmp_path / "checkpoint-6"), vars(script.parse_args([])))
-    assert former["rows_per_step"] == 8 and former["training_rows"] == hash_rows(SEQUENCES)
-    start_output(args, None, SEQUENCES, plan)
+    assert former["rows_per_step"] == 8 and former["training_rows"] == hash_rows(SAMPLES)
+    start_output(args, None, SAMPLES, plan)
     assert names(tmp_path) == ["notes", "run.yaml"]
 
 
@@ -622,7 +622,7 @@ def test_the_command_that_goes_on_names_resume_once(words):
 
 def test_checkpoints_on_the_disk_at_once_are_counted(tmp_path):
     def count(*flags, checkpoint=None):
-        return count_checkpoints(script.parse_args([*flags]), SEQUENCES * 20, checkpoint)  # 5 steps an epoch
+        return count_checkpoints(script.parse_args([*flags]), SAMPLES * 20, checkpoint)  # 5 steps an epoch
 
     assert count("--num_epochs", "4") == 4
     assert count("--num_epochs", "4", "--save_steps", "3") == 7  # the last step is saved too

@@ -24,7 +24,7 @@ from tool_calling.engines.hub import check_model
 from tool_calling.engines.loading import load_base
 from tool_calling.engines.losses import compute_token_losses
 from tool_calling.environment import refuse_telemetry, return_pages
-from tool_calling.prompts import Sequence
+from tool_calling.prompts import Sample
 from tool_calling.report import write_report
 from tool_calling.run_folder import write_run
 from tool_calling.schedule import Plan, group_rows, order_rows
@@ -35,7 +35,7 @@ from tool_calling.training.trainer import build_trainer, explain_numbers, find_o
 COMPUTE = compute_token_losses
 ANSWERS = [[5, 6], [7], [8, 9, 10], [11], [12, 13], [14]]
 TRAIN = [
-    Sequence(f"rows.jsonl:{i + 1}", [1, 2, 3, 4, 30 + i, 20, *answer], 6) for i, answer in enumerate(ANSWERS * 4)
+    Sample(f"rows.jsonl:{i + 1}", [1, 2, 3, 4, 30 + i, 20, *answer], 6) for i, answer in enumerate(ANSWERS * 4)
 ]  # 24 rows that share four tokens
 
 
@@ -168,7 +168,7 @@ def test_one_row_that_does_not_fit_ends_the_run_with_its_line(tmp_path, tokenize
     with pytest.raises(UserError) as error:
         trainer.train()
     where = str(error.value).split(": ")[0]
-    assert where in [row.where for row in TRAIN if len(row.input_ids) == 9]
+    assert where in [row.source for row in TRAIN if len(row.input_ids) == 9]
     assert str(error.value) == (
         f"{where}: out of GPU memory at step 1 on this row alone, 9 tokens; lower --max_seq_length, use "
         "--load_in_4bit, --gradient_checkpointing on and --no-cuda_graphs, or choose a smaller --model_id"
@@ -336,7 +336,7 @@ def test_a_number_that_is_not_finite_ends_the_run_before_anything_is_saved(
         train_model(trainer, None, complete=False)
     assert bar.finished is False and not bar.live.is_started  # or the message would be drawn through it
     plan = Plan(5, 2, group_rows(TRAIN))
-    rows = [TRAIN[index].where for index in order_rows(plan, script.SEED, 0)[10:20]]
+    rows = [TRAIN[index].source for index in order_rows(plan, script.SEED, 0)[10:20]]
     assert str(error.value) == (
         f"step 2: {wrong}; expected a finite number. Nothing of it is saved, and a checkpoint written "
         "before is good. Lower --learning_rate, or look at the rows of this step: "

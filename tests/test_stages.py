@@ -78,7 +78,7 @@ def test_a_saved_model_that_is_worse_takes_no_final_name(job, tmp_path, monkeypa
     def prove(function, args, base, adapter, rows, plan):
         assert function is merge_and_score and (adapter is None) == (rank == 0)
         partial_folder(args.final_model_dir).mkdir(exist_ok=True)
-        answers = [row.answer for row in rows]
+        answers = [row.completion for row in rows]
         losses = {"base": None, "adapter": 0.1, "merged": 9.0} if adapter else {"base": None, "trained": 9.0}
         return {name: {"answers": answers, "loss": loss} for name, loss in losses.items()}
 
@@ -159,7 +159,7 @@ def test_what_is_scored_alone_and_in_how_many_bits(job, tmp_path, monkeypatch):
     render, rendered = render_examples, []
 
     def note(tokenizer, examples, *more):
-        rendered.append([example.where for example in examples])
+        rendered.append([example.source for example in examples])
         return render(tokenizer, examples, *more)
 
     patch(monkeypatch, "render_examples", note)

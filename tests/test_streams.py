@@ -14,7 +14,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 import train_qwen3_tool_calling as script
 from tool_calling.engines.graphs import find_recorded
 from tool_calling.engines.losses import compute_token_losses, score_batches, to_metrics
-from tool_calling.prompts import Sequence
+from tool_calling.prompts import Sample
 from tool_calling.schedule import (
     Plan,
     build_batch,
@@ -33,8 +33,8 @@ from tool_calling.training.selfcheck import check_sharing, compare_sharing, comp
 VOCABULARY = 61
 
 
-def row(prompt: list[int], answer: list[int], where: str = "x:1") -> Sequence:
-    return Sequence(where, prompt + answer, len(prompt))
+def row(prompt: list[int], answer: list[int], where: str = "x:1") -> Sample:
+    return Sample(where, prompt + answer, len(prompt))
 
 
 def values(stream: dict) -> dict:
@@ -124,7 +124,7 @@ def model():
     return model
 
 
-def loss_and_gradients(model, batches: list[list[Sequence]]) -> tuple[float, dict]:
+def loss_and_gradients(model, batches: list[list[Sample]]) -> tuple[float, dict]:
     """The mean loss over all supervised tokens of the batches, and the gradient of every adapter weight."""
     model.zero_grad()
     tokens = sum(len(row.input_ids) - row.prompt_length for batch in batches for row in batch)
@@ -136,7 +136,7 @@ def loss_and_gradients(model, batches: list[list[Sequence]]) -> tuple[float, dic
     return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def plain_loss_and_gradients(model, rows: list[Sequence]) -> tuple[float, dict]:
+def plain_loss_and_gradients(model, rows: list[Sample]) -> tuple[float, dict]:
     """The same by the model's own causal attention and loss, one row at a time, with nothing of this project."""
     model.zero_grad()
     tokens = sum(len(row.input_ids) - row.prompt_length for row in rows)
@@ -256,11 +256,11 @@ def settings_of(batch_size: int, steps: int, max_seq_length: int, **more) -> arg
 
 
 def plan(lengths: list[int], shared: int, batch_size: int, steps: int, max_seq_length: int, engine="transformers"):
-    sequences = [
+    samples = [
         row(list(range(shared)) + [100 + i] * (length - shared - 1), [7], f"x:{i}") for i, length in enumerate(lengths)
     ]
-    plan = plan_streams(sequences, settings_of(batch_size, steps, max_seq_length), engine)
-    assert sorted(row for group in plan.groups for rows in group for row in rows) == list(range(len(sequences)))
+    plan = plan_streams(samples, settings_of(batch_size, steps, max_seq_length), engine)
+    assert sorted(row for group in plan.groups for rows in group for row in rows) == list(range(len(samples)))
     return plan._replace(groups=[])
 
 
@@ -295,7 +295,7 @@ def test_no_sharing_is_the_batches_of_the_flags():
     }
 
 
-def many_tools() -> list[Sequence]:
+def many_tools() -> list[Sample]:
     """Three tool sets with 20, 9 and 1 rows; the first set's rows are turns of conversations, two a row of the file."""
     prefixes = [list(range(100, 120)), list(range(200, 220)), list(range(300, 320))]
     rows = [row(prefixes[0] + [i], [1], f"x:{i // 2}") for i in range(20)]

@@ -22,7 +22,7 @@ from tool_calling.engines.hub import load_tokenizer
 from tool_calling.engines.start import leave_group, start_engine
 from tool_calling.files import lock_folder, put_in_place
 from tool_calling.processes import is_main, leave
-from tool_calling.prompts import Sequence
+from tool_calling.prompts import Sample
 from tool_calling.run_folder import check_resume, find_checkpoint, is_complete, list_checkpoints, read_run, start_output
 from tool_calling.saving.merge import round_trained, save_adapter, save_whole
 from tool_calling.schedule import plan_streams, to_batches
@@ -52,10 +52,10 @@ def make_base(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def make_rows(count: int, seed: int) -> list[Sequence]:
-    """Return random sequences whose prompts have a common beginning."""
+def make_rows(count: int, seed: int) -> list[Sample]:
+    """Return random samples whose prompts have a common beginning."""
     numbers = random.Random(seed)
-    return [Sequence(f"row:{i}", [*range(20, 40), *numbers.choices(range(300), k=10)], 25) for i in range(count)]
+    return [Sample(f"row:{i}", [*range(20, 40), *numbers.choices(range(300), k=10)], 25) for i in range(count)]
 
 
 def live(folder: Path, flags: list[str]) -> None:

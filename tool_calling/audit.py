@@ -13,7 +13,7 @@ from tool_calling.engines.hub import can_share, check_kind, count_parameters, lo
 from tool_calling.engines.start import find_optim
 from tool_calling.estimates import estimate_disk, estimate_memory
 from tool_calling.files import digest, find_existing, write_file
-from tool_calling.prompts import Sequence, render_text
+from tool_calling.prompts import Sample, render_text
 from tool_calling.run_folder import list_checkpoints, mark_output
 from tool_calling.schedule import (
     Plan,
@@ -115,7 +115,7 @@ def summarise(values: list[int]) -> dict:
     return {"mean": round(float(np.mean(values)), 1), **percentiles, "max": max(values)}
 
 
-def audit_sizes(tokenizer, examples: list[Example], groups: list[list[Sequence]]) -> dict:
+def audit_sizes(tokenizer, examples: list[Example], groups: list[list[Sample]]) -> dict:
     """Return how many tokens each part of a trained turn has: tools, prompt without them, answer, and all."""
     rendered = [(example, group) for example, group in zip(examples, groups) if group]
     counts = count_tool_tokens(tokenizer, [example for example, _ in rendered])
@@ -129,10 +129,10 @@ def audit_sizes(tokenizer, examples: list[Example], groups: list[list[Sequence]]
     return {name: summarise(values) for name, values in parts.items()} if turns else {}
 
 
-def audit_lengths(examples: list[Example], groups: list[list[Sequence]], limit: int) -> tuple[list, dict]:
+def audit_lengths(examples: list[Example], groups: list[list[Sample]], limit: int) -> tuple[list, dict]:
     """Return (groups without those that are too long, which these are and the smallest limit that loses none)."""
     longest = [max((len(turn.input_ids) for turn in group), default=0) for group in groups]
-    too_long = [(example.where, size) for example, size in zip(examples, longest) if size > limit]
+    too_long = [(example.source, size) for example, size in zip(examples, longest) if size > limit]
     kept = [group if size <= limit else [] for group, size in zip(groups, longest)]
     return kept, {"max_seq_length": limit, "smallest": max(longest), "too_long": too_long}
 
@@ -157,10 +157,10 @@ def audit_repeats(examples: list[Example], held_out: list[Example]) -> dict:
         answer = messages[find_first_answer(example)]
         earlier = rows.setdefault((tools, digest(messages)), example)
         if earlier is not example:
-            duplicates.append((earlier.where, example.where))
-        where, expected = requests.setdefault((tools, digest_prompt(example)), (example.where, answer))
+            duplicates.append((earlier.source, example.source))
+        where, expected = requests.setdefault((tools, digest_prompt(example)), (example.source, answer))
         if answer != expected:
-            conflicts.append((where, example.where))
+            conflicts.append((where, example.source))
     return {
         "duplicates": list_some(duplicates),
         "conflicts": list_some(conflicts),
@@ -168,7 +168,7 @@ def audit_repeats(examples: list[Example], held_out: list[Example]) -> dict:
     }
 
 
-def audit_epoch(train: list[Sequence], args: argparse.Namespace, plan: Plan) -> dict:
+def audit_epoch(train: list[Sample], args: argparse.Namespace, plan: Plan) -> dict:
     """Return how many tokens the first epoch computes as padded batches, as rows without padding, and as streams."""
 
     def measure(plan):
@@ -181,7 +181,7 @@ def audit_epoch(train: list[Sequence], args: argparse.Namespace, plan: Plan) -> 
     }
 
 
-def audit_plan(train: list[Sequence], args: argparse.Namespace, plan: Plan) -> dict:
+def audit_plan(train: list[Sample], args: argparse.Namespace, plan: Plan) -> dict:
     """Return steps, streams and checkpoints of the run; the sizes are those of the streams measured, filled up."""
     sizes = measure_run(train, plan, args)
     steps, per_epoch = count_steps(args, train)
@@ -212,7 +212,7 @@ def list_writes(args: argparse.Namespace, checkpoints: list[int]) -> dict:
     return {"written": [str(path) for path in written], "replaced": [str(path) for path in (*earlier, *replaced)]}
 
 
-def audit_run(args: argparse.Namespace, train: list[Sequence], config) -> dict:
+def audit_run(args: argparse.Namespace, train: list[Sample], config) -> dict:
     """Return plan, tokens of an epoch and files of a run on CUDA; with a config also its memory and disk."""
     engine = "transformers" if args.engine == "transformers" else "unsloth"
     share = args.share_prefix and (config is None or can_share(engine, config))

@@ -18,13 +18,13 @@ from tool_calling.data.special_tokens import CONTROL_TOKEN, find_forbidden
 from tool_calling.terminal import UserError, make_console, report_problems, say, shorten, warn
 
 
-class Sequence(NamedTuple):
+class Sample(NamedTuple):
     """One assistant turn as tokens: the prompt as serving renders it, then the supervised answer."""
 
-    where: str
+    source: str  # file:line of the row
     input_ids: list[int]
     prompt_length: int
-    answer: str = ""  # the supervised text without its end token, for scoring
+    completion: str = ""  # the supervised text without its end token, for scoring
     tools: list[dict] = []
     request: str = ""  # what the user said last
     parser: str = "hermes"  # reads the calls of the answer, see parse_calls
@@ -187,12 +187,12 @@ def check_control_tokens(example: Example, control_token: re.Pattern) -> None:
 
 
 def describe_length(tokens: int, max_seq_length: int) -> str:
-    """Return the problem of a sequence that is too long."""
+    """Return the problem of a sample that is too long."""
     return f"{tokens:,} tokens; --max_seq_length is {max_seq_length:,} and no answer is ever cut"
 
 
 def render_examples(tokenizer, examples: list[Example], max_seq_length: int, date: str | None = None):
-    """Return ([sequences of example 0, ...], problems); the sequences of an example with a problem are left out."""
+    """Return ([samples of example 0, ...], problems); the samples of an example with a problem are left out."""
     rendered, problems, bad = [], [], set()
     parser, control_token = check_template(tokenizer, examples), find_control_tokens(tokenizer)
     for index, example in enumerate(track(examples, "render", transient=True, disable=not sys.stdout.isatty())):
@@ -201,22 +201,22 @@ def render_examples(tokenizer, examples: list[Example], max_seq_length: int, dat
             check_control_tokens(example, control_token) if control_token else None
             rendered += [(index, turn, *render_turn(tokenizer, example, turn, parser, date)) for turn in turns]
         except (ValueError, RecursionError) as error:
-            problems.append((example.where, str(error)))
+            problems.append((example.source, str(error)))
             bad.add(index)
     # Prompt and answer are encoded apart: the model is served the prompt's tokens and then writes its own.
     encode = partial(tokenizer, add_special_tokens=False, return_attention_mask=False)
     prompts = encode([prompt for *_, prompt, _ in rendered])["input_ids"] if rendered else []
     answers = encode([answer for *_, answer in rendered])["input_ids"] if rendered else []
-    groups: list[list[Sequence]] = [[] for _ in examples]
+    groups: list[list[Sample]] = [[] for _ in examples]
     for (index, turn, _, text), prompt, answer in zip(rendered, prompts, answers):
         example = examples[index]
         if len(prompt) + len(answer) > max_seq_length:
             bad.add(index)
-            problems.append((example.where, describe_length(len(prompt) + len(answer), max_seq_length)))
+            problems.append((example.source, describe_length(len(prompt) + len(answer), max_seq_length)))
         request = next((m["content"] for m in reversed(example.messages[:turn]) if m["role"] == "user"), "")
         groups[index].append(
-            Sequence(
-                example.where,
+            Sample(
+                example.source,
                 prompt + answer,
                 len(prompt),
                 text.removesuffix(tokenizer.eos_token),
@@ -228,15 +228,15 @@ def render_examples(tokenizer, examples: list[Example], max_seq_length: int, dat
     return [[] if index in bad else group for index, group in enumerate(groups)], problems
 
 
-def show_row(tokenizer, sequence: Sequence, whole: bool = False) -> None:
+def show_row(tokenizer, sample: Sample, whole: bool = False) -> None:
     """Print a row as the model sees it, cut unless `whole`; ▶ ... ◀ (green on a terminal) is what is supervised."""
-    prompt = tokenizer.decode(sequence.input_ids[: sequence.prompt_length])
-    answer = tokenizer.decode(sequence.input_ids[sequence.prompt_length :])
+    prompt = tokenizer.decode(sample.input_ids[: sample.prompt_length])
+    answer = tokenizer.decode(sample.input_ids[sample.prompt_length :])
     if len(prompt) > 500 and not whole:
         prompt = f"{prompt[:160]} … {len(prompt) - 460:,} characters … {prompt[-300:]}"
     text = Text(
-        f"\n{sequence.where}  ({sequence.prompt_length:,} prompt tokens, "
-        f"{len(sequence.input_ids) - sequence.prompt_length} supervised)\n",
+        f"\n{sample.source}  ({sample.prompt_length:,} prompt tokens, "
+        f"{len(sample.input_ids) - sample.prompt_length} supervised)\n",
         style="bold",
     )
     text += Text(prompt, style="dim") + Text(f"▶{answer}◀", style="green")
@@ -247,16 +247,16 @@ def find_shown(args: argparse.Namespace, examples: list[Example]) -> str | None:
     """Return where the row of --show_row is, or None; a number beyond the last row is a UserError."""
     if args.show_row and args.show_row > len(examples):
         raise UserError(f"--show_row {args.show_row}: no such row; expected 1 to {len(examples):,}, the valid rows")
-    return examples[args.show_row - 1].where if args.show_row else None
+    return examples[args.show_row - 1].source if args.show_row else None
 
 
-def show_rows(tokenizer, sequences: list[Sequence], shown: str | None) -> None:
-    """Print every trained turn of the row `shown` whole; without it, the first two sequences, shortened."""
-    chosen = [sequence for sequence in sequences if sequence.where == shown] if shown else sequences[:2]
+def show_rows(tokenizer, samples: list[Sample], shown: str | None) -> None:
+    """Print every trained turn of the row `shown` whole; without it, the first two samples, shortened."""
+    chosen = [sample for sample in samples if sample.source == shown] if shown else samples[:2]
     if not chosen:
         warn(f"--show_row: {shown} is left out; expected a row without a problem")
-    for sequence in chosen:
-        show_row(tokenizer, sequence, whole=shown is not None)
+    for sample in chosen:
+        show_row(tokenizer, sample, whole=shown is not None)
 
 
 def find_end_token(tokenizer) -> str | None:
@@ -270,31 +270,31 @@ def find_end_token(tokenizer) -> str | None:
     return min(tokens, key=tail[2].find, default=None) if tail[1] else None
 
 
-def count_origins(sequences: list[Sequence]) -> int:
-    """Return of how many rows these sequences are: one with several trained turns makes several."""
-    return len({sequence.where for sequence in sequences})
+def count_origins(samples: list[Sample]) -> int:
+    """Return of how many rows these samples are: one with several trained turns makes several."""
+    return len({sample.source for sample in samples})
 
 
-def name_unit(*sides: list[Sequence]) -> str:
-    """Return what sequences are to be called: rows, or turns where rows have several."""
+def name_unit(*sides: list[Sample]) -> str:
+    """Return what samples are to be called: rows, or turns where rows have several."""
     return "rows" if all(count_origins(side) == len(side) for side in sides) else "turns"
 
 
 def to_sides(
-    args: argparse.Namespace, examples: list[Example], held_out: list[Example], groups: list[list[Sequence]]
-) -> list[list[Sequence]]:
-    """Return the training and held-out sequences of rendered examples, split here if none are held out yet."""
-    sequences = {id(example): group for example, group in zip([*examples, *held_out], groups) if group}
-    sides = [[example for example in side if id(example) in sequences] for side in (examples, held_out)]
+    args: argparse.Namespace, examples: list[Example], held_out: list[Example], groups: list[list[Sample]]
+) -> list[list[Sample]]:
+    """Return the training and held-out samples of rendered examples, split here if none are held out yet."""
+    samples = {id(example): group for example, group in zip([*examples, *held_out], groups) if group}
+    sides = [[example for example in side if id(example) in samples] for side in (examples, held_out)]
     if not held_out:
         sides = split_examples(sides[0], args.train_test_split)
-    return [[sequence for example in side for sequence in sequences[id(example)]] for side in sides]
+    return [[sample for example in side for sample in samples[id(example)]] for side in sides]
 
 
 NOT_HELD_OUT = "no row is held out: the scores will be those of training rows, and say nothing about new requests"
 
 
-def check_sides(args: argparse.Namespace, train: list[Sequence], held_out: list[Sequence]) -> None:
+def check_sides(args: argparse.Namespace, train: list[Sample], held_out: list[Sample]) -> None:
     """Refuse a run without a training row, and one that keeps its best by scores of no row."""
     if not train:
         paths = " ".join(args.dataset_path)
@@ -309,8 +309,8 @@ def check_sides(args: argparse.Namespace, train: list[Sequence], held_out: list[
 
 def render_all(
     args: argparse.Namespace, tokenizer, examples: list[Example], held_out: list[Example] = [], date: str | None = None
-) -> tuple[list[Sequence], list[Sequence]]:
-    """Return the training and held-out sequences of the valid examples, split here if none are held out yet."""
+) -> tuple[list[Sample], list[Sample]]:
+    """Return the training and held-out samples of the valid examples, split here if none are held out yet."""
     start = time.perf_counter()
     both = [*examples, *held_out]
     groups, problems = render_examples(tokenizer, both, args.max_seq_length, date)
@@ -319,10 +319,10 @@ def render_all(
     check_sides(args, train, test)
     if not test:
         warn(NOT_HELD_OUT)
-    tokens = [len(sequence.input_ids) for sequence in (*train, *test)]
+    tokens = [len(sample.input_ids) for sample in (*train, *test)]
     say(
         "render",
-        f"{len(train):,} training and {len(test):,} held-out sequences of {sum(tokens) // len(tokens):,} "
+        f"{len(train):,} training and {len(test):,} held-out samples of {sum(tokens) // len(tokens):,} "
         f"tokens on average, {max(tokens):,} at most ({time.perf_counter() - start:.1f} s)",
     )
     if date:

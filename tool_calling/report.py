@@ -13,19 +13,19 @@ import torch
 
 from tool_calling.files import write_file
 from tool_calling.page import render_report
-from tool_calling.prompts import Sequence
+from tool_calling.prompts import Sample
 from tool_calling.scores import count_classes, count_confusion, count_per_tool
 from tool_calling.terminal import cut_text, hide_secrets, say
 
 SHOWN_ROWS = 3  # held-out requests whose answers are shown before and after
 
 
-def show_answers(sequences: list[Sequence], results: dict, verdicts: dict) -> None:
-    """Print of the first sequences request, expected answer, and the answer of the first and of the last model."""
+def show_answers(samples: list[Sample], results: dict, verdicts: dict) -> None:
+    """Print of the first samples request, expected answer, and the answer of the first and of the last model."""
     first, *_, last = results if len(results) > 1 else ["", *results]
-    for index, sequence in enumerate(sequences[:SHOWN_ROWS]):
-        print(f"\n{sequence.where}  {cut_text(sequence.request)}")
-        print(f"  {'expected':<9}{cut_text(sequence.answer)}")
+    for index, sample in enumerate(samples[:SHOWN_ROWS]):
+        print(f"\n{sample.source}  {cut_text(sample.request)}")
+        print(f"  {'expected':<9}{cut_text(sample.completion)}")
         for label, name in (("before", first), ("after", last)):
             if name:
                 answer = cut_text(results[name]["answers"][index])
@@ -47,7 +47,7 @@ def show_scores(scores: dict) -> None:
         )
 
 
-def to_report(args, command, sequences, results, scores, verdicts, data, lengths, train) -> dict:
+def to_report(args, command, samples, results, scores, verdicts, data, lengths, train) -> dict:
     """Return all that is known of the run as one dict, with what report.json promises."""
     last = list(results)[-1]
     shares = {name: count_per_tool(of_model) for name, of_model in verdicts.items()}
@@ -62,13 +62,13 @@ def to_report(args, command, sequences, results, scores, verdicts, data, lengths
     before, got = results[next(iter(results))]["answers"], results[last]["answers"]
     failures = [
         {
-            "where": sequence.where,
-            "request": sequence.request,
-            "expected": sequence.answer,
+            "where": sample.source,
+            "request": sample.request,
+            "expected": sample.completion,
             "got": got[index],
             **({"before": before[index]} if len(results) > 1 else {}),
         }
-        for index, sequence in enumerate(sequences)
+        for index, sample in enumerate(samples)
         if not verdicts[last][index].exact
     ]
     paths = [*args.dataset_path * bool(train or not args.eval_dataset_path), *(args.eval_dataset_path or [])]
@@ -79,8 +79,8 @@ def to_report(args, command, sequences, results, scores, verdicts, data, lengths
             "tokens": {"mean": sum(lengths) / len(lengths), "max": max(lengths)},
             "lengths": {"edges": [round(float(edge), 1) for edge in edges], "counts": bins.tolist()},
         }
-    classes = count_classes([(sequence.answer, answer) for sequence, answer in zip(sequences, got)])
-    if not any(sequence.tools for sequence in sequences) and classes is not None:
+    classes = count_classes([(sample.completion, answer) for sample, answer in zip(samples, got)])
+    if not any(sample.tools for sample in samples) and classes is not None:
         scores[last]["macro_f1"] = classes
     report = {
         "scores": scores,
@@ -134,7 +134,7 @@ def write_report(folder: str, report: dict) -> dict:
 def finish(
     args: argparse.Namespace,
     command: str,
-    sequences: list[Sequence],
+    samples: list[Sample],
     results: dict,
     scores: dict,
     verdicts: dict,
@@ -143,8 +143,8 @@ def finish(
     train: dict | None = None,
 ) -> dict:
     """Show the first answers and the scores; write and return the report."""
-    report = to_report(args, command, sequences, results, scores, verdicts, data, lengths, train)
-    show_answers(sequences, results, verdicts)
+    report = to_report(args, command, samples, results, scores, verdicts, data, lengths, train)
+    show_answers(samples, results, verdicts)
     show_scores(scores)
     report = write_report(args.output_dir, report)
     say("report", f"{Path(args.output_dir) / 'report.html'}")

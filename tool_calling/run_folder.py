@@ -13,7 +13,7 @@ import yaml
 from tool_calling.data.literals import as_list
 from tool_calling.files import LOCK, find_damage, find_existing, move_aside, write_file
 from tool_calling.processes import is_main
-from tool_calling.prompts import Sequence
+from tool_calling.prompts import Sample
 from tool_calling.terminal import UserError, hide_secrets, warn
 
 WRITTEN_BY = "# written by train_qwen3_tool_calling.py\n"  # first line of run.yaml: marks a folder as ours to replace
@@ -95,7 +95,7 @@ def read_run(checkpoint: str | None, defaults: dict) -> dict:
     return defaults | settings | (settings.get("facts") or {})
 
 
-def check_resume(args: argparse.Namespace, checkpoint: str | None, former: dict, train: list[Sequence]) -> None:
+def check_resume(args: argparse.Namespace, checkpoint: str | None, former: dict, train: list[Sample]) -> None:
     """Refuse to go on from a checkpoint of a run with other rows or settings: the result would be of neither run."""
     from tool_calling.engines.start import find_optim
     from tool_calling.schedule import count_rows_per_step, count_steps, hash_rows
@@ -141,7 +141,7 @@ def check_resume(args: argparse.Namespace, checkpoint: str | None, former: dict,
         )
 
 
-def is_complete(args: argparse.Namespace, checkpoint: str, train: list[Sequence]) -> bool:
+def is_complete(args: argparse.Namespace, checkpoint: str, train: list[Sample]) -> bool:
     """Say whether training had ended with this checkpoint: at its last step, or early for want of improvement."""
     from tool_calling.schedule import count_steps
 
@@ -225,7 +225,7 @@ def mark_output(args: argparse.Namespace) -> None:
 
 
 def start_output(
-    args: argparse.Namespace, checkpoint: str | None, train: list[Sequence], plan, date: str | None = None
+    args: argparse.Namespace, checkpoint: str | None, train: list[Sample], plan, date: str | None = None
 ) -> None:
     """Mark the output folder as this run's, and remove what is not of it: checkpoints and unfinished folders.
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tool_calling.processes import count_devices
-from tool_calling.prompts import Sequence
+from tool_calling.prompts import Sample
 from tool_calling.run_folder import to_step
 from tool_calling.streams import build_padded, build_stream, count_tokens, fill_up, split_rows, to_tree
 from tool_calling.terminal import plural, say
@@ -40,22 +40,22 @@ class Plan(NamedTuple):
         return self.rows * self.accumulation * self.devices
 
 
-def build_batch(rows: list[Sequence], plan: Plan) -> dict:
+def build_batch(rows: list[Sample], plan: Plan) -> dict:
     """Return the tensors of one micro-batch as the plan says."""
     return build_stream(rows, plan.lengths) if plan.share_prefix else build_padded(rows)
 
 
-def group_rows(sequences: list[Sequence]) -> list[list[list[int]]]:
-    """Return indices of sequences: groups (the same tools) of conversations (the same row of the file) of turns.
+def group_rows(samples: list[Sample]) -> list[list[list[int]]]:
+    """Return indices of samples: groups (the same tools) of conversations (the same row of the file) of turns.
 
     Rows whose prompts share at least half of their tokens are of one group.
     """
-    index_of = {id(sequence): i for i, sequence in enumerate(sequences)}
+    index_of = {id(sample): i for i, sample in enumerate(samples)}
     groups: list[dict[str, list[int]]] = []
-    for sequence, shared in to_tree(sequences):
-        if not groups or shared < sequence.prompt_length / 2:
+    for sample, shared in to_tree(samples):
+        if not groups or shared < sample.prompt_length / 2:
             groups.append({})
-        groups[-1].setdefault(sequence.where, []).append(index_of[id(sequence)])
+        groups[-1].setdefault(sample.source, []).append(index_of[id(sample)])
     return [list(group.values()) for group in groups]
 
 
@@ -104,26 +104,26 @@ class StreamSampler:
         return iter([stream or [self.rows] for stream in cut_streams(self.plan, self.args, self.find_epoch())])
 
 
-def measure_batches(sequences: list[Sequence], plan: Plan, batches: list[list[int]]) -> list[int]:
+def measure_batches(samples: list[Sample], plan: Plan, batches: list[list[int]]) -> list[int]:
     """Return how many tokens are computed for each batch, given as the indices of its rows; empty ones are left out."""
-    batches = [[sequences[i] for i in batch] for batch in batches if batch]
+    batches = [[samples[i] for i in batch] for batch in batches if batch]
     if not plan.share_prefix:
         return [len(batch) * max(len(row.input_ids) for row in batch) for batch in batches]
     return [fill_up(count_tokens(batch), plan.lengths) for batch in batches]
 
 
-def count_measured_epochs(args: argparse.Namespace, sequences: list[Sequence]) -> int:
+def count_measured_epochs(args: argparse.Namespace, samples: list[Sample]) -> int:
     """Return of how many epochs a run is measured: of all that it begins, but not of hundreds."""
-    steps, per_epoch = count_steps(args, sequences)
+    steps, per_epoch = count_steps(args, samples)
     return min(MEASURED_EPOCHS, math.ceil(steps / per_epoch))
 
 
-def measure_run(sequences: list[Sequence], plan: Plan, args: argparse.Namespace) -> list[int]:
+def measure_run(samples: list[Sample], plan: Plan, args: argparse.Namespace) -> list[int]:
     """Return how many tokens are computed for each stream of the epochs that are measured."""
-    rows = [row._replace(input_ids=np.asarray(row.input_ids, dtype=">u4")) for row in sequences]  # once for all epochs
+    rows = [row._replace(input_ids=np.asarray(row.input_ids, dtype=">u4")) for row in samples]  # once for all epochs
     return [
         size
-        for epoch in range(count_measured_epochs(args, sequences))
+        for epoch in range(count_measured_epochs(args, samples))
         for size in measure_batches(rows, plan, cut_streams(plan, args, epoch))
     ]
 
@@ -133,13 +133,13 @@ def to_padded(plan: Plan, args: argparse.Namespace) -> Plan:
     return plan._replace(rows=args.batch_size, accumulation=args.gradient_accumulation_steps, share_prefix=False)
 
 
-def plan_streams(sequences: list[Sequence], args: argparse.Namespace, engine: str) -> Plan:
+def plan_streams(samples: list[Sample], args: argparse.Namespace, engine: str) -> Plan:
     """Fuse accumulation steps into one stream as far as the flags' memory allows, for every stream of the run.
 
     A stream may hold batch_size x max_seq_length tokens: what the flags allow a padded batch to hold.
     """
     batch_size, steps = args.batch_size, args.gradient_accumulation_steps
-    plan = Plan(batch_size, steps, group_rows(sequences), share_prefix=args.share_prefix, devices=count_devices())
+    plan = Plan(batch_size, steps, group_rows(samples), share_prefix=args.share_prefix, devices=count_devices())
     if not args.share_prefix:
         return plan
     for fused in range(steps, 0, -1):
@@ -147,7 +147,7 @@ def plan_streams(sequences: list[Sequence], args: argparse.Namespace, engine: st
             plan = plan._replace(
                 rows=batch_size * fused, accumulation=steps // fused, limit=batch_size * args.max_seq_length
             )
-            sizes = measure_run(sequences, plan, args)
+            sizes = measure_run(samples, plan, args)
             if fused == 1 or max(sizes) <= plan.limit:
                 return plan._replace(lengths=choose_lengths(sizes)) if engine == "unsloth" else plan
 
@@ -166,7 +166,7 @@ def choose_lengths(sizes: list[int]) -> tuple[int, ...]:
     return tuple(reversed(lengths))
 
 
-def divide_plan(plan: Plan, size: int, sequences: list[Sequence], args: argparse.Namespace) -> Plan:
+def divide_plan(plan: Plan, size: int, samples: list[Sample], args: argparse.Namespace) -> Plan:
     """Return the plan by which each of its streams is computed in parts of at most `size` rows.
 
     The parts have lengths of their own: filled up to those of whole streams they would need as much memory.
@@ -175,23 +175,23 @@ def divide_plan(plan: Plan, size: int, sequences: list[Sequence], args: argparse
         return plan._replace(rows=size)
     sizes = [
         count_tokens(part)
-        for epoch in range(count_measured_epochs(args, sequences))
+        for epoch in range(count_measured_epochs(args, samples))
         for stream in cut_streams(plan, args, epoch)
         if stream
-        for part in split_rows([sequences[i] for i in stream], size)
+        for part in split_rows([samples[i] for i in stream], size)
     ]
     return plan._replace(rows=size, lengths=choose_lengths(sizes))
 
 
-def to_batches(sequences: list[Sequence], plan: Plan) -> list[dict]:
-    """Return the batches of sequences for scoring, where order does not matter."""
-    return [build_batch(part, plan) for part in split_rows(sequences, plan.rows, plan.limit)]
+def to_batches(samples: list[Sample], plan: Plan) -> list[dict]:
+    """Return the batches of samples for scoring, where order does not matter."""
+    return [build_batch(part, plan) for part in split_rows(samples, plan.rows, plan.limit)]
 
 
-def to_small_batches(sequences: list[Sequence], plan: Plan) -> list[dict]:
+def to_small_batches(samples: list[Sample], plan: Plan) -> list[dict]:
     """Return the batches on which losses of saved models are compared: small, as less memory may be left by then."""
     small = plan._replace(rows=min(plan.rows, READ_BACK_BATCH), lengths=())
-    return to_batches(sequences[:READ_BACK_ROWS], small)
+    return to_batches(samples[:READ_BACK_ROWS], small)
 
 
 def count_rows_per_step(args: argparse.Namespace) -> int:
@@ -199,20 +199,20 @@ def count_rows_per_step(args: argparse.Namespace) -> int:
     return args.batch_size * args.gradient_accumulation_steps * count_devices()
 
 
-def count_steps(args: argparse.Namespace, train: list[Sequence]) -> tuple[int, int]:
+def count_steps(args: argparse.Namespace, train: list[Sample]) -> tuple[int, int]:
     """Return (optimizer steps of the whole run, of one epoch)."""
     per_epoch = math.ceil(len(train) / count_rows_per_step(args))
     return args.max_steps or args.num_epochs * per_epoch, per_epoch
 
 
-def list_saves(args: argparse.Namespace, train: list[Sequence]) -> list[int]:
+def list_saves(args: argparse.Namespace, train: list[Sample]) -> list[int]:
     """Return the steps after which a run writes a checkpoint."""
     steps, per_epoch = count_steps(args, train)
     every = args.save_steps or per_epoch
     return [*range(every, steps, every), steps]
 
 
-def count_checkpoints(args: argparse.Namespace, train: list[Sequence], checkpoint: str | None = None) -> int:
+def count_checkpoints(args: argparse.Namespace, train: list[Sample], checkpoint: str | None = None) -> int:
     """Return how many checkpoints this run will have on the disk at once, at most, beside those that are there."""
     start = to_step(checkpoint) if checkpoint else 0
     written = sum(step > start for step in list_saves(args, train))
@@ -221,7 +221,7 @@ def count_checkpoints(args: argparse.Namespace, train: list[Sequence], checkpoin
     return min(written, kept)
 
 
-def show_plan(train: list[Sequence], args: argparse.Namespace, plan: Plan) -> None:
+def show_plan(train: list[Sample], args: argparse.Namespace, plan: Plan) -> None:
     """Print how many tokens the first step computes, beside what padded batches would."""
     ways = plan, to_padded(plan, args)
     firsts = [cut_streams(way, args, epoch=0)[: way.accumulation * way.devices] for way in ways]
@@ -250,7 +250,7 @@ def count_trained(step: int, rows: int, rows_per_step: int) -> int:
     return epochs * rows + more * rows_per_step
 
 
-def count_padded(args: argparse.Namespace, train: list[Sequence], plan: Plan, steps: range) -> int:
+def count_padded(args: argparse.Namespace, train: list[Sample], plan: Plan, steps: range) -> int:
     """Return how many tokens padded batches of --batch_size would have computed in these steps of the run."""
     padded, total, per_epoch = to_padded(plan, args), 0, count_steps(args, train)[1]
     for epoch in range(steps.start // per_epoch, -(-steps.stop // per_epoch)):
@@ -262,9 +262,9 @@ def count_padded(args: argparse.Namespace, train: list[Sequence], plan: Plan, st
     return total
 
 
-def hash_rows(sequences: list[Sequence]) -> str:
-    """Return a SHA-256 over tokens and prompt lengths of the sequences, in order."""
+def hash_rows(samples: list[Sample]) -> str:
+    """Return a SHA-256 over tokens and prompt lengths of the samples, in order."""
     found = hashlib.sha256()
-    for row in sequences:
+    for row in samples:
         found.update(np.array([row.prompt_length, len(row.input_ids), *row.input_ids], dtype="<i8").tobytes())
     return found.hexdigest()

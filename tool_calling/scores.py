@@ -6,7 +6,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from tool_calling.data.literals import as_list
-from tool_calling.prompts import Sequence, parse_calls
+from tool_calling.prompts import Sample, parse_calls
 
 NO_CALL, BROKEN = "(no call)", "(broken)"  # labels beside the names of the tools
 MAX_CLASSES = 20  # plain answers that take at most so many values are classes
@@ -200,12 +200,12 @@ def count_classes(pairs: list[tuple[str, str]]) -> float | None:
     return macro_f1(rows) if 0 < len({expected for expected, _ in rows}) <= MAX_CLASSES else None
 
 
-def score_results(sequences: list[Sequence], results: dict) -> tuple[dict, dict]:
+def score_results(samples: list[Sample], results: dict) -> tuple[dict, dict]:
     """Return ({model: scores}, {model: verdicts}) of the answers of each model."""
     verdicts = {
         name: [
-            score_answer(answer, sequence.answer, sequence.tools, sequence.parser)
-            for answer, sequence in zip(result["answers"], sequences)
+            score_answer(answer, sample.completion, sample.tools, sample.parser)
+            for answer, sample in zip(result["answers"], samples)
         ]
         for name, result in results.items()
     }

@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from tool_calling.prompts import Sequence
+from tool_calling.prompts import Sample
 
 
 def to_tree(rows: list) -> list[tuple]:
@@ -25,7 +25,7 @@ def to_tree(rows: list) -> list[tuple]:
     return tree
 
 
-def count_tokens(rows: list[Sequence]) -> int:
+def count_tokens(rows: list[Sample]) -> int:
     """Return how many tokens the stream of these rows has."""
     return sum(len(row.input_ids) - shared for row, shared in to_tree(rows))
 
@@ -40,7 +40,7 @@ def fill_up(size: int, lengths: tuple[int, ...]) -> int:
     return next((length for length in lengths if length >= size), -(-size // step) * step)
 
 
-def build_stream(rows: list[Sequence], lengths: tuple[int, ...] = ()) -> dict:
+def build_stream(rows: list[Sample], lengths: tuple[int, ...] = ()) -> dict:
     """Lay rows out as one sequence in which a prefix that several rows share stands once.
 
     The rows form a tree of tokens, written in depth-first order: a token's descendants are the tokens after it up to
@@ -48,7 +48,7 @@ def build_stream(rows: list[Sequence], lengths: tuple[int, ...] = ()) -> dict:
     its own row from the start and nothing of any other, and loss and gradient are those of the rows one by one.
 
     Args:
-        rows: sequences in any order.
+        rows: samples in any order.
         lengths: the stream is filled up to one of these (see fill_up), with tokens that see only themselves.
     Returns: int64 tensors of shape [1, tokens]: input_ids, position_ids, labels (-100: not supervised), subtree_end.
     """
@@ -73,7 +73,7 @@ def build_stream(rows: list[Sequence], lengths: tuple[int, ...] = ()) -> dict:
     return {name: torch.from_numpy(values)[None] for name, values in stream.items()}
 
 
-def build_padded(rows: list[Sequence]) -> dict:
+def build_padded(rows: list[Sample]) -> dict:
     """Return the rows as an ordinary batch, padded on the right: int64 [rows, longest]; for --no-share_prefix."""
     tokens = [torch.as_tensor(row.input_ids, dtype=torch.int64) for row in rows]
     labels = [ids.masked_fill(torch.arange(len(ids)) < row.prompt_length, -100) for ids, row in zip(tokens, rows)]
@@ -81,7 +81,7 @@ def build_padded(rows: list[Sequence]) -> dict:
     return {"input_ids": pad(tokens), "labels": pad(labels, padding_value=-100), "attention_mask": pad(ones)}
 
 
-def split_rows(rows: list[Sequence], size: int, limit: float = math.inf) -> list[list[Sequence]]:
+def split_rows(rows: list[Sample], size: int, limit: float = math.inf) -> list[list[Sample]]:
     """Return rows in parts of at most `size`, and of `limit` tokens if they share; neighbours share the most."""
     ordered = [row for row, _ in to_tree(rows)]
     parts = [ordered[i : i + size] for i in range(0, len(ordered), size)]

@@ -1,9 +1,9 @@
 """Rows to checked examples, and their split into training and held-out ones."""
 
-import argparse
 import json
 import time
 from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,12 +18,34 @@ SHOWN_CHANGES = 8  # kinds of change to tools, and keys that are not read, that 
 
 
 class Example(NamedTuple):
-    """One conversation in the OpenAI shape; `where` is the file:line it came from."""
+    """One conversation in the OpenAI shape; `source` is the file:line it came from."""
 
-    where: str
+    source: str
     messages: list[dict]
     tools: list[dict]
     format: str = "openai"  # of the row that it was
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How rows are read: the flags of the same names."""
+
+    tools_path: str
+    format: str = "auto"
+    max_samples: int | None = None
+    thinking: str = "auto"
+    on_invalid: str = "error"
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What `total` rows have become."""
+
+    examples: list[Example]  # the valid ones
+    problems: list[tuple[str, str]]  # (source, problem); one row may have several
+    total: int
+    changes: Counter  # what was normalised in lists of tools
+    unread: Counter  # (place, key) that no format reads: how often it holds something
 
 
 def to_row(example: Example) -> dict:
@@ -46,22 +68,17 @@ def to_row(example: Example) -> dict:
     return {"messages": messages, "tools": example.tools}
 
 
-def to_examples(
-    rows, tools_path: str, name: str = "auto"
-) -> tuple[list[Example], list[tuple[str, str]], int, Counter, Counter]:
-    """Convert and check every (where, row).
-
-    Returned are (valid examples, (where, problem) pairs, number of rows, changes to tools, what list_unread finds).
-    """
+def to_examples(rows, tools_path: str, name: str = "auto") -> Checked:
+    """Convert and check every (source, row); one without tools of its own gets those of `tools_path`."""
     examples, problems, changes, unread, checked, total = [], [], Counter(), Counter(), {}, 0
-    for total, (where, row) in enumerate(rows, start=1):
+    for total, (source, row) in enumerate(rows, start=1):
         try:
             found_format, messages, tools, left_out = convert(row, name)
             unread.update(left_out)
             key = json.dumps(tools)
             if key not in checked:  # most rows share their tools: convert and check each list once
                 if tools is None and not Path(tools_path).exists():
-                    raise UserError(f"{where}: has no tools of its own, and --tools_path {tools_path} is not there")
+                    raise UserError(f"{source}: has no tools of its own, and --tools_path {tools_path} is not there")
                 tools, changed = read_tools(tools_path) if tools is None else to_tools(tools)
                 checked[key] = tools, *check_tools(tools)
                 changes += changed
@@ -71,14 +88,14 @@ def to_examples(
             found = [str(error)]
         except RecursionError:
             found = ["is nested too deeply; expected at most some hundred levels"]
-        problems += [(where, " ".join(problem.splitlines())) for problem in found]
+        problems += [(source, " ".join(problem.splitlines())) for problem in found]
         if not found:
-            examples.append(Example(where, messages, tools, found_format))
-    return examples, problems, total, changes, unread
+            examples.append(Example(source, messages, tools, found_format))
+    return Checked(examples, problems, total, changes, unread)
 
 
 def apply_thinking(examples: list[Example], thinking: str) -> tuple[list[Example], list[tuple[str, str]]]:
-    """Return (examples, (where, problem) pairs) as --thinking wants them.
+    """Return (examples, (source, problem) pairs) as --thinking wants them.
 
     A turn with reasoning is trained, and was prompted, with thinking on. So "off" drops the reasoning of every turn,
     as no turn that is served without thinking has any; and with "on" a trained turn without it is a problem.
@@ -96,13 +113,13 @@ def apply_thinking(examples: list[Example], thinking: str) -> tuple[list[Example
             for example in examples
         ], []
     problems = [
-        (example.where, f"message {index}: has no reasoning; with --thinking on every trained answer needs it")
+        (example.source, f"message {index}: has no reasoning; with --thinking on every trained answer needs it")
         for example in examples
         for index, message in enumerate(example.messages, start=1)
         if is_trained(message) and "reasoning_content" not in message
     ]
-    bad = {where for where, _ in problems}
-    return [example for example in examples if example.where not in bad], problems
+    bad = {source for source, _ in problems}
+    return [example for example in examples if example.source not in bad], problems
 
 
 def find_first_answer(example: Example) -> int:
@@ -145,9 +162,9 @@ def list_calls(example: Example) -> list[list[str]]:
 
 
 def find_leaks(examples: list[Example], held_out: list[Example]) -> list[tuple[str, str]]:
-    """Return (where, where in training) of each held-out row whose prompt also occurs in training."""
-    training = {digest_prompt(example): example.where for example in reversed(examples)}
-    return [(example.where, training[key]) for example in held_out if (key := digest_prompt(example)) in training]
+    """Return (source, source in training) of each held-out row whose prompt also occurs in training."""
+    training = {digest_prompt(example): example.source for example in reversed(examples)}
+    return [(example.source, training[key]) for example in held_out if (key := digest_prompt(example)) in training]
 
 
 def find_warnings(examples: list[Example], held_out: list[Example]) -> list[str]:
@@ -163,48 +180,49 @@ def find_warnings(examples: list[Example], held_out: list[Example]) -> list[str]
     return found
 
 
-def check_rows(args: argparse.Namespace, paths: list[str]) -> tuple[list[Example], list[tuple[str, str]], int]:
-    """Return (valid examples of the files, (where, problem) pairs, number of rows); no valid row is a UserError."""
-    rows = read_rows(paths, args.max_samples, args.tools_path)
-    examples, problems, total, changes, unread = to_examples(rows, args.tools_path, args.format)
-    examples, more = apply_thinking(examples, args.thinking)
-    problems += more
+def check_rows(paths: list[str], reading: Reading) -> Checked:
+    """Read, convert and check the rows of files, folders and Hub datasets; no valid row is a UserError."""
+    rows = read_rows(paths, reading.max_samples, reading.tools_path)
+    checked = to_examples(rows, reading.tools_path, reading.format)
+    examples, without_thought = apply_thinking(checked.examples, reading.thinking)
+    checked = replace(checked, examples=examples, problems=checked.problems + without_thought)
     if not examples:
-        report_problems(problems, args.on_invalid, total)
+        report_problems(checked.problems, reading.on_invalid, checked.total)
         raise UserError(f"{' '.join(paths)}: no valid row is left")
-    if changes:
-        counts = (f"{change} {count:,}".replace("->", "→") for change, count in changes.most_common())
+    if checked.changes:
+        counts = (f"{change} {count:,}".replace("->", "→") for change, count in checked.changes.most_common())
         say("read", f"tools normalised: {list_first(counts, SHOWN_CHANGES)}")
-    if unread:
-        found = sorted(unread.items(), key=lambda item: (item[0][0] == "row", -item[1]))  # columns are often many
+    if checked.unread:
+        found = sorted(checked.unread.items(), key=lambda item: (item[0][0] == "row", -item[1]))  # columns are many
         counts = (f"{shorten(key)} of {plural(count, place)}" for (place, key), count in found)
         say("read", f"not read, as the format has no such key: {list_first(counts, SHOWN_CHANGES)}")
-    return examples, problems, total
+    return checked
 
 
-def read_examples(args: argparse.Namespace, paths: list[str]) -> tuple[list[Example], int]:
-    """Return (valid examples of the files, rows skipped); problems end the run or are skipped, as --on_invalid says."""
+def read_examples(paths: list[str], reading: Reading) -> tuple[list[Example], int]:
+    """Return (valid examples, number of rows skipped); without --on_invalid skip a problem is a UserError."""
     start = time.perf_counter()
-    examples, problems, total = check_rows(args, paths)
-    report_problems(problems, args.on_invalid, total)
+    checked = check_rows(paths, reading)
+    report_problems(checked.problems, reading.on_invalid, checked.total)
+    examples = checked.examples
     calls = sum(bool(message.get("tool_calls")) for example in examples for message in example.messages)
     say(
         "read",
         f"{plural(len(examples), 'valid row')}, {plural(calls, 'turn')} that call{'s' * (calls == 1)}, from "
         f"{' '.join(paths)} ({time.perf_counter() - start:.1f} s)",
     )
-    return examples, total - len(examples)
+    return examples, checked.total - len(examples)
 
 
-def write_converted(args: argparse.Namespace) -> None:
-    """Write the valid rows of --dataset_path in the OpenAI form to the new file --convert_to; train nothing."""
-    path = Path(args.convert_to)
-    if path.exists():
+def write_converted(path: str, paths: list[str], reading: Reading) -> None:
+    """Write the valid rows in the OpenAI form to a new file."""
+    target = Path(path)
+    if target.exists():
         raise UserError(f"--convert_to {path}: is there already; expected the name of a new file")
-    examples, _ = read_examples(args, args.dataset_path)
+    examples, _ = read_examples(paths, reading)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, "".join(json.dumps(to_row(example), ensure_ascii=False) + "\n" for example in examples))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_file(target, "".join(json.dumps(to_row(example), ensure_ascii=False) + "\n" for example in examples))
     except OSError as error:
         raise UserError(f"--convert_to {path}: cannot be written: {error.strerror}") from None
     say("write", f"{plural(len(examples), 'row')}: {path}")

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from tool_calling.data.literals import as_list
 from tool_calling.engines.start import autocast
-from tool_calling.prompts import Sequence
+from tool_calling.prompts import Sample
 from tool_calling.streams import split_rows, to_tree
 
 
@@ -26,7 +26,7 @@ def generate_tokens(model, prompts: list[list[int]], stops: list[int], max_new_t
     What all prompts have in common is computed once and held once; the rest of each is padded on the left. A row that
     is done leaves the batch.
     """
-    tree = to_tree([Sequence("", prompt, len(prompt)) for prompt in prompts])
+    tree = to_tree([Sample("", prompt, len(prompt)) for prompt in prompts])
     shared = min((length for _, length in tree[1:]), default=len(prompts[0]) - 1)
     prefix, cache = DynamicCache(), DynamicCache()
     if shared:
@@ -65,16 +65,16 @@ def generate_tokens(model, prompts: list[list[int]], stops: list[int], max_new_t
     return answers
 
 
-def generate_answers(model, tokenizer, sequences: list[Sequence], args: argparse.Namespace, name: str) -> list[str]:
-    """Return the greedy answer of a model of plain Transformers to the prompt of each sequence."""
+def generate_answers(model, tokenizer, samples: list[Sample], args: argparse.Namespace, name: str) -> list[str]:
+    """Return the greedy answer of a model of plain Transformers to the prompt of each sample."""
     stops, answers = find_stop_tokens(model, tokenizer), {}
     model.eval()
-    batches = split_rows(sequences, args.eval_batch_size)
+    batches = split_rows(samples, args.eval_batch_size)
     bar = track(batches, f"answers of {name}", transient=True, disable=not sys.stdout.isatty())
     with contextlib.closing(bar):
         for batch in bar:
-            prompts = [list(sequence.input_ids[: sequence.prompt_length]) for sequence in batch]
+            prompts = [list(sample.input_ids[: sample.prompt_length]) for sample in batch]
             with torch.inference_mode(), autocast(model):
                 tokens = generate_tokens(model, prompts, stops, args.max_new_tokens)
-            answers |= {id(sequence): tokenizer.decode(answer) for sequence, answer in zip(batch, tokens)}
-    return [answers[id(sequence)] for sequence in sequences]
+            answers |= {id(sample): tokenizer.decode(answer) for sample, answer in zip(batch, tokens)}
+    return [answers[id(sample)] for sample in samples]

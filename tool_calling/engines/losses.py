@@ -33,12 +33,12 @@ def compute_token_losses(model, batch: dict, engine: str):
 
 
 def score_batches(model, batches, engine: str):
-    """Return sums over batches, float64 [4]: loss in nats, supervised tokens, sequences reproduced, sequences.
+    """Return sums over batches, float64 [4]: loss in nats, supervised tokens, samples reproduced, samples.
 
     Greedy decoding writes an answer exactly if and only if each of its tokens is the most likely one after those before
     it. So this forward pass, which knows the answer, counts exact matches without generating.
     """
-    losses, exact, tokens, sequences = [], [], 0, 0
+    losses, exact, tokens, samples = [], [], 0, 0
     was_training = model.training
     model.eval()
     for batch in batches:
@@ -52,16 +52,16 @@ def score_batches(model, batches, engine: str):
         )
         losses.append(loss.sum(dtype=torch.float64))
         exact.append((misses == 0).sum(dtype=torch.float64))
-        tokens, sequences = tokens + len(loss), sequences + len(misses)
+        tokens, samples = tokens + len(loss), samples + len(misses)
     model.train(was_training)
     zero = torch.zeros((), dtype=torch.float64, device=model.device)
-    return torch.stack([sum(losses, zero), zero + tokens, sum(exact, zero), zero + sequences])
+    return torch.stack([sum(losses, zero), zero + tokens, sum(exact, zero), zero + samples])
 
 
 def to_metrics(sums) -> dict:
-    """Return the mean loss in nats per supervised token, and the share of sequences that greedy decoding reproduces."""
-    loss, tokens, exact, sequences = sums.tolist()
-    return {"loss": loss / tokens, "exact_match": exact / sequences}
+    """Return the mean loss in nats per supervised token, and the share of samples that greedy decoding reproduces."""
+    loss, tokens, exact, samples = sums.tolist()
+    return {"loss": loss / tokens, "exact_match": exact / samples}
 
 
 def measure_loss(model, batches, engine: str) -> float:

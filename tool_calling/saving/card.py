@@ -96,7 +96,7 @@ call is right when none is made, and one without tools when the text is the same
 
 ## Training
 
-{data["train"]:,} sequences of {paths}, {data["held_out"]:,} held out; {steps}{loss};
+{data["train"]:,} samples of {paths}, {data["held_out"]:,} held out; {steps}{loss};
 {report["device"]}, {report["finished"]}.
 
 ```bash

@@ -10,7 +10,7 @@ from tool_calling.engines.loading import find_place, load_adapter, load_base, wa
 from tool_calling.engines.losses import measure_loss
 from tool_calling.engines.start import free_gpu, quiet_libraries
 from tool_calling.files import partial_folder
-from tool_calling.prompts import Sequence
+from tool_calling.prompts import Sample
 from tool_calling.saving.merge import (
     MERGE_SLACK,
     is_worse,
@@ -25,9 +25,9 @@ from tool_calling.terminal import UserError, say, warn
 
 
 def merge_and_score(
-    args: argparse.Namespace, base_id: str, adapter: str | None, sequences: list[Sequence], plan: Plan
+    args: argparse.Namespace, base_id: str, adapter: str | None, samples: list[Sample], plan: Plan
 ) -> dict:
-    """Answer the sequences with base, adapter, and the model to keep read back; return {name: result} of each.
+    """Answer the samples with base, adapter, and the model to keep read back; return {name: result} of each.
 
     Runs in a fresh process, because Unsloth changes Transformers' classes for good, and the proof must hold where no
     Unsloth is. The adapter stands on the base that it was trained on, in 4 bits if that was so; the others have 16.
@@ -36,16 +36,16 @@ def merge_and_score(
     quiet_libraries()
     trust, place, small_place = args.trust_remote_code, find_place(args), find_place(args, four_bit=True)
     tokenizer, results = load_tokenizer(args.model_id, trust), {}
-    batches = to_small_batches(sequences, plan)
+    batches = to_small_batches(samples, plan)
 
     def score(name, model):
-        answers = generate_answers(model, tokenizer, sequences, args, name)
+        answers = generate_answers(model, tokenizer, samples, args, name)
         free_gpu()  # of what answers needed; a loss needs larger pieces
         results[name] = {"answers": answers, "loss": measure_loss(model, batches, "transformers")}
 
     base = load_base(base_id, False, trust, place=place)
     warn_if_spread(base)
-    results["base"] = {"answers": generate_answers(base, tokenizer, sequences, args, "base")}
+    results["base"] = {"answers": generate_answers(base, tokenizer, samples, args, "base")}
     sums = None if adapter else sum_weights(base)
     if adapter:
         if args.load_in_4bit:

@@ -11,7 +11,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tool_calling.engines.graphs import make_room
 from tool_calling.engines.losses import compute_gradient
 from tool_calling.engines.start import free_gpu, to_dtype
-from tool_calling.prompts import Sequence
+from tool_calling.prompts import Sample
 from tool_calling.schedule import Plan, choose_lengths, order_rows
 from tool_calling.streams import build_padded, build_stream, count_tokens
 from tool_calling.terminal import plural, say, warn
@@ -19,7 +19,7 @@ from tool_calling.terminal import plural, say, warn
 CHECKED_ROWS = 8  # so many rows are computed shared and by themselves at the start of each run, and compared
 
 
-def compute_lengths(model, train: list[Sequence], plan: Plan, engine: str) -> None:
+def compute_lengths(model, train: list[Sample], plan: Plan, engine: str) -> None:
     """Compute a stream of each length of the plan, by which Unsloth's are recorded as CUDA graphs before training.
 
     On several GPUs later is too late: DistributedDataParallel ties the gradients to the stream that it is built on, and
@@ -42,7 +42,7 @@ def relative_difference(gradient, other) -> float:
     return math.hypot(*(norm for norm, _ in norms)) / max(math.hypot(*(norm for _, norm in norms)), sys.float_info.min)
 
 
-def compare_sharing(model, rows: list[Sequence], lengths: tuple[int, ...], engine: str) -> tuple[float, float]:
+def compare_sharing(model, rows: list[Sample], lengths: tuple[int, ...], engine: str) -> tuple[float, float]:
     """Return the relative difference of the loss, and of the gradient, between rows in one stream and by themselves.
 
     By themselves: as ordinary padded batches through the model's own causal attention, with nothing of the stream.
@@ -59,7 +59,7 @@ def compare_sharing(model, rows: list[Sequence], lengths: tuple[int, ...], engin
     return loss, relative_difference(shared[1], single[1])
 
 
-def check_sharing(args: argparse.Namespace, model, train: list[Sequence], plan: Plan, engine: str) -> bool:
+def check_sharing(args: argparse.Namespace, model, train: list[Sample], plan: Plan, engine: str) -> bool:
     """Compute the first rows of the run shared and by themselves; print how they differ, return whether by rounding.
 
     Rounding changes gradients by less than 1e-4 in fp32, and in 16 bits by less than 2 % as a rule; but by up to 11 %

@@ -22,7 +22,7 @@ from tool_calling.engines.losses import compute_token_losses, score_batches, to_
 from tool_calling.engines.start import autocast, use_checkpointing
 from tool_calling.files import discard_partial, move_aside, put_in_place, write_manifest
 from tool_calling.processes import Interrupted, handle_signals, is_main
-from tool_calling.prompts import Sequence
+from tool_calling.prompts import Sample
 from tool_calling.run_folder import find_best, list_checkpoints, to_step
 from tool_calling.schedule import Plan, StreamSampler, build_batch, count_trained, divide_plan, to_batches
 from tool_calling.streams import split_rows
@@ -33,7 +33,7 @@ NAMED_ROWS = 8  # so many rows of a step that failed are named
 CLEAR_RISE = 0.02  # nats by which, beside a tenth, the held-out loss must rise to be pointed out
 
 
-def explain_memory(row: Sequence, step: int) -> str:
+def explain_memory(row: Sample, step: int) -> str:
     """Return why training cannot go on when even one row does not fit into memory, and what to change."""
     memory = ""
     if torch.cuda.is_available():
@@ -41,16 +41,16 @@ def explain_memory(row: Sequence, step: int) -> str:
         memory = f", with {free:.1f} of {total:.1f} GiB free for it"
     tokens = f"{len(row.input_ids):,} tokens"
     return (
-        f"{row.where}: out of GPU memory at step {step:,} on this row alone, {tokens}{memory}; lower "
+        f"{row.source}: out of GPU memory at step {step:,} on this row alone, {tokens}{memory}; lower "
         "--max_seq_length, use --load_in_4bit, --gradient_checkpointing on and --no-cuda_graphs, or choose a "
         "smaller --model_id"
     )
 
 
-def explain_numbers(step: int, loss: float, norm: float, rows: list[Sequence]) -> str:
+def explain_numbers(step: int, loss: float, norm: float, rows: list[Sample]) -> str:
     """Return what is not finite in a step, its rows, and what to do."""
     wrong = f"the norm of the gradient is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
-    names = dict.fromkeys(row.where for row in rows if row.prompt_length < len(row.input_ids))  # not an empty stream's
+    names = dict.fromkeys(row.source for row in rows if row.prompt_length < len(row.input_ids))  # not an empty stream's
     return (
         f"step {step:,}: {wrong}; expected a finite number. Nothing of it is saved, and a checkpoint written "
         f"before is good. Lower --learning_rate, or look at the rows of this step: {list_first(names, NAMED_ROWS)}"
@@ -279,7 +279,7 @@ class SplitTrainer:
 
 
 def build_trainer(args: argparse.Namespace, config, engine: str, model, tokenizer, train, held_out, plan: Plan):
-    """Return a StreamTrainer on TRL's SFTTrainer over the pre-tokenised sequences, batched as planned.
+    """Return a StreamTrainer on TRL's SFTTrainer over the pre-tokenised samples, batched as planned.
 
     TRL would render and truncate conversations in its own way, and it asks for a dataset: it is given the numbers of
     the rows.
@@ -357,7 +357,7 @@ def train_model(trainer, checkpoint: str | None, complete: bool) -> dict:
     seconds, last, train = time.perf_counter() - start, trainer.state.global_step, trainer.train_rows
     before, after = (count_trained(step, len(train), trainer.plan.rows_per_step) for step in (first, last))
     steps, rows = last - first, after - before
-    tokens = rows * sum(len(sequence.input_ids) for sequence in train) / len(train)
+    tokens = rows * sum(len(sample.input_ids) for sample in train) / len(train)
     history = trainer.state.log_history
     losses = [log["loss"] for log in history if "loss" in log and (complete or log["step"] > first)]
     best = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
