@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from tool_calling.arguments import Parser, gguf_names, number, read_config, scheduler
-from tool_calling.data.examples import check_rows, find_warnings, read_examples, write_converted
+from tool_calling.data.examples import Checked, Reading, check_rows, find_warnings, read_examples, write_converted
 from tool_calling.data.formats import FORMATS
 from tool_calling.data.literals import as_list
 from tool_calling.data.messages import is_trained
@@ -531,9 +531,11 @@ def to_sft_config(args: argparse.Namespace, plan, evaluate: bool):
 def dry_run(args: argparse.Namespace) -> dict:
     """Print, write and return what a run would do, without a GPU and without weights; problems of rows come last."""
     start = time.perf_counter()
-    examples, problems, total = check_rows(args, args.dataset_path)
-    held_out, more, more_total = check_rows(args, args.eval_dataset_path) if args.eval_dataset_path else ([], [], 0)
-    both, total = [*examples, *held_out], total + more_total
+    reading = Reading(args.tools_path, args.format, args.max_samples, args.thinking, args.on_invalid)
+    checked = check_rows(args.dataset_path, reading)
+    more = check_rows(args.eval_dataset_path, reading) if args.eval_dataset_path else Checked()
+    examples, held_out, total = checked.examples, more.examples, checked.total + more.total
+    both = [*examples, *held_out]
     shown = find_shown(args, both)
     from tool_calling.audit import (
         audit_calls,
@@ -555,7 +557,7 @@ def dry_run(args: argparse.Namespace) -> dict:
     groups, unrendered = render_examples(tokenizer, both, sys.maxsize)
     kept, lengths = audit_lengths(both, groups, limit)
     too_long = [(where, describe_length(size, limit)) for where, size in lengths["too_long"]]
-    problems = [*problems, *more, *unrendered, *too_long]
+    problems = [*checked.problems, *more.problems, *unrendered, *too_long]
     sides = to_sides(args, examples, held_out, kept)
     unmeasured = bool(sides[0]) and not sides[1] and args.train_test_split > 0  # 0 says that it is so wished
 
@@ -599,7 +601,8 @@ def evaluate_only(args: argparse.Namespace, command: str) -> dict:
     from tool_calling.engines.start import start_engine
     from tool_calling.report import finish
 
-    examples, skipped = read_examples(args, args.eval_dataset_path or args.dataset_path)
+    reading = Reading(args.tools_path, args.format, args.max_samples, args.thinking, args.on_invalid)
+    examples, skipped = read_examples(args.eval_dataset_path or args.dataset_path, reading)
     args.engine = "transformers"
     start_engine(args)
     base_id, flag, given = args.eval_only, "--eval_only", f"--eval_only {args.eval_only}"
@@ -667,7 +670,8 @@ def main(argv: list[str] | None = None) -> dict | None:
     if not is_main() and (args.convert_to or args.dry_run or args.eval_only):
         return None  # these the first process does alone
     if args.convert_to:
-        return write_converted(args)
+        reading = Reading(args.tools_path, args.format, args.max_samples, args.thinking, args.on_invalid)
+        return write_converted(args.convert_to, args.dataset_path, reading)
     if not is_main():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     check_folder(args.output_dir, "--output_dir")
@@ -688,8 +692,9 @@ def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.Ex
     if args.dry_run:
         return dry_run(args)
     former = read_run(checkpoint, vars(parse_args([])))
-    examples, skipped = read_examples(args, args.dataset_path)
-    held_out, more_skipped = read_examples(args, args.eval_dataset_path) if args.eval_dataset_path else ([], 0)
+    reading = Reading(args.tools_path, args.format, args.max_samples, args.thinking, args.on_invalid)
+    examples, skipped = read_examples(args.dataset_path, reading)
+    held_out, more_skipped = read_examples(args.eval_dataset_path, reading) if args.eval_dataset_path else ([], 0)
     rows = len(examples) + len(held_out) + skipped + more_skipped
     shown = find_shown(args, [*examples, *held_out])
     for warning in find_warnings(examples, held_out):

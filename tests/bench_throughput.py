@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train_qwen3_tool_calling as script  # noqa: E402  (imports the standard library only)
 from tool_calling.arguments import number
-from tool_calling.data.examples import read_examples
+from tool_calling.data.examples import Reading, read_examples
 from tool_calling.engines.answers import generate_tokens
 from tool_calling.engines.hub import load_tokenizer
 from tool_calling.engines.loading import load_base
@@ -65,7 +65,7 @@ CPU_RECIPES = {
 
 def make_rows(args: argparse.Namespace, tokenizer, tools: int | None) -> list[Sample]:
     """Return the training samples; with `tools`, every row lists that many (renamed copies make up the number)."""
-    examples, _ = read_examples(args, args.dataset_path)
+    examples, _ = read_examples(args.dataset_path, Reading(args.tools_path))
     if tools:
         own = examples[0].tools
         copies = [

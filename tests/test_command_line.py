@@ -14,7 +14,7 @@ import yaml
 from conftest import ALARM, ROOT, TINY, WEATHER, native, patch, run_here, run_script, write_jsonl
 
 import train_qwen3_tool_calling as script
-from tool_calling.data.examples import read_examples
+from tool_calling.data.examples import Reading, read_examples
 from tool_calling.engines.hub import check_model, count_parameters, load_tokenizer
 from tool_calling.engines.loading import load_base
 from tool_calling.estimates import SMALL_FILES, check_disk
@@ -354,7 +354,7 @@ def test_checks_need_no_heavy_library():
         "import sys, train_qwen3_tool_calling as s\n"
         "heavy = {'torch', 'transformers', 'datasets', 'numpy'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
-        "s.read_examples(s.parse_args([]), [s.DATASET_PATH])\n"
+        "s.read_examples([s.DATASET_PATH], s.Reading(s.TOOLS_PATH))\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
@@ -432,7 +432,8 @@ def test_scoring_alone_holds_out_the_rows_that_training_did(tmp_path, monkeypatc
     ]
     (tmp_path / "tools.json").write_text(json.dumps([ALARM]))
     args = script.parse_args([*map(str, flags)])
-    train, held_out = render_all(args, load_tokenizer(str(TINY)), read_examples(args, args.dataset_path)[0])
+    examples, _ = read_examples(args.dataset_path, Reading(args.tools_path, on_invalid="skip"))
+    train, held_out = render_all(args, load_tokenizer(str(TINY)), examples)
     assert (len(train), len(held_out)) == (34, 14)
     scored = []
     patch(monkeypatch, "load_base", lambda *_, **__: None)

@@ -15,7 +15,7 @@ from train_small import make_base
 
 import train_qwen3_tool_calling as script
 from tool_calling.arguments import SCHEDULERS
-from tool_calling.data.examples import check_rows
+from tool_calling.data.examples import Reading, check_rows
 from tool_calling.engines.hub import check_model, count_parameters
 from tool_calling.estimates import estimate_memory
 from tool_calling.prompts import render_examples
@@ -274,15 +274,14 @@ def thinking_rows(tmp_path, tokenizer):
 
     def render(thinking, *rows):
         path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": row, "tools": [WEATHER]} for row in rows])
-        args = script.parse_args(["--thinking", thinking, "--dataset_path", path])
-        examples, problems, total = check_rows(args, args.dataset_path)
-        assert total == len(rows)
-        groups, unrendered = render_examples(tokenizer, examples, 4096)
+        checked = check_rows([path], Reading(script.TOOLS_PATH, thinking=thinking))
+        assert checked.total == len(rows)
+        groups, unrendered = render_examples(tokenizer, checked.examples, 4096)
         assert not unrendered
         return [
             [(tokenizer.decode(turn.input_ids[: turn.prompt_length]), turn.completion) for turn in group]
             for group in groups
-        ], [(where.rsplit("/", 1)[1], problem) for where, problem in problems]
+        ], [(source.rsplit("/", 1)[1], problem) for source, problem in checked.problems]
 
     return render
 

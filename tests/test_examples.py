@@ -25,14 +25,15 @@ def calling(name: str, arguments: object) -> dict:
 
 
 def read(path: str, tools_path: str):
-    return to_examples(read_rows([path]), tools_path)[:2]
+    checked = to_examples(read_rows([path]), tools_path)
+    return checked.examples, checked.problems
 
 
 def problems_of(tmp_path, tools_path, row) -> list[str]:
     """The problems of one row, without their place."""
     examples, problems = read(write_jsonl(tmp_path / "one.jsonl", [row]), tools_path)
     assert (len(examples) == 0) == bool(problems)
-    assert all(where == str(tmp_path / "one.jsonl") + ":1" for where, _ in problems)
+    assert all(source == str(tmp_path / "one.jsonl") + ":1" for source, _ in problems)
     return [problem for _, problem in problems]
 
 
@@ -105,9 +106,9 @@ def test_array_and_jsonl_give_the_same_rows_and_lines(tmp_path):
     array = tmp_path / "rows.json"
     array.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
     assert [row for _, row in read_rows([lines])] == [row for _, row in read_rows([str(array)])] == rows
-    assert [where for where, _ in read_rows([str(array)])] == [f"{array}:2", f"{array}:3", f"{array}:4"]
+    assert [source for source, _ in read_rows([str(array)])] == [f"{array}:2", f"{array}:3", f"{array}:4"]
     array.write_text(json.dumps(rows))  # all on one line: counted instead
-    assert [where for where, _ in read_rows([str(array)])] == [f"{array}:1", f"{array}[1]", f"{array}[2]"]
+    assert [source for source, _ in read_rows([str(array)])] == [f"{array}:1", f"{array}[1]", f"{array}[2]"]
     assert len(list(read_rows([lines], max_samples=2))) == 2
 
 

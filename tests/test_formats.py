@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import train_qwen3_tool_calling as script
-from tool_calling.data.examples import Example, read_examples, to_examples, to_row
+from tool_calling.data.examples import Checked, Example, Reading, read_examples, to_examples, to_row
 from tool_calling.data.formats import FORMATS, split_tags
 from tool_calling.data.messages import to_message
 from tool_calling.data.rows import read_rows
@@ -42,9 +42,10 @@ def calls(*cities: str, **more) -> dict:
 
 def read(row, name: str = "auto", tools_path: str = "no/such/tools.json"):
     """Return (the example or None, problems, changes) of one row."""
-    examples, problems, total, changes, _ = to_examples([("x:1", row)], tools_path, name)
-    assert total == 1 and bool(examples) != bool(problems) and all(where == "x:1" for where, _ in problems)
-    return (examples or [None])[0], [problem for _, problem in problems], dict(changes)
+    checked = to_examples([("x:1", row)], tools_path, name)
+    assert checked.total == 1 and bool(checked.examples) != bool(checked.problems)
+    assert all(source == "x:1" for source, _ in checked.problems)
+    return (checked.examples or [None])[0], [problem for _, problem in checked.problems], dict(checked.changes)
 
 
 CALL_AS_TEXT = (
@@ -607,12 +608,11 @@ def test_the_formats_of_the_flag_are_those_of_the_table():
 
 def test_rows_of_every_format_may_be_mixed_and_converting_twice_changes_nothing(tools_path):
     rows = [(f"x:{i}", row) for i, (row, *_) in enumerate(CASES.values(), start=1)]
-    examples, problems, total, *_ = to_examples(rows, tools_path)
-    assert problems == [] and len(examples) == total == len(CASES)
-    lines = [(example.source, json.loads(json.dumps(to_row(example)))) for example in examples]
-    again, problems, _, changes, _ = to_examples(lines, "no/such/tools.json")
-    assert problems == [] and not changes
-    assert again == [example._replace(format="openai") for example in examples]
+    checked = to_examples(rows, tools_path)
+    assert checked.problems == [] and len(checked.examples) == checked.total == len(CASES)
+    lines = [(example.source, json.loads(json.dumps(to_row(example)))) for example in checked.examples]
+    again = to_examples(lines, "no/such/tools.json")
+    assert again == Checked([example._replace(format="openai") for example in checked.examples], total=len(CASES))
 
 
 def test_a_converted_row_has_its_arguments_as_text():
@@ -1170,8 +1170,7 @@ def test_a_tools_file_that_cannot_be_read_is_named_itself(tmp_path):
 def test_changes_are_counted_once_per_list_of_tools_and_shown(tmp_path, capsys):
     rows = [CASES["mobile-actions"][0]] * 3
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    args = script.parse_args(["--dataset_path", path])
-    assert len(read_examples(args, args.dataset_path)[0]) == 3
+    assert len(read_examples([path], Reading(str(ROOT / script.TOOLS_PATH)))[0]) == 3
     assert capsys.readouterr().out.splitlines()[0] == (
         "read     tools normalised: type STRING → string 2, type function added 1, type OBJECT → object 1, "
         "type INTEGER → integer 1"
@@ -1187,8 +1186,7 @@ def test_keys_that_no_format_has_are_named(tmp_path, capsys):
         {"input": "rain in Rome?", "output": {"content": "Yes.", "function_cals": [json.loads(CALL)]}, "id": 4},
     ]
     path = write_jsonl(tmp_path / "rows.jsonl", [*rows, sharegpt(("human", "rain in Rome?"), ("gpt", "Yes."), id=0)])
-    args = script.parse_args(["--dataset_path", path])
-    assert len(read_examples(args, args.dataset_path)[0]) == 6
+    assert len(read_examples([path], Reading(str(ROOT / script.TOOLS_PATH)))[0]) == 6
     assert capsys.readouterr().out.splitlines()[0] == (
         'read     not read, as the format has no such key: "tool_call" of 6 turns, "function_cals" of 1 output, "id" of 6 '
         'rows, "available_tools" of 2 rows'
@@ -1221,8 +1219,8 @@ def test_a_named_format_says_which_of_two_conversations_is_read():
         "conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}],
         "tools": [],
     }
-    examples, *_, unread = to_examples([("x:1", row)], "no/such/tools.json", "openai")
-    assert examples[0].messages == [USER, YES] and set(unread) == {("row", "conversations")}
+    checked = to_examples([("x:1", row)], "no/such/tools.json", "openai")
+    assert checked.examples[0].messages == [USER, YES] and set(checked.unread) == {("row", "conversations")}
     assert "expected one of them" in read(row, "hermes")[1][0]
 
 
@@ -1236,14 +1234,14 @@ def test_a_named_format_says_which_of_two_conversations_is_read():
     ],
 )
 def test_keys_of_another_format_are_named_too(row, unread):
-    *_, found = to_examples([("x:1", {**row, "tools": []})], "no/such/tools.json")
-    assert sorted(found) == unread
+    checked = to_examples([("x:1", {**row, "tools": []})], "no/such/tools.json")
+    assert sorted(checked.unread) == unread
 
 
 def test_what_the_formats_read_is_known():
     rows = [("x:1", row) for row, *_ in CASES.values()]
-    *_, unread = to_examples(rows, str(ROOT / "data" / "tools.json"))
-    assert set(unread) == {("row", key) for key in ("id", "category", "metadata", "parallel_tool_calls")}
+    checked = to_examples(rows, str(ROOT / "data" / "tools.json"))
+    assert set(checked.unread) == {("row", key) for key in ("id", "category", "metadata", "parallel_tool_calls")}
 
 
 def test_a_tools_file_is_normalised_too(tmp_path):
@@ -1269,8 +1267,8 @@ def test_convert_to_writes_a_new_file_and_trains_nothing(tmp_path, tools_path):
     result = run_script(*flags)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == f"write    {len(rows):,} rows: {target}"
-    before = to_examples(read_rows([path]), tools_path)[0]
-    after = to_examples(read_rows([str(target)]), "no/such/tools.json")[0]
+    before = to_examples(read_rows([path]), tools_path).examples
+    after = to_examples(read_rows([str(target)]), "no/such/tools.json").examples
     assert [example[1:3] for example in after] == [example[1:3] for example in before]
     assert [file.name for file in target.parent.iterdir()] == ["openai.jsonl"]
     result = run_script(*flags)
@@ -1437,12 +1435,13 @@ ROW = CALLING | st.fixed_dictionaries(
 @given(rows=st.lists(JSON | ROW, min_size=1, max_size=4), name=st.sampled_from(["auto", "auto", *FORMATS]))
 def test_arbitrary_json_is_an_example_or_a_located_problem(tools_path, rows, name):
     rows = [(f"x:{line}", row) for line, row in enumerate(rows, start=1)]
-    examples, problems, total, *_ = to_examples(rows, tools_path, name)
-    valid, broken = {example.source for example in examples}, {where for where, _ in problems}
-    assert total == len(rows) and not valid & broken and valid | broken == {where for where, _ in rows}
-    assert all(problem and "\n" not in problem and len(problem) < 800 for _, problem in problems)
-    again = to_examples([(example.source, to_row(example)) for example in examples], tools_path)
-    assert again[1] == [] and json.dumps(again[0]) == json.dumps([e._replace(format="openai") for e in examples])
+    checked = to_examples(rows, tools_path, name)
+    valid, broken = {example.source for example in checked.examples}, {source for source, _ in checked.problems}
+    assert checked.total == len(rows) and not valid & broken and valid | broken == {source for source, _ in rows}
+    assert all(problem and "\n" not in problem and len(problem) < 800 for _, problem in checked.problems)
+    again = to_examples([(example.source, to_row(example)) for example in checked.examples], tools_path)
+    assert again.problems == []
+    assert json.dumps(again.examples) == json.dumps([e._replace(format="openai") for e in checked.examples])
 
 
 @pytest.mark.parametrize("text", ["[" * 900 + "]" * 900, '{"items": ' * 300 + "{}" + "}" * 300])

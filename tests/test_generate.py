@@ -4,7 +4,7 @@ import pytest
 from conftest import ROOT, TINY, patch
 
 import train_qwen3_tool_calling as script
-from tool_calling.data.examples import read_examples, split_examples
+from tool_calling.data.examples import Reading, read_examples, split_examples
 from tool_calling.engines.answers import generate_answers, generate_tokens
 from tool_calling.engines.attention import attend_with_prefix
 from tool_calling.engines.loading import load_adapter, load_base, warn_if_spread
@@ -28,7 +28,7 @@ def samples(tokenizer):
     args = script.parse_args(
         ["--dataset_path", str(ROOT / script.DATASET_PATH), "--tools_path", str(ROOT / script.TOOLS_PATH)]
     )
-    _, held_out = split_examples(read_examples(args, args.dataset_path)[0], 0.1)
+    _, held_out = split_examples(read_examples(args.dataset_path, Reading(args.tools_path))[0], 0.1)
     groups, problems = render_examples(tokenizer, held_out[8:24], 2048)
     assert not problems
     return [sample for group in groups for sample in group]

@@ -13,7 +13,7 @@ from conftest import ALARM, ROOT, TINY, WEATHER, native, run_script, write_jsonl
 from test_command_line import FINAL_FILES, ROWS, names
 
 import train_qwen3_tool_calling as script
-from tool_calling.data.examples import read_examples
+from tool_calling.data.examples import Reading, read_examples
 from tool_calling.engines.hub import load_tokenizer
 from tool_calling.prompts import render_all
 from tool_calling.schedule import plan_streams
@@ -116,7 +116,7 @@ args = s.parse_args(["--model_id", sys.argv[1], "--dataset_path", sys.argv[2], "
 engine = s.start_engine(args)
 assert engine == "unsloth"
 tokenizer = s.load_tokenizer(args.model_id)
-train, held_out = s.render_all(args, tokenizer, s.read_examples(args, args.dataset_path)[0])
+train, held_out = s.render_all(args, tokenizer, s.read_examples(args.dataset_path, s.Reading(args.tools_path))[0])
 plan = s.Plan(8, 1, s.group_rows(train), (1024, 2048))
 model = s.build_trainer(args, engine, s.load_model(args, engine, plan), tokenizer, train, held_out, plan).model
 for name, parameter in model.named_parameters():
@@ -191,7 +191,7 @@ if __name__ == "__main__":
     s.return_pages()
     engine = s.start_engine(args)
     tokenizer = s.load_tokenizer(args.model_id)
-    train, held_out = s.render_all(args, tokenizer, s.read_examples(args, args.dataset_path)[0])
+    train, held_out = s.render_all(args, tokenizer, s.read_examples(args.dataset_path, s.Reading(args.tools_path))[0])
     plan = s.plan_streams(train, args, engine)
     model = s.load_model(args, engine, plan)
     trainer = s.build_trainer(args, script.to_sft_config(args, plan, False), engine, model, tokenizer, train, [], plan)
@@ -364,7 +364,7 @@ def test_unsloth_on_two_gpus_replays_streams_of_several_lengths(folder):
             "0.25",
         ]
     )
-    train, _ = render_all(args, load_tokenizer(MODEL), read_examples(args, args.dataset_path)[0])
+    train, _ = render_all(args, load_tokenizer(MODEL), read_examples(args.dataset_path, Reading(args.tools_path))[0])
     assert len(plan_streams(train, args, "unsloth").lengths) > 2
     output = run_on_two(
         folder,

@@ -24,9 +24,9 @@ def row(arguments: object, *tools: dict, name: str = "f", request: str = "go") -
 
 
 def problems_of(*rows: dict) -> list[str]:
-    examples, problems, total, *_ = to_examples([(f"x:{i}", row) for i, row in enumerate(rows, 1)], "no/tools.json")
-    assert total == len(rows) == len(examples) + len({where for where, _ in problems})
-    return [f"{where}: {problem}" for where, problem in problems]
+    checked = to_examples([(f"x:{i}", row) for i, row in enumerate(rows, 1)], "no/tools.json")
+    assert checked.total == len(rows) == len(checked.examples) + len({source for source, _ in checked.problems})
+    return [f"{source}: {problem}" for source, problem in checked.problems]
 
 
 def text_schema(**more) -> dict:
@@ -146,12 +146,16 @@ def test_a_hostile_line_is_a_located_problem_and_its_neighbours_are_read(tmp_pat
     path = tmp_path / "rows.jsonl"
     good = json.dumps(GOOD).encode()
     path.write_bytes(b"\xef\xbb\xbf" + good + b"\r\n" + line + b"\r\n" + good + b"\r\n")
-    examples, problems, total, *_ = to_examples(read_rows([str(path)]), str(tmp_path / "tools.json"))
-    assert total == 3 and [example.source for example in examples][:: 2 - bool(problems)] == [f"{path}:1", f"{path}:3"]
+    checked = to_examples(read_rows([str(path)]), str(tmp_path / "tools.json"))
+    examples, problems = checked.examples, checked.problems
+    assert checked.total == 3 and [example.source for example in examples][:: 2 - bool(problems)] == [
+        f"{path}:1",
+        f"{path}:3",
+    ]
     if BAD_LINES[line] is None:
         assert problems == []
     else:
-        assert problems and {where for where, _ in problems} == {f"{path}:2"}
+        assert problems and {source for source, _ in problems} == {f"{path}:2"}
         assert problems[0][1].startswith(BAD_LINES[line])
 
 
@@ -203,10 +207,10 @@ def test_nothing_from_the_data_is_run(tmp_path):
         ),
     ]
     (tmp_path / "tools.json").write_text(json.dumps([WEATHER]))
-    examples, problems, *_ = to_examples(
-        [(f"x:{i}", row) for i, row in enumerate(rows, 1)], str(tmp_path / "tools.json")
-    )
-    assert [where for where, _ in problems] == ["x:1", "x:2", "x:3"] and len(examples) == 1  # the last is a text
+    checked = to_examples([(f"x:{i}", row) for i, row in enumerate(rows, 1)], str(tmp_path / "tools.json"))
+    assert [source for source, _ in checked.problems] == ["x:1", "x:2", "x:3"] and len(
+        checked.examples
+    ) == 1  # the last is a text
     report = {
         "failures": [{"where": "x:4", "request": "{{ 7 * 7 }}", "expected": rows[3]["input"], "got": "{{ 7 * 7 }}"}]
     }

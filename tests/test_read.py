@@ -560,8 +560,8 @@ def test_a_hundred_thousand_rows_fit_into_a_gibibyte(tmp_path):
     path = write_many(tmp_path / "rows.jsonl", 100_000)
     code = (
         "import re, sys, tool_calling.data.examples as s\nfrom tool_calling.data.rows import read_rows\n"
-        "examples, problems, total, *_ = s.to_examples(read_rows([sys.argv[1]]), 'data/tools.json')\n"
-        "print(len(examples), len(problems), total, re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
+        "c = s.to_examples(read_rows([sys.argv[1]]), 'data/tools.json')\n"
+        "print(len(c.examples), len(c.problems), c.total, re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
     )
     start = time.perf_counter()
     result = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True, cwd=ROOT)

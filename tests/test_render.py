@@ -190,9 +190,9 @@ def test_the_bundled_data_renders_without_a_problem(tokenizer):
     from conftest import ROOT
 
     rows = list(read_rows([str(ROOT / "data" / "synthetic_finetune_dataset.json")]))
-    examples, problems, total, *_ = to_examples(rows, str(ROOT / "data" / "tools.json"))
-    assert problems == [] and len(examples) == total == 2000
-    groups, problems = render_examples(tokenizer, examples, script.MAX_SEQ_LENGTH)
+    checked = to_examples(rows, str(ROOT / "data" / "tools.json"))
+    assert checked.problems == [] and len(checked.examples) == checked.total == 2000
+    groups, problems = render_examples(tokenizer, checked.examples, script.MAX_SEQ_LENGTH)
     assert problems == []
     for (_, row), (sample,) in zip(rows, groups):
         output = row["output"]

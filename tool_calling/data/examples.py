@@ -3,7 +3,7 @@
 import json
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,15 +37,15 @@ class Reading:
     on_invalid: str = "error"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Checked:
     """What `total` rows have become."""
 
-    examples: list[Example]  # the valid ones
-    problems: list[tuple[str, str]]  # (source, problem); one row may have several
-    total: int
-    changes: Counter  # what was normalised in lists of tools
-    unread: Counter  # (place, key) that no format reads: how often it holds something
+    examples: list[Example] = field(default_factory=list)  # of the valid rows
+    problems: list[tuple[str, str]] = field(default_factory=list)  # (source, problem); a row may have several
+    total: int = 0
+    changes: Counter = field(default_factory=Counter)  # {what was normalised in a list of tools: how often}
+    unread: Counter = field(default_factory=Counter)  # {(place, key) that holds something and is not read: how often}
 
 
 def to_row(example: Example) -> dict:
@@ -70,28 +70,28 @@ def to_row(example: Example) -> dict:
 
 def to_examples(rows, tools_path: str, name: str = "auto") -> Checked:
     """Convert and check every (source, row); one without tools of its own gets those of `tools_path`."""
-    examples, problems, changes, unread, checked, total = [], [], Counter(), Counter(), {}, 0
-    for total, (source, row) in enumerate(rows, start=1):
+    checked, seen = Checked(), {}  # most rows share their tools: convert and check each list once
+    for checked.total, (source, row) in enumerate(rows, start=1):
         try:
             found_format, messages, tools, left_out = convert(row, name)
-            unread.update(left_out)
+            checked.unread.update(left_out)
             key = json.dumps(tools)
-            if key not in checked:  # most rows share their tools: convert and check each list once
+            if key not in seen:
                 if tools is None and not Path(tools_path).exists():
                     raise UserError(f"{source}: has no tools of its own, and --tools_path {tools_path} is not there")
                 tools, changed = read_tools(tools_path) if tools is None else to_tools(tools)
-                checked[key] = tools, *check_tools(tools)
-                changes += changed
-            tools, validators, found = checked[key]
+                seen[key] = tools, *check_tools(tools)
+                checked.changes += changed
+            tools, validators, found = seen[key]
             found = found + check_roles(messages) + check_text(messages) + check_calls(messages, validators)
         except ValueError as error:
             found = [str(error)]
         except RecursionError:
             found = ["is nested too deeply; expected at most some hundred levels"]
-        problems += [(source, " ".join(problem.splitlines())) for problem in found]
+        checked.problems += [(source, " ".join(problem.splitlines())) for problem in found]
         if not found:
-            examples.append(Example(source, messages, tools, found_format))
-    return Checked(examples, problems, total, changes, unread)
+            checked.examples.append(Example(source, messages, tools, found_format))
+    return checked
 
 
 def apply_thinking(examples: list[Example], thinking: str) -> tuple[list[Example], list[tuple[str, str]]]:
@@ -184,9 +184,9 @@ def check_rows(paths: list[str], reading: Reading) -> Checked:
     """Read, convert and check the rows of files, folders and Hub datasets; no valid row is a UserError."""
     rows = read_rows(paths, reading.max_samples, reading.tools_path)
     checked = to_examples(rows, reading.tools_path, reading.format)
-    examples, without_thought = apply_thinking(checked.examples, reading.thinking)
-    checked = replace(checked, examples=examples, problems=checked.problems + without_thought)
-    if not examples:
+    checked.examples, without_thought = apply_thinking(checked.examples, reading.thinking)
+    checked.problems += without_thought
+    if not checked.examples:
         report_problems(checked.problems, reading.on_invalid, checked.total)
         raise UserError(f"{' '.join(paths)}: no valid row is left")
     if checked.changes:
