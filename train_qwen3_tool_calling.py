@@ -20,7 +20,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from tool_calling.arguments import Parser, gguf_names, number, read_config, scheduler
+from tool_calling.arguments import GGUF_NAMES, SCHEDULERS, Parser, drop_resume, number, one_of, read_config, to_command
 from tool_calling.data.examples import Checked, Reading, check_rows, find_warnings, read_examples, write_converted
 from tool_calling.data.formats import FORMATS
 from tool_calling.data.literals import as_list
@@ -37,6 +37,7 @@ from tool_calling.processes import (
     is_main,
     leave,
     raise_interrupted,
+    unwrap_interrupt,
 )
 from tool_calling.prompts import (
     NOT_HELD_OUT,
@@ -229,7 +230,7 @@ def build_parser() -> Parser:
     )
     add(
         "--lr_scheduler_type",
-        type=scheduler,
+        type=one_of(SCHEDULERS),
         default=LR_SCHEDULER_TYPE,
         metavar="NAME",
         help="linear, cosine, constant, ... as Transformers names them",
@@ -325,7 +326,7 @@ def build_parser() -> Parser:
     )
     add(
         "--save_gguf",
-        type=gguf_names,
+        type=one_of(GGUF_NAMES, several=True),
         metavar="NAMES",
         help="also write GGUF files and an Ollama Modelfile, with llama.cpp: q8_0,q4_k_m,...",
     )
@@ -808,27 +809,6 @@ def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.Ex
     return report
 
 
-def drop_resume(argv: list[str]) -> list[str]:
-    """Return the words of a command line without --resume_from_checkpoint and its value."""
-    flag = "--resume_from_checkpoint"
-    return [
-        word
-        for before, word in zip(["", *argv], argv)
-        if word.split("=")[0] != flag and (before != flag or word.startswith("--"))
-    ]
-
-
-def to_command(argv: list[str], output_dir: str) -> str:
-    """Return the command that goes on from the newest checkpoint of the run that `argv` started.
-
-    With --config it is the run's own run.yaml that is named: the file given may have been changed since.
-    """
-    kept = drop_resume(argv)
-    if any(word.split("=")[0] == "--config" for word in argv):
-        kept = [argv[0], "--config", str(Path(output_dir) / "run.yaml")]
-    return shlex.join([*LAUNCHER, *kept, "--resume_from_checkpoint"])
-
-
 def explain_interrupt(args: argparse.Namespace, argv: list[str], number: int, began: float) -> str:
     """Return one line: what ended the run that began then (seconds since 1970), and how to go on."""
     name, marker = signal.Signals(number).name, Path(args.output_dir) / "run.yaml"
@@ -839,14 +819,6 @@ def explain_interrupt(args: argparse.Namespace, argv: list[str], number: int, be
     if started and list_checkpoints(args.output_dir):
         return f"interrupted by {name}; go on with: {to_command([PROGRAM, *argv], args.output_dir)}"
     return f"interrupted by {name} before a checkpoint was written; start again with the same command"
-
-
-def unwrap_interrupt(error: BaseException | None) -> None:
-    """Raise the Interrupted that a library has turned into this error of its own, if there is one."""
-    while error is not None:
-        if isinstance(error, Interrupted):
-            raise error
-        error = error.__cause__ or error.__context__
 
 
 def run_command_line() -> int:

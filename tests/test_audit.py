@@ -322,7 +322,7 @@ def test_problems_are_listed_and_the_other_rows_audited(tmp_path):
     missing = 'call 1 "set_alarm": arguments.time is missing'
     assert result.stderr.splitlines() == [
         *(f"error: {tmp_path}/rows.jsonl:{n}: {missing}" for n in range(7, 27)),
-        "error: 25 problems in 25 of 31 rows, the first 20 above; mend them, or leave them out with --on_invalid skip",
+        "error: 25 problems in 25 of 31 rows, the first 20 above; fix them or skip these rows with --on_invalid skip",
     ]
     assert found["rows"] == {"total": 31, "valid": 6, "with_problems": 25, "training": 6, "held_out": 0}
     assert found["problems"]["count"] == 25 and found["problems"]["rows"][24] == [f"{tmp_path}/rows.jsonl:31", missing]

@@ -343,7 +343,7 @@ def test_bad_data_ends_the_run_and_writes_nothing(tmp_path, tools_path):
         f'error: {path}:2: call 1 "get_weather": arguments.days must be an integer, got "7"',
         f"error: {path}:3: not valid JSON: Expecting property name enclosed in double quotes; "
         "expected one JSON object a line, or a JSON array",
-        "error: 2 problems in 2 of 3 rows; mend them, or leave them out with --on_invalid skip",
+        "error: 2 problems in 2 of 3 rows; fix them or skip these rows with --on_invalid skip",
     ]
     assert names(tmp_path) == before
 

@@ -129,19 +129,19 @@ help: true
         f"error: {path}:{line}"
         for line in [
             "1: argument --batch_size: must be at least 1, got 0",
-            "2: learning-rate: no flag is named so; did you mean learning_rate?",
+            "2: learning-rate: unknown setting; did you mean learning_rate?",
             "3: argument --lora_rank: invalid: '16.0'",
             "4: argument --load_in_4bit: must be true or false, got false",
             "5: argument --lr_scheduler_type: must be one of linear, cosine, cosine_with_restarts, polynomial, constant, "
             "constant_with_warmup, inverse_sqrt, got cosin; did you mean cosine?",
             "6: argument --engine: must be one value",
-            "7: config: a file of settings cannot name another",
-            "8: argument --dataset_path: must be one value, or a list, without - in front",
+            "7: config: unknown setting",
+            "8: argument --dataset_path: must be one value, or a list of values without - in front",
             "9: argument --seed: must be one value",
             "10: argument --max_steps: invalid: 'true'",
-            "11: batch_size: stands twice",
-            "12: help: no flag is named so",
-            "13: sample: no flag is named so",
+            "11: batch_size: duplicate setting",
+            "12: help: unknown setting",
+            "13: sequence: unknown setting",
         ]
     ]
 
@@ -154,7 +154,7 @@ help: true
         ("[" * 5000, ": not valid YAML: maximum recursion depth exceeded"),
         ("- seed", ": expected lines `flag: value`, such as batch_size: 4"),
         ("", ": expected lines `flag: value`, such as batch_size: 4"),
-        ("warmup_steps: 1\nwarmup_ratio: 0.1", ": argument --warmup_ratio: not allowed with argument --warmup_steps"),
+        ("warmup_steps: 1\nwarmup_ratio: 0.1", ":2: argument --warmup_ratio: not allowed with argument --warmup_steps"),
     ],
 )
 def test_a_file_that_is_no_list_of_settings_is_one_line(tmp_path, text, message):

@@ -392,6 +392,6 @@ def test_a_mistake_in_the_data_is_said_once(command, tmp_path):
     said = [line for line in result.stderr.splitlines() if line.startswith("error: ")]  # torchrun adds a traceback
     assert said == [
         f'error: {rows}:1: call 1 "get_weather": arguments.city must be a string, got 7',
-        "error: 1 problem in 1 of 1 row; mend them, or leave them out with --on_invalid skip",
+        "error: 1 problem in 1 of 1 row; fix them or skip these rows with --on_invalid skip",
     ]
     assert names(tmp_path) == ["wrong.jsonl"]

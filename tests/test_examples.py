@@ -425,7 +425,7 @@ def test_problems_are_counted_and_the_first_twenty_shown():
     lines = str(error.value).splitlines()
     assert lines[:20] == [f"x.jsonl:{i}: broken" for i in range(1, 21)]
     assert lines[20:] == [
-        "30 problems in 30 of 1,500 rows, the first 20 above; mend them, or leave them out with --on_invalid skip"
+        "30 problems in 30 of 1,500 rows, the first 20 above; fix them or skip these rows with --on_invalid skip"
     ]
 
 

@@ -566,7 +566,7 @@ def test_only_the_adapter_is_handed_over(tmp_path, capsys):
         (["--save_method", "gguf"], "argument --save_method: invalid choice: 'gguf'"),
         (
             ["--save_gguf", "q8_0,q9_0"],
-            "argument --save_gguf: unknown: q9_0; expected any of f32, f16, bf16, q8_0, q6_k",
+            "argument --save_gguf: must be one of f32, f16, bf16, q8_0, q6_k",
         ),
         (
             ["--save_gguf", "q8_0", "--save_method", "merged_4bit"],

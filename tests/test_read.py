@@ -477,7 +477,7 @@ def test_the_command_line_takes_a_dataset(cache, tmp_path, tools_path):
         'error: org/Calls:train[3]: call 1 "get_weather": arguments.city is missing',
         "error: org/Calls:train[4]: holds the datetime 2024-05-01 00:00:00; expected text or another JSON value "
         "(a table may have made dates of texts: name the dataset's own file instead)",
-        "error: 3 problems in 3 of 5 rows; mend them, or leave them out with --on_invalid skip",
+        "error: 3 problems in 3 of 5 rows; fix them or skip these rows with --on_invalid skip",
     ]
 
 

@@ -534,7 +534,7 @@ def test_the_process_that_merges_ends_with_the_one_that_waits_for_it(tmp_path):
     while not (tmp_path / "runs").exists():
         assert parent.poll() is None
         time.sleep(0.05)
-    merging = [child for child in psutil.Process(parent.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+    merging = [child for child in psutil.Process(parent.pid).children() if "tool_calling.fresh" in child.cmdline()]
     assert len(merging) == 1
     parent.kill()
     parent.wait()

@@ -1,142 +1,140 @@
-"""Argument types, and the settings file of --config as words of a command line."""
+"""Argument types, the settings file of --config, and the commands to repeat or resume a run."""
 
 import argparse
 import math
 import re
-from itertools import chain
+import shlex
 from pathlib import Path
 
 import yaml
 
+from tool_calling.processes import LAUNCHER
 from tool_calling.terminal import FlagError, suggest
 
-SCHEDULERS = (
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
-    "constant",
-    "constant_with_warmup",
-    "inverse_sqrt",
-)  # those of Transformers that need nothing but the number of steps
-CONVERTED_GGUF = ("f32", "f16", "bf16", "q8_0")  # what llama.cpp's converter writes by itself
-GGUF_NAMES = (
-    *CONVERTED_GGUF,
-    "q6_k",
-    "q5_k_m",
-    "q5_k_s",
-    "q5_1",
-    "q5_0",
-    "q4_k_m",
-    "q4_k_s",
-    "q4_1",
-    "q4_0",
-    "q3_k_l",
-    "q3_k_m",
-    "q3_k_s",
-    "q2_k",
-)  # of the others, those that need no importance matrix
-
-
-def number(kind, low, high=math.inf, low_open=False):
-    """Return an argparse type for an int or float in [low, high), or (low, high) with `low_open`."""
-
-    def parse(text: str):
-        value = kind(text)
-        if not (low < value if low_open else low <= value) or not value < high:
-            upper = "" if high == math.inf else f" and below {high}"
-            raise argparse.ArgumentTypeError(f"must be {'above' if low_open else 'at least'} {low}{upper}, got {text}")
-        return value
-
-    parse.__name__ = "whole number" if kind is int else "number"
-    return parse
-
-
-def gguf_names(text: str) -> str:
-    """Return names of GGUF quantisations, separated by commas, in lower case; as an argparse type."""
-    names = [name.strip() for name in text.lower().split(",")]
-    if unknown := [name for name in names if name not in GGUF_NAMES]:
-        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; expected any of {', '.join(GGUF_NAMES)}")
-    return ",".join(names)
-
-
-def scheduler(text: str) -> str:
-    """Return a name of SCHEDULERS, as an argparse type."""
-    if text not in SCHEDULERS:
-        hint = suggest(text, SCHEDULERS)
-        raise argparse.ArgumentTypeError(f"must be one of {', '.join(SCHEDULERS)}, got {text}{hint}")
-    return text
+# fmt: off
+SCHEDULERS = (  # those of Transformers that need nothing but the number of steps
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+)
+CONVERTED_GGUF = ("f32", "f16", "bf16", "q8_0")  # written by llama.cpp's converter itself
+GGUF_NAMES = (  # of the others, those that need no importance matrix
+    *CONVERTED_GGUF, "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0",
+    "q3_k_l", "q3_k_m", "q3_k_s", "q2_k",
+)
+# fmt: on
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises a FlagError instead of ending the program."""
+    """An ArgumentParser that raises a FlagError instead of exiting."""
 
     def error(self, message: str):
         unknown = re.match("unrecognized arguments: (--[^ =]+)", message)
         raise FlagError(message + (suggest(unknown[1], self._option_string_actions) if unknown else ""))
 
 
-def to_words(actions: dict, name: str, node) -> list[str]:
-    """Return the words of a command line that give the flag `name` the value of a YAML node, as it is written there."""
-    if name not in actions:
-        raise FlagError(
-            f"{name}: "
-            + (
-                "a file of settings cannot name another"
-                if name == "config"
-                else f"no flag is named so{suggest(name, actions)}"
-            )
-        )
-    flag, nargs, kind = actions[name].option_strings[0], actions[name].nargs, node.tag.rsplit(":", 1)[-1]
-    if kind == "null":
-        return []
-    if nargs == "+" and kind == "seq" and all(item.id == "scalar" and item.value[:1] != "-" for item in node.value):
-        return [flag, *(item.value for item in node.value)]
-    if node.id != "scalar":
-        raise FlagError(f"argument {flag}: must be one value" + ", or a list, without - in front" * (nargs == "+"))
-    if nargs != 0:
-        return [f"{flag}={node.value}"]
-    if kind != "bool":
-        raise FlagError(f"argument {flag}: must be true or false, got {node.value}")
-    no = actions[name].option_strings[1:]  # --no-x, if there is such a flag
-    return [flag] if node.value.lower() in ("true", "yes", "on") else no
+def number(kind, low, high=math.inf, low_open=False):
+    """Return an argparse type for an int or float in [low, high), or in (low, high) with `low_open`."""
+    expected = f"{'above' if low_open else 'at least'} {low}" + (f" and below {high}" if high < math.inf else "")
+
+    def parse(text: str):
+        value = kind(text)
+        if not low <= value < high or (low_open and value == low):
+            raise argparse.ArgumentTypeError(f"must be {expected}, got {text}")
+        return value
+
+    parse.__name__ = "whole number" if kind is int else "number"
+    return parse
+
+
+def one_of(names: tuple[str, ...], several: bool = False):
+    """Return an argparse type for one of the names, or for several of them, in any case and separated by commas."""
+
+    def parse(text: str) -> str:
+        given = [name.strip() for name in text.lower().split(",")] if several else [text]
+        for name in given:
+            if name not in names:
+                hint = suggest(name, names)
+                raise argparse.ArgumentTypeError(f"must be one of {', '.join(names)}, got {name}{hint}")
+        return ",".join(given)
+
+    return parse
 
 
 def read_config(parser: Parser, path: str) -> list[str]:
-    """Return the settings of a YAML file as the words of a command line; its mistakes are one FlagError.
+    """Return the settings of a YAML file as words of a command line; its mistakes are one FlagError, a line each.
 
-    Each line is `name of a flag: value`, and the value is taken as the text that it is, so that argparse checks and
-    converts it as on the command line. null is nothing given, and `facts` what run.yaml tells of a run.
+    argparse checks and converts each value as on the command line. null is no value, and `facts` tells of a past run.
     """
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    words, seen, problems = [], set(), []
+    for key, node in read_settings(path):
+        name = key.value if key.id == "scalar" else key.id
+        try:
+            if name in seen:
+                raise FlagError(f"{name}: duplicate setting")
+            seen.add(name)
+            if name != "facts":
+                more = to_words(actions, name, node)
+                parser.parse_args([*words, *more])
+                words += more
+        except FlagError as error:
+            problems.append(f"{path}:{key.start_mark.line + 1}: {error}")
+    if problems:
+        raise FlagError("\n".join(problems))
+    return words
+
+
+def read_settings(path: str) -> list[tuple[yaml.Node, yaml.Node]]:
+    """Return the keys and values of a YAML mapping as nodes, which know their lines."""
     if not Path(path).is_file():
         raise FlagError(f"--config {path}: not a file; expected YAML, `flag: value` a line")
     try:
         root = yaml.compose(Path(path).read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
-        raise FlagError(
-            f"{path}{f':{mark.line + 1}' if mark else ''}: not valid YAML: "
-            f"{getattr(error, 'problem', None) or str(error).splitlines()[0]}"
-        ) from None
+        line = f":{mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise FlagError(f"{path}{line}: not valid YAML: {reason}") from None
     if not isinstance(root, yaml.MappingNode):
         raise FlagError(f"{path}: expected lines `flag: value`, such as batch_size: 4")
-    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
-    words, problems = {}, []
-    for key, node in root.value:
-        name = key.value if key.id == "scalar" else key.id
-        try:
-            if name in words:
-                raise FlagError(f"{name}: stands twice")
-            words[name] = to_words(actions, name, node) if name != "facts" else []
-            parser.parse_args(words[name])
-        except FlagError as error:
-            problems.append(f"{path}:{key.start_mark.line + 1}: {error}")
-    together = [*chain(*words.values())]
-    if not problems:
-        try:
-            parser.parse_args(together)
-        except FlagError as error:  # settings that exclude each other
-            problems = [f"{path}: {error}"]
-    if problems:
-        raise FlagError("\n".join(problems))
-    return together
+    return root.value
+
+
+def to_words(actions: dict, name: str, node: yaml.Node) -> list[str]:
+    """Return the words of a command line that set the flag `name` to the text of a YAML node."""
+    if name not in actions:
+        raise FlagError(f"{name}: unknown setting{suggest(name, actions)}")
+    (flag, *negative), nargs = actions[name].option_strings, actions[name].nargs
+    kind = node.tag.rsplit(":", 1)[-1]
+    if kind == "null":
+        return []
+    if nargs == "+" and kind == "seq" and all(item.id == "scalar" and item.value[:1] != "-" for item in node.value):
+        return [flag, *(item.value for item in node.value)]
+    if node.id != "scalar":
+        expected = "one value, or a list of values without - in front" if nargs == "+" else "one value"
+        raise FlagError(f"argument {flag}: must be {expected}")
+    if nargs != 0:
+        return [f"{flag}={node.value}"]
+    if kind != "bool":
+        raise FlagError(f"argument {flag}: must be true or false, got {node.value}")
+    return [flag] if node.value.lower() in ("true", "yes", "on") else negative  # --no-x, if there is one
+
+
+def drop_resume(argv: list[str]) -> list[str]:
+    """Return the words of a command line without --resume_from_checkpoint and its value."""
+    flag = "--resume_from_checkpoint"
+    return [
+        word
+        for before, word in zip(["", *argv], argv)
+        if word.split("=")[0] != flag and (before != flag or word.startswith("--"))
+    ]
+
+
+def to_command(argv: list[str], output_dir: str) -> str:
+    """Return the command that goes on from the newest checkpoint of the run that `argv` started.
+
+    It names the run's own run.yaml in place of --config, whose file may have changed since.
+    """
+    kept = drop_resume(argv)
+    if any(word.split("=")[0] == "--config" for word in argv):
+        kept = [argv[0], "--config", str(Path(output_dir) / "run.yaml")]
+    return shlex.join([*LAUNCHER, *kept, "--resume_from_checkpoint"])

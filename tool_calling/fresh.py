@@ -1,58 +1,80 @@
-"""A function computed in a fresh Python process."""
+"""Compute a function in a new Python process."""
 
-import multiprocessing
+import contextlib
 import os
+import pickle
+import signal
+import subprocess
 import sys
 import threading
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
 
-from tool_calling.processes import Interrupted, block_signals, handle_signals
+from tool_calling.processes import STOP_SIGNALS, hold_signals
 from tool_calling.terminal import UserError
 
-
-def send_result(sender, function, arguments: tuple) -> None:
-    """Send function(*arguments), or the error that it ends with, to the process that waits for it."""
-
-    def follow_parent():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=follow_parent, daemon=True).start()
-    if hasattr(os, "fork"):  # locks that libraries make here then have no name that a killed process leaves behind
-        multiprocessing.set_start_method("fork", force=True)
-    try:
-        result = function(*arguments)
-    except Exception as error:
-        # Errors of libraries often cannot be sent as they are.
-        plain = isinstance(error, UserError) or type(error).__module__ in ("builtins", "torch")
-        result = error if plain else RuntimeError(f"{type(error).__name__}: {error}")
-    sender.send(result)
+ROOT = str(Path(__file__).resolve().parent.parent)
 
 
 def run_fresh(function, *arguments):
-    """Return function(*arguments), computed in a new Python process that ends when this one is stopped or dies."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=send_result, args=(sender, function, arguments))
-    # A new process begins by importing the main module: a program that calls main() would call it there again.
-    caller, sys.modules["__main__"] = sys.modules["__main__"], sys.modules[__name__]
-    noted: list[int] = []
-    try:
-        with handle_signals(lambda number, frame: noted.append(number)):
-            with block_signals():
-                process.start()
-    finally:
-        sys.modules["__main__"] = caller
-    sender.close()
-    try:
-        if noted:
-            raise Interrupted(noted[0])
-        result = receiver.recv()
-        process.join()
-    except EOFError:
-        raise UserError("the process that merges was killed; it needs memory for the whole 16-bit model") from None
-    finally:
-        process.kill()
-        process.join()
+    """Return function(*arguments) of a module-level function, computed in a new Python process.
+
+    Its errors are raised here. The process ends with this one, however this one ends.
+    """
+    ours, theirs = Pipe()
+    with contextlib.ExitStack() as stack:
+        with hold_signals():  # until the process is sure to be killed
+            process = start_python(theirs)
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+        theirs.close()
+        try:
+            ours.send_bytes(pickle.dumps((function, arguments)))
+            result = pickle.loads(ours.recv_bytes())
+        except (EOFError, ConnectionError):
+            raise UserError("the process that merges was killed; it needs memory for the whole 16-bit model") from None
+        process.wait()
     if isinstance(result, Exception):
         raise result
     return result
+
+
+def start_python(connection: Connection) -> subprocess.Popen:
+    """Run this module in a new process that inherits the connection, with Ctrl-C and SIGTERM blocked."""
+    number = connection.fileno()
+    path = [ROOT, os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else [ROOT]
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # inherited
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "tool_calling.fresh", str(number)],  # -P: import nothing from the cwd
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
+            stdin=subprocess.DEVNULL,
+            pass_fds=[number],
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+
+def serve(connection: Connection) -> None:
+    """Receive one function with its arguments and send back its result, or the error that it raises."""
+    job = connection.recv_bytes()
+    threading.Thread(target=follow, args=(connection,), daemon=True).start()
+    try:
+        function, arguments = pickle.loads(job)
+        result = function(*arguments)
+    except Exception as error:
+        # Errors of libraries often cannot be pickled.
+        plain = isinstance(error, UserError) or type(error).__module__ in ("builtins", "torch")
+        result = error if plain else RuntimeError(f"{type(error).__name__}: {error}")
+    connection.send_bytes(pickle.dumps(result))
+
+
+def follow(connection: Connection) -> None:
+    """Exit when the other end of the connection is closed, at the latest by the death of its process."""
+    with contextlib.suppress(EOFError, ConnectionError):
+        connection.recv_bytes()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    serve(Connection(int(sys.argv[1])))

@@ -1,4 +1,4 @@
-"""The processes of a run: which one speaks, how signals end them, how they leave."""
+"""The processes of a run: which one speaks, how signals stop them, how they exit."""
 
 import atexit
 import contextlib
@@ -7,56 +7,66 @@ import signal
 import sys
 import threading
 import time
-from multiprocessing import resource_tracker
+import traceback
 from typing import NoReturn
 
-PATIENCE = 3600  # seconds that processes wait for each other, as for the one that writes a large checkpoint
+PATIENCE = 3600  # seconds that processes wait for each other, e.g. while one writes a large checkpoint
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(BaseException):
-    """The user wants the run to end: no library that catches every Exception may swallow it. args[0] is the signal."""
+    """The user stops the run; args[0] is the signal. Not an Exception, so that no library swallows it."""
 
 
 def is_main() -> bool:
-    """Say whether this process speaks and writes: of those that torchrun starts, one for each GPU, only the first."""
+    """Say whether this process speaks and writes: torchrun starts one per GPU, and only the first does."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def count_devices() -> int:
-    """Return how many processes share the rows of a step: as many as torchrun or accelerate started."""
+    """Return how many processes torchrun or accelerate started; they share the rows of each step."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def find_launcher() -> list[str]:
-    """Return the words that started this process, as a command line shows them."""
+    """Return the words of the command line that started this process, up to the script's name."""
     devices, here = count_devices(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     nodes = ["--nnodes", str(devices // here)] if devices > here else []
     return ["torchrun", *nodes, "--nproc_per_node", str(here)] if devices > 1 else ["python"]
 
 
-LAUNCHER = find_launcher()  # now, because leave_group forgets it
+LAUNCHER = find_launcher()  # now, because leave_group deletes the variables
 
 
 def raise_interrupted(number: int, frame) -> None:
-    """End whatever is going on, as the handler of a signal; but an import or a __del__ only when it is done.
+    """Handle a signal: raise Interrupted, but wait for a running import or __del__ to finish.
 
-    An import that is cut off leaves half a library behind: the next error hides what happened, or the process aborts.
-    Of a __del__ Python would swallow the exception.
+    An aborted import leaves half a library behind, which then fails in its own way; Python ignores errors of a __del__.
     """
-    while frame and frame.f_code.co_name != "run_command_line":
-        if frame.f_code.co_filename.startswith("<frozen importlib") or frame.f_code.co_name == "__del__":
+    for caller, _ in traceback.walk_stack(frame):
+        code = caller.f_code
+        if code.co_name == "run_command_line":  # the script may itself be imported
+            break
+        if code.co_filename.startswith("<frozen importlib") or code.co_name == "__del__":
             later = threading.Timer(0.01, os.kill, (os.getpid(), number))
             later.daemon = True
             return later.start()
-        frame = frame.f_back
     raise Interrupted(number)
 
 
-@contextlib.contextmanager
-def handle_signals(handler, numbers: tuple = (signal.SIGINT, signal.SIGTERM)):
-    """Let `handler(number, frame)` answer Ctrl-C and SIGTERM (or these) for a while; then the former handlers do again.
+def unwrap_interrupt(error: BaseException | None) -> None:
+    """Raise the Interrupted that a library turned into this error, if there is one."""
+    while error is not None:
+        if isinstance(error, Interrupted):
+            raise error
+        error = error.__cause__ or error.__context__
 
-    Signals reach the main thread alone, so for a caller in another one nothing changes.
+
+@contextlib.contextmanager
+def handle_signals(handler, numbers: tuple = STOP_SIGNALS):
+    """Let `handler(number, frame)` handle these signals inside the block.
+
+    Only the main thread can set handlers; in other threads this does nothing.
     """
     numbers = numbers if threading.current_thread() is threading.main_thread() else ()
     former = {number: signal.signal(number, handler) for number in numbers}
@@ -68,31 +78,29 @@ def handle_signals(handler, numbers: tuple = (signal.SIGINT, signal.SIGTERM)):
 
 
 @contextlib.contextmanager
-def block_signals():
-    """Block SIGINT and SIGTERM for what is started meanwhile: a Ctrl-C is for this process alone. Not on Windows."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    resource_tracker.ensure_running()  # or it is started with the process, and unblocks them
-    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+def hold_signals():
+    """Hold Ctrl-C and SIGTERM back inside the block and raise them after it, also if it fails."""
+    held: list[int] = []
     try:
-        yield
+        with handle_signals(lambda number, frame: held.append(number)):
+            yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+        for number in held:
+            signal.raise_signal(number)
 
 
 def leave(code: int) -> NoReturn:
-    """End this process; of several that torchrun started, those beside the first one late, and none with a tear-down.
+    """Exit; under torchrun without tearing Python down, and all but the first process two seconds late.
 
-    Late, because the first may not have read yet what they sent last. Without tearing Python down, because a thread of
-    Gloo that then lets go of a tensor aborts its process (PyTorch issue 190489), and torchrun would end the others.
+    Late, because the first may still be reading what the others sent. No teardown, because a thread of Gloo that then
+    frees a tensor aborts its process (PyTorch issue 190489), and torchrun would stop the others.
     """
     if len(LAUNCHER) == 1:
         sys.exit(code)
     if not is_main():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         time.sleep(2)
-    atexit._run_exitfuncs()  # as multiprocessing ends its processes
+    atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,4 +1,4 @@
-"""What a run prints: one line a stage, warnings, errors; secrets stay hidden."""
+"""What a run prints: one line per stage, warnings and errors, with secrets hidden."""
 
 import difflib
 import json
@@ -13,11 +13,11 @@ from rich.table import Table
 from tool_calling.processes import is_main
 
 SHOWN_PROBLEMS = 20
-SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")  # their values are written nowhere
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")  # variables whose values are never written
 
 
 class UserError(Exception):
-    """A mistake in data or environment that the user can mend: shown as `error: ...` lines, never as a traceback."""
+    """A mistake in data or environment that the user can fix; shown as `error: ...` lines without a traceback."""
 
 
 class FlagError(UserError):
@@ -25,7 +25,7 @@ class FlagError(UserError):
 
 
 def hide_secrets(text: str) -> str:
-    """Return a text without the secrets of the environment and without the passwords in addresses."""
+    """Return a text without the secrets of the environment and without passwords in URLs."""
     for name in SECRETS:
         if len(os.environ.get(name, "")) >= 8:  # shorter ones may be parts of words
             text = text.replace(os.environ[name], f"${name}")
@@ -33,7 +33,7 @@ def hide_secrets(text: str) -> str:
 
 
 def say(stage: str, text: str) -> None:
-    """Print one line for one stage of the run; if nobody reads any more, as after `| head`, the run goes on."""
+    """Print one line for a stage of the run; a reader that is gone, as after `| head`, does not end the run."""
     try:
         print(f"{stage:<9}{hide_secrets(text)}", flush=True)
     except BrokenPipeError:
@@ -41,76 +41,79 @@ def say(stage: str, text: str) -> None:
 
 
 def drop_output() -> None:
-    """Let all that is printed from now on go nowhere, as the one who read it is gone."""
+    """Redirect stdout to os.devnull after a broken pipe."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def make_console(**settings):
-    """Return a console of rich that goes on, as `say` does, if nobody reads any more; rich would end the process."""
+def make_console(**settings) -> Console:
+    """Return a rich Console that survives a broken pipe as `say` does; rich itself would exit."""
     console = Console(highlight=False, **settings)
     console.on_broken_pipe = drop_output
     return console
 
 
+def show_table(columns: list[str], rows: list[list]) -> None:
+    """Print a table, indented like the text of `say`; each row is a name and one number per further column."""
+    table = Table(box=None, header_style="dim", padding=(0, 0, 0, 2), pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="left" if column == columns[0] else "right")
+    for name, *values in rows:
+        table.add_row(name, *(f"{value:,.0f}" for value in values))
+    console = make_console(width=None if sys.stdout.isatty() else 120)  # rich takes 80 for a pipe
+    console.print(Padding(table, (0, 0, 0, 9), expand=False))
+
+
 def warn(text: str, kind: str = "warning") -> None:
-    """Print one line on stderr."""
+    """Print one line on stderr, from the main process only."""
     if is_main():
         print(f"{kind}: {hide_secrets(text)}", file=sys.stderr, flush=True)
 
 
 def plural(count: int, noun: str) -> str:
     """Return `1 row`, `2,000 rows` or `2 batches`."""
-    return f"{count:,} {noun}{('es' if noun.endswith('ch') else 's') * (count != 1)}"
+    ending = "" if count == 1 else "es" if noun.endswith("ch") else "s"
+    return f"{count:,} {noun}{ending}"
 
 
 def list_first(names, limit: int) -> str:
-    """Return `a, b, and 3 more`: the first names of an iterable, and how many follow."""
+    """Return the first names of an iterable and the number of the others: `a, b, and 3 more`."""
     names = [*names]
-    return ", ".join(names[:limit]) + (f", and {len(names) - limit:,} more" if len(names) > limit else "")
+    more = f", and {len(names) - limit:,} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def suggest(name: str, known) -> str:
-    """Return the end of a message that names the nearest of the known names, if one is near."""
+    """Return `; did you mean x?` for the most similar known name, or nothing."""
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def shorten(value: object, limit: int = 80) -> str:
-    """Return a value as JSON for a message, cut to `limit` characters."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
+def cut(text: str, limit: int) -> str:
+    """Return a text of at most `limit` characters; a cut one ends with an ellipsis."""
     return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def report_problems(problems: list[tuple[str, str]], on_invalid: str, total: int, noun: str = "row") -> None:
-    """Raise a UserError that lists the problems, or with on_invalid "skip" print every one as a warning."""
-    if not problems:
-        return
-    rows = len({where for where, _ in problems})
-    if on_invalid == "skip":
-        for where, problem in problems:
-            warn(f"{where}: {problem}", "skipped")
-        say("skip", f"{rows:,} of {plural(total, noun)}, named above")
-        return
-    lines = [f"{where}: {problem}" for where, problem in problems[:SHOWN_PROBLEMS]]
-    more = f", the first {SHOWN_PROBLEMS} above" if len(problems) > SHOWN_PROBLEMS else ""
-    advice = "; mend them, or leave them out with --on_invalid skip" if noun == "row" else ""
-    count = f"{plural(len(problems), 'problem')} in {rows:,} of {plural(total, noun)}"
-    raise UserError("\n".join([*lines, count + more + advice]))
 
 
 def cut_text(text: str, limit: int = 200) -> str:
     """Return a text on one line, cut to `limit` characters."""
-    text = " ".join(text.split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    return cut(" ".join(text.split()), limit)
 
 
-def show_table(columns: list[str], rows: list[list]) -> None:
-    """Print a table under the lines of `say`; all columns but the first are numbers."""
-    table = Table(box=None, header_style="dim", padding=(0, 0, 0, 2), pad_edge=False)
-    for column in columns:
-        table.add_column(column, justify="left" if column == columns[0] else "right")
-    for name, *values in rows:
-        table.add_row(name, *(f"{value:,.0f}" for value in values))
-    # Piped, the width would be taken for 80 whatever the reader has.
-    console = make_console(width=None if sys.stdout.isatty() else 120)
-    console.print(Padding(table, (0, 0, 0, 9), expand=False))
+def shorten(value: object, limit: int = 80) -> str:
+    """Return a value as JSON for a message, cut to `limit` characters."""
+    return cut(json.dumps(value, ensure_ascii=False, default=str), limit)
+
+
+def report_problems(problems: list[tuple[str, str]], on_invalid: str, total: int, noun: str = "row") -> None:
+    """Raise a UserError that lists the problems, pairs of source and text; if on_invalid is "skip", warn of each."""
+    if not problems:
+        return
+    lines = [f"{source}: {problem}" for source, problem in problems]
+    share = f"{len({source for source, _ in problems}):,} of {plural(total, noun)}"
+    if on_invalid == "skip":
+        for line in lines:
+            warn(line, "skipped")
+        say("skip", f"{share}, named above")
+        return
+    more = f", the first {SHOWN_PROBLEMS} above" if len(lines) > SHOWN_PROBLEMS else ""
+    advice = "; fix them or skip these rows with --on_invalid skip" if noun == "row" else ""
+    raise UserError("\n".join([*lines[:SHOWN_PROBLEMS], f"{plural(len(lines), 'problem')} in {share}{more}{advice}"]))
