@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +17,7 @@ from tool_calling.data.examples import Reading, read_examples
 from tool_calling.engines.hub import check_model, count_parameters, load_tokenizer
 from tool_calling.engines.loading import load_base
 from tool_calling.estimates import SMALL_FILES, check_disk
-from tool_calling.files import partial_folder, put_in_place
-from tool_calling.processes import Interrupted, handle_signals, raise_interrupted
+from tool_calling.files import partial_folder
 from tool_calling.prompts import render_all
 from tool_calling.run_folder import WRITTEN_BY
 from tool_calling.saving.proof import check_merged
@@ -843,32 +841,3 @@ def test_a_merge_that_went_wrong_keeps_the_adapter_and_no_folder(tmp_path, capsy
     check(0.1, merged_exact=0.9 - 1 / 6, different=1, rows=6)
     with pytest.raises(UserError, match="33.3% of the answers"):
         check(0.1, different=2, rows=6)
-
-
-def test_a_final_folder_is_replaced_whole(tmp_path):
-    final = tmp_path / "final"
-    final.mkdir()
-    (final / "old").write_text("old")
-    partial_folder(str(final)).mkdir()
-    (partial_folder(str(final)) / "new").write_text("new")
-    put_in_place(str(final))
-    assert names(tmp_path) == ["final"] and names(final) == ["new"]
-
-
-def test_a_signal_between_two_names_comes_after_the_second(tmp_path, monkeypatch):
-    final, rename, seen = tmp_path / "final", Path.rename, []
-    for folder, file in ((final, "old"), (partial_folder(final), "new")):
-        folder.mkdir()
-        (folder / file).touch()
-
-    def rename_and_signal(source, target):
-        rename(source, target)
-        seen.append(names(tmp_path))
-        if len(seen) == 1:
-            signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr(Path, "rename", rename_and_signal)
-    with pytest.raises(Interrupted), handle_signals(raise_interrupted):
-        put_in_place(final)
-    assert seen == [[".final.old", ".final.partial"], [".final.old", "final"]]
-    assert names(tmp_path) == ["final"] and names(final) == ["new"]

@@ -8,13 +8,12 @@ import sys
 
 import pytest
 import yaml
-from conftest import ROOT, TINY, WEATHER, native, qwen3_config, run_script, write_jsonl
+from conftest import ROOT, TINY, WEATHER, native, qwen3_config, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from train_small import make_base
 
 import train_qwen3_tool_calling as script
-from tool_calling.arguments import SCHEDULERS
 from tool_calling.data.examples import Reading, check_rows
 from tool_calling.engines.hub import check_model, count_parameters
 from tool_calling.estimates import estimate_memory
@@ -103,67 +102,6 @@ seed:
     assert (args.warmup_steps, args.warmup_ratio) == (None, 0)
 
 
-def test_every_mistake_in_the_file_has_its_line(tmp_path):
-    path = write_config(
-        tmp_path,
-        """\
-batch_size: 0
-learning-rate: 0.1
-lora_rank: 16.0
-load_in_4bit: "false"
-lr_scheduler_type: cosin
-engine: [unsloth]
-config: other.yaml
-dataset_path: [a, --seed=4]
-seed: {a: 1}
-max_steps: true
-batch_size: 3
-help: true
-[1]: 2
-""",
-    )
-    result = run_script("--config", path)
-    assert result.returncode == 2 and result.stdout == ""
-    found = [re.sub(" invalid .* value:", " invalid:", line) for line in result.stderr.splitlines()]
-    assert found == [
-        f"error: {path}:{line}"
-        for line in [
-            "1: argument --batch_size: must be at least 1, got 0",
-            "2: learning-rate: unknown setting; did you mean learning_rate?",
-            "3: argument --lora_rank: invalid: '16.0'",
-            "4: argument --load_in_4bit: must be true or false, got false",
-            "5: argument --lr_scheduler_type: must be one of linear, cosine, cosine_with_restarts, polynomial, constant, "
-            "constant_with_warmup, inverse_sqrt, got cosin; did you mean cosine?",
-            "6: argument --engine: must be one value",
-            "7: config: unknown setting",
-            "8: argument --dataset_path: must be one value, or a list of values without - in front",
-            "9: argument --seed: must be one value",
-            "10: argument --max_steps: invalid: 'true'",
-            "11: batch_size: duplicate setting",
-            "12: help: unknown setting",
-            "13: sequence: unknown setting",
-        ]
-    ]
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("seed: 1\nlist: [1", ":2: not valid YAML: expected ',' or ']', but got '<stream end>'"),
-        ("\x01", ": not valid YAML: unacceptable character #x0001: special characters are not allowed"),
-        ("[" * 5000, ": not valid YAML: maximum recursion depth exceeded"),
-        ("- seed", ": expected lines `flag: value`, such as batch_size: 4"),
-        ("", ": expected lines `flag: value`, such as batch_size: 4"),
-        ("warmup_steps: 1\nwarmup_ratio: 0.1", ":2: argument --warmup_ratio: not allowed with argument --warmup_steps"),
-    ],
-)
-def test_a_file_that_is_no_list_of_settings_is_one_line(tmp_path, text, message):
-    path = write_config(tmp_path, text)
-    with pytest.raises(FlagError) as error:
-        script.parse_args(["--config", path])
-    assert str(error.value).startswith(path + message) and "\n" not in str(error.value)
-
-
 def test_wrong_flags_are_one_line(tmp_path):
     for flags, message in {
         (
@@ -200,30 +138,6 @@ def test_the_example_files_give_reasons_and_fit_their_cards(name, card, hidden, 
     cache = args.eval_batch_size * 1000 * layers * 2 * 8 * 128 * 2  # of so many answers to requests of 1,000 tokens
     scoring = (2 * (parameters["linear"] + parameters["other"]) + cache) / 2**30
     assert training < 0.85 * card and scoring < 0.85 * card
-
-
-def test_the_command_that_goes_on_names_the_runs_own_settings():
-    for words in (["--config", "my.yaml", "--seed", "1"], ["--seed", "1", "--config=my.yaml"]):
-        assert script.to_command(["train.py", *words], "out") == (
-            "python train.py --config out/run.yaml --resume_from_checkpoint"
-        )
-
-
-def test_schedulers_are_those_that_work_as_they_are():
-    import torch
-    from transformers import SchedulerType, get_scheduler
-
-    working = set()
-    for name in SchedulerType:
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-        try:
-            scheduler = get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=3)
-            optimizer.step()
-            scheduler.step()
-            working.add(name.value)
-        except (TypeError, ValueError):  # needs an argument or a metric
-            pass
-    assert working == set(SCHEDULERS)
 
 
 def test_warmup_is_a_number_or_a_share_of_the_steps(tmp_path):

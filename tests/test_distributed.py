@@ -23,7 +23,6 @@ from train_small import make_base
 import train_qwen3_tool_calling as script
 from tool_calling.engines.start import find_optim, start_engine
 from tool_calling.files import find_damage
-from tool_calling.processes import find_launcher
 from tool_calling.prompts import Sample
 from tool_calling.run_folder import check_resume, list_checkpoints, to_step
 from tool_calling.schedule import Plan, cut_streams, hash_rows, order_rows
@@ -205,37 +204,6 @@ def test_a_signal_of_another_process_stops_this_one_wherever_it_decides(decide, 
     assert control.should_training_stop and stopper.agree() == signal.SIGTERM
     stopper.note(signal.SIGTERM, None)  # its own comes a moment later, and is no second one
     assert capfd.readouterr().err.count(STOPPING) == 1
-
-
-@pytest.mark.parametrize("devices, rank, torn", [(1, 0, "torn down\n"), (2, 0, ""), (2, 1, "")])
-def test_of_several_processes_none_tears_python_down(devices, rank, torn):
-    """A thread of Gloo may abort a process that does, and torchrun would end the one that merges."""
-    code = """
-import atexit, train_qwen3_tool_calling as script
-class Held:
-    __del__ = lambda self: print("torn down")
-held = Held()
-atexit.register(print, "tidied")
-script.leave(3)
-"""
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**ENVIRONMENT, "WORLD_SIZE": str(devices), "RANK": str(rank)},
-    )
-    assert (result.returncode, result.stdout, result.stderr) == (3, "tidied\n" + torn, "")
-
-
-@pytest.mark.parametrize(
-    "devices, here, words",
-    [(1, 1, "python"), (4, 4, "torchrun --nproc_per_node 4"), (16, 8, "torchrun --nnodes 2 --nproc_per_node 8")],
-)
-def test_the_command_to_go_on_is_started_as_this_one_was(monkeypatch, devices, here, words):
-    monkeypatch.setenv("WORLD_SIZE", str(devices))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
-    assert " ".join(find_launcher()) == words
 
 
 def test_another_effective_batch_is_refused(tmp_path, monkeypatch):

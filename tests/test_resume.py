@@ -1,6 +1,5 @@
 """Nothing is lost: interrupts, resume, damaged checkpoints, full disks and two runs at once, by doing the damage."""
 
-import errno
 import json
 import os
 import re
@@ -18,8 +17,7 @@ from test_command_line import CITIES, errors, names
 from train_small import make_base
 
 import train_qwen3_tool_calling as script
-from tool_calling.files import MANIFEST, discard_partial, find_damage, is_disk_full, lock_folder, write_manifest
-from tool_calling.processes import Interrupted, handle_signals, raise_interrupted
+from tool_calling.files import MANIFEST, find_damage, write_manifest
 from tool_calling.prompts import Sample
 from tool_calling.run_folder import (
     check_final,
@@ -299,18 +297,6 @@ def test_a_signal_before_training_is_one_line_and_changes_nothing(job, tmp_path)
     assert result.stderr == (
         "interrupted by SIGTERM before a checkpoint was written; start again with the same command\n"
     )
-
-
-def test_a_signal_waits_for_the_end_of_an_import(tmp_path, monkeypatch):
-    """Half a library would make the next error one of its own, or abort the process."""
-    text = "import os, signal, time\nos.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(0.3)\nwhole = True\n"
-    (tmp_path / "slow_library.py").write_text(text)
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(Interrupted), handle_signals(raise_interrupted):
-        import slow_library
-
-        time.sleep(10)
-    assert slow_library.whole and sys.modules.pop("slow_library")
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
@@ -602,24 +588,6 @@ def test_what_is_not_of_the_run_is_removed_at_its_start(tmp_path):
     assert names(tmp_path) == ["notes", "run.yaml"]
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        [],
-        ["--resume_from_checkpoint"],
-        ["--resume_from_checkpoint", "out/checkpoint-3"],
-        ["--resume_from_checkpoint=out/checkpoint-3"],
-    ],
-)
-def test_the_command_that_goes_on_names_resume_once(words):
-    argv = ["train it.py", "--seed", "1", *words, "--run_name", "it's"]
-    assert script.drop_resume(argv) == ["train it.py", "--seed", "1", "--run_name", "it's"]
-    assert (
-        script.to_command(argv, "out")
-        == """python 'train it.py' --seed 1 --run_name 'it'"'"'s' --resume_from_checkpoint"""
-    )
-
-
 def test_checkpoints_on_the_disk_at_once_are_counted(tmp_path):
     def count(*flags, checkpoint=None):
         return count_checkpoints(script.parse_args([*flags]), SAMPLES * 20, checkpoint)  # 5 steps an epoch
@@ -631,48 +599,6 @@ def test_checkpoints_on_the_disk_at_once_are_counted(tmp_path):
     assert count("--num_epochs", "4", checkpoint=str(make_checkpoint(tmp_path, 10))) == 2
     stopped = str(make_checkpoint(tmp_path, 3))  # by a signal: the run goes on to save steps 4, 8 and 10
     assert count("--max_steps", "10", "--save_steps", "4", checkpoint=stopped) == 3
-
-
-def test_a_full_disk_is_known_by_all_its_names(tmp_path):
-    import numpy
-    import torch
-    from safetensors.numpy import save_file
-
-    def fill_plain():
-        with open("/dev/full", "wb") as file:
-            file.write(b"0" * 100_000)
-
-    for fill in (fill_plain, lambda: torch.save(torch.zeros(100_000), "/dev/full")):
-        with pytest.raises((OSError, RuntimeError)) as error:
-            fill()
-        assert is_disk_full(error.value), error.value
-    assert not is_disk_full(OSError(errno.EACCES, "Permission denied"))
-    with pytest.raises(Exception) as error:
-        save_file({"x": numpy.zeros(4)}, tmp_path / "no" / "such" / "folder")
-    assert not is_disk_full(error.value)
-
-
-def test_a_full_disk_leaves_nothing_partial(tmp_path):
-    with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'final'}: the disk is full; free some space")):
-        with discard_partial(tmp_path / "final") as folder:
-            folder.mkdir()
-            raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
-    assert names(tmp_path) == []
-
-
-def test_a_final_folder_belongs_to_one_run_and_its_lock_lies_elsewhere(tmp_path):
-    file = lock_folder(tmp_path / "final", "--final_model_dir")
-    other = lock_folder(tmp_path / "other", "--final_model_dir")
-    with pytest.raises(UserError) as error:
-        lock_folder(f"{tmp_path}/x/../final", "--final_model_dir")
-    assert str(error.value) == (
-        f"--final_model_dir {tmp_path}/x/../final: in use by another run (process {os.getpid()}); "
-        "wait for its end or choose another folder"
-    )
-    assert names(tmp_path) == []
-    for lock in (file, other):
-        os.remove(lock.name)
-        lock.close()
 
 
 @pytest.mark.parametrize(
@@ -748,24 +674,8 @@ def test_rows_are_counted_as_the_epochs_have_them():
 
 def test_what_unsloth_leaves_of_a_run_that_failed_early_makes_no_folder_foreign(tmp_path):
     (tmp_path / "unsloth_compiled").mkdir()
+    (tmp_path / ".lock").touch()  # and a lock alone
     check_folder(tmp_path, "--output_dir")
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="holds files that this script did not write"):
         check_folder(tmp_path, "--output_dir")
-
-
-def test_a_lock_dies_with_its_holder(tmp_path):
-    holder = start(
-        "-c",
-        f"import time, tool_calling.files as s; lock = s.lock_folder({str(tmp_path)!r}); "
-        "print('locked', flush=True); time.sleep(60)",
-    )
-    assert holder.stdout.readline() == "locked\n"
-    with pytest.raises(UserError, match=rf"in use by another run \(process {holder.pid}\); wait for its end"):
-        lock_folder(tmp_path)
-    holder.kill()
-    holder.communicate()
-    file = lock_folder(tmp_path)
-    assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
-    file.close()
-    check_folder(tmp_path, "--output_dir")  # a lock alone makes no folder foreign

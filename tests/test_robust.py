@@ -6,14 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
-from conftest import ALARM, ROOT, TINY, WEATHER, patch, run_here, run_script, write_jsonl
+from conftest import ALARM, TINY, WEATHER, patch, run_here, run_script, write_jsonl
 from test_command_line import ROWS, arguments, errors, names
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -23,7 +21,6 @@ from tool_calling.engines.graphs import empty_weights, make_room
 from tool_calling.engines.hub import check_model
 from tool_calling.engines.loading import load_base
 from tool_calling.engines.losses import compute_token_losses
-from tool_calling.environment import refuse_telemetry, return_pages
 from tool_calling.prompts import Sample
 from tool_calling.report import write_report
 from tool_calling.run_folder import write_run
@@ -451,56 +448,6 @@ def test_a_run_from_local_files_asks_nothing_of_the_network_even_when_it_may(tmp
     assert "192.0.2.1" in (tmp_path / "attempts").read_text()
 
 
-def test_telemetry_is_off_unless_asked_for(monkeypatch):
-    variables = ("UNSLOTH_DISABLE_STATISTICS", "HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY")
-    for name in variables:
-        monkeypatch.setenv(name, "kept so that monkeypatch puts it back")
-        monkeypatch.delenv(name)
-    refuse_telemetry()
-    assert [os.environ[name] for name in variables] == ["1", "1", "1"]
-    monkeypatch.setenv("UNSLOTH_DISABLE_STATISTICS", "0")
-    refuse_telemetry()
-    assert "UNSLOTH_DISABLE_STATISTICS" not in os.environ
-
-
-def test_gpu_memory_is_given_back_by_the_page_where_the_driver_can(monkeypatch):
-    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-
-    def found(release="6.8.0-generic", board=False, platform="linux", **given) -> str | None:
-        for name in names:
-            monkeypatch.setenv(name, given.get(name, ""))
-            if name not in given:
-                monkeypatch.delenv(name)
-        monkeypatch.setattr(sys, "platform", platform)
-        monkeypatch.setattr(os, "uname", lambda: types.SimpleNamespace(release=release))
-        monkeypatch.setattr(os.path, "exists", lambda path: board and path == "/etc/nv_tegra_release")
-        return_pages()
-        return os.environ.get("PYTORCH_ALLOC_CONF")
-
-    assert found() == "expandable_segments:True"
-    assert found(release="5.15.90.1-microsoft-standard-WSL2") is found(board=True) is found(platform="win32") is None
-    assert found(PYTORCH_ALLOC_CONF="backend:cudaMallocAsync") == "backend:cudaMallocAsync"
-    assert found(PYTORCH_CUDA_ALLOC_CONF="max_split_size_mb:64") is None
-
-
-def test_libraries_are_told_before_they_are_imported():
-    """They read these variables only once."""
-    names = ["PYTORCH_ALLOC_CONF", "UNSLOTH_DISABLE_STATISTICS", "HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY"]
-    code = (
-        "import os, sys, train_qwen3_tool_calling as script\n"
-        f"found = lambda *_: sys.exit(repr([*map(os.environ.get, {names}), 'torch' in sys.modules]))\n"
-        "script.check_folder = found\nscript.main([])"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={name: value for name, value in os.environ.items() if name not in (*names, "PYTORCH_CUDA_ALLOC_CONF")},
-    )
-    assert result.stderr.splitlines()[-1] == "['expandable_segments:True', '1', '1', '1', False]"
-
-
 def test_emptied_weights_hold_no_memory_also_if_something_holds_them():
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8))
     kept, view = [*model.parameters(), *model.buffers()], model[0].weight.detach()
@@ -516,29 +463,6 @@ Path({marker!r}).touch()
 class OwnConfig(Qwen3Config):
     model_type = "own_qwen3"
 """
-
-
-def test_the_process_that_merges_ends_with_the_one_that_waits_for_it(tmp_path):
-    """Also if that is killed and can tell nobody: it would hold the GPU's memory."""
-    words = ["sh", "-c", f"touch {tmp_path}/runs; exec sleep 30"]
-    parent = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            f"""if __name__ == "__main__":
-        import subprocess, tool_calling.fresh
-        tool_calling.fresh.run_fresh(subprocess.call, {words})""",
-        ],
-        cwd=ROOT,
-    )
-    while not (tmp_path / "runs").exists():
-        assert parent.poll() is None
-        time.sleep(0.05)
-    merging = [child for child in psutil.Process(parent.pid).children() if "tool_calling.fresh" in child.cmdline()]
-    assert len(merging) == 1
-    parent.kill()
-    parent.wait()
-    assert psutil.wait_procs(merging, timeout=20)[1] == []
 
 
 def test_code_that_comes_with_a_model_is_run_only_if_trusted(tmp_path, monkeypatch):

@@ -11,16 +11,11 @@ import yaml
 from tool_calling.processes import LAUNCHER
 from tool_calling.terminal import FlagError, suggest
 
-# fmt: off
-SCHEDULERS = (  # those of Transformers that need nothing but the number of steps
-    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
-)
-CONVERTED_GGUF = ("f32", "f16", "bf16", "q8_0")  # written by llama.cpp's converter itself
-GGUF_NAMES = (  # of the others, those that need no importance matrix
-    *CONVERTED_GGUF, "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0",
-    "q3_k_l", "q3_k_m", "q3_k_s", "q2_k",
-)
-# fmt: on
+# Those of Transformers that need nothing but the number of steps.
+SCHEDULERS = "linear cosine cosine_with_restarts polynomial constant constant_with_warmup inverse_sqrt".split()
+CONVERTED_GGUF = ["f32", "f16", "bf16", "q8_0"]  # written by llama.cpp's converter itself
+# Of the others, those that need no importance matrix.
+GGUF_NAMES = CONVERTED_GGUF + "q6_k q5_k_m q5_k_s q5_1 q5_0 q4_k_m q4_k_s q4_1 q4_0 q3_k_l q3_k_m q3_k_s q2_k".split()
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,7 +40,7 @@ def number(kind, low, high=math.inf, low_open=False):
     return parse
 
 
-def one_of(names: tuple[str, ...], several: bool = False):
+def one_of(names: list[str], several: bool = False):
     """Return an argparse type for one of the names, or for several of them, in any case and separated by commas."""
 
     def parse(text: str) -> str:

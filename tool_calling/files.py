@@ -65,10 +65,7 @@ def is_disk_full(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def discard_partial(final: str | Path):
-    """Yield the partial folder of `final` and remove it afterwards; a full disk is a UserError.
-
-    Of several processes, only the main one removes it.
-    """
+    """Yield the partial folder of `final`, which the main process removes afterwards; a full disk is a UserError."""
     folder = partial_folder(final)
     if is_main():
         shutil.rmtree(folder, ignore_errors=True)
@@ -89,18 +86,16 @@ def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file."""
+def measure_file(path: Path) -> dict:
+    """Return the size in bytes and the SHA-256 of a file."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def write_manifest(folder: Path) -> None:
     """Write the size and the SHA-256 of every file of a checkpoint into it."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    manifest = {
-        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": hash_file(path)} for path in files
-    }
+    manifest = {str(path.relative_to(folder)): measure_file(path) for path in files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
@@ -109,12 +104,12 @@ def find_damage(checkpoint: Path) -> str | None:
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         for name, expected in manifest.items():
-            path = checkpoint / name
-            if not path.is_file():
+            if not (checkpoint / name).is_file():
                 return f"{name} is missing"
-            if path.stat().st_size != expected["size"]:
-                return f"{name} has {path.stat().st_size:,} bytes instead of {expected['size']:,}"
-            if hash_file(path) != expected["sha256"]:
+            found = measure_file(checkpoint / name)
+            if found["size"] != expected["size"]:
+                return f"{name} has {found['size']:,} bytes instead of {expected['size']:,}"
+            if found != expected:
                 return f"{name} is not as it was written"
     except FileNotFoundError:
         return f"{MANIFEST} is missing"

@@ -17,10 +17,7 @@ ROOT = str(Path(__file__).resolve().parent.parent)
 
 
 def run_fresh(function, *arguments):
-    """Return function(*arguments) of a module-level function, computed in a new Python process.
-
-    Its errors are raised here. The process ends with this one, however this one ends.
-    """
+    """Return function(*arguments), or raise its error, computed in a new Python process that ends with this one."""
     ours, theirs = Pipe()
     with contextlib.ExitStack() as stack:
         with hold_signals():  # until the process is sure to be killed
@@ -56,24 +53,21 @@ def start_python(connection: Connection) -> subprocess.Popen:
 
 
 def serve(connection: Connection) -> None:
-    """Receive one function with its arguments and send back its result, or the error that it raises."""
+    """Receive a function with its arguments; send back its result, or the error that it raises."""
+
+    def follow_parent():
+        connection.poll(None)  # until the other end is closed, at the latest when its process dies
+        os._exit(1)
+
     job = connection.recv_bytes()
-    threading.Thread(target=follow, args=(connection,), daemon=True).start()
+    threading.Thread(target=follow_parent, daemon=True).start()
     try:
         function, arguments = pickle.loads(job)
-        result = function(*arguments)
-    except Exception as error:
-        # Errors of libraries often cannot be pickled.
+        answer = pickle.dumps(function(*arguments))
+    except Exception as error:  # those of libraries often cannot be pickled
         plain = isinstance(error, UserError) or type(error).__module__ in ("builtins", "torch")
-        result = error if plain else RuntimeError(f"{type(error).__name__}: {error}")
-    connection.send_bytes(pickle.dumps(result))
-
-
-def follow(connection: Connection) -> None:
-    """Exit when the other end of the connection is closed, at the latest by the death of its process."""
-    with contextlib.suppress(EOFError, ConnectionError):
-        connection.recv_bytes()
-    os._exit(1)
+        answer = pickle.dumps(error if plain else RuntimeError(f"{type(error).__name__}: {error}"))
+    connection.send_bytes(answer)
 
 
 if __name__ == "__main__":

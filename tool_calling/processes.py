@@ -39,18 +39,16 @@ LAUNCHER = find_launcher()  # now, because leave_group deletes the variables
 
 
 def raise_interrupted(number: int, frame) -> None:
-    """Handle a signal: raise Interrupted, but wait for a running import or __del__ to finish.
+    """Raise Interrupted for a signal, but first let an import or a __del__ finish.
 
-    An aborted import leaves half a library behind, which then fails in its own way; Python ignores errors of a __del__.
+    Half an import fails later with an error of its own, and what a __del__ raises is lost.
     """
     for caller, _ in traceback.walk_stack(frame):
         code = caller.f_code
         if code.co_name == "run_command_line":  # the script may itself be imported
             break
         if code.co_filename.startswith("<frozen importlib") or code.co_name == "__del__":
-            later = threading.Timer(0.01, os.kill, (os.getpid(), number))
-            later.daemon = True
-            return later.start()
+            return threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
     raise Interrupted(number)
 
 
@@ -64,10 +62,7 @@ def unwrap_interrupt(error: BaseException | None) -> None:
 
 @contextlib.contextmanager
 def handle_signals(handler, numbers: tuple = STOP_SIGNALS):
-    """Let `handler(number, frame)` handle these signals inside the block.
-
-    Only the main thread can set handlers; in other threads this does nothing.
-    """
+    """Let `handler(number, frame)` handle these signals inside the block; only the main thread can do so."""
     numbers = numbers if threading.current_thread() is threading.main_thread() else ()
     former = {number: signal.signal(number, handler) for number in numbers}
     try:
@@ -90,14 +85,10 @@ def hold_signals():
 
 
 def leave(code: int) -> NoReturn:
-    """Exit; under torchrun without tearing Python down, and all but the first process two seconds late.
-
-    Late, because the first may still be reading what the others sent. No teardown, because a thread of Gloo that then
-    frees a tensor aborts its process (PyTorch issue 190489), and torchrun would stop the others.
-    """
+    """Exit; under torchrun without Python's teardown, in which Gloo may abort (PyTorch issue 190489)."""
     if len(LAUNCHER) == 1:
         sys.exit(code)
-    if not is_main():
+    if not is_main():  # the first may still be reading what this one has sent
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         time.sleep(2)
     atexit._run_exitfuncs()

@@ -59,8 +59,8 @@ def show_table(columns: list[str], rows: list[list]) -> None:
         table.add_column(column, justify="left" if column == columns[0] else "right")
     for name, *values in rows:
         table.add_row(name, *(f"{value:,.0f}" for value in values))
-    console = make_console(width=None if sys.stdout.isatty() else 120)  # rich takes 80 for a pipe
-    console.print(Padding(table, (0, 0, 0, 9), expand=False))
+    width = None if sys.stdout.isatty() else 120  # rich takes 80 for a pipe
+    make_console(width=width).print(Padding(table, (0, 0, 0, 9), expand=False))
 
 
 def warn(text: str, kind: str = "warning") -> None:
@@ -88,19 +88,15 @@ def suggest(name: str, known) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def cut(text: str, limit: int) -> str:
-    """Return a text of at most `limit` characters; a cut one ends with an ellipsis."""
-    return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
 def cut_text(text: str, limit: int = 200) -> str:
-    """Return a text on one line, cut to `limit` characters."""
-    return cut(" ".join(text.split()), limit)
+    """Return a text on one line, cut to `limit` characters with an ellipsis."""
+    line = re.sub(r"\s*[\r\n]\s*", " ", text.strip())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 def shorten(value: object, limit: int = 80) -> str:
     """Return a value as JSON for a message, cut to `limit` characters."""
-    return cut(json.dumps(value, ensure_ascii=False, default=str), limit)
+    return cut_text(json.dumps(value, ensure_ascii=False, default=str), limit)
 
 
 def report_problems(problems: list[tuple[str, str]], on_invalid: str, total: int, noun: str = "row") -> None:
