@@ -1,21 +1,17 @@
-"""What a run leaves to be used: full fine-tuning, ways to save, model cards, GGUF with llama.cpp's tools, upload."""
+"""What a run leaves to be used: full fine-tuning, ways to save, and a whole run with GGUF files and an upload."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
-import threading
 import types
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from conftest import ALARM, ROOT, TINY, WEATHER, patch, run_script, write_jsonl
-from test_command_line import FINAL_FILES, ROWS, arguments, errors, names
+from doubles import TOKEN, Hub, make_tools, on_hub
+from test_command_line import FINAL_FILES, ROWS, arguments, names
 from test_robust import TRAIN, limit_memory, weights
 from train_small import make_base, make_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
@@ -28,8 +24,7 @@ from tool_calling.engines.losses import compute_gradient
 from tool_calling.engines.start import to_dtype
 from tool_calling.estimates import check_disk, count_final_bytes, estimate_disk, estimate_memory
 from tool_calling.files import find_damage
-from tool_calling.saving.card import hand_over, to_card, to_vllm_command
-from tool_calling.saving.gguf import to_modelfile, write_gguf
+from tool_calling.saving import upload
 from tool_calling.saving.merge import (
     merge_adapter,
     refuse_unchanged,
@@ -43,98 +38,6 @@ from tool_calling.schedule import Plan, group_rows
 from tool_calling.streams import build_padded
 from tool_calling.terminal import FlagError, UserError
 from tool_calling.training.trainer import build_trainer, load_trained
-
-TOKEN = "hf_" + "secretsecretsecret"
-FAKE_CONVERTER = """#!{python}
-# A test double of llama.cpp's convert_hf_to_gguf.py: notes its arguments, and writes the file that it is asked for.
-import json, pathlib, sys
-arguments = sys.argv[1:]
-with open({log!r}, "a") as log:
-    log.write(json.dumps(["convert", *arguments]) + "\\n")
-if "--vocab-only" in arguments and not (pathlib.Path(arguments[0]) / "tokenizer.json").is_file():
-    sys.exit("no tokenizer.json")
-pathlib.Path(arguments[arguments.index("--outfile") + 1]).write_bytes(b"GGUF")
-"""
-FAKE_QUANTIZER = """#!{python}
-# A test double of llama.cpp's llama-quantize.
-import json, pathlib, sys
-with open({log!r}, "a") as log:
-    log.write(json.dumps(["quantize", *sys.argv[1:]]) + "\\n")
-pathlib.Path(sys.argv[2]).write_bytes(pathlib.Path(sys.argv[1]).read_bytes())
-"""
-
-
-def make_tools(folder: Path, **scripts: str) -> str:
-    """Write test doubles of llama.cpp's programs, and return a PATH that has them first; their log is folder/log."""
-    folder.mkdir()
-    for name, text in (scripts or {"convert_hf_to_gguf.py": FAKE_CONVERTER, "llama-quantize": FAKE_QUANTIZER}).items():
-        (folder / name).write_text(text.format(python=sys.executable, log=str(folder / "log")))
-        (folder / name).chmod(0o755)
-    return f"{folder}{os.pathsep}{os.environ['PATH']}"
-
-
-class Hub:
-    """A Hugging Face Hub of one user on this machine: takes one upload, and notes every request."""
-
-    def __init__(self, role="write", fails=()):
-        hub = self
-        self.requests, self.files, self.private = [], {}, None
-
-        class Handler(BaseHTTPRequestHandler):
-            def answer(self):
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                path = self.path.split("?")[0]
-                hub.requests.append(f"{self.command} {path}")
-                status, value = 200, {}
-                if any(part in path for part in fails):
-                    status, value = 500, {"error": "on fire"}
-                elif self.headers.get("Authorization") != f"Bearer {TOKEN}":
-                    status, value = 401, {"error": "Invalid credentials"}
-                elif path == "/api/whoami-v2":
-                    value = {"name": "me", "orgs": [{"name": "us"}], "auth": {"accessToken": {"role": role}}}
-                elif path == "/api/repos/create":
-                    hub.private = json.loads(body).get("private", json.loads(body).get("visibility") == "private")
-                    value = {"url": f"{hub.url}/me/tools", "name": "me/tools"}
-                elif "/preupload/" in path:
-                    value = {
-                        "files": [
-                            {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
-                            for file in json.loads(body)["files"]
-                        ]
-                    }
-                elif "/commit/" in path:
-                    for line in body.decode().splitlines():
-                        line = json.loads(line)
-                        if line["key"] == "file":
-                            hub.files[line["value"]["path"]] = len(line["value"]["content"])
-                    value = {"commitUrl": f"{hub.url}/me/tools/commit/1", "commitOid": "1", "success": True}
-                data = json.dumps(value).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            do_GET = do_POST = do_HEAD = answer
-
-            def log_message(self, *arguments):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *arguments):
-        self.server.shutdown()
-        self.server.server_close()
-
-
-def on_hub(hub: Hub, token: str = TOKEN) -> dict:
-    """Return the environment of a run that knows no other Hub than this one."""
-    return {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +101,7 @@ def test_full_fine_tuning_is_checked_and_proven(full):
         f"serve    vllm serve {folder / 'final'} --enable-auto-tool-choice --tool-call-parser hermes "
         """--default-chat-template-kwargs '{"enable_thinking": false}'""",
     ]
-    assert result.stderr == "warning: no row without a call: a model so trained forgets to refuse\n"
+    assert result.stderr == "warning: no row without a call: the model will forget to refuse\n"
 
 
 def test_the_model_card_says_what_it_is_and_names_no_folder_of_this_machine(full):
@@ -510,10 +413,11 @@ def test_only_the_adapter_is_kept_and_scored(adapted):
     assert names(adapted) == ["adapter", "base"]
 
 
-def test_only_the_adapter_is_handed_over(tmp_path, capsys):
-    (tmp_path / "adapter").mkdir()
+def test_only_the_adapter_is_handed_over(tmp_path, monkeypatch, capsys):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
     args = script.parse_args(["--save_method", "lora", "--lora_rank", "24", "--push_to_hub", "me/tools"])
-    pushed = []
     row = {"exact_match": 0.5, "ast_match": 0.5, "tool_macro_f1": 0.5, "broken_json": 0, "n": 2}
     report = {
         "args": vars(args),
@@ -524,23 +428,17 @@ def test_only_the_adapter_is_handed_over(tmp_path, capsys):
         "device": "cpu",
         "finished": "2026-01-01 00:00",
     }
-    monkey = pytest.MonkeyPatch()
-    with monkey.context() as monkey_:
-        patch(monkey_, "push_folder", lambda repo, folder: pushed.append((repo, folder)) or "address")
-        monkey_.setenv("HF_TOKEN", "hf_abcdefghij")
-        hand_over(args, Qwen3Config(), None, str(tmp_path / "adapter"), report, "hermes", True, ([], []))
-    assert pushed == [("me/tools", str(tmp_path / "adapter"))]
-    card = (tmp_path / "adapter" / "README.md").read_text()
-    assert yaml.safe_load(card.split("---\n")[1])["library_name"] == "peft" and names(tmp_path / "adapter") == [
-        "README.md"
-    ]
+    pushed = []
+    monkeypatch.setattr(upload, "push_folder", lambda repo, folder: pushed.append((repo, folder)) or "address")
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefghij")
+    trained = types.SimpleNamespace(adapter=str(adapter))
+    script.hand_over(args, report, trained, None, ([], []), ("qwen3", "hermes", True))
+    assert pushed == [("me/tools", str(adapter))] and names(adapter) == ["README.md", "adapter_config.json"]
+    card = (adapter / "README.md").read_text()
+    assert yaml.safe_load(card.split("---\n")[1])["library_name"] == "peft"
     assert "`Qwen/Qwen3-0.6B` taught to call tools by LoRA of rank 24: the adapter alone." in card
     assert "\npython x.py --output_dir=out b $HF_TOKEN\n" in card
     assert "8 samples of `data/synthetic_finetune_dataset.json`, 2 held out; 3 steps;\ncpu, 2026-01-01 00:00." in card
-    report["train"] = {"last_step": 3, "kept_step": 2, "history": [{"loss": 2.0}, {"loss": 1.0}, {"eval_loss": 3.0}]}
-    assert "2 held out; 2 steps of 3, the best on held-out rows, mean loss 1.5000;\ncpu" in to_card(
-        report, True, "tools", "vllm"
-    )
     served = (
         "vllm serve Qwen/Qwen3-0.6B --enable-lora --max-lora-rank 32 --lora-modules tools={} "
         "--enable-auto-tool-choice --tool-call-parser hermes --reasoning-parser qwen3"
@@ -548,8 +446,8 @@ def test_only_the_adapter_is_handed_over(tmp_path, capsys):
     assert served.format("me/tools") in card
     assert capsys.readouterr().out.splitlines() == [
         "push     address",
-        f"done     adapter: {tmp_path / 'adapter'}",
-        "serve    " + served.format(tmp_path / "adapter"),
+        f"done     adapter: {adapter}",
+        "serve    " + served.format(adapter),
     ]
 
 
@@ -564,10 +462,7 @@ def test_only_the_adapter_is_handed_over(tmp_path, capsys):
         (["--lora_rank", "0", "--save_method", "lora"], "--lora_rank 0 trains the 16-bit weights themselves"),
         (["--lora_rank", "-1"], "argument --lora_rank: must be at least 0, got -1"),
         (["--save_method", "gguf"], "argument --save_method: invalid choice: 'gguf'"),
-        (
-            ["--save_gguf", "q8_0,q9_0"],
-            "argument --save_gguf: must be one of f32, f16, bf16, q8_0, q6_k",
-        ),
+        (["--save_gguf", "q8_0,q9_0"], "argument --save_gguf: must be one of f32, f16, bf16, q8_0, q6_k"),
         (
             ["--save_gguf", "q8_0", "--save_method", "merged_4bit"],
             "--save_gguf is made from the 16-bit model: leave out --save_method merged_4bit",
@@ -642,191 +537,6 @@ def test_disk_and_memory_are_reckoned_for_what_is_trained_and_saved(tmp_path):
     assert not [path for path in written if path.endswith("adapter")] and written[-1] == str(tmp_path)
     written = list_writes(script.parse_args(["--save_method", "lora"]), [3])["written"]
     assert written[-1].endswith("report.html") and [path for path in written if path.endswith("adapter")]
-
-
-def test_gguf_tools_that_are_missing_end_the_run_before_training(tmp_path, tools_path):
-    path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
-    command = [
-        "--model_id",
-        TINY,
-        "--dataset_path",
-        path,
-        "--tools_path",
-        tools_path,
-        "--output_dir",
-        tmp_path / "out",
-        "--final_model_dir",
-        tmp_path / "final",
-    ]
-    nowhere = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "UNSLOTH_LLAMA_CPP_PATH": ""}
-    result = run_script(*command, "--save_gguf", "q8_0,q4_k_m", **nowhere)
-    assert result.returncode == 1 and errors(result) == [
-        "error: --save_gguf q8_0,q4_k_m: convert_hf_to_gguf.py and llama-quantize of llama.cpp not found; expected on "
-        "PATH, in ./llama.cpp, or where Unsloth installs it: $UNSLOTH_LLAMA_CPP_PATH or ~/.unsloth/llama.cpp"
-    ]
-    tools = tmp_path / ".unsloth"  # a converter there that does not know the model
-    tools.mkdir()
-    make_tools(tools / "llama.cpp", **{"convert_hf_to_gguf.py": "import sys\nsys.exit('Unknown: BPE pre-tokenizer')"})
-    result = run_script(*command, "--save_gguf", "q8_0", **nowhere)
-    converter = tools / "llama.cpp" / "convert_hf_to_gguf.py"
-    assert result.returncode == 1 and errors(result) == [
-        f"error: --save_gguf q8_0: --model_id {TINY}: {sys.executable} {converter} failed: Unknown: BPE pre-tokenizer"
-    ]
-    assert not (tmp_path / "out").exists() and not (tmp_path / "final").exists()
-
-
-def test_a_gguf_that_fails_leaves_the_model_whole(tmp_path):
-    shutil.copytree(TINY, tmp_path / "final")
-    before = names(tmp_path / "final")
-    args = script.parse_args(["--final_model_dir", str(tmp_path / "final"), "--save_gguf", "q4_0"])
-    make_tools(tmp_path / "bin")
-    converter = [sys.executable, str(tmp_path / "bin" / "convert_hf_to_gguf.py")]
-    for quantizer, reason in ((["false"], "false .* failed: it says nothing"), (["true"], "wrote no final-q4_0.gguf")):
-        with pytest.raises(UserError, match=f"the model is whole in {tmp_path / 'final'}.*{reason}"):
-            write_gguf(args, (converter, quantizer), AutoTokenizer.from_pretrained(TINY), False)
-        assert names(tmp_path / "final") == before
-
-
-CALLS = [
-    {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Rome", "days": 2}}},
-    {"type": "function", "function": {"name": "set_alarm", "arguments": {"time": "6"}}},
-]
-ASKED = {"role": "user", "content": "Rome?"}
-CHATS = [
-    [ASKED],
-    [{"role": "system", "content": "Be short."}, ASKED],
-    [
-        ASKED,
-        {"role": "assistant", "content": "", "tool_calls": CALLS},
-        {"role": "tool", "content": "22"},
-        {"role": "tool", "content": "ok"},
-    ],
-    [
-        {"role": "system", "content": "Be short."},
-        ASKED,
-        {"role": "assistant", "content": "Let me see.", "tool_calls": CALLS[:1]},
-        {"role": "tool", "content": "22"},
-        {"role": "assistant", "content": "22 degrees."},
-        {"role": "user", "content": "And now?"},
-    ],
-]
-
-
-def read_template(modelfile: str) -> str:
-    return modelfile.split('TEMPLATE """')[1].split('"""')[0]
-
-
-@pytest.mark.skipif(not shutil.which("go"), reason="Go is not here, whose templates Ollama has")
-@pytest.mark.parametrize("thinks", [False, True])
-def test_ollama_sends_the_prompts_of_training(tokenizer, tmp_path, thinks):
-    subprocess.run(
-        ["go", "build", "-o", tmp_path / "render", ROOT / "tests" / "ollama_template.go"],
-        check=True,
-        env={**os.environ, "GO111MODULE": "off"},
-    )
-    template = read_template(to_modelfile(tokenizer, "x.gguf", 4096, thinks))
-    for chat in CHATS:
-        for tools in ([], [WEATHER, ALARM]):
-            system = "".join(message["content"] for message in chat if message["role"] == "system")
-            values = json.dumps({"Template": template, "System": system, "Messages": chat, "Tools": tools})
-            rendered = subprocess.run([tmp_path / "render"], input=values, capture_output=True, text=True, check=True)
-            assert rendered.stdout == tokenizer.apply_chat_template(
-                chat, tools=tools or None, add_generation_prompt=True, enable_thinking=thinks, tokenize=False
-            )
-
-
-def test_the_modelfile_keeps_the_tools(tokenizer):
-    modelfile = to_modelfile(tokenizer, "x-q8_0.gguf", 8192, False)
-    assert modelfile.splitlines()[:5] == [
-        "FROM ./x-q8_0.gguf",
-        "PARAMETER temperature 0",
-        "PARAMETER num_ctx 8192",
-        'PARAMETER stop "<|im_start|>"',
-        'PARAMETER stop "<|im_end|>"',
-    ]
-    template = read_template(modelfile)
-    assert "<BEFORE>" not in template and "{{ end }}# Tools\n\nYou may call one or more functions" in template
-    assert (
-        '<tools>{{ range .Tools }}\n{"type": "function", "function": {{ .Function }}}{{ end }}\n</tools>\n\n'
-        in template
-    )
-    assert "<|im_start|>assistant\n<think>\n\n</think>\n\n{{ end }}{{ end }}" in template
-    # Ollama finds the mark of a call as the first text after the first `if .ToolCalls`.
-    assert template.split("{{ if .ToolCalls }}")[1].startswith("{{ range $n, $call := .ToolCalls }}<tool_call>\n{")
-    assert "SYSTEM" not in modelfile
-
-    class Qwen25:  # whose template says who it is where no system message does
-        def apply_chat_template(self, messages, **options):
-            if messages[0]["role"] != "system":
-                messages = [{"role": "system", "content": "You are Qwen."}, *messages]
-            return tokenizer.apply_chat_template(messages, **options)
-
-    assert to_modelfile(Qwen25(), "x", 4096, False).endswith('"""\nSYSTEM """You are Qwen."""\n')
-
-    class Other:
-        def apply_chat_template(self, messages, **options):
-            return "<s>[INST] " + messages[-1]["content"]
-
-    assert to_modelfile(Other(), "x", 4096, False) == (
-        "FROM ./x\nPARAMETER temperature 0\nPARAMETER num_ctx 4096\n"
-    )  # Ollama takes the template of the GGUF
-
-
-@pytest.mark.parametrize(
-    "family, parser, thinks, expected",
-    [
-        ("qwen3", "hermes", False, "hermes --default-chat-template-kwargs '{\"enable_thinking\": false}'"),
-        ("qwen3_moe", "hermes", True, "hermes --reasoning-parser qwen3"),
-        ("qwen2", "hermes", False, "hermes"),
-        ("llama", "llama3_json", False, "llama3_json"),
-        ("llama", "hermes", True, "hermes"),
-    ],
-)
-def test_vllm_is_told_how_calls_look(family, parser, thinks, expected):
-    config = types.SimpleNamespace(model_type=family)
-    assert to_vllm_command(config, "a/b", parser, thinks) == (
-        f"vllm serve a/b --enable-auto-tool-choice --tool-call-parser {expected}"
-    )
-
-
-@pytest.mark.parametrize(
-    "repo, token, role, message",
-    [
-        ("me/tools", "", "write", "no token; run `hf auth login`, or set HF_TOKEN"),
-        ("me/tools", "hf_wrong", "write", "the Hub answers 401 to the token; expected one that may write"),
-        ("me/tools", TOKEN, "read", "the token may only read; expected one that may write"),
-        ("you/tools", TOKEN, "write", "the token is of me, us; expected a repository of these"),
-        ("me/to ols", TOKEN, "write", "Repo id must"),
-    ],
-)
-def test_an_upload_that_cannot_be_is_refused_before_training(tmp_path, repo, token, role, message):
-    """In a process of its own: the library reads its address when it is imported."""
-    code = (
-        f"import tool_calling.saving.upload as s\ntry:\n    s.check_hub({repo!r})\n    print('fine')\n"
-        "except s.UserError as error:\n    print(error)"
-    )
-    with Hub(role) as hub:
-        environment = {**os.environ, **on_hub(hub, token), "HF_HOME": str(tmp_path)}
-        result = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert result.stdout.startswith(f"--push_to_hub {repo}: {message}"), result.stderr
-    assert len(result.stdout.splitlines()) == 1
-
-
-def test_an_upload_that_fails_says_that_all_is_there(tmp_path):
-    (tmp_path / "final").mkdir()
-    (tmp_path / "final" / "README.md").write_text("# x\n")
-    code = (
-        "import tool_calling.saving.upload as s\ntry:\n    s.check_hub('us/x')\n    s.push_folder('us/x', 'final')\n"
-        "except s.UserError as error:\n    print(error)"
-    )
-    with Hub(fails=["/commit/"]) as hub:
-        environment = {**os.environ, **on_hub(hub), "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-        result = subprocess.run(
-            [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True
-        )
-    assert result.stdout.startswith("--push_to_hub me/tools: ") and result.stdout.endswith(
-        "everything is whole in final, push it with: hf upload me/tools final . --private --exclude run.yaml\n"
-    ), result
 
 
 def test_bf16_is_for_gpus_that_compute_it(monkeypatch):

@@ -1,342 +1,180 @@
-"""The HTML report: what it says, that it asks for nothing from outside, and that hostile text stays text."""
+"""The report: what report.json holds, and what is printed."""
 
-import copy
 import json
-import random
-import shutil
-from html.parser import HTMLParser
 
 import pytest
+from conftest import ALARM, WEATHER
+from test_page import full_report
 
-from tool_calling.page import draw_curve, mark_difference, render_report, shade_confusion, show_number, show_text
-from tool_calling.report import find_versions, write_report
-from tool_calling.saving.card import hide_folders
+from tool_calling import report as module
+from tool_calling.report import (
+    find_commit,
+    find_versions,
+    finish,
+    measure_lengths,
+    show_answers,
+    to_report,
+    write_report,
+)
+from tool_calling.samples import Sample
+from tool_calling.scores import Proof
 
-TOOLS = [
-    "book_taxi",
-    "get_weather",
-    "play_music",
-    "set_alarm",
-    "search_the_company_knowledge_base",
-    "send_message",
-    "(no call)",
+SETTINGS = {"model_id": "some/model", "dataset_path": ["a.json", "b.json"], "eval_dataset_path": None}
+DATA = {"train": 8, "held_out": 2, "skipped": 1, "unit": "rows"}
+
+
+def call(name: str, **arguments) -> str:
+    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
+
+
+ROME, ALARM_AT_6 = call("get_weather", city="Rome"), call("set_alarm", time="6")
+SAMPLES = [
+    Sample("a.json:1", [1, 2, 3], 2, ROME, [WEATHER, ALARM], "Rain in\nRome?"),
+    Sample("b.json:2", [1, 2], 1, ALARM_AT_6, [WEATHER, ALARM], "Wake me"),
+    Sample("b.json:3", [1, 2], 1, "Hello!", [WEATHER, ALARM], "Hi"),
+    Sample("b.json:4", [1, 2], 1, "Bye!", [WEATHER, ALARM], "Good night"),
 ]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-HOSTILE = '"><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)> \u202e\0 {{ 7 * 7 }} \ud800'
+BASE = {"answers": ["Yes.", call("get_weather", city="6"), "Hello!", "Bye!"]}
+MERGED = {"answers": [ROME, call("set_alarm", time="7"), "Hi!", "<tool_call>{"], "loss": 0.5}
 
 
-def score(exact: float, broken: int) -> dict:
-    return {
-        "exact_match": exact,
-        "ast_match": exact,
-        "tool_macro_f1": 0.9,
-        "call_precision": 0.75,
-        "call_recall": 0.8,
-        "broken_json": broken,
-        "n": 200,
-    }
+def to_proof() -> Proof:
+    return Proof.of(SAMPLES, {"base": BASE, "adapter": MERGED, "merged": MERGED})
 
 
-def failure(line: int, request: str, expected: str, got: str) -> dict:
-    return {"where": f"data/x.json:{line}", "request": request, "expected": expected, "got": got, "before": "I cannot."}
-
-
-def answer(name: str, **arguments) -> str:
-    call = str({"name": name, "arguments": arguments}).replace("'", '"')
-    return f"<tool_call>\n{call}\n</tool_call>"
-
-
-def full_report() -> dict:
-    """Return the report of a run in which everything was measured."""
-    draw = random.Random(0)
-    counts = [[28 * (i == j < 7) for j in range(8)] for i in range(8)]
-    counts[1][7], counts[3][0], counts[3][3] = 2, 4, 24
-    history = [
-        {"step": step, "loss": 2.4 * 0.975**step + draw.random() * 0.1, "learning_rate": 2e-4}
-        for step in range(1, 226, 2)
+def test_what_is_known_of_a_run_is_in_its_report(monkeypatch):
+    monkeypatch.setattr(module, "find_versions", lambda: {"python": "3.x"})
+    monkeypatch.setattr(module, "find_commit", lambda: "abc")
+    monkeypatch.setattr(module.time, "strftime", lambda form: form)
+    monkeypatch.setattr(module.torch.cuda, "is_available", lambda: False)
+    proof, facts = to_proof(), {"steps": 3}
+    report = to_report(SETTINGS, "python x.py", proof, DATA, facts)
+    assert list(report) == [
+        "scores",
+        "per_tool",
+        "confusion",
+        "data",
+        "failures",
+        "versions",
+        "args",
+        "git",
+        "command",
+        "device",
+        "finished",
+        "train",
     ]
-    history += [{"step": 75 * i, "eval_loss": 0.5 / i**2, "eval_exact_match": 0.6 + 0.087 * i} for i in (1, 2, 3)]
-    return {
-        "scores": {"base": score(0.255, 31), "adapter": score(0.855, 0), "merged": score(0.86, 0)},
+    wrong, right = {"tool": 0.0, "exact": 0.0}, {"tool": 1.0, "exact": 1.0}
+    missed, unsure = {"tool": 1.0, "exact": 0.0}, {"tool": 0.5, "exact": 0.5}
+    assert report == {
+        "scores": proof.scores,
         "per_tool": {
-            name: {
-                "support": 28,
-                "base": {"tool": 0.1 * i + 0.1, "exact": 0.07 * i},
-                "adapter": {"tool": 1.0, "exact": 0.9},
-                "merged": {"tool": 1.0, "exact": 0.7 + 0.05 * i},
-            }
-            for i, name in enumerate(TOOLS)
+            "get_weather": {"support": 1, "base": wrong, "adapter": right, "merged": right},
+            "set_alarm": {"support": 1, "base": wrong, "adapter": missed, "merged": missed},
+            "(no call)": {"support": 2, "base": right, "adapter": unsure, "merged": unsure},
         },
-        "confusion": {"labels": [*TOOLS, "(broken)"], "counts": counts},
-        "train": {
-            "loss": 0.118,
-            "seconds": 165.2,
-            "samples_per_second": 10.9,
-            "tokens_per_second": 10405.0,
-            "peak_memory_gib": 1.05,
-            "tokens_computed": 318600,
-            "tokens_padded": 1730700,
-            "steps": 225,
-            "last_step": 225,
-            "kept_step": 225,
-            "resumed_from": None,
-            "history": history,
+        "confusion": {
+            "labels": ["get_weather", "set_alarm", "(no call)", "(broken)"],
+            "counts": [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0]],
         },
-        "data": {
-            "path": "data/x.json",
-            "rows": 2000,
-            "train": 1800,
-            "held_out": 200,
-            "skipped": 0,
-            "tokens": {"mean": 956, "max": 1107},
-            "lengths": {
-                "edges": list(range(800, 1121, 20)),
-                "counts": [3, 11, 30, 64, 120, 190, 260, 310, 290, 240, 180, 120, 90, 50, 30, 12],
-            },
-        },
+        "data": {"path": "a.json b.json", "rows": 10, **DATA},
         "failures": [
-            failure(
-                17,
-                "Wake me at half past seven, quietly please, and at nine on Sundays as ever",
-                answer("set_alarm", time="07:30", day=7),
-                answer("set_alarm", time="19:30", day=7),
-            ),
-            failure(43, "أيقظني في السابعة", answer("set_alarm", time="07:00"), answer("book_taxi", to="السابعة")),
-            failure(
-                91,
-                "What is the weather in Paris this week?",
-                answer("get_weather", city="Paris", days=7),
-                '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"',
-            ),
+            {
+                "where": "b.json:2",
+                "request": "Wake me",
+                "expected": ALARM_AT_6,
+                "got": call("set_alarm", time="7"),
+                "before": call("get_weather", city="6"),
+            },
+            {"where": "b.json:4", "request": "Good night", "expected": "Bye!", "got": "<tool_call>{", "before": "Bye!"},
         ],
-        "versions": {
-            "python": "3.11.7",
-            "torch": "2.14.1",
-            "transformers": "5.16.0",
-            "trl": "1.15.2",
-            "peft": "0.21.0",
-            "unsloth": None,
-        },
-        "args": {
-            "model_id": "Qwen/Qwen3-0.6B",
-            "dataset_path": "data/x.json",
-            "max_samples": None,
-            "num_epochs": 3,
-            "learning_rate": 2e-4,
-            "load_in_4bit": True,
-            "seed": 3407,
-            "output_dir": "outputs/qwen3_tool_calling_unsloth",
-        },
-        "command": "python train_qwen3_tool_calling.py --model_id Qwen/Qwen3-0.6B --dataset_path 'data/x.json'",
-        "git": "abc123 (dirty)",
-        "device": "NVIDIA H200",
-        "finished": "2026-11-21 07:40",
+        "versions": {"python": "3.x"},
+        "args": SETTINGS,
+        "git": "abc",
+        "command": "python x.py",
+        "device": "cpu",
+        "finished": "%Y-%m-%d %H:%M",
+        "train": facts,
     }
-
-
-def minimal_report() -> dict:
-    """Return the report of --eval_only: one model and no training."""
-    full = full_report()
-    return {
-        "scores": {"model": score(0.86, 1)},
-        "failures": [],
-        **{key: full[key] for key in ("data", "versions", "args", "command", "device", "finished")},
-        "git": None,
-    }
-
-
-def hostile_report() -> dict:
-    """Return a report in which every text attacks the page."""
-
-    def poison(value):
-        if isinstance(value, dict):
-            return {key: poison(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [poison(item) for item in value]
-        return HOSTILE if isinstance(value, str) else value
-
-    report = poison(full_report())
-    report["per_tool"][HOSTILE] = report["per_tool"].pop("set_alarm")
-    report["args"][HOSTILE] = "https://evil.example/" + "x" * 50_000
-    report["failures"] = [failure(i, HOSTILE, "y" * 52_000, HOSTILE + "\n" * 5000) for i in range(200)]
-    return report
-
-
-class Page(HTMLParser):
-    """Collects tags, attributes and the text of each element kind."""
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.open, self.tags, self.attributes, self.text = [], [], [], {}
-        self.feed(html)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        self.text.setdefault(tag, []).append("")
-        if tag not in ("meta", "path", "polyline", "wbr"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        if self.open and self.open[-1] == tag:
-            self.open.pop()
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag  # every element is closed, in order
-
-    def handle_data(self, data):
-        for tag in set(self.open):
-            self.text[tag][-1] += data
-
-    def words(self, tag: str) -> list[str]:
-        return [" ".join(text.split()) for text in self.text.get(tag, [])]
-
-
-def read_page(report: dict) -> Page:
-    html = render_report(report)
-    html.encode("utf-8")
-    assert html.startswith("<!doctype html>")
-    page = Page(html)
-    assert page.open == []
-    assert not {"script", "link", "img", "iframe", "base", "a"} & set(page.tags)
-    for name, value in page.attributes:
-        assert name not in ("src", "href", "srcset") and not name.startswith("on")
-        assert "http:" not in (value or "") and "https:" not in (value or "") and "url(" not in (value or "")
-    assert "url(" not in "".join(page.text["style"]) and "@import" not in "".join(page.text["style"])
-    return page
-
-
-def test_full_report():
-    page = read_page(full_report())
-    assert page.words("h1") == ["25.5 % → 86 % of calls exact"] == page.words("title")
-    assert page.words("h2") == [
-        "Scores",
-        "Learning",
-        "Tools",
-        "Confusion",
-        "Data",
-        "Training",
-        "Failures (3)",
-        "Settings",
-        "Versions",
-        "Repeat this run",
-    ]
-    assert page.words("p")[0] == (
-        "Qwen/Qwen3-0.6B, trained on 1,800 rows, measured on 200 held-out rows of data/x.json"
-        ", on NVIDIA H200, 2026-11-21 07:40."
-    )
-    text = " ".join(page.words("body"))
-    for words in ("5.4 times fewer", "318,600 instead of 1,730,700", "2 min 45 s", "1.05 GiB", "10,405", "abc123"):
-        assert words in text
-    assert page.words("figcaption") == ["Loss: training 0.0126, held out 0.0556", "Exact match: held out 86.1 %"]
-    assert page.words("pre")[-1] == full_report()["command"]
-
-
-def test_score_table():
-    cells = read_page(full_report()).words("td")
-    assert cells[:19] == [
-        "",
-        *["25.5 %", "85.5 %", "86.0 %"] * 2,
-        *["90.0 %"] * 3,
-        *["75.0 %"] * 3,
-        *["80.0 %"] * 3,
-        "31",
-        "0",
-        "0",
-    ]
-
-
-def test_confusion_leaves_out_what_never_occurs():
-    assert shade_confusion({"labels": ["a", "b", "(broken)"], "counts": [[3, 0, 1], [0, 0, 0], [0, 0, 0]]}) == {
-        "columns": ["a", "(broken)"],
-        "rows": [("a", [("hit", 34, 3), ("miss", 19, 1)])],
-    }
-
-
-def test_curve():
-    history = [{"step": 1, "loss": 3.0}, {"step": 5, "loss": float("nan")}, {"step": 10, "loss": 1.5, "eval_loss": 0}]
-    curve = draw_curve(history, {"loss": "training", "eval_loss": "held out"})
-    assert curve == {
-        "top": "3",
-        "half": "1.5",
-        "steps": 10,
-        "lines": [
-            {"kind": "fitted", "name": "training", "points": "100.00,50.00 10.00,0.00", "last": "1.5", "dots": ""},
-            {"kind": "held", "name": "held out", "points": "100.00,100.00", "last": "0", "dots": "M100.00,100.00h0"},
-        ],
-    }
-
-
-def test_minimal_report():
-    page = read_page(minimal_report())
-    assert page.words("h1") == ["86 % of calls exact"]
-    assert page.words("h2") == ["Scores", "Data", "Settings", "Versions", "Repeat this run"]
-
-
-def test_scores_of_training_rows_are_called_so():
-    report = full_report()
-    assert "On the held-out rows." in read_page(report).words("p")
-    report["data"]["held_out"] = 0
-    page = read_page(report)
-    assert "On the training rows." in page.words("p")
-    assert any(", measured on 200 training rows of " in words for words in page.words("p"))
-
-
-def test_a_model_that_is_only_scored_has_no_answer_before():
-    report = minimal_report() | {"failures": [{"where": "x:1", "request": "hi", "expected": "yes", "got": "no"}]}
-    assert [text for text in read_page(report).words("pre") if text in ("yes", "no")] == ["yes", "no"]
-    page = render_report(report | {"failures": [report["failures"][0] | {"before": "hm"}]})
-    assert "<div>model<pre>hm</pre></div>" in page.replace("\n", "")
-
-
-def test_no_failures():
-    report = minimal_report()
-    report["scores"]["model"]["exact_match"] = 1.0
-    page = read_page(report)
-    assert page.words("h1") == ["100 % of calls exact"]
-    assert "Every answer is the expected one." in page.words("p") and "Failures (0)" in page.words("h2")
-
-
-def test_a_model_that_was_only_scored_is_the_one_that_is_named():
-    report = full_report()
-    report["args"] |= {"eval_only": "models/mine", "model_id": "Qwen/Qwen3-0.6B"}
-    lead = read_page(report).words("p")[0]
-    assert lead.startswith("models/mine, ") and "Qwen" not in lead
-    report["scores"] = {"model": report["scores"]["merged"]}
-    report["per_tool"] = {
-        name: {"support": row["support"], "model": row["merged"]} for name, row in report["per_tool"].items()
-    }
-    assert "model model" not in (page := render_report(report)) and "called by the model." in page
 
 
 @pytest.mark.parametrize(
-    "number, shown",
+    "held_out, train, path",
     [
-        (999, "999"),
-        (999.4, "999"),
-        (999.5, "1,000"),
-        (999.7, "1,000"),
-        (99.96, "100"),
-        (0.12345, "0.123"),
-        (1234.5, "1,234"),
-        (None, None),
+        (None, {"steps": 3}, "a.json b.json"),
+        (["c.json"], {"steps": 3}, "a.json b.json c.json"),
+        (None, None, "a.json b.json"),
+        (["c.json"], None, "c.json"),  # of a model that is only scored, the training rows are not read
     ],
 )
-def test_numbers_are_shown_with_three_digits(number, shown):
-    assert show_number(number) == shown
+def test_the_report_names_the_files_that_were_read(held_out, train, path):
+    settings = SETTINGS | {"eval_dataset_path": held_out}
+    report = to_report(settings, "x", Proof.of(SAMPLES, {"model": BASE}), DATA, train)
+    assert report["data"]["path"] == path and ("train" in report) == (train is not None)
 
 
-def test_folders_of_this_machine_are_hidden_with_spaces_too():
-    for word, shown in [
-        ("/home/me/Secret Project X/rows.json", "rows.json"),
-        ("--output_dir=~/a b/c", "--output_dir=c"),
-        ("data/rows.json", "data/rows.json"),
-        ("/", "/"),
-        ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
-    ]:
-        assert hide_folders(word) == shown
+def test_a_model_that_is_only_scored_has_no_answer_before():
+    failures = to_report(SETTINGS, "x", Proof.of(SAMPLES, {"model": BASE}), DATA, None)["failures"]
+    assert failures == [
+        {"where": "a.json:1", "request": "Rain in\nRome?", "expected": ROME, "got": "Yes."},
+        {"where": "b.json:2", "request": "Wake me", "expected": ALARM_AT_6, "got": call("get_weather", city="6")},
+    ]
+
+
+def test_lengths_are_counted_in_bins():
+    def to_samples(*lengths):
+        return [Sample("x:1", [0] * length, 1) for length in lengths]
+
+    assert measure_lengths(to_samples(7, 7)) == {
+        "tokens": {"mean": 7.0, "max": 7},
+        "lengths": {"edges": [6.5, 7.5], "counts": [2]},
+    }
+    assert measure_lengths(to_samples(1, 2, 2, 3)) == {
+        "tokens": {"mean": 2.0, "max": 3},
+        "lengths": {"edges": [1.0, 1.7, 2.3, 3.0], "counts": [1, 2, 1]},
+    }
+    lengths = measure_lengths(to_samples(*range(10, 400)))["lengths"]
+    assert len(lengths["counts"]) == 30 and len(lengths["edges"]) == 31 and sum(lengths["counts"]) == 390
+
+
+def test_answers_and_scores_are_printed_and_the_report_is_written(tmp_path, capsys):
+    proof = to_proof()
+    report = finish(tmp_path, to_report(SETTINGS, "python x.py", proof, DATA, None), proof)
+    assert report == json.loads((tmp_path / "report.json").read_text()) and report["scores"] == proof.scores
+    assert "<title>" in (tmp_path / "report.html").read_text()
+    assert capsys.readouterr().out.splitlines() == [
+        "",
+        "a.json:1  Rain in Rome?",
+        f"  expected {' '.join(ROME.split())}",
+        "  before   Yes. ✗",
+        f"  after    {' '.join(ROME.split())} ✓",
+        "",
+        "b.json:2  Wake me",
+        f"  expected {' '.join(ALARM_AT_6.split())}",
+        '  before   <tool_call> {"name": "get_weather", "arguments": {"city": "6"}} </tool_call> ✗',
+        '  after    <tool_call> {"name": "set_alarm", "arguments": {"time": "7"}} </tool_call> ✗',
+        "",
+        "b.json:3  Hi",
+        "  expected Hello!",
+        "  before   Hello! ✓",
+        "  after    Hi! ✓",
+        "",
+        "score                exact     AST  tool F1  calls: precision  recall  broken   rows",
+        "         base        50.0%   50.0%     0.0%            100.0%   50.0%       0      4",
+        "         adapter     50.0%   50.0%   100.0%             66.7%  100.0%       1      4",
+        "         merged      50.0%   50.0%   100.0%             66.7%  100.0%       1      4",
+        f"report   {tmp_path / 'report.html'}",
+    ]
+
+
+def test_a_model_that_is_only_scored_is_shown_alone(capsys):
+    show_answers(Proof.of(SAMPLES[:1], {"model": BASE}))
+    assert capsys.readouterr().out.splitlines() == [
+        "",
+        "a.json:1  Rain in Rome?",
+        f"  expected {' '.join(ROME.split())}",
+        "  after    Yes. ✗",
+        "",
+    ]
 
 
 def test_the_version_of_what_is_imported_is_named(tmp_path, monkeypatch):
@@ -346,106 +184,25 @@ def test_the_version_of_what_is_imported_is_named(tmp_path, monkeypatch):
     assert find_versions()["torch"] == "9.9.9"
 
 
+def test_a_library_or_git_that_is_missing_is_none(monkeypatch):
+    monkeypatch.setattr(module, "LIBRARIES", ("torch", "no_such_library"))
+    versions = find_versions()
+    assert list(versions) == ["python", "torch", "no_such_library"] and versions["no_such_library"] is None
+    monkeypatch.setenv("PATH", "")
+    assert find_commit() is None
+
+
 def test_a_file_name_that_is_no_text_can_be_reported(tmp_path):
     report = full_report()
     report["args"]["dataset_path"] = ["caf\udce9.jsonl"]
-    assert write_report(str(tmp_path), report) == json.loads((tmp_path / "report.json").read_text())
+    assert write_report(tmp_path, report) == json.loads((tmp_path / "report.json").read_text())
     assert "caf\\udce9.jsonl" in (tmp_path / "report.json").read_text()
 
 
 def test_numbers_that_json_has_not_are_left_out(tmp_path):
     report = full_report()
     report["train"]["history"][0]["grad_norm"] = float("nan")
-    returned = write_report(str(tmp_path), report)
+    returned = write_report(tmp_path, report)
     assert returned == json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
-    assert returned["train"]["history"][0]["grad_norm"] is None
-
-
-def test_report_of_next_to_nothing():
-    assert read_page({}).words("h1") == ["Trained, not measured"]
-    report = full_report() | {"scores": {}, "per_tool": {}, "confusion": None, "failures": []}
-    report["train"] |= {"history": [], "peak_memory_gib": None, "tokens_computed": 0}
-    page = read_page(report)
-    assert page.words("h1") == ["Trained, not measured"]
-    assert page.words("h2") == ["Data", "Training", "Settings", "Versions", "Repeat this run"]
-
-
-def test_a_worse_model_is_called_worse():
-    report = full_report()
-    report["scores"]["merged"]["exact_match"] = 0.1
-    page = read_page(report)
-    assert page.words("h1") == ["25.5 % → 10 % of calls exact"]
-    assert "The merged model does worse than the base model." in page.words("p")
-
-
-def test_every_failure_is_listed():
-    report = full_report()
-    report["failures"] = [failure(i, f"request {i}", "a", "b") for i in range(200)]
-    assert read_page(report).words("summary") == [f"data/x.json:{i} request {i}" for i in range(200)]
-
-
-def test_hostile_text_stays_text():
-    report = hostile_report()
-    page = read_page(copy.deepcopy(report))
-    shown = HOSTILE.replace("\u202e", "⟨U+202E⟩").replace("\0", "⟨U+0000⟩").replace("\ud800", "⟨U+D800⟩")
-    assert page.words("summary") == [f"data/x.json:{i} {shown}" for i in range(200)]
-    assert page.words("pre")[-1] == shown
-    assert shown in page.words("dt") and shown in page.words("th")
-    assert page.words("ins")[0] == "y" * 2000
-    assert page.words("pre")[0] == "y" * 2000 + "… 50,000 more characters"
-    assert "https://evil.example/" + "x" * 1979 + "… 48,021 more characters" in page.words("dd")
-
-
-def test_show_text():
-    assert show_text("x" * 50_000) == "x" * 2000 + "… 48,000 more characters"
-    assert show_text("x" * 2000) == "x" * 2000
-    assert show_text("a\r\n\tb") == "a⟨U+000D⟩\n\tb"
-    assert [show_text(value) for value in (None, 0, False)] == ["–", "0", "False"]
-
-
-@pytest.mark.parametrize(
-    "expected, got, marked",
-    [
-        ("", "", ("", "")),
-        ("same <b>", "same <b>", ("same &lt;b&gt;", "same &lt;b&gt;")),
-        (
-            '{"time": "07:30"}',
-            '{"time": "19:30"}',
-            ("{&#34;time&#34;: &#34;<ins>07:30</ins>&#34;}", "{&#34;time&#34;: &#34;<del>19:30</del>&#34;}"),
-        ),
-        ("a b", "a", ("a<ins> b</ins>", "a")),
-        ("a", "<del>a", ("a", "<del>&lt;del&gt;</del>a")),
-    ],
-)
-def test_mark_difference(expected, got, marked):
-    assert tuple(mark_difference(expected, got)) == marked
-
-
-def test_mark_difference_of_a_long_answer_marks_one_word():
-    expected = "\n".join(answer("set_alarm", time=f"{hour:02}:30", place={"room": "attic"}) for hour in range(10))
-    marked, marked_too = mark_difference(expected, expected.replace("07:30", "19:30"))
-    assert marked.count("<ins>") == marked_too.count("<del>") == 1 and "<ins>07:30</ins>" in marked
-
-
-@pytest.mark.parametrize("make_report", [full_report, minimal_report, hostile_report])
-def test_in_a_browser(make_report, tmp_path):
-    sync_api = pytest.importorskip("playwright.sync_api")
-    if not CHROMIUM:
-        pytest.skip("no Chromium")
-    path, requests, messages = tmp_path / "report.html", [], []
-    path.write_text(render_report(make_report()), encoding="utf-8")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page()
-        page.on("request", lambda request: requests.append(request.url))
-        page.on("console", lambda message: messages.append(message.text))
-        page.on("pageerror", lambda error: messages.append(str(error)))
-        page.on("dialog", lambda dialog: messages.append(dialog.message))
-        page.goto(path.as_uri())
-        for is_open in (False, True):
-            page.eval_on_selector_all("details", f"all => all.forEach(one => one.open = {str(is_open).lower()})")
-            for width in (1400, 1200, 800, 400, 360):
-                page.set_viewport_size({"width": width, "height": 900})
-                assert page.evaluate("document.documentElement.scrollWidth") <= width
-        browser.close()
-    assert requests == [path.as_uri()] and messages == []
+    report["train"]["history"][0]["grad_norm"] = None
+    assert returned == report

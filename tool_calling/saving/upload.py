@@ -10,49 +10,47 @@ from huggingface_hub.utils import validate_repo_id
 from tool_calling.terminal import UserError
 
 
-def check_hub(repo: str | None) -> None:
-    """Refuse an upload that has no token that may write there, before anything is trained for it."""
-    if repo is None:
-        return
+def check_hub(repo: str) -> None:
+    """Refuse an upload without a token that may write to this repository, before anything is trained for it."""
+    if problem := find_problem(repo):
+        raise UserError(f"--push_to_hub {repo}: {problem}")
+
+
+def find_problem(repo: str) -> str | None:
+    """Return why the token of this machine cannot write to a repository, or None if it can."""
     try:
         validate_repo_id(repo)
         user = HfApi().whoami()
     except LocalTokenNotFoundError:
-        raise UserError(f"--push_to_hub {repo}: no token; run `hf auth login`, or set HF_TOKEN") from None
+        return "no token; run `hf auth login`, or set HF_TOKEN"
     except HfHubHTTPError as error:
-        raise UserError(
-            f"--push_to_hub {repo}: the Hub answers {error.response.status_code} to the token; expected "
-            "one that may write"
-        ) from None
+        return f"the Hub answers {error.response.status_code} to the token; expected one that may write"
     except ValueError as error:
-        raise UserError(f"--push_to_hub {repo}: {str(error).splitlines()[0]}") from None
+        return str(error).splitlines()[0]
     except (OSError, httpx.HTTPError) as error:
-        raise UserError(f"--push_to_hub {repo}: the Hub cannot be reached: {str(error).splitlines()[0]}") from None
+        return f"the Hub cannot be reached: {str(error).splitlines()[0]}"
     owners = [user["name"], *(organisation["name"] for organisation in user.get("orgs", []))]
     if "/" in repo and repo.split("/")[0] not in owners:
-        raise UserError(f"--push_to_hub {repo}: the token is of {', '.join(owners)}; expected a repository of these")
+        return f"the token is of {', '.join(owners)}; expected a repository of these"
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise UserError(f"--push_to_hub {repo}: the token may only read; expected one that may write")
+        return "the token may only read; expected one that may write"
+    return None
 
 
 def push_folder(repo: str, folder: str) -> str:
-    """Upload a folder to the Hub, to a private repository if it is new, and return its address."""
+    """Upload a folder to the Hub, into a private repository if it is new, and return its address."""
     try:
         repo = HfApi().create_repo(repo, private=True, exist_ok=True).repo_id
-        # run.yaml has the paths of this machine.
-        return (
-            HfApi()
-            .upload_folder(
-                repo_id=repo,
-                folder_path=folder,
-                ignore_patterns=["run.yaml"],
-                commit_message="Upload by train_qwen3_tool_calling.py",
-            )
-            .repo_url
+        commit = HfApi().upload_folder(
+            repo_id=repo,
+            folder_path=folder,
+            ignore_patterns=["run.yaml"],  # it has paths of this machine
+            commit_message="Upload by train_qwen3_tool_calling.py",
         )
-    except Exception as error:  # of whatever kind: what was trained is there, and must not look lost
+    except Exception as error:  # of any kind: what was trained is there and must not look lost
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"--push_to_hub {repo}: {reason}; everything is whole in {folder}, push it with: "
             f"hf upload {repo} {shlex.quote(folder)} . --private --exclude run.yaml"
         ) from None
+    return commit.repo_url

@@ -1,4 +1,4 @@
-"""Scores: every rule of the exact and the BFCL match by example, and the rates and tables counted from verdicts."""
+"""Scores: each rule of the exact and the BFCL match by example, and the rates and tables counted from verdicts."""
 
 import itertools
 import json
@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tool_calling.samples import Sample
 from tool_calling.scores import (
+    Proof,
     Verdict,
     can_pair,
     count_classes,
@@ -361,22 +363,24 @@ def test_scores_of_one_row(verdicts, scores):
 
 
 def test_per_tool():
-    table = count_per_tool(VERDICTS)
+    perfect = [row._replace(exact=True, got=row.expected, broken=False) for row in VERDICTS]
+    table = count_per_tool({"base": VERDICTS, "merged": perfect})
+    right = {"tool": 1.0, "exact": 1.0}
     assert table == {
-        "book": {"support": 5, "tool": 2 / 5, "exact": 1 / 5},
-        "mode": {"support": 1, "tool": 0.0, "exact": 0.0},
-        "ping": {"support": 3, "tool": 2 / 3, "exact": 0.0},
-        "(no call)": {"support": 3, "tool": 1 / 3, "exact": 1 / 3},
+        "book": {"support": 5, "base": {"tool": 2 / 5, "exact": 1 / 5}, "merged": right},
+        "mode": {"support": 1, "base": {"tool": 0.0, "exact": 0.0}, "merged": right},
+        "ping": {"support": 3, "base": {"tool": 2 / 3, "exact": 0.0}, "merged": right},
+        "(no call)": {"support": 3, "base": {"tool": 1 / 3, "exact": 1 / 3}, "merged": right},
     }
     assert list(table) == ["book", "mode", "ping", "(no call)"]
-    assert count_per_tool(VERDICTS[:1]) == {"book": {"support": 1, "tool": 1.0, "exact": 1.0}}
-    assert count_per_tool([]) == {}
+    assert count_per_tool({"model": VERDICTS[:1]}) == {"book": {"support": 1, "model": right}}
+    assert count_per_tool({"model": []}) == {}
 
 
 def test_confusion():
-    assert count_confusion(VERDICTS) == (
-        ["book", "mode", "ping", "fly", "(no call)", "(broken)"],
-        [
+    assert count_confusion(VERDICTS) == {
+        "labels": ["book", "mode", "ping", "fly", "(no call)", "(broken)"],
+        "counts": [
             [2, 1, 0, 1, 1, 0],
             [0, 0, 0, 0, 1, 0],
             [1, 0, 2, 0, 0, 1],
@@ -384,7 +388,7 @@ def test_confusion():
             [0, 0, 1, 1, 1, 1],
             [0, 0, 0, 0, 0, 0],
         ],
-    )
+    }
 
 
 @pytest.mark.parametrize(
@@ -396,10 +400,12 @@ def test_confusion():
         (("b", "a"), (), True, ["a", "b", "(broken)"], [[0, 0, 1], [0, 0, 1], [0, 0, 0]]),
         ((), (), False, ["(no call)"], [[1]]),
         ((), ("z", "z"), False, ["z", "(no call)"], [[0, 0], [2, 0]]),
+        ((), (), True, ["(no call)", "(broken)"], [[0, 1], [0, 0]]),
     ],
 )
 def test_confusion_of_one_row(expected, got, broken, labels, counts):
-    assert count_confusion([Verdict(False, False, broken, expected, got)]) == (labels, counts)
+    verdict = Verdict(False, False, broken, expected, got)
+    assert count_confusion([verdict]) == {"labels": labels, "counts": counts}
 
 
 @pytest.mark.parametrize(
@@ -417,6 +423,66 @@ def test_confusion_of_one_row(expected, got, broken, labels, counts):
 )
 def test_classes(pairs, score):
     assert count_classes(pairs) == score
+
+
+def to_samples(*completions: str, tools: list | None = None) -> list[Sample]:
+    return [Sample(f"x:{i}", [1, 2], 1, text, TOOLS if tools is None else tools) for i, text in enumerate(completions)]
+
+
+def test_a_proof_scores_each_model_on_the_same_samples():
+    samples = to_samples(ROME, ANSWER)
+    results = {
+        "base": {"answers": [ANSWER, ANSWER]},
+        "merged": {"answers": [call("book", city="rome"), block("{")], "loss": 0.5},
+    }
+    proof = Proof.of(samples, results)
+    assert (proof.samples, proof.results, proof.first, proof.last) == (samples, results, "base", "merged")
+    assert proof.verdicts == {
+        "base": [Verdict(False, False, False, ("book",), ()), Verdict(True, True, False, (), ())],
+        "merged": [Verdict(False, True, False, ("book",), ("book",)), Verdict(False, False, True, (), ())],
+    }
+    assert proof.scores == {
+        "base": {
+            "exact_match": 0.5,
+            "ast_match": 0.5,
+            "tool_macro_f1": 0.0,
+            "call_precision": 1.0,
+            "call_recall": 0.0,
+            "broken_json": 0,
+            "n": 2,
+        },
+        "merged": {
+            "exact_match": 0.0,
+            "ast_match": 0.5,
+            "tool_macro_f1": 1.0,
+            "call_precision": 0.5,
+            "call_recall": 1.0,
+            "broken_json": 1,
+            "n": 2,
+        },
+    }
+
+
+def test_a_proof_reads_calls_as_the_server_of_the_sample_does():
+    sample = to_samples('{"name": "ping", "parameters": {}}')[0]._replace(parser="llama3_json")
+    proof = Proof.of([sample], {"model": {"answers": ['{"parameters": {}, "name": "ping"}']}})
+    assert proof.verdicts == {"model": [Verdict(True, True, False, ("ping",), ("ping",))]}
+    assert (proof.first, proof.last) == ("model", "model")
+
+
+@pytest.mark.parametrize(
+    "tools, completions, score",
+    [
+        ([], ["yes", "no"], 2 / 3 / 2),  # yes: 1 hit of 1 expected and 2 given; no: none
+        ([], [str(i) for i in range(21)], None),
+        (TOOLS, ["yes", "no"], None),
+    ],
+    ids=["classes", "too many classes", "tools"],
+)
+def test_a_proof_without_tools_scores_classes_of_the_model_to_keep(tools, completions, score):
+    answers = {"answers": ["yes"] * len(completions)}
+    scores = Proof.of(to_samples(*completions, tools=tools), {"base": answers, "trained": answers}).scores
+    assert scores["trained"].get("macro_f1") == score and "macro_f1" not in scores["base"]
 
 
 JSON = st.recursive(

@@ -1,0 +1,208 @@
+"""Model cards, and the commands that serve a model."""
+
+from functools import partial
+
+import pytest
+import yaml
+
+from tool_calling.saving.card import hide_folders, to_card, to_lora_words, to_vllm_command, write_card
+
+SCORES = {"exact_match": 0.5, "ast_match": 0.25, "tool_macro_f1": 1 / 3, "broken_json": 3, "n": 1234}
+SETTINGS = {
+    "model_id": "/home/me/Qwen/Qwen3-0.6B/",
+    "dataset_path": ["/home/me/a b.jsonl", "data/b.json"],
+    "save_method": "merged_16bit",
+    "push_to_hub": None,
+    "num_epochs": 3,
+    "max_steps": None,
+    "batch_size": 2,
+    "gradient_accumulation_steps": 4,
+    "max_seq_length": 2048,
+    "load_in_4bit": False,
+    "lora_rank": 24,
+    "lora_alpha": 16,
+    "lora_dropout": 0.0,
+    "use_rslora": False,
+    "target_modules": ["q_proj"],
+    "thinking": "auto",
+    "share_prefix": True,
+    "learning_rate": 2e-5,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 10,
+    "warmup_ratio": None,
+    "weight_decay": 0.01,
+    "optim": None,
+    "seed": 3407,
+    "metric_for_best": None,
+    "early_stopping_patience": None,
+}
+CARD = """\
+---
+base_model: Qwen3-0.6B
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- tool-calling
+- function-calling
+---
+# me/tools
+
+`Qwen3-0.6B` taught to call tools by LoRA of rank 24: 16-bit weights.
+
+| | exact match | AST match | tool macro-F1 | broken JSON | held-out requests |
+|---|---|---|---|---|---|
+| base | 0.0 % | 25.0 % | 33.3 % | 3 | 1234 |
+| merged | 50.0 % | 25.0 % | 33.3 % | 3 | 1234 |
+
+Each model wrote its answers greedily. *Exact* compares calls as JSON values, in any order; a request that needs no
+call is right when none is made, and one without tools when the text is the same.
+
+## Use
+
+```bash
+vllm serve <me/tools>
+```
+
+## Training
+
+8,000 samples of `a b.jsonl`, `data/b.json`, 1,200 held out; 2,000 steps of 3,000, the best on held-out rows, mean loss 1.5000;
+NVIDIA H200, 2026-01-01 00:00.
+
+```bash
+python x.py --output_dir=out b 'a b.jsonl' $HF_TOKEN
+```
+
+| setting | value |
+|---|---|
+| `num_epochs` | 3 |
+| `batch_size` | 2 |
+| `gradient_accumulation_steps` | 4 |
+| `max_seq_length` | 2048 |
+| `load_in_4bit` | False |
+| `lora_rank` | 24 |
+| `lora_alpha` | 16 |
+| `lora_dropout` | 0.0 |
+| `use_rslora` | False |
+| `target_modules` | ['q_proj'] |
+| `thinking` | auto |
+| `share_prefix` | True |
+| `learning_rate` | 2e-05 |
+| `lr_scheduler_type` | linear |
+| `warmup_steps` | 10 |
+| `weight_decay` | 0.01 |
+| `seed` | 3407 |
+"""  # noqa: E501
+
+
+def make_report(**settings) -> dict:
+    """Return the report of a run with these settings."""
+    history = [{"loss": 2.0}, {"loss": 1.0}, {"eval_loss": 3.0}]
+    return {
+        "args": SETTINGS | settings,
+        "scores": {"base": SCORES | {"exact_match": 0.0}, "merged": SCORES},
+        "data": {"train": 8000, "held_out": 1200},
+        "train": {"last_step": 3000, "kept_step": 2000, "history": history},
+        "command": "python x.py --output_dir=/home/me/out ~/a/b '/home/me/a b.jsonl' hf_abcdefghij",
+        "device": "NVIDIA H200",
+        "finished": "2026-01-01 00:00",
+    }
+
+
+def test_a_card_says_what_it_is_how_good_and_how_it_was_made(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefghij")
+    assert to_card(make_report(), False, "me/tools", "vllm serve <me/tools>") == CARD
+
+
+@pytest.mark.parametrize(
+    "settings, adapter, what",
+    [
+        ({}, False, "LoRA of rank 24: 16-bit weights."),
+        ({}, True, "LoRA of rank 24: the adapter alone."),
+        ({"save_method": "lora"}, True, "LoRA of rank 24: the adapter alone."),
+        ({"save_method": "merged_4bit"}, False, "LoRA of rank 24: 4-bit weights (bitsandbytes, nf4)."),
+        ({"lora_rank": 0}, False, "full fine-tuning: 16-bit weights."),
+    ],
+)
+def test_a_card_names_how_the_model_was_trained_and_saved(settings, adapter, what):
+    _, head, text = to_card(make_report(**settings), adapter, "x", "vllm").split("---\n", 2)
+    assert f"`Qwen3-0.6B` taught to call tools by {what}\n" in text
+    assert yaml.safe_load(head) == {
+        "base_model": "Qwen3-0.6B",
+        "library_name": "peft" if adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["tool-calling", "function-calling"],
+    }
+
+
+def test_a_card_says_what_was_measured_and_trained():
+    report = make_report(max_steps=7)
+    report["data"]["held_out"] = 0
+    report["train"] = {"last_step": 7, "kept_step": 7, "history": []}
+    card = to_card(report, False, "x", "vllm")
+    assert "| broken JSON | training requests |\n" in card
+    assert " 0 held out; 7 steps;\nNVIDIA H200, " in card
+    assert "|---|---|\n| `max_steps` | 7 |\n| `batch_size` | 2 |\n" in card and "num_epochs" not in card
+
+
+@pytest.mark.parametrize(
+    "folder, settings, served",
+    [
+        ("final", {}, "final"),
+        ("final", {"push_to_hub": "me/tools"}, "me/tools"),
+        (
+            "adapter",
+            {"push_to_hub": "me/tools"},
+            "Qwen3-0.6B --enable-lora --max-lora-rank 32 --lora-modules tools=adapter",
+        ),
+        (
+            "adapter",
+            {"push_to_hub": "me/tools", "save_method": "lora", "model_id": "Qwen/Qwen3-0.6B"},
+            "Qwen/Qwen3-0.6B --enable-lora --max-lora-rank 32 --lora-modules tools=me/tools",
+        ),
+        ("my model", {}, "'my model'"),
+    ],
+)
+def test_a_card_is_written_with_the_command_that_serves_its_folder(tmp_path, folder, settings, served):
+    (tmp_path / folder).mkdir()
+    if folder == "adapter":
+        (tmp_path / folder / "adapter_config.json").write_text("{}")
+    serve = partial(to_vllm_command, "qwen3", parser="hermes", thinks=True)
+    write_card(tmp_path / folder, make_report(**settings), serve)
+    card = (tmp_path / folder / "README.md").read_text()
+    command = f"vllm serve {served} --enable-auto-tool-choice --tool-call-parser hermes --reasoning-parser qwen3"
+    assert f"```bash\n{command}\n```\n" in card and str(tmp_path) not in card
+    assert f"library_name: {'peft' if folder == 'adapter' else 'transformers'}\n" in card
+
+
+@pytest.mark.parametrize(
+    "family, parser, thinks, expected",
+    [
+        ("qwen3", "hermes", False, "hermes --default-chat-template-kwargs '{\"enable_thinking\": false}'"),
+        ("qwen3_moe", "hermes", True, "hermes --reasoning-parser qwen3"),
+        ("qwen2", "hermes", False, "hermes"),
+        ("llama", "llama3_json", False, "llama3_json"),
+        ("llama", "hermes", True, "hermes"),
+    ],
+)
+def test_vllm_is_told_how_calls_look(family, parser, thinks, expected):
+    assert to_vllm_command(family, "a/b", parser, thinks) == (
+        f"vllm serve a/b --enable-auto-tool-choice --tool-call-parser {expected}"
+    )
+
+
+@pytest.mark.parametrize("rank, highest", [(1, 16), (16, 16), (17, 32), (32, 32), (100, 128)])
+def test_vllm_is_told_how_high_an_adapters_rank_is(rank, highest):
+    assert to_lora_words("my base", "out/a b", rank) == (
+        f"'my base' --enable-lora --max-lora-rank {highest} --lora-modules tools='out/a b'"
+    )
+
+
+def test_folders_of_this_machine_are_hidden_with_spaces_too():
+    for word, shown in [
+        ("/home/me/Secret Project X/rows.json", "rows.json"),
+        ("--output_dir=~/a b/c", "--output_dir=c"),
+        ("data/rows.json", "data/rows.json"),
+        ("/", "/"),
+        ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
+    ]:
+        assert hide_folders(word) == shown
