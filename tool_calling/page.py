@@ -85,16 +85,15 @@ def draw_curve(history: list[dict], names: dict[str, str], show=show_number, top
     top = top or next(n * unit for n in (1, 1.5, 2, 3, 4, 6, 8, 10, 11) if n * unit >= highest)
     lines = []
     for key, points in logged.items():
+        if not points:
+            continue
         thin = points[:: -(len(points) // 400 + 1)]  # from the last; more points than pixels make the page heavy
         drawn = [f"{100 * step / steps:.2f},{100 - 100 * value / top:.2f}" for step, value in thin]
         held_out = key.startswith("eval")
-        line = {
-            "kind": "held" if held_out else "fitted",
-            "name": names[key],
-            "points": Markup(" ".join(drawn)),
-            "dots": Markup("".join(f"M{point}h0" for point in drawn)) if held_out else "",
-        }
-        lines += [line | {"last": show(points[-1][1])}] if points else []
+        line = {"kind": "held" if held_out else "fitted", "name": names[key], "last": show(points[-1][1])}
+        line["points"] = Markup(" ".join(drawn))
+        line["dots"] = Markup("".join(f"M{point}h0" for point in drawn)) if held_out else ""
+        lines.append(line)
     return {"lines": lines, "top": show(top), "half": show(top / 2), "steps": steps}
 
 

@@ -55,20 +55,20 @@ class Proof:
             for name, result in results.items()
         }
         scores = {name: count_scores(of_model) for name, of_model in verdicts.items()}
-        last, answers = list(results.items())[-1]
-        classes = count_classes([(row.completion, answer) for row, answer in zip(samples, answers["answers"])])
+        last = list(results)[-1]
+        classes = count_classes([(row.completion, answer) for row, answer in zip(samples, results[last]["answers"])])
         if classes is not None and not any(sample.tools for sample in samples):
             scores[last]["macro_f1"] = classes
         return cls(samples, results, verdicts, scores)
 
     @property
     def first(self) -> str:
-        """The name of the model before training."""
+        """Return the name of the model before training."""
         return next(iter(self.results))
 
     @property
     def last(self) -> str:
-        """The name of the model to keep."""
+        """Return the name of the model to keep."""
         return next(reversed(self.results))
 
 
@@ -86,8 +86,11 @@ def score_answer(got: str, expected: str, tools: list[dict], parser: str = "herm
         name = call["name"]
         return name == other["name"] and is_alike(call["arguments"], other["arguments"], schemas.get(name))
 
-    exact = can_pair(calls, wanted, is_same) if tools else got.strip() == expected.strip()
-    alike = exact or bool(tools) and can_pair(calls, wanted, fits)
+    if tools:
+        exact = can_pair(calls, wanted, is_same)
+        alike = exact or can_pair(calls, wanted, fits)
+    else:
+        exact = alike = got.strip() == expected.strip()
     return Verdict(exact, alike, False, wanted_names, tuple(call["name"] for call in calls))
 
 

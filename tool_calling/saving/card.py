@@ -70,7 +70,7 @@ def write_card(folder: str | Path, report: dict, serve: Callable[[str], str]) ->
     `serve` is to_vllm_command for the run: it takes the name of the model.
     """
     args, adapter = report["args"], (Path(folder) / "adapter_config.json").is_file()
-    uploaded = adapter == (args["save_method"] == "lora") and args["push_to_hub"]
+    uploaded = args["push_to_hub"] if adapter == (args["save_method"] == "lora") else None  # of two, the model is
     name = uploaded or Path(folder).resolve().name
     base = hide_folders(args["model_id"].rstrip("/"))
     words = to_lora_words(base, name, args["lora_rank"]) if adapter else shlex.quote(name)
