@@ -1,32 +1,22 @@
 """The dry run: what a run would do, before it is paid for."""
 
-import argparse
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from tool_calling.checkpoints import list_checkpoints
 from tool_calling.data.examples import Example, digest_prompt, find_first_answer, find_leaks, list_calls
-from tool_calling.engines.hub import can_share, check_kind, count_parameters, load_config, load_tokenizer
-from tool_calling.engines.start import find_optim
-from tool_calling.estimates import estimate_disk, estimate_memory
-from tool_calling.files import digest, find_existing, write_file
-from tool_calling.prompts import Sample, render_text
-from tool_calling.run_folder import list_checkpoints, mark_output
-from tool_calling.schedule import (
-    Plan,
-    count_checkpoints,
-    count_steps,
-    cut_streams,
-    list_saves,
-    measure_batches,
-    measure_run,
-    plan_streams,
-    to_padded,
-)
-from tool_calling.terminal import UserError, hide_secrets, list_first, plural, say, show_table
+from tool_calling.engines.hub import check_kind, load_config, load_tokenizer
+from tool_calling.estimates import Footprint, Saving
+from tool_calling.files import digest, find_existing
+from tool_calling.prompts import render_text
+from tool_calling.samples import Sample
+from tool_calling.schedule import Schedule
+from tool_calling.terminal import UserError, list_first, plural, say, show_table
 
 LISTED = 1000  # rows that audit.json names for each finding; all are counted
 SHOWN_PAIRS = 5  # rows that the screen names for each finding
@@ -57,17 +47,17 @@ class Characters:
         return text + "<|im_start|>assistant\n" * add_generation_prompt
 
 
-def find_model(args: argparse.Namespace) -> tuple:
-    """Return (tokenizer, or what counts characters instead; why so; the config, or None where there is none)."""
+def find_model(model_id: str, trust: bool) -> tuple:
+    """Return (tokenizer or Characters, why there is no tokenizer or "", the config or None)."""
     try:
-        tokenizer = load_tokenizer(args.model_id, args.trust_remote_code)
+        tokenizer = load_tokenizer(model_id, trust)
     except UserError as error:
         return Characters(), str(error), None
     try:
-        config = load_config(args.model_id, trust=args.trust_remote_code)
+        config = load_config(model_id, trust=trust)
     except UserError:
         return tokenizer, "", None
-    check_kind(config, args.model_id)
+    check_kind(config, model_id)
     return tokenizer, "", config
 
 
@@ -168,70 +158,67 @@ def audit_repeats(examples: list[Example], held_out: list[Example]) -> dict:
     }
 
 
-def audit_epoch(train: list[Sample], args: argparse.Namespace, plan: Plan) -> dict:
-    """Return how many tokens the first epoch computes as padded batches, as rows without padding, and as streams."""
-
-    def measure(plan):
-        return sum(measure_batches(train, plan, cut_streams(plan, args, epoch=0)))
-
+def audit_rows(tokenizer, examples: list[Example], held_out: list[Example], groups: list[list[Sample]]) -> dict:
+    """Return what the rows call, how long they are, and which repeat or contradict others."""
+    both = [*examples, *held_out]
     return {
-        "padded": measure(to_padded(plan, args)),
-        "packed": sum(len(row.input_ids) for row in train),
-        "shared_prefix": measure(plan._replace(lengths=(), share_prefix=True)),
+        **audit_calls(both),
+        "turns": sum(map(len, groups)),
+        "sizes": audit_sizes(tokenizer, both, groups),
+        "repeats": audit_repeats(examples, held_out),
     }
 
 
-def audit_plan(train: list[Sample], args: argparse.Namespace, plan: Plan) -> dict:
-    """Return steps, streams and checkpoints of the run; the sizes are those of the streams measured, filled up."""
-    sizes = measure_run(train, plan, args)
-    steps, per_epoch = count_steps(args, train)
+def audit_costs(footprint: Footprint, saving: Saving, schedule: Schedule, checkpoints: list[int]) -> dict:
+    """Return the memory and the disk that a run takes."""
+    kept = saving.count_checkpoints(checkpoints)
+    disk = saving.estimate_disk(footprint.parameters, footprint.optim, kept)
+    free = shutil.disk_usage(find_existing(saving.final_dir)).free
     return {
-        "rows_per_step": plan.rows_per_step,
-        "streams_per_step": plan.accumulation,
-        "steps_per_epoch": per_epoch,
-        "steps": steps,
-        "share_prefix": plan.share_prefix,
+        "memory_gib": footprint.estimate(max(schedule.measure_run()), schedule.layout.lengths),
+        "disk_gb": {
+            **{name: round(size / 1e9, 2) for name, size in disk.items()},
+            "free": round(free / 1e9, 1),
+            "checkpoints_kept": kept,
+        },
+    }
+
+
+def audit_schedule(schedule: Schedule, checkpoints: list[int]) -> dict:
+    """Return the steps, streams and checkpoints of a run, and the tokens of its first epoch in three layouts."""
+    sizes, layout = schedule.measure_run(), schedule.layout
+    unfilled = replace(schedule, layout=replace(layout, lengths=(), share_prefix=True))
+    epoch = {
+        "padded": sum_epoch(schedule.padded()),
+        "packed": sum(len(sample.input_ids) for sample in schedule.samples),
+        "shared_prefix": sum_epoch(unfilled),
+    }
+    plan = {
+        "rows_per_step": schedule.rows_per_step,
+        "streams_per_step": schedule.streams_per_step,
+        "steps_per_epoch": schedule.steps_per_epoch,
+        "steps": schedule.steps,
+        "share_prefix": layout.share_prefix,
         "stream_sizes": {"min": min(sizes), "mean": round(sum(sizes) / len(sizes), 1), "max": max(sizes)},
-        "checkpoints": list_saves(args, train),
+        "checkpoints": checkpoints,
     }
+    return {"epoch": epoch, "plan": plan}
 
 
-def list_writes(args: argparse.Namespace, checkpoints: list[int]) -> dict:
-    """Return the paths that a run would write, and what is there now that it would remove or replace."""
-    output = Path(args.output_dir)
-    written = [
-        output / "run.yaml",
-        *(output / f"checkpoint-{step}" for step in checkpoints),
-        *[output / "adapter"] * (args.lora_rank > 0),
-        output / "report.json",
-        output / "report.html",
-        *[Path(args.final_model_dir)] * (args.save_method != "lora"),
-    ]
+def sum_epoch(schedule: Schedule) -> int:
+    """Return how many tokens the first epoch computes."""
+    return sum(schedule.measure(schedule.streams(epoch=0)))
+
+
+def list_writes(saving: Saving, lora: bool, checkpoints: list[int]) -> dict:
+    """Return the paths that a run would write, and those that it would remove or replace."""
+    output = Path(saving.output_dir)
+    names = ["run.yaml", *(f"checkpoint-{step}" for step in checkpoints), *["adapter"] * lora, "report.json"]
+    written = [output / name for name in (*names, "report.html")]
+    written += [Path(saving.final_dir)] if saving.method != "lora" else []
     earlier = list_checkpoints(output)
     replaced = [path for path in written if path.exists() and path not in earlier and path.name != "run.yaml"]
     return {"written": [str(path) for path in written], "replaced": [str(path) for path in (*earlier, *replaced)]}
-
-
-def audit_run(args: argparse.Namespace, train: list[Sample], config) -> dict:
-    """Return plan, tokens of an epoch and files of a run on CUDA; with a config also its memory and disk."""
-    engine = "transformers" if args.engine == "transformers" else "unsloth"
-    share = args.share_prefix and (config is None or can_share(engine, config))
-    plan = plan_streams(train, argparse.Namespace(**{**vars(args), "share_prefix": share}), engine)
-    facts = audit_plan(train, args, plan)
-    audit = {"epoch": audit_epoch(train, args, plan), "plan": facts, "files": list_writes(args, facts["checkpoints"])}
-    if config is None:
-        return audit
-    parameters = count_parameters(config, args.lora_rank, args.trust_remote_code, args.target_modules)
-    kept = count_checkpoints(args, train)
-    disk = {
-        name: round(size / 1e9, 2)
-        for name, size in estimate_disk(args, parameters, find_optim(args, cuda=True), kept).items()
-    }
-    free = round(shutil.disk_usage(find_existing(args.final_model_dir)).free / 1e9, 1)
-    return audit | {
-        "memory_gib": estimate_memory(args, config, parameters, facts["stream_sizes"]["max"], plan),
-        "disk_gb": disk | {"free": free, "checkpoints_kept": kept},
-    }
 
 
 def show_data(audit: dict) -> None:
@@ -316,11 +303,3 @@ def show_run(audit: dict) -> None:
     )
     if replaced:
         say("", f"instead of: {list_first(replaced, SHOWN_PAIRS)}")
-
-
-def write_audit(args: argparse.Namespace, audit: dict) -> Path:
-    """Write audit.json into the output folder and return its path; the run.yaml of an earlier run stays."""
-    mark_output(args)
-    path = Path(args.output_dir) / "audit.json"
-    write_file(path, hide_secrets(json.dumps(audit, indent=1, ensure_ascii=False)))
-    return path

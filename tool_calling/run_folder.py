@@ -1,87 +1,95 @@
-"""The output folder of a run: run.yaml, checkpoints, and what a resumed run must share."""
+"""The folders of a run: what may be written where, run.yaml, and what a resumed run must share with its beginning."""
 
-import argparse
-import json
 import math
 import os
 import re
 import shutil
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
-from tool_calling.data.literals import as_list
+from tool_calling.checkpoints import find_best, list_checkpoints, read_state, to_step
 from tool_calling.files import LOCK, find_damage, find_existing, move_aside, write_file
 from tool_calling.processes import is_main
-from tool_calling.prompts import Sample
+from tool_calling.prompts import find_date
 from tool_calling.terminal import UserError, hide_secrets, warn
 
-WRITTEN_BY = "# written by train_qwen3_tool_calling.py\n"  # first line of run.yaml: marks a folder as ours to replace
-# Settings that a resumed run must share with the one it goes on from.
-AGREED = (
-    "model_id",
-    "load_in_4bit",
-    "lora_rank",
-    "lora_alpha",
-    "lora_dropout",
-    "use_rslora",
-    "target_modules",
-    "thinking",
-    "share_prefix",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "warmup_ratio",
-    "weight_decay",
-    "optim",
-    "seed",
-    "metric_for_best",
-    "early_stopping_patience",
-)
-ONCE = ("resume_from_checkpoint", "dry_run", "show_row")  # not in run.yaml: who repeats a run wants none of these
+if TYPE_CHECKING:  # a schedule needs torch, and folders are checked before torch is imported
+    from tool_calling.schedule import Schedule
+
+WRITTEN_BY = "# written by train_qwen3_tool_calling.py\n"  # first line of run.yaml: this folder may be replaced
+EARLY_FILES = {LOCK, "unsloth_compiled"}  # in the output folder of a run that ended before it trained
+NOT_REPEATED = ("resume_from_checkpoint", "dry_run", "show_row")  # left out of run.yaml, which repeats a run
+AGREED = """model_id load_in_4bit lora_rank lora_alpha lora_dropout use_rslora target_modules thinking share_prefix
+    learning_rate lr_scheduler_type warmup_steps warmup_ratio weight_decay optim seed metric_for_best
+    early_stopping_patience""".split()  # a resumed run must share these with the run that it continues
 
 
-def read_state(checkpoint: str | Path) -> dict:
-    """Return what the trainer wrote of its state into a checkpoint."""
-    return json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+def check_folder(path: str, flag: str) -> None:
+    """Refuse a folder that holds anything and was not written by this script."""
+    folder, marker = Path(path), Path(path) / "run.yaml"
+    if os.path.lexists(path) and not folder.is_dir():
+        raise UserError(f"{flag} {path}: is a file or a broken link; expected a folder")
+    nearest = find_existing(path)
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UserError(f"{flag} {path}: {nearest} cannot be written; choose another folder")
+    ours = marker.is_file() and marker.read_text(encoding="utf-8", errors="replace").startswith(WRITTEN_BY)
+    if folder.is_dir() and not ours and any(file.name not in EARLY_FILES for file in folder.iterdir()):
+        raise UserError(f"{flag} {path}: holds files that this script did not write; choose another folder or empty it")
 
 
-def to_step(checkpoint: str | Path) -> int:
-    """Return the optimizer step that a checkpoint was written after."""
-    return read_state(checkpoint)["global_step"]
+def check_final(final: Path, output: Path, inputs: dict[str, list[str]]) -> None:
+    """Refuse a final folder that cannot be replaced as a whole, or that contains what the run still needs.
+
+    Args:
+        inputs: flag without dashes: the paths or Hub names that were given for it.
+    """
+    needed = [("output_dir", str(output))]
+    needed += [(flag, path) for flag, paths in inputs.items() for path in paths if Path(path).exists()]
+    for flag, path in needed:
+        if Path(path).resolve().is_relative_to(final.resolve()):
+            raise UserError(
+                f"--final_model_dir {final}: is replaced as a whole and contains --{flag} {path}; choose another folder"
+            )
+    inside = final.resolve().parent == output.resolve()
+    if inside and re.fullmatch(r"adapter|eval_only|checkpoint-\d+", final.name):
+        raise UserError(f"--final_model_dir {final}: is where --output_dir has its {final.name}; choose another folder")
+    if list_checkpoints(final) or (final / "adapter").exists():
+        raise UserError(
+            f"--final_model_dir {final}: is replaced as a whole and is the --output_dir of a run; choose another folder"
+        )
+    if not final.name or final.is_symlink() or final.is_mount() or not os.access(find_existing(final.parent), os.W_OK):
+        raise UserError(f"--final_model_dir {final}: cannot be written and renamed there; choose another folder")
 
 
-def list_checkpoints(folder: str | Path) -> list[Path]:
-    """Return the checkpoint folders in `folder`, the oldest first."""
-    found = [path for path in Path(folder).glob("checkpoint-*") if path.name[11:].isdecimal() and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name[11:]))
+def write_run(settings: dict, folder: str | Path, **facts) -> None:
+    """Write settings, and facts of the run, to `folder`/run.yaml, whose first line marks the folder as ours.
+
+    --config reads it: it repeats the settings and ignores the facts.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made: {error.strerror}") from None
+    content = {name: value for name, value in settings.items() if name not in NOT_REPEATED}
+    content |= {"facts": facts} if facts else {}
+    write_file(Path(folder) / "run.yaml", WRITTEN_BY + hide_secrets(yaml.safe_dump(content, sort_keys=False)))
 
 
-def find_checkpoint(args: argparse.Namespace) -> str | None:
-    """Return the checkpoint to resume from, the newest that is whole, or None; if there is none, a UserError."""
-    if args.resume_from_checkpoint is None:
-        return None
-    if args.resume_from_checkpoint != "newest":
-        path = Path(args.resume_from_checkpoint)
-        if not (path / "trainer_state.json").is_file():
-            raise UserError(f"--resume_from_checkpoint {path}: not a checkpoint; expected a folder checkpoint-N")
-        if damage := find_damage(path):
-            raise UserError(f"--resume_from_checkpoint {path}: is damaged: {damage}; expected a whole checkpoint")
-        return str(path)
-    found = list_checkpoints(args.output_dir)
-    for path in reversed(found):
-        damage = find_damage(path)
-        if not damage:
-            return str(path)
-        warn(f"{path} is damaged: {damage}; the one before is used")
-    raise UserError(
-        f"--resume_from_checkpoint: {args.output_dir} holds no {'whole ' if found else ''}checkpoint; "
-        "leave the flag out to start"
-    )
+def mark_output(settings: dict, folder: str | Path) -> None:
+    """Mark the output folder as ours by a run.yaml, unless it has that of an earlier run."""
+    if not (Path(folder) / "run.yaml").exists():
+        write_run(settings, folder)
 
 
 def read_run(checkpoint: str | None, defaults: dict) -> dict:
-    """Return settings and facts of the run that a checkpoint is from; a run.yaml that cannot be read is a UserError."""
+    """Return settings and facts of the run that a checkpoint is from; UserError if its run.yaml cannot be read.
+
+    Args:
+        defaults: the settings of a run without flags, for flags that came with a later version of this script.
+    """
     if checkpoint is None:
         return {}
     path = Path(checkpoint).absolute().parent / "run.yaml"
@@ -91,164 +99,94 @@ def read_run(checkpoint: str | None, defaults: dict) -> dict:
         settings = None
     if not isinstance(settings, dict):
         raise UserError(f"{path}: cannot be read; expected the settings of the run that {checkpoint} is from")
-    # A flag that came with a later version of this script had its default.
     return defaults | settings | (settings.get("facts") or {})
 
 
-def check_resume(args: argparse.Namespace, checkpoint: str | None, former: dict, train: list[Sample]) -> None:
-    """Refuse to go on from a checkpoint of a run with other rows or settings: the result would be of neither run."""
-    from tool_calling.engines.start import find_optim
-    from tool_calling.schedule import count_rows_per_step, count_steps, hash_rows
+@dataclass(frozen=True)
+class Run:
+    """A run and its output folder; all that is known about resuming is known here.
 
-    if checkpoint is None:
-        return
-    settings = vars(args) | {"optim": find_optim(args)}
-    former = former | {"optim": former.get("optimizer") or find_optim(argparse.Namespace(**former))}
-    problems = [
-        f"--{name} is {settings[name]}, and {former.get(name)} in the run that {checkpoint} is from; expected the same"
-        for name in AGREED
-        if settings[name] != former.get(name)
-    ]
-    if former.get("rows_per_step") != count_rows_per_step(args):
-        problems.append(
-            f"--batch_size x --gradient_accumulation_steps x devices is {count_rows_per_step(args)}, and "
-            f"{former.get('rows_per_step')} in the run that {checkpoint} is from; expected the same"
-        )
-    if former.get("training_rows") != hash_rows(train):
-        problems.append(
-            f"the training rows are not those of the run that {checkpoint} is from; "
-            "expected the same rows in the same order"
-        )
-    best = find_best(checkpoint) if args.metric_for_best else None
-    if best and (damage := find_damage(best)):
-        problems.append(f"{best}, the best so far, is damaged: {damage}; remove it to go on without")
-    steps, done = count_steps(args, train)[0], to_step(checkpoint)
-    planned = count_steps(
-        argparse.Namespace(**vars(args) | {name: former[name] for name in former.keys() & {"max_steps", "num_epochs"}}),
-        train,
-    )[0]
-    if done > steps:
-        problems.append(
-            f"{checkpoint} is from step {done:,}, and --max_steps or --num_epochs ends at "
-            f"{steps:,}; expected no fewer steps"
-        )
-    if problems:
-        raise UserError("\n".join(problems))
-    if steps != planned and not args.lr_scheduler_type.startswith("constant"):
-        warn(
-            f"{checkpoint} is from a run of {planned:,} steps, and this one has {steps:,}: from here on the learning "
-            "rate is that of the latter"
-        )
-
-
-def is_complete(args: argparse.Namespace, checkpoint: str, train: list[Sample]) -> bool:
-    """Say whether training had ended with this checkpoint: at its last step, or early for want of improvement."""
-    from tool_calling.schedule import count_steps
-
-    state = read_state(checkpoint)
-    stopping = state["stateful_callbacks"].get("EarlyStoppingCallback", {})
-    waited = stopping.get("attributes", {}).get("early_stopping_patience_counter", 0)
-    return state["global_step"] >= count_steps(args, train)[0] or waited >= (args.early_stopping_patience or math.inf)
-
-
-def find_best(checkpoint: str) -> Path | None:
-    """Return the best checkpoint up to this one: beside it, or where the run began that went on in another folder."""
-    state = read_state(checkpoint)
-    beside = Path(checkpoint).with_name(f"checkpoint-{state.get('best_global_step')}")
-    places = [Path(place) for place in (beside, state.get("best_model_checkpoint")) if place]
-    return next((place for place in places if place.is_dir()), None)
-
-
-def check_folder(path: str, flag: str) -> None:
-    """Refuse a folder that holds anything and was not written by this script."""
-    folder, marker = Path(path), Path(path) / "run.yaml"
-    if os.path.lexists(path) and not folder.is_dir():
-        raise UserError(f"{flag} {path}: is a file, or a link to nothing; expected a folder")
-    nearest = find_existing(path)
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise UserError(f"{flag} {path}: {nearest} cannot be written; choose another folder")
-    ours = marker.is_file() and marker.read_text(encoding="utf-8", errors="replace").startswith(WRITTEN_BY)
-    early = {LOCK, "unsloth_compiled"}  # there also of a run that ended before it trained
-    if folder.is_dir() and any(file.name not in early for file in folder.iterdir()) and not ours:
-        raise UserError(f"{flag} {path}: holds files that this script did not write; choose another folder or empty it")
-
-
-def check_final(args: argparse.Namespace) -> None:
-    """Refuse a final folder that cannot be replaced as a whole, or would take with it what the run still needs."""
-    final = Path(args.final_model_dir)
-    for flag in (
-        "output_dir",
-        "model_id",
-        "merge_model_id",
-        "dataset_path",
-        "eval_dataset_path",
-        "tools_path",
-        "resume_from_checkpoint",
-    ):
-        for kept in as_list(getattr(args, flag) or []):
-            is_path = flag == "output_dir" or Path(kept).exists()  # not a name on the Hub
-            if is_path and Path(kept).resolve().is_relative_to(final.resolve()):
-                raise UserError(
-                    f"--final_model_dir {final}: is replaced as a whole, and --{flag} {kept} is in it; "
-                    "choose another folder"
-                )
-    inside = final.resolve().parent == Path(args.output_dir).resolve()
-    if inside and re.fullmatch(r"adapter|eval_only|checkpoint-\d+", final.name):
-        raise UserError(f"--final_model_dir {final}: is where --output_dir has its {final.name}; choose another folder")
-    if list_checkpoints(final) or (final / "adapter").exists():
-        raise UserError(
-            f"--final_model_dir {final}: is replaced as a whole, and is the --output_dir of a run; choose "
-            "another folder"
-        )
-    if not final.name or final.is_symlink() or final.is_mount() or not os.access(find_existing(final.parent), os.W_OK):
-        raise UserError(f"--final_model_dir {final}: cannot be written and renamed there; choose another folder")
-
-
-def write_run(args: argparse.Namespace, folder: str | Path, **facts) -> None:
-    """Write the resolved settings, and facts of the run, to `folder`/run.yaml, whose first line marks it as ours.
-
-    --config reads it: the settings are those of the same run once more, and the facts are left out.
+    `settings` are the flags of this run by name. `checkpoint` is the one to go on from, and `former` the settings and
+    facts of the run that it is from (see read_run).
     """
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made: {error.strerror}") from None
-    settings = {name: value for name, value in vars(args).items() if name not in ONCE}
-    settings = hide_secrets(yaml.safe_dump(settings | ({"facts": facts} if facts else {}), sort_keys=False))
-    write_file(Path(folder) / "run.yaml", WRITTEN_BY + settings)
 
+    output: Path
+    settings: dict
+    checkpoint: str | None = None
+    former: dict = field(default_factory=dict)
+    date: str | None = None  # that the chat template writes into prompts: the day on which the run began
 
-def mark_output(args: argparse.Namespace) -> None:
-    """Mark the output folder as ours by a run.yaml, unless it has that of an earlier run."""
-    if not (Path(args.output_dir) / "run.yaml").exists():
-        write_run(args, args.output_dir)
+    @property
+    def first_step(self) -> int:
+        """The optimizer step from which this run goes on."""
+        return to_step(self.checkpoint)
 
+    def with_date(self, tokenizer) -> "Run":
+        """Return the run with the date of its prompts, if the chat template writes one."""
+        return replace(self, date=self.former.get("prompt_date") or find_date(tokenizer))
 
-def start_output(
-    args: argparse.Namespace, checkpoint: str | None, train: list[Sample], plan, date: str | None = None
-) -> None:
-    """Mark the output folder as this run's, and remove what is not of it: checkpoints and unfinished folders.
+    def check_agrees(self, schedule: "Schedule", optim: str) -> None:
+        """Refuse to go on from a run with other rows or settings: the result would be that of neither."""
+        if self.checkpoint is None:
+            return
+        former, source = self.former, f"in the run that {self.checkpoint} is from; expected the same"
+        settings = self.settings | {"optim": optim}
+        before = former | {"optim": former.get("optimizer", optim)}
+        problems = [
+            f"--{name} is {settings[name]}, and {before.get(name)} {source}"
+            for name in AGREED
+            if settings[name] != before.get(name)
+        ]
+        if former.get("rows_per_step") != schedule.rows_per_step:
+            problems.append(
+                f"--batch_size x --gradient_accumulation_steps x devices is {schedule.rows_per_step}, and "
+                f"{former.get('rows_per_step')} {source}"
+            )
+        if former.get("training_rows") != schedule.digest():
+            problems.append(f"the training rows are not those {source} rows in the same order")
+        best = find_best(self.checkpoint) if settings["metric_for_best"] else None
+        if best and (damage := find_damage(best)):
+            problems.append(f"{best}, the best so far, is damaged: {damage}; remove it to go on without")
+        if self.first_step > schedule.steps:
+            problems.append(
+                f"{self.checkpoint} is from step {self.first_step:,}, and --max_steps or --num_epochs ends at "
+                f"{schedule.steps:,}; expected no fewer steps"
+            )
+        if problems:
+            raise UserError("\n".join(problems))
+        self._warn_of_other_rates(schedule)
 
-    Of the checkpoints there, only the one to go on from stays, and those before it.
-    """
-    from tool_calling.engines.start import find_optim
-    from tool_calling.schedule import hash_rows
+    def _warn_of_other_rates(self, schedule: "Schedule") -> None:
+        epochs, steps = self.former.get("num_epochs", schedule.epochs), self.former.get("max_steps", schedule.max_steps)
+        planned = replace(schedule, epochs=epochs, max_steps=steps).steps
+        if planned != schedule.steps and not self.settings["lr_scheduler_type"].startswith("constant"):
+            warn(
+                f"{self.checkpoint} is from a run of {planned:,} steps, and this one has {schedule.steps:,}: from here "
+                "on the learning rate follows this run"
+            )
 
-    if not is_main():
-        return
-    output = Path(args.output_dir)
-    resumed = checkpoint is not None and Path(checkpoint).resolve().parent == output.resolve()
-    last = to_step(checkpoint) if resumed else 0
-    for old in list_checkpoints(output):
-        if int(old.name[11:]) > last:
-            shutil.rmtree(move_aside(old), ignore_errors=True)
-    for leftover in (*output.glob(".*.partial"), *output.glob(".*.old")):
-        shutil.rmtree(leftover, ignore_errors=True)
-    write_run(
-        args,
-        output,
-        training_rows=hash_rows(train),
-        rows_per_step=plan.rows_per_step,
-        optimizer=find_optim(args),
-        **({"prompt_date": date} if date else {}),
-    )
+    def is_complete(self, steps: int) -> bool:
+        """Say whether training had ended with the checkpoint: at its last step, or early without improvement."""
+        if self.checkpoint is None:
+            return False
+        state, patience = read_state(self.checkpoint), self.settings["early_stopping_patience"] or math.inf
+        stopping = state["stateful_callbacks"].get("EarlyStoppingCallback", {})
+        waited = stopping.get("attributes", {}).get("early_stopping_patience_counter", 0)
+        return state["global_step"] >= steps or waited >= patience
+
+    def start(self, schedule: "Schedule", optim: str) -> None:
+        """Mark the output folder as this run's, and remove checkpoints and unfinished folders of other runs.
+
+        The checkpoint to go on from stays, and those before it.
+        """
+        if not is_main():
+            return
+        resumed = self.checkpoint and Path(self.checkpoint).resolve().parent == self.output.resolve()
+        last = self.first_step if resumed else 0
+        for old in list_checkpoints(self.output):
+            if int(old.name[11:]) > last:
+                shutil.rmtree(move_aside(old), ignore_errors=True)
+        for leftover in (*self.output.glob(".*.partial"), *self.output.glob(".*.old")):
+            shutil.rmtree(leftover, ignore_errors=True)
+        facts = {"training_rows": schedule.digest(), "rows_per_step": schedule.rows_per_step, "optimizer": optim}
+        write_run(self.settings, self.output, **facts, **({"prompt_date": self.date} if self.date else {}))

@@ -1,96 +1,113 @@
-"""Samples to one flat stream in which every common prefix stands once."""
+"""Samples as tensors: one flat stream in which every common prefix stands once, or ordinary padded rows."""
 
 import math
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from tool_calling.prompts import Sample
+from tool_calling.samples import Sample
+
+IGNORED = -100  # the label of a token that is not supervised, as PyTorch's losses have it
 
 
-def to_tree(rows: list) -> list[tuple]:
-    """Sort rows so that each shares with the one before it all it shares with any: [(row, shared tokens), ...].
+@dataclass(frozen=True)
+class Layout:
+    """How samples become tensors: at most `rows` of them in one stream, or in one padded batch without sharing.
 
-    The last prompt token always belongs to its row alone, because its prediction (the answer's first token) does.
+    Streams are filled up to one of `lengths`, and hold at most `limit` tokens before that unless one row has more.
     """
-    keys = [np.asarray(row.input_ids[: row.prompt_length - 1], dtype=">u4") for row in rows]
-    order = sorted(range(len(rows)), key=lambda i: keys[i].tobytes())  # big-endian bytes sort as the tokens do
+
+    rows: int
+    share_prefix: bool = True
+    lengths: tuple[int, ...] = ()
+    limit: float = math.inf
+
+    def build(self, samples: list[Sample]) -> dict:
+        """Return the tensors of one micro-batch."""
+        return build_stream(samples, self.lengths) if self.share_prefix else build_padded(samples)
+
+    def batch(self, samples: list[Sample]) -> list[dict]:
+        """Return the micro-batches of samples for scoring, where order does not matter."""
+        return [self.build(part) for part in split_rows(samples, self.rows, self.limit)]
+
+
+def to_tree(samples: list[Sample]) -> list[tuple[Sample, int]]:
+    """Sort samples so that each shares with the one before it all it shares with any: [(sample, shared tokens), ...].
+
+    The last prompt token always belongs to its own sample, because it predicts the first token of the completion.
+    """
+    keys = [np.asarray(sample.input_ids[: sample.prompt_length - 1], dtype=">u4") for sample in samples]
+    order = sorted(range(len(samples)), key=lambda i: keys[i].tobytes())  # big-endian bytes sort as the tokens do
     tree, last = [], keys[0][:0]
     for i in order:
         length = min(len(keys[i]), len(last))
         differences = np.flatnonzero(keys[i][:length] != last[:length])
-        tree.append((rows[i], int(differences[0]) if len(differences) else length))
+        tree.append((samples[i], int(differences[0]) if len(differences) else length))
         last = keys[i]
     return tree
 
 
-def count_tokens(rows: list[Sample]) -> int:
-    """Return how many tokens the stream of these rows has."""
-    return sum(len(row.input_ids) - shared for row, shared in to_tree(rows))
+def count_tokens(samples: list[Sample]) -> int:
+    """Return how many tokens the stream of these samples has."""
+    return sum(len(sample.input_ids) - shared for sample, shared in to_tree(samples))
 
 
 def fill_up(size: int, lengths: tuple[int, ...]) -> int:
     """Return the first of the lengths that holds a stream of `size` tokens.
 
-    One that is longer than all, as of held-out rows unlike those of training, goes up to the next quarter of the
-    longest, in the kernel's steps of 128: attention is compiled anew for each length. Without any, nothing is filled.
+    A stream longer than all of them goes up to the next quarter of the longest, in the kernel's steps of 128, because
+    attention is compiled anew for each length. Without lengths nothing is filled.
     """
     step = -(-lengths[-1] // 512) * 128 if lengths else 1
     return next((length for length in lengths if length >= size), -(-size // step) * step)
 
 
-def build_stream(rows: list[Sample], lengths: tuple[int, ...] = ()) -> dict:
-    """Lay rows out as one sequence in which a prefix that several rows share stands once.
+def build_stream(samples: list[Sample], lengths: tuple[int, ...] = ()) -> dict:
+    """Lay samples out as one sequence in which a prefix that several of them share stands once.
 
-    The rows form a tree of tokens, written in depth-first order: a token's descendants are the tokens after it up to
-    its `subtree_end`. A token attends to its ancestors, which are all tokens k with k <= q < subtree_end[k]; so it sees
-    its own row from the start and nothing of any other, and loss and gradient are those of the rows one by one.
+    The samples form a tree of tokens, written in depth-first order: the descendants of a token are the tokens after it
+    up to its `subtree_end`. A token attends to its ancestors, which are all tokens k with k <= q < subtree_end[k]. So
+    it sees its own sample from the start and nothing of any other: loss and gradient are those of the samples alone.
 
-    Args:
-        rows: samples in any order.
-        lengths: the stream is filled up to one of these (see fill_up), with tokens that see only themselves.
-    Returns: int64 tensors of shape [1, tokens]: input_ids, position_ids, labels (-100: not supervised), subtree_end.
+    Returns: int64 tensors of shape [1, tokens]: input_ids, position_ids, labels (IGNORED: not supervised), subtree_end.
+    The tokens that fill the stream up to one of `lengths` see only themselves.
     """
-    tree = to_tree(rows)
-    length = fill_up(sum(len(row.input_ids) - shared for row, shared in tree), lengths)
-    stream = {
-        "input_ids": np.zeros(length, dtype=np.int64),
-        "position_ids": np.zeros(length, dtype=np.int64),
-        "labels": np.full(length, -100),
-        "subtree_end": np.arange(1, length + 1),
-    }  # what fills it up
-    path, size = np.zeros(0, dtype=np.int64), 0  # path: where the tokens of the row before stand in the stream
-    for row, shared in tree:
-        stream["subtree_end"][path[shared:]] = size
-        tokens, positions = np.asarray(row.input_ids, dtype=np.int64), np.arange(len(row.input_ids))
+    tree = to_tree(samples)
+    length = fill_up(sum(len(sample.input_ids) - shared for sample, shared in tree), lengths)
+    input_ids, position_ids, labels = (np.full(length, value) for value in (0, 0, IGNORED))
+    subtree_end = np.arange(1, length + 1)
+    path, size = np.zeros(0, dtype=np.int64), 0  # path: where the tokens of the sample before stand in the stream
+    for sample, shared in tree:
+        subtree_end[path[shared:]] = size
+        tokens, positions = np.asarray(sample.input_ids, dtype=np.int64), np.arange(len(sample.input_ids))
         own = slice(size, size + len(tokens) - shared)
-        stream["input_ids"][own], stream["position_ids"][own] = tokens[shared:], positions[shared:]
-        stream["labels"][own] = np.where(positions < row.prompt_length, -100, tokens)[shared:]
+        input_ids[own], position_ids[own] = tokens[shared:], positions[shared:]
+        labels[own] = np.where(positions < sample.prompt_length, IGNORED, tokens)[shared:]
         path = np.concatenate([path[:shared], np.arange(own.start, own.stop)])
         size = own.stop
-    stream["subtree_end"][path] = size
+    subtree_end[path] = size
+    stream = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels, "subtree_end": subtree_end}
     return {name: torch.from_numpy(values)[None] for name, values in stream.items()}
 
 
-def build_padded(rows: list[Sample]) -> dict:
-    """Return the rows as an ordinary batch, padded on the right: int64 [rows, longest]; for --no-share_prefix."""
-    tokens = [torch.as_tensor(row.input_ids, dtype=torch.int64) for row in rows]
-    labels = [ids.masked_fill(torch.arange(len(ids)) < row.prompt_length, -100) for ids, row in zip(tokens, rows)]
-    ones, pad = [*map(torch.ones_like, tokens)], partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-    return {"input_ids": pad(tokens), "labels": pad(labels, padding_value=-100), "attention_mask": pad(ones)}
-
-
-def split_rows(rows: list[Sample], size: int, limit: float = math.inf) -> list[list[Sample]]:
-    """Return rows in parts of at most `size`, and of `limit` tokens if they share; neighbours share the most."""
-    ordered = [row for row, _ in to_tree(rows)]
-    parts = [ordered[i : i + size] for i in range(0, len(ordered), size)]
-    return [
-        half
-        for part in parts
-        for half in (
-            [part]
-            if limit == math.inf or len(part) == 1 or count_tokens(part) <= limit
-            else split_rows(part, -(-len(part) // 2), limit)
-        )
+def build_padded(samples: list[Sample]) -> dict:
+    """Return the samples as an ordinary batch, padded on the right: int64 tensors of shape [samples, longest]."""
+    tokens = [torch.as_tensor(sample.input_ids, dtype=torch.int64) for sample in samples]
+    labels = [
+        ids.masked_fill(torch.arange(len(ids)) < sample.prompt_length, IGNORED) for ids, sample in zip(tokens, samples)
     ]
+    ones, pad = [*map(torch.ones_like, tokens)], partial(pad_sequence, batch_first=True)
+    return {"input_ids": pad(tokens), "labels": pad(labels, padding_value=IGNORED), "attention_mask": pad(ones)}
+
+
+def split_rows(samples: list[Sample], size: int, limit: float = math.inf) -> list[list[Sample]]:
+    """Return samples in parts of at most `size`, and of `limit` tokens if they share; neighbours share the most."""
+    ordered = [sample for sample, _ in to_tree(samples)]
+    parts = []
+    for part in (ordered[i : i + size] for i in range(0, len(ordered), size)):
+        fits = limit == math.inf or len(part) == 1 or count_tokens(part) <= limit
+        parts += [part] if fits else split_rows(part, -(-len(part) // 2), limit)
+    return parts

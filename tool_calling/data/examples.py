@@ -1,5 +1,6 @@
 """Rows to checked examples, and their split into training and held-out ones."""
 
+import copy
 import json
 import time
 from collections import Counter
@@ -50,21 +51,9 @@ class Checked:
 
 def to_row(example: Example) -> dict:
     """Return the example as an OpenAI row with arguments as JSON text; reading it gives the same example again."""
-    messages = []
-    for message in example.messages:
-        if "tool_calls" in message:
-            calls = [
-                {
-                    **call,
-                    "function": {
-                        **call["function"],
-                        "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
-                    },
-                }
-                for call in message["tool_calls"]
-            ]
-            message = {**message, "tool_calls": calls}
-        messages.append(message)
+    messages = copy.deepcopy(example.messages)
+    for call in (call["function"] for message in messages for call in message.get("tool_calls", [])):
+        call["arguments"] = json.dumps(call["arguments"], ensure_ascii=False)
     return {"messages": messages, "tools": example.tools}
 
 
@@ -73,53 +62,46 @@ def to_examples(rows, tools_path: str, name: str = "auto") -> Checked:
     checked, seen = Checked(), {}  # most rows share their tools: convert and check each list once
     for checked.total, (source, row) in enumerate(rows, start=1):
         try:
-            found_format, messages, tools, left_out = convert(row, name)
-            checked.unread.update(left_out)
+            found_format, messages, tools, unread = convert(row, name)
+            checked.unread.update(unread)
             key = json.dumps(tools)
             if key not in seen:
                 if tools is None and not Path(tools_path).exists():
-                    raise UserError(f"{source}: has no tools of its own, and --tools_path {tools_path} is not there")
-                tools, changed = read_tools(tools_path) if tools is None else to_tools(tools)
+                    raise UserError(f"{source}: has no tools of its own, and --tools_path {tools_path} does not exist")
+                tools, changes = read_tools(tools_path) if tools is None else to_tools(tools)
                 seen[key] = tools, *check_tools(tools)
-                checked.changes += changed
-            tools, validators, found = seen[key]
-            found = found + check_roles(messages) + check_text(messages) + check_calls(messages, validators)
+                checked.changes += changes
+            tools, validators, problems = seen[key]
+            problems = problems + check_roles(messages) + check_text(messages) + check_calls(messages, validators)
         except ValueError as error:
-            found = [str(error)]
+            problems = [str(error)]
         except RecursionError:
-            found = ["is nested too deeply; expected at most some hundred levels"]
-        checked.problems += [(source, " ".join(problem.splitlines())) for problem in found]
-        if not found:
+            problems = ["is nested too deeply; expected at most some hundred levels"]
+        checked.problems += [(source, " ".join(problem.splitlines())) for problem in problems]
+        if not problems:
             checked.examples.append(Example(source, messages, tools, found_format))
     return checked
 
 
-def apply_thinking(examples: list[Example], thinking: str) -> tuple[list[Example], list[tuple[str, str]]]:
-    """Return (examples, (source, problem) pairs) as --thinking wants them.
+def apply_thinking(checked: Checked, thinking: str) -> None:
+    """Drop the reasoning of all turns if `thinking` is "off"; if it is "on", refuse rows with an answer that has none.
 
-    A turn with reasoning is trained, and was prompted, with thinking on. So "off" drops the reasoning of every turn,
-    as no turn that is served without thinking has any; and with "on" a trained turn without it is a problem.
+    A turn with reasoning is trained, and was prompted, with thinking on; no turn that is served without thinking has
+    any.
     """
-    if thinking == "auto":
-        return examples, []
     if thinking == "off":
-        return [
-            example._replace(
-                messages=[
-                    {key: value for key, value in message.items() if key != "reasoning_content"}
-                    for message in example.messages
-                ]
-            )
-            for example in examples
-        ], []
-    problems = [
-        (example.source, f"message {index}: has no reasoning; with --thinking on every trained answer needs it")
-        for example in examples
-        for index, message in enumerate(example.messages, start=1)
-        if is_trained(message) and "reasoning_content" not in message
-    ]
-    bad = {source for source, _ in problems}
-    return [example for example in examples if example.source not in bad], problems
+        for message in (message for example in checked.examples for message in example.messages):
+            message.pop("reasoning_content", None)
+    if thinking == "on":
+        problems = [
+            (example.source, f"message {index}: has no reasoning; with --thinking on every trained answer needs it")
+            for example in checked.examples
+            for index, message in enumerate(example.messages, start=1)
+            if is_trained(message) and "reasoning_content" not in message
+        ]
+        bad = {source for source, _ in problems}
+        checked.examples = [example for example in checked.examples if example.source not in bad]
+        checked.problems += problems
 
 
 def find_first_answer(example: Example) -> int:
@@ -135,29 +117,25 @@ def digest_prompt(example: Example) -> str:
 def split_examples(examples: list[Example], share: float) -> tuple[list[Example], list[Example]]:
     """Return (training examples, held-out examples), chosen by the hash of the prompt.
 
-    The rows with the smallest hashes are held out. So their order in the file does not matter, one prompt is never on
-    both sides, and rows appended later move few others across.
+    The rows with the smallest hashes are held out. So their order in the file does not matter, a prompt is never on
+    both sides, and rows appended later move few others to the other side.
     """
-    groups: dict[str, list[Example]] = {}
-    for example in examples:
-        groups.setdefault(digest_prompt(example), []).append(example)
+    digests = [digest_prompt(example) for example in examples]
     wanted, held_out = round(len(examples) * share), set()
-    for key in sorted(groups):
-        if len(groups[key]) <= wanted:
+    for key, size in sorted(Counter(digests).items()):
+        if size <= wanted:
             held_out.add(key)
-            wanted -= len(groups[key])
-    by_side = ([], [])
-    for key, group in groups.items():
-        by_side[key in held_out].extend(group)
-    return by_side
+            wanted -= size
+    sides = ([], [])
+    for key, example in zip(digests, examples):
+        sides[key in held_out].append(example)
+    return sides
 
 
 def list_calls(example: Example) -> list[list[str]]:
-    """Return the names of the tools that each trained turn of a row calls; turns without a call are left out."""
-    turns = [
-        [call["function"]["name"] for call in message.get("tool_calls", [])]
-        for message in filter(is_trained, example.messages)
-    ]
+    """Return the names of the tools that each trained turn calls; turns without a call are left out."""
+    trained = filter(is_trained, example.messages)
+    turns = [[call["function"]["name"] for call in message.get("tool_calls", [])] for message in trained]
     return [names for names in turns if names]
 
 
@@ -171,12 +149,11 @@ def find_warnings(examples: list[Example], held_out: list[Example]) -> list[str]
     """Return what would spoil the model or its score although every row is valid."""
     found = []
     if any(example.tools for example in examples) and all(map(list_calls, examples)):
-        found.append("no row without a call: a model so trained forgets to refuse")
+        found.append("no row without a call: the model will forget to refuse")
     if leaks := find_leaks(examples, held_out):
-        found.append(
-            f"{len(leaks):,} of {len(held_out):,} held-out rows also occur in training ({leaks[0][0]} is "
-            f"{leaks[0][1]}): their score says nothing about new requests"
-        )
+        count = f"{len(leaks):,} of {len(held_out):,} held-out rows also occur in training"
+        row, twin = leaks[0]
+        found.append(f"{count} ({row} is {twin}): their score says nothing about new requests")
     return found
 
 
@@ -184,8 +161,7 @@ def check_rows(paths: list[str], reading: Reading) -> Checked:
     """Read, convert and check the rows of files, folders and Hub datasets; no valid row is a UserError."""
     rows = read_rows(paths, reading.max_samples, reading.tools_path)
     checked = to_examples(rows, reading.tools_path, reading.format)
-    checked.examples, without_thought = apply_thinking(checked.examples, reading.thinking)
-    checked.problems += without_thought
+    apply_thinking(checked, reading.thinking)
     if not checked.examples:
         report_problems(checked.problems, reading.on_invalid, checked.total)
         raise UserError(f"{' '.join(paths)}: no valid row is left")
@@ -205,12 +181,9 @@ def read_examples(paths: list[str], reading: Reading) -> tuple[list[Example], in
     checked = check_rows(paths, reading)
     report_problems(checked.problems, reading.on_invalid, checked.total)
     examples = checked.examples
-    calls = sum(bool(message.get("tool_calls")) for example in examples for message in example.messages)
-    say(
-        "read",
-        f"{plural(len(examples), 'valid row')}, {plural(calls, 'turn')} that call{'s' * (calls == 1)}, from "
-        f"{' '.join(paths)} ({time.perf_counter() - start:.1f} s)",
-    )
+    calls = sum("tool_calls" in message for example in examples for message in example.messages)
+    counts = f"{plural(len(examples), 'valid row')}, {plural(calls, 'turn')} with calls"
+    say("read", f"{counts}, from {' '.join(paths)} ({time.perf_counter() - start:.1f} s)")
     return examples, checked.total - len(examples)
 
 
@@ -218,7 +191,7 @@ def write_converted(path: str, paths: list[str], reading: Reading) -> None:
     """Write the valid rows in the OpenAI form to a new file."""
     target = Path(path)
     if target.exists():
-        raise UserError(f"--convert_to {path}: is there already; expected the name of a new file")
+        raise UserError(f"--convert_to {path}: already exists; expected the name of a new file")
     examples, _ = read_examples(paths, reading)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """JSON and Python literals, with errors that say what is wrong."""
 
 import ast
+import contextlib
 import json
 import math
 import re
@@ -10,51 +11,9 @@ from collections import Counter
 
 from tool_calling.terminal import shorten
 
-
-def to_float(text: str) -> float:
-    """Return the number; NaN and Infinity, which JSON does not have, and one too large for Python are ValueErrors."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is not JSON" if text[-1].isalpha() else f"the number {text[:20]} is too large")
-    return value
-
-
-def to_object(pairs: list[tuple]) -> dict:
-    """Return a JSON object; a key that stands twice is a ValueError, because Python would drop the first value."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise ValueError(f'the key "{twice}" stands twice')
-    return found
-
-
-DECODER = json.JSONDecoder(parse_constant=to_float, parse_float=to_float, object_pairs_hook=to_object)
-
-
-def read_value(text: str, position: int = 0) -> tuple[object, int]:
-    """Return the JSON value that begins at `position`, and where it ends; ValueError or RecursionError if broken."""
-    value, end = DECODER.raw_decode(text, position)
-    if text.find("\\u", position, end) >= 0:  # an escape may be half a character, which can never be written again
-        json.dumps(value, ensure_ascii=False).encode()
-    return value, end
-
-
-def explain(error: Exception) -> str:
-    """Return what is wrong with a text that could not be read as JSON."""
-    if isinstance(error, UnicodeDecodeError):
-        return f"not UTF-8 text (byte {error.start}); save it as UTF-8 JSON or JSONL"
-    if isinstance(error, UnicodeEncodeError):
-        return f"not valid JSON: \\u{ord(error.object[error.start]):04x} is half a character"
-    if isinstance(error, RecursionError):
-        return "not valid JSON: it is nested too deeply"
-    if str(error).startswith("Exceeds the limit"):  # Python's own, on the digits of an integer
-        return f"not valid JSON: a number has more than {sys.get_int_max_str_digits():,} digits"
-    return f"not valid JSON: {getattr(error, 'msg', error)}"
-
-
 QUOTED = r""" "(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*' """.strip()
-OUTSIDE = re.compile(QUOTED + "|.", re.DOTALL)  # a quoted text, or one character
-WORDS = re.compile(QUOTED + r"|\\.|\b(?:true|false|null)\b", re.DOTALL)  # JSON's words; and quotes, which may hold them
+TOKEN = re.compile(QUOTED + "|.", re.DOTALL)  # a quoted text, or one character
+WORD = re.compile(QUOTED + r"|\\.|\b(?:true|false|null)\b", re.DOTALL)  # quoted first: a text may hold these words
 PYTHON_WORDS = {"true": "True", "false": "False", "null": "None"}
 
 
@@ -63,8 +22,49 @@ def as_list(value: object) -> list:
     return value if isinstance(value, list) else [value]
 
 
+def to_float(text: str) -> float:
+    """Return the number; ValueError for NaN and Infinity, which JSON does not have, and for one too large."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not JSON" if text[-1].isalpha() else f"the number {text[:20]} is too large")
+    return value
+
+
+def to_object(pairs: list[tuple]) -> dict:
+    """Return a JSON object; a duplicate key is a ValueError, because Python would drop the first value."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f'duplicate key "{Counter(name for name, _ in pairs).most_common(1)[0][0]}"')
+    return found
+
+
+DECODER = json.JSONDecoder(parse_constant=to_float, parse_float=to_float, object_pairs_hook=to_object)
+
+
+def read_value(text: str, position: int = 0) -> tuple[object, int]:
+    """Return the JSON value that begins at `position`, and its end; ValueError or RecursionError if it is broken."""
+    value, end = DECODER.raw_decode(text, position)
+    if text.find("\\u", position, end) >= 0:  # an escape may be half a character, which UTF-8 cannot write
+        json.dumps(value, ensure_ascii=False).encode()
+    return value, end
+
+
+def explain(error: Exception) -> str:
+    """Return why a text could not be read as JSON."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 text (byte {error.start}); save it as UTF-8 JSON or JSONL"
+    reason = getattr(error, "msg", error)
+    if isinstance(error, UnicodeEncodeError):
+        reason = f"\\u{ord(error.object[error.start]):04x} is half a character"
+    elif isinstance(error, RecursionError):
+        reason = "it is nested too deeply"
+    elif str(error).startswith("Exceeds the limit"):  # Python's own, on the digits of an integer
+        reason = f"a number has more than {sys.get_int_max_str_digits():,} digits"
+    return f"not valid JSON: {reason}"
+
+
 def parse_json(text: str, what: str):
-    """Return the value of a JSON text; ValueError names `what` is broken."""
+    """Return the value of a JSON text; the ValueError begins with `what`, as in `arguments are`."""
     try:
         return DECODER.decode(text)
     except ValueError as error:
@@ -87,35 +87,32 @@ def parse_python(text: str) -> ast.expr:
 
 
 def parse_literal(text: str, what: str):
-    """Return the value of a JSON text, or of one in Python's quotes, as JSON would give it."""
-    try:
+    """Return the JSON value of a JSON text or a Python literal, in which JSON's words may stand too."""
+    with contextlib.suppress(ValueError):
         return DECODER.decode(text)
-    except ValueError:
-        pass
     try:
-        tree = parse_python(WORDS.sub(lambda word: PYTHON_WORDS.get(word[0], word[0]), text))
+        tree = parse_python(WORD.sub(lambda word: PYTHON_WORDS.get(word[0], word[0]), text))
         objects = [node for node in ast.walk(tree) if isinstance(node, ast.Dict)]
         if any(len({*map(ast.dump, node.keys)}) < len(node.keys) for node in objects):
-            raise ValueError("a key stands twice")
+            raise ValueError("duplicate key")
         return DECODER.decode(json.dumps(ast.literal_eval(tree), allow_nan=False))
     except (ValueError, TypeError, MemoryError):
         raise ValueError(f"{what} neither JSON nor a Python literal: {shorten(text)}") from None
 
 
 def split_at_commas(text: str) -> list[str]:
-    """Split a text at the commas that stand outside quotes and brackets; ValueError if one of them stays open."""
-    parts, depth, start = [], 0, 0
-    for token in OUTSIDE.finditer(text):
+    """Return the parts between the commas outside quotes and brackets; ValueError if a quote or bracket is unpaired."""
+    cuts, depth = [-1], 0
+    for token in TOKEN.finditer(text):
         depth += (token[0] in "([{") - (token[0] in ")]}")
-        if depth < 0 or token[0] in "\"'":
+        if depth < 0 or token[0] in "\"'":  # a quote alone: the one that closes it is missing
             break
         if token[0] == "," and not depth:
-            parts.append(text[start : token.start()])
-            start = token.end()
+            cuts.append(token.start())
     else:
         if not depth:
-            return [part.strip() for part in (*parts, text[start:])]
-    raise ValueError(f"a quote or bracket has no partner in {shorten(text)}")
+            return [text[cut + 1 : end].strip() for cut, end in zip(cuts, [*cuts[1:], len(text)])]
+    raise ValueError(f"unpaired quote or bracket in {shorten(text)}")
 
 
 def to_json(value: object) -> str:

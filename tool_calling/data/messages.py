@@ -7,89 +7,80 @@ from tool_calling.data.special_tokens import find_forbidden
 from tool_calling.data.tools import check_call
 from tool_calling.terminal import shorten
 
-ROLES = {  # roles as other formats name them; "calls" is a turn that holds nothing but calls
-    "human": "user",
-    "gpt": "assistant",
-    "model": "assistant",
-    "developer": "system",
-    "observation": "tool",
-    "tool_response": "tool",
-    "function": "tool",
-    "function-response": "tool",
-    "function_call": "calls",
-    "function-call": "calls",
-    "tool_call": "calls",
+ROLES = {  # a role as other formats name it: OpenAI's; "calls" is a turn that holds nothing but calls
+    name: role
+    for role, names in {
+        "user": "human",
+        "assistant": "gpt model",
+        "system": "developer",
+        "tool": "observation tool_response function function-response",
+        "calls": "function_call function-call tool_call",
+    }.items()
+    for name in names.split()
 }
-TURN_KEYS = {
-    "role",
-    "from",
-    "content",
-    "value",
-    "name",
-    "weight",
-    "tool_calls",
-    "function_call",
-    "tool_call_id",
-    "reasoning_content",
-    "thinking",
-    "reasoning",
-}
+THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")
+TURN_KEYS = {"role", "from", "content", "value", "name", "weight", "tool_calls", "function_call", "tool_call_id"}
+TURN_KEYS |= {*THOUGHT_KEYS}
 TEXT_PART = {"type", "text", "annotations", "cache_control"}  # a part of content with other keys says more than a text
 KIND_NAMES = {list: "a list of objects", dict: "an object", str: "text"}
+UNREAD_CALL = re.compile(r"<functioncall>|\[TOOL_CALLS\]")  # as other models write one, in an answer
+CODE_FENCE = re.compile(r"```\w*\n(.*)```", re.DOTALL)
+NEXT_ROLES = {  # who may speak after whom; "calls" is an assistant's turn that waits for replies
+    "start": ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user",),
+    "calls": ("tool",),
+    "tool": ("tool", "assistant"),
+}
 
 
 def to_role(role: object) -> object:
-    """Return a role as OpenAI names it; one that is in no format stays as it is."""
+    """Return a role as OpenAI names it; an unknown one stays as it is."""
     return ROLES.get(role, role) if isinstance(role, str) else role
 
 
 def take(row: dict, key: str, kind: type):
-    """Return row[key]; ValueError if it is missing or of another kind."""
+    """Return row[key], a list also out of JSON text; ValueError if it is missing or of another kind."""
     if key not in row:
         raise ValueError(f'"{key}" is missing; expected {KIND_NAMES[kind]}')
-    if not isinstance(row[key], kind) or kind is list and not all(isinstance(item, dict) for item in row[key]):
-        raise ValueError(f'"{key}" must be {KIND_NAMES[kind]}, got {shorten(row[key])}')
-    return row[key]
+    value = unpack(row[key], f'"{key}" is') if kind is list else row[key]
+    if not isinstance(value, kind) or kind is list and not all(isinstance(item, dict) for item in value):
+        raise ValueError(f'"{key}" must be {KIND_NAMES[kind]}, got {shorten(value)}')
+    return value
 
 
 def to_tool_call(call: object) -> dict:
     """Return a call in the OpenAI shape with its arguments as a dict; ValueError says what is wrong with it."""
     inner = call.get("function", call) if isinstance(call, dict) else call
     if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or "arguments" not in inner:
-        raise ValueError('a call must be {"name": "...", "arguments": {...}}, got ' + shorten(inner))
+        raise ValueError(f'a call must be {{"name": "...", "arguments": {{...}}}}, got {shorten(inner)}')
     name = inner["name"]
     arguments = unpack(inner["arguments"], f"call {shorten(name)}: arguments are")
     if not isinstance(arguments, dict):
         raise ValueError(f"call {shorten(name)}: arguments must be an object, got {shorten(arguments)}")
-    converted = {"type": "function", "function": {"name": name, "arguments": arguments}}
-    has_id = isinstance(call.get("id"), str) and call["id"]
-    return {"id": call["id"], **converted} if has_id else converted
+    call_id = {"id": call["id"]} if isinstance(call.get("id"), str) and call["id"] else {}
+    return {**call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def is_text_part(part: object) -> bool:
+    """Return whether a part of a message's content holds nothing but text."""
+    is_text = isinstance(part, dict) and isinstance(part.get("text"), str) and part.get("type", "text") == "text"
+    return is_text and part.keys() <= TEXT_PART
 
 
 def join_text(content: object) -> object:
     """Return content as text where it is text, nothing, or a list of text parts; other content stays as it is."""
-    if content is None:
-        return ""
-    if (
-        content
-        and isinstance(content, list)
-        and all(
-            isinstance(part, dict)
-            and isinstance(part.get("text"), str)
-            and part.get("type", "text") == "text"
-            and part.keys() <= TEXT_PART
-            for part in content
-        )
-    ):
+    if content and isinstance(content, list) and all(map(is_text_part, content)):
         return "".join(part["text"] for part in content)
-    return content
+    return "" if content is None else content
 
 
 def split_thought(message: dict, content: object) -> tuple[str, object]:
     """Return (thought, content) of an assistant message: the thought from its own key or from a leading think block."""
-    thoughts = [join_text(message.get(key) or "") for key in ("reasoning_content", "thinking", "reasoning")]
+    thoughts = [join_text(message.get(key) or "") for key in THOUGHT_KEYS]
     if wrong := [thought for thought in thoughts if not isinstance(thought, str)]:
-        raise ValueError("reasoning must be text, got " + shorten(wrong[0]))
+        raise ValueError(f"reasoning must be text, got {shorten(wrong[0])}")
     if block := re.match(r"\s*<think>(.*?)</think>\s*", content, re.DOTALL) if isinstance(content, str) else None:
         thoughts.append(block[1].strip())
         content = content[block.end() :]
@@ -107,7 +98,7 @@ def find_calls(holder: dict, what: str, keys: tuple[str, ...]) -> list:
     calls = unpack(holder[given[0]], f"{given[0]} is") if given else []
     calls = [calls] if given == ["function_call"] else calls
     if not isinstance(calls, list):
-        raise ValueError(f"{given[0]} must be a list, got " + shorten(calls))
+        raise ValueError(f"{given[0]} must be a list, got {shorten(calls)}")
     return calls
 
 
@@ -116,11 +107,8 @@ def to_message(message: dict) -> dict:
     role, content = to_role(message.get("role")), join_text(message.get("content"))
     if role == "tool":
         call_id = message.get("tool_call_id")
-        return {
-            "role": role,
-            **({"tool_call_id": call_id} if isinstance(call_id, str) and call_id else {}),
-            "content": content,
-        }
+        replied = {"tool_call_id": call_id} if isinstance(call_id, str) and call_id else {}
+        return {"role": role, **replied, "content": content}
     if role not in ("assistant", "calls"):
         return {"role": role, "content": content}
     if message.get("weight") not in (None, 0, 1):
@@ -132,14 +120,9 @@ def to_message(message: dict) -> dict:
             raise ValueError("a turn of calls holds calls in content and in another key; expected one of them")
         calls = as_list(parse_literal(content, "a turn of calls is") if isinstance(content, str) else content)
         content = ""
-    calls = [*map(to_tool_call, calls)]
-    return {
-        "role": role,
-        "content": content,
-        **({"reasoning_content": thought} if thought else {}),
-        **({"tool_calls": calls} if calls else {}),
-        **({"weight": 0} if message.get("weight") == 0 else {}),
-    }
+    parts = {"reasoning_content": thought, "tool_calls": [*map(to_tool_call, calls)]}
+    parts = {key: part for key, part in parts.items() if part}
+    return {"role": role, "content": content, **parts, **({"weight": 0} if message.get("weight") == 0 else {})}
 
 
 def to_messages(turns: list[dict]) -> list[dict]:
@@ -166,25 +149,13 @@ def add_system(row: dict, turns: list[dict]) -> list[dict]:
     return [{"role": "system", "content": system}, *turns] if system and not said else turns
 
 
-UNREAD_CALL = re.compile(r"<functioncall>|\[TOOL_CALLS\]")  # as other models write one, in an answer
-CODE_FENCE = re.compile(r"```\w*\n(.*)```", re.DOTALL)
-NEXT_ROLES = {  # who may speak after whom
-    "start": ("system", "user"),
-    "system": ("user",),
-    "user": ("assistant",),
-    "assistant": ("user",),
-    "calls": ("tool",),
-    "tool": ("tool", "assistant"),
-}
-
-
 def is_trained(message: dict) -> bool:
-    """Say whether a message is an answer that is supervised: only one of weight 0 keeps a weight (see to_message)."""
+    """Return whether a message is a supervised answer: to_message keeps no weight but 0."""
     return message["role"] == "assistant" and "weight" not in message
 
 
 def check_roles(messages: list[dict]) -> list[str]:
-    """Check that the conversation alternates as a chat does, that its replies answer its calls, and that it trains.
+    """Return what is wrong with the order of the roles, with replies to calls, or with what there is to train.
 
     Where calls and replies have ids, each reply answers an open call and none stays open. Where they have none, one
     reply may stand for several parallel calls.
@@ -213,16 +184,16 @@ def check_roles(messages: list[dict]) -> list[str]:
     return []
 
 
+def is_call(found: object) -> bool:
+    """Return whether a JSON value is a call, or a message that holds some."""
+    if not isinstance(found, dict):
+        return False
+    bare = isinstance(found.get("name"), str) and isinstance(found.get("arguments"), dict | str)
+    return bare or any(found.get(key) for key in ("function_call", "function_calls", "tool_calls"))
+
+
 def is_call_text(text: str) -> bool:
     """Return whether an answer is the JSON of a call, of several, or of a message with some, or a foreign call."""
-
-    def is_call(found: object) -> bool:
-        return isinstance(found, dict) and (
-            isinstance(found.get("name"), str)
-            and isinstance(found.get("arguments"), (dict, str))
-            or any(found.get(key) for key in ("function_call", "function_calls", "tool_calls"))
-        )
-
     fence = CODE_FENCE.fullmatch(text.strip())
     try:
         found = as_list(unpack(fence[1] if fence else text, "it is"))
@@ -232,30 +203,27 @@ def is_call_text(text: str) -> bool:
 
 
 def check_text(messages: list[dict]) -> list[str]:
-    """Check that every content is text, that none is missing or a call, and that none holds a control token."""
+    """Return the problems of contents: one that is not text, empty or a call as text, or holds a special token."""
     problems = []
     for index, message in enumerate(messages, start=1):
-        name = f"message {index} ({message['role']})"
-        content = message["content"]
+        name, content = f"message {index} ({message['role']}):", message["content"]
         if not isinstance(content, str):
-            problems.append(f"{name}: content must be text, got {shorten(content)}")
+            problems.append(f"{name} content must be text, got {shorten(content)}")
             continue
         if not content.strip() and message["role"] != "tool" and not message.get("tool_calls"):
-            problems.append(f"{name}: content is empty")
+            problems.append(f"{name} content is empty")
         if is_trained(message) and is_call_text(content):
-            problems.append(
-                f"{name}: content is a call as text, {shorten(content, 40)}; expected it in a form that is "
-                'read as a call, such as "tool_calls"'
-            )
+            expected = 'expected it in a form that is read as a call, such as "tool_calls"'
+            problems.append(f"{name} content is a call as text, {shorten(content, 40)}; {expected}")
         for text in (content, message.get("reasoning_content", ""), to_json(message.get("tool_calls", []))):
             if problem := find_forbidden(text):
-                is_call = text is content and message["role"] == "assistant" and re.search(r"</tool_?call>", text, re.I)
-                problems.append(f"{name}: {problem}" + ", or read it as a call with --format hermes" * bool(is_call))
+                tagged = text is content and message["role"] == "assistant" and re.search(r"</tool_?call>", text, re.I)
+                problems.append(f"{name} {problem}{', or read it as a call with --format hermes' if tagged else ''}")
     return problems
 
 
 def check_calls(messages: list[dict], validators: dict) -> list[str]:
-    """Check every call of the conversation."""
+    """Return the problems of all calls of the conversation by the schemas of their tools."""
     calls = [call["function"] for message in messages for call in message.get("tool_calls", [])]
     return [
         f"call {index} {shorten(call['name'])}: {problem}"

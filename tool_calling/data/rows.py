@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, count, islice
 from pathlib import Path
 
 from rich.progress import Progress
@@ -16,19 +16,13 @@ from tool_calling.terminal import UserError
 
 ROW_FILES = (".json", ".jsonl")  # what is read of a folder
 NOT_ROWS = ("tools.json", "dataset_info.json", "dataset_infos.json", "state.json", "package.json")
-PACKED = {  # the first bytes of a file: its kind
-    b"\x1f\x8b": "gzip",
-    b"PK\x03\x04": "zip",
-    b"\x28\xb5\x2f\xfd": "zstd",
-    b"PAR1": "parquet",
-}
+PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"PAR1": "parquet"}  # by first bytes
 HUB_NAME = re.compile(
-    r"(?P<name>\w[\w.-]*(?:/\w[\w.-]*)?)"
-    r"(?::(?P<config>[\w.+-]+)(?=:))?(?::(?P<split>\w[\w.]*))?",
-    re.ASCII,
+    r"(?P<name>\w[\w.-]*(?:/\w[\w.-]*)?)(?::(?P<config>[\w.+-]+)(?=:))?(?::(?P<split>\w[\w.]*))?", re.ASCII
 )
 FILE_NAME = re.compile(r".*\.(jsonl?|ndjson|csv|tsv|txt|parquet|arrow|ya?ml|gz|zip|zst)", re.IGNORECASE)
-SHOWN_BYTES = 2**26  # a larger file takes seconds to read, so on a terminal a bar is shown
+BETWEEN = re.compile(r"\s*,?\s*")  # elements of an array
+SHOWN_BYTES = 2**26  # a larger file takes seconds to read: on a terminal a bar is shown
 
 
 @contextlib.contextmanager
@@ -65,29 +59,28 @@ def read_text(file) -> str:
 
 def read_array(path: str, text: str):
     """Yield (file:line, element) of a JSON array, or of objects one after the other, each decoded to know its line."""
-    skip = re.compile(r"\s*,?\s*")
     position = len(text) - len(text.lstrip())
     is_array = text.startswith("[", position)
-    position, line, counted, index, last_line = position + is_array, 1, 0, 0, 0
-    while True:
-        position = skip.match(text, position).end()
+    position, line, counted, last_line = position + is_array, 1, 0, 0
+    for index in count():
+        position = BETWEEN.match(text, position).end()
         line, counted = line + text.count("\n", counted, position), position
-        where = f"{path}:{line}" if line > last_line else f"{path}[{index}]"  # several on one line: count them
-        index, last_line = index + 1, line
+        source = f"{path}:{line}" if line > last_line else f"{path}[{index}]"  # several on one line: count them
+        last_line = line
         if is_array and text.startswith("]", position):
             if text[position + 1 :].strip():
                 raise UserError(f"{path}:{line}: more follows the ] of the array; expected the end of the file")
             return
         if position >= len(text):
             if is_array:
-                raise UserError(f"{where}: the JSON array does not end; expected ]")
+                raise UserError(f"{source}: the JSON array does not end; expected ]")
             return
         try:
             element, position = read_value(text, position)
         except (ValueError, RecursionError) as error:
             line += text.count("\n", counted, getattr(error, "pos", position))
             raise UserError(f"{path}:{line}: {explain(error)}") from None
-        yield where, element
+        yield source, element
 
 
 def read_lines(path: str, file):
@@ -107,8 +100,8 @@ def read_lines(path: str, file):
         yield f"{path}:{line}", row
 
 
-def begins_spread(line: bytes) -> bool:
-    """Tell whether an object may go on after a file's first line, as pretty-printed JSON does: no more is wrong."""
+def is_unfinished(line: bytes) -> bool:
+    """Return whether an object that begins in this line may go on in the next, as in pretty-printed JSON."""
     text = line.decode("utf-8", "replace").rstrip()
     try:
         read_value(text)
@@ -124,8 +117,8 @@ def show_reading(pairs, file, size: int):
         return
     with Progress(transient=True) as bar:
         task = bar.add_task("read", total=size)
-        for count, pair in enumerate(pairs):
-            if count % 1000 == 0:  # moving the bar costs more than reading a row
+        for index, pair in enumerate(pairs):
+            if index % 1000 == 0:  # moving the bar takes longer than reading a row
                 bar.update(task, completed=file.tell())
             yield pair
 
@@ -144,12 +137,12 @@ def read_file(path: str):
         pairs = read_lines(path, file)
         if not first or first.startswith(b"["):
             pairs = read_array(path, read_text(file))
-        elif begins_spread(first):
+        elif is_unfinished(first):
             objects = read_array(path, read_text(file))
             try:
                 pairs = chain([next(objects)], objects)
             except UserError:  # a line that was cut is one bad row, and the others can be read
-                if second and not second.startswith(b"{"):  # no row follows: the mistake is inside of an object
+                if second and not second.startswith(b"{"):  # no row follows: the mistake is inside an object
                     raise
                 file.seek(0)
         yield from show_reading(pairs, file, before.st_size)
@@ -159,10 +152,10 @@ def read_file(path: str):
 
 
 def find_files(folder: str, tools_path: str | None) -> list[str]:
-    """Return the JSON and JSONL files of a folder and those in it, sorted; not hidden ones, NOT_ROWS and the tools."""
+    """Return the .json and .jsonl files in a folder and its folders, sorted, but no hidden ones, NOT_ROWS or tools."""
     tools = tools_path and Path(tools_path).resolve()
     found = [
-        path
+        str(path)
         for path in sorted(Path(folder).rglob("*"))
         if path.suffix.lower() in ROW_FILES
         and path.name not in NOT_ROWS
@@ -172,11 +165,11 @@ def find_files(folder: str, tools_path: str | None) -> list[str]:
     ]
     if not found:
         raise UserError(f"{folder}: holds no .json or .jsonl file of rows; expected at least one")
-    return [str(path) for path in found]
+    return found
 
 
 def match_hub(path: str) -> re.Match | None:
-    """Return the name and split of a Hub dataset; None for what exists as a path or is named like a file."""
+    """Return the name, config and split of a Hub dataset; None for a path that exists or is named like a file."""
     match = HUB_NAME.fullmatch(path)
     if not match or os.path.exists(path) or os.path.exists(match["name"]) or FILE_NAME.fullmatch(match["name"]):
         return None
@@ -184,23 +177,22 @@ def match_hub(path: str) -> re.Match | None:
 
 
 def read_source(path: str, tools_path: str | None):
-    """Yield the (where, row) pairs of a file, of the files in a folder, or of a Hub dataset `name[[:config]:split]`."""
+    """Yield the (source, row) pairs of a file, of the files in a folder, or of a Hub dataset `name[[:config]:split]`."""
     if match := match_hub(path):
-        from tool_calling.data.hub_rows import read_hub  # only here: its library takes seconds to import
+        from tool_calling.data.hub_rows import read_hub  # here, because its library takes seconds to import
 
-        sources = {path: read_hub(**match.groupdict())}
+        readers = {path: read_hub(**match.groupdict())}
     else:
-        sources = {file: read_file(file) for file in (find_files(path, tools_path) if os.path.isdir(path) else [path])}
-    for name, pairs in sources.items():
-        count = 0
-        for count, pair in enumerate(pairs, start=1):
-            yield pair
-        if not count:
+        readers = {file: read_file(file) for file in (find_files(path, tools_path) if os.path.isdir(path) else [path])}
+    for name, pairs in readers.items():
+        first = next(pairs, None)
+        if not first:
             raise UserError(f"{name}: holds no rows")
+        yield from chain([first], pairs)
 
 
 def read_rows(paths: list[str], max_samples: int | None = None, tools_path: str | None = None):
-    """Yield the (where, row) pairs of files, folders and Hub datasets, at most `max_samples` in all.
+    """Yield the (source, row) pairs of files, folders and Hub datasets, at most `max_samples` in all.
 
     What exists as a path is never looked up on the Hub. A broken line is yielded as a ValueError in place of its row.
     """

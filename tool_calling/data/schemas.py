@@ -1,45 +1,47 @@
-"""Schemas of arguments: foreign types and dialects in, JSON Schema out."""
+"""Schemas of arguments: foreign types and dialects in, JSON Schema 2020-12 out."""
 
 import ast
 import re
 from collections import Counter
+from collections.abc import Callable
 
 from tool_calling.data.literals import as_list, parse_python
 from tool_calling.terminal import shorten
 
-TYPES = {  # types as Python, Java or Gemini write them, in lower case
-    "str": "string",
-    "string": "string",
-    "int": "integer",
-    "integer": "integer",
-    "long": "integer",
-    "float": "number",
-    "double": "number",
-    "number": "number",
-    "bool": "boolean",
-    "boolean": "boolean",
-    "dict": "object",
-    "object": "object",
-    "list": "array",
-    "tuple": "array",
-    "array": "array",
-    "none": "null",
-    "nonetype": "null",
-    "null": "null",
+TYPES = {  # a type as Python, Java or Gemini writes it, in lower case: JSON Schema's
+    name: kind
+    for kind, names in {
+        "string": "str string",
+        "integer": "int integer long",
+        "number": "float double number",
+        "boolean": "bool boolean",
+        "object": "dict object",
+        "array": "list tuple array",
+        "null": "none nonetype null",
+    }.items()
+    for name in names.split()
 }
-PLAIN_TYPES = {
-    **{name: {"type": kind} for name, kind in TYPES.items()},
-    "any": {},
-    "set": {"type": "array", "uniqueItems": True},
-}
-SCHEMA_PLACES = {  # keywords of JSON Schema: what stands there
-    "one": ("items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames"),
-    "list": ("anyOf", "oneOf", "allOf", "prefixItems"),
-    "named": ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas"),
-}
-SCHEMA_SUBJECTS = {"type", "properties", "patternProperties", "additionalProperties", "$ref", "anyOf", "oneOf", "allOf"}
-SCHEMA_NOTES = {"$schema", "$id", "$defs", "definitions", "title", "description", "required"}  # they name no property
+PLAIN_TYPES = {name: {"type": kind} for name, kind in TYPES.items()}
+PLAIN_TYPES |= {"any": {}, "set": {"type": "array", "uniqueItems": True}}
 OPTIONAL = re.compile(r"(?:,\s*)?\(?\boptional\)?\s*$", re.IGNORECASE)  # the end of "str, optional"
+# Keywords of JSON Schema whose value is a schema, a list of schemas, or an object of named ones.
+SINGLE = ("items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames")
+LISTED = ("anyOf", "oneOf", "allOf", "prefixItems")
+NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+COMBINED = ("allOf", "anyOf", "oneOf", "then", "else")  # parts of one value's schema
+
+
+def map_schemas(schema: dict, change: Callable[[object, str], object]) -> dict:
+    """Return a schema with change(part, keyword) in place of each schema that stands directly in it."""
+    changed = dict(schema)
+    for key, value in schema.items():
+        if key in NAMED and isinstance(value, dict):
+            changed[key] = {name: change(part, key) for name, part in value.items()}
+        elif key in LISTED and isinstance(value, list):
+            changed[key] = [change(part, key) for part in value]
+        elif key in SINGLE:
+            changed[key] = change(value, key)
+    return changed
 
 
 def to_union(parts: list[dict]) -> dict:
@@ -66,7 +68,7 @@ def to_type(node: ast.expr) -> dict | None:
     name = name.lower()
     if name == "tuple" and [*map(ast.unparse, parts[1:])] == ["..."]:
         name, parts = "list", parts[:1]
-    schemas = [to_type(part) for part in parts]
+    schemas = [*map(to_type, parts)]
     if None in schemas:
         return None
     match name, schemas:
@@ -93,6 +95,13 @@ def parse_type(text: str) -> dict | None:
         return None
 
 
+def drop_nulls(found: dict, changes: Counter) -> dict:
+    """Return the object without its nulls, which say nothing; but null may be a default or a constant."""
+    kept = {key: value for key, value in found.items() if value is not None or key in ("default", "const")}
+    changes.update(f"{key[:40]} null -> removed" for key in found if key not in kept)
+    return kept
+
+
 def replace_type(schema: dict, changes: Counter) -> dict:
     """Return the schema with its foreign type in JSON Schema; what the schema itself says beside it stays."""
     old, new = schema.get("type"), None
@@ -104,39 +113,20 @@ def replace_type(schema: dict, changes: Counter) -> dict:
     if new is None or new == {"type": old}:
         return schema
     kind = new.get("type", "any of several" if new else "any")
-    before, after = (" or ".join(map(str, as_list(name))) for name in (old, kind))
-    changes[f"type {before[:40]} -> {after[:40]}"] += 1
-    new = {name: part for name, part in new.items() if name == "type" or name not in schema}
-    return {k: v for key, value in schema.items() for k, v in (new if key == "type" else {key: value}).items()}
-
-
-def list_required(schema: dict, changes: Counter) -> dict:
-    """Return the schema with `"required": true` inside a property moved to the list of the schema."""
-    properties = schema.get("properties")
-    if not isinstance(properties, dict) or not isinstance(schema.get("required", []), list):
-        return schema
-    marked = {
-        name: value["required"]
-        for name, value in properties.items()
-        if isinstance(value, dict) and isinstance(value.get("required"), bool)
-    }
-    if not marked:
-        return schema
-    changes["required true or false in a property -> list"] += len(marked)
-    properties = {
-        name: {key: item for key, item in value.items() if key != "required"} if name in marked else value
-        for name, value in properties.items()
-    }
-    required = [*schema.get("required", [])]
-    required += [name for name, needed in marked.items() if needed and name not in required]
-    return {**schema, "properties": properties, "required": required}
+    before, after = (" or ".join(map(str, as_list(name)))[:40] for name in (old, kind))
+    changes[f"type {before} -> {after}"] += 1
+    new = {key: value for key, value in new.items() if key == "type" or key not in schema}
+    replaced = {}
+    for key, value in schema.items():
+        replaced |= new if key == "type" else {key: value}
+    return replaced
 
 
 def replace_dialect(schema: dict, changes: Counter) -> dict:
     """Return the schema with what OpenAPI 3.0 and earlier drafts write otherwise in the words of today's JSON Schema.
 
-    OpenAPI's `nullable` counts beside a type or alternatives (https://spec.openapis.org/oas/v3.0.3#schema-object); a
-    bound was made exclusive by a flag until Draft 4, and the items of a tuple stood in `items` until 2019-09.
+    OpenAPI's `nullable` counts beside a type or alternatives (https://spec.openapis.org/oas/v3.0.3#schema-object).
+    Until Draft 4 a flag made a bound exclusive, and until 2019-09 the items of a tuple stood in `items`.
     """
     schema, kinds, choices = dict(schema), as_list(schema["type"]) if "type" in schema else [], schema.get("anyOf")
     if isinstance(nullable := schema.get("nullable"), bool) and (kinds or isinstance(choices, list) or not nullable):
@@ -161,28 +151,43 @@ def replace_dialect(schema: dict, changes: Counter) -> dict:
     return schema
 
 
-def drop_nulls(found: dict, changes: Counter) -> dict:
-    """Return the object without its nulls, which say nothing, except as a value of the argument itself."""
-    kept = {key: value for key, value in found.items() if value is not None or key in ("default", "const")}
-    changes.update(f"{key[:40]} null -> removed" for key in found if key not in kept)
-    return kept
+def drop_mark(schema: object) -> object:
+    """Return a property's schema without a `required` of its own."""
+    marked = isinstance(schema, dict) and isinstance(schema.get("required"), bool)
+    return {key: value for key, value in schema.items() if key != "required"} if marked else schema
+
+
+def list_required(schema: dict, changes: Counter) -> dict:
+    """Return the schema with `"required": true` inside a property moved to the list of the schema."""
+    properties, required = schema.get("properties"), schema.get("required", [])
+    if not isinstance(properties, dict) or not isinstance(required, list):
+        return schema
+    marked = [name for name, part in properties.items() if drop_mark(part) is not part]
+    if not marked:
+        return schema
+    changes["required true or false in a property -> list"] += len(marked)
+    required = required + [name for name in marked if properties[name]["required"] and name not in required]
+    properties = {name: drop_mark(part) for name, part in properties.items()}
+    return {**schema, "properties": properties, "required": required}
+
+
+def drop_null_parts(schema: dict, changes: Counter) -> dict:
+    """Return the schema without the properties and definitions that are null."""
+    for key in NAMED:
+        if isinstance(parts := schema.get(key), dict) and None in parts.values():
+            kept = {name: part for name, part in parts.items() if part is not None}
+            changes["property null -> removed"] += len(parts) - len(kept)
+            schema = {**schema, key: kept}
+    return schema
 
 
 def to_schema(schema: object, changes: Counter) -> object:
-    """Return a JSON Schema in which foreign types are replaced at every place that holds a schema."""
+    """Return a JSON Schema in which foreign types and dialects are replaced at every place that holds a schema."""
     if not isinstance(schema, dict):
         return schema
-    for step in (drop_nulls, replace_type, replace_dialect, list_required):
+    for step in (drop_nulls, replace_type, replace_dialect, list_required, drop_null_parts):
         schema = step(schema, changes)
-    for key, value in schema.items():
-        if key in SCHEMA_PLACES["named"] and isinstance(value, dict):
-            schema[key] = {name: to_schema(part, changes) for name, part in value.items() if part is not None}
-            changes.update(["property null -> removed"] * (len(value) - len(schema[key])))
-        elif key in SCHEMA_PLACES["list"] and isinstance(value, list):
-            schema[key] = [to_schema(part, changes) for part in value]
-        elif key in SCHEMA_PLACES["one"]:
-            schema[key] = to_schema(value, changes)
-    return schema
+    return map_schemas(schema, lambda part, _: to_schema(part, changes))
 
 
 def is_optional(parameter: dict) -> bool:
@@ -197,8 +202,8 @@ def is_optional(parameter: dict) -> bool:
 def to_parameters(parameters: object, changes: Counter) -> object:
     """Return a tool's parameters as JSON Schema; flat ones, {"city": {"type": "str"}}, become an object's properties.
 
-    A parameter may itself be called `type` or `properties`: flat are parameters that are objects one and all, but for a
-    list of those required, unless `properties` holds schemas one and all again, as a schema's does.
+    A parameter may itself be called `type` or `properties`. So parameters are flat if all of them are objects, save for
+    a list of those required, and unless all in `properties` are schemas again.
     """
     if not isinstance(parameters, dict):
         return parameters
@@ -211,24 +216,9 @@ def to_parameters(parameters: object, changes: Counter) -> object:
     if is_flat and flat and not nested:
         changes["flat parameters -> schema"] += 1
         required = [name for name, value in flat.items() if not is_optional(value)] if listed is None else listed
-        properties = {
-            name: {key: item for key, item in value.items() if key != "required" or not isinstance(item, bool)}
-            for name, value in flat.items()
-        }
+        properties = {name: drop_mark(value) for name, value in flat.items()}
         parameters = {"type": "object", "properties": properties, "required": required}
     return to_schema(parameters, changes)
-
-
-TYPE_NAMES = {
-    "integer": "an integer",
-    "number": "a number",
-    "string": "a string",
-    "boolean": "true or false",
-    "array": "an array",
-    "object": "an object",
-    "null": "null",
-}
-COMBINED = ("allOf", "anyOf", "oneOf", "then", "else")  # where parts of a value's schema stand
 
 
 def names_properties(schema: object) -> bool:
@@ -247,30 +237,23 @@ def to_strict(schema: object, whole: bool = True) -> object:
     (https://json-schema.org/draft/2020-12/json-schema-core#section-11.3). So what names no property says that it lets
     any pass, but for a part that only chooses among properties beside it, as {"required": ["a"]} does.
     """
+
+    def to_part(part: object, key: str) -> object:
+        asks = key in ("not", "if", "contains", "propertyNames")  # and lets nothing pass
+        if asks or part is True and key in ("items", "additionalProperties"):
+            return part
+        return to_strict(part, whole=key not in (*COMBINED, "$defs", "definitions", "dependentSchemas"))
+
     if schema is True:
         return {"additionalProperties": True}
     if not isinstance(schema, dict):
         return schema
-    strict = dict(schema)
-    for key, value in schema.items():
-        if key in SCHEMA_PLACES["named"] and isinstance(value, dict):
-            of_values = key in ("properties", "patternProperties")
-            strict[key] = {name: to_strict(part, whole=of_values) for name, part in value.items()}
-        elif key in ("items", "additionalProperties") and isinstance(value, dict):
-            strict[key] = to_strict(value)
-        elif key == "prefixItems" and isinstance(value, list):
-            strict[key] = [*map(to_strict, value)]
-        elif key in COMBINED:
-            parts = [to_strict(part, whole=False) for part in as_list(value)]
-            strict[key] = parts if isinstance(value, list) else parts[0]
+    strict = map_schemas(schema, to_part)
     if schema.keys() & {"additionalProperties", "unevaluatedProperties"}:
         return strict
     if names_properties(schema) and "patternProperties" not in schema:
-        word = (
-            "unevaluatedProperties"
-            if schema.keys() & {*COMBINED, "$ref", "if", "dependentSchemas"}
-            else ("additionalProperties")
-        )  # which is faster
+        combined = schema.keys() & {*COMBINED, "$ref", "if", "dependentSchemas"}
+        word = "unevaluatedProperties" if combined else "additionalProperties"  # which is faster
         return {**strict, word: False} if whole else strict
     if (
         whole
@@ -282,22 +265,33 @@ def to_strict(schema: object, whole: bool = True) -> object:
     return strict
 
 
+TYPE_NAMES = {
+    "integer": "an integer",
+    "number": "a number",
+    "string": "a string",
+    "boolean": "true or false",
+    "array": "an array",
+    "object": "an object",
+}
+
+
 def describe(error) -> str:
     """Return a jsonschema ValidationError as `arguments.time.hour must be an integer, got "7"`."""
     path = "arguments" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.absolute_path)
-    got = f", got {shorten(error.instance)}"
-    if error.validator == "type":
-        types = [TYPE_NAMES.get(name, name) for name in as_list(error.validator_value)]
-        return f"{path} must be {' or '.join(types)}{got}"
-    if error.validator == "enum":
-        return f"{path} must be one of {', '.join(shorten(value) for value in error.validator_value)}{got}"
-    if error.validator == "required":
-        return f"{path}.{error.message.rsplit(' is a required', 1)[0][1:-1]} is missing"
-    if error.validator in ("additionalProperties", "unevaluatedProperties") and error.validator_value is False:
-        unknown = next((name for name in error.instance if repr(name) in error.message), "")
-        return f"{path}.{unknown} is not an argument of this tool"
-    if error.validator in ("anyOf", "oneOf"):  # as {...} or null: what is wrong with the only one of the value's type
-        inner = [part for part in error.context if part.validator != "type" or part.relative_path]
-        if len({part.relative_schema_path[0] for part in inner}) == 1:
-            return describe(inner[0])
+    wanted, got = error.validator_value, f", got {shorten(error.instance)}"
+    match error.validator:
+        case "type":
+            return f"{path} must be {' or '.join(TYPE_NAMES.get(name, name) for name in as_list(wanted))}{got}"
+        case "enum":
+            return f"{path} must be one of {', '.join(map(shorten, wanted))}{got}"
+        case "required":
+            return f"{path}.{error.message.rsplit(' is a required', 1)[0][1:-1]} is missing"
+        case "additionalProperties" | "unevaluatedProperties" if wanted is False:
+            unknown = next((name for name in error.instance if repr(name) in error.message), "")
+            return f"{path}.{unknown} is not an argument of this tool"
+        case "anyOf" | "oneOf":  # as {...} or null: what is wrong with the only one of the value's type
+            within = [part for part in error.context if part.relative_schema_path]  # `false` has none
+            inner = [part for part in within if part.validator != "type" or part.relative_path]
+            if len({part.relative_schema_path[0] for part in inner}) == 1:
+                return describe(inner[0])
     return f"{path}: {error.message if len(error.message) < 200 else f'{error.validator} is not met'}"

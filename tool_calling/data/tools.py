@@ -15,28 +15,30 @@ import referencing.exceptions
 
 from tool_calling.data.literals import as_list, parse_json, read_value, to_json, unpack
 from tool_calling.data.rows import open_file, read_array, read_text
-from tool_calling.data.schemas import SCHEMA_NOTES, SCHEMA_SUBJECTS, describe, drop_nulls, to_parameters, to_strict
+from tool_calling.data.schemas import describe, drop_nulls, to_parameters, to_strict
 from tool_calling.data.special_tokens import find_forbidden
 from tool_calling.processes import handle_signals
 from tool_calling.terminal import SHOWN_PROBLEMS, UserError, list_first, report_problems, shorten
 
-CHECK_SECONDS = 2  # the longest that a call may take to check
+CHECK_SECONDS = 2  # the longest that checking a call may take
 BROKEN_TOOL = re.compile(r"""\{\s*["'](?:name|type|function)["']\s*:.*""", re.DOTALL)
+SUBJECTS = {"type", "properties", "patternProperties", "additionalProperties", "$ref", "anyOf", "oneOf", "allOf"}
+NOTES = {"$schema", "$id", "$defs", "definitions", "title", "description", "required"}  # they name no property
 
 
 def to_tool(tool: object, changes: Counter) -> object:
     """Return one tool as {"type": "function", "function": {...}}; anything else than a tool stays as it is."""
     if not isinstance(tool, dict) or not isinstance(tool.get("function", tool), dict):
         return tool
-    if "function" in tool:
-        if tool.get("type") is None:
-            changes["type function added"] += 1
-            tool = {"type": "function", **{key: value for key, value in tool.items() if key != "type"}}
-    elif "name" in tool:
+    rest = {key: value for key, value in tool.items() if key != "type"}
+    if "function" not in tool:
+        if "name" not in tool:
+            return tool
         changes["bare function -> tool"] += 1
-        tool = {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
-    else:
-        return tool
+        tool = {"type": "function", "function": rest}
+    elif tool.get("type") is None:
+        changes["type function added"] += 1
+        tool = {"type": "function", **rest}
     function = drop_nulls(tool["function"], changes)
     for key in ("inputSchema", "input_schema"):  # as MCP and Anthropic name them
         if key in function and "parameters" not in function:
@@ -58,14 +60,14 @@ def to_tools(tools: object) -> tuple[object, Counter]:
 
 
 def is_tool(value: object) -> bool:
-    """Say whether a value looks like a tool, in the OpenAI shape or bare; a name alone may be anything's."""
+    """Return whether a value looks like a tool, in the OpenAI shape or bare; a name alone may be anything's."""
     return isinstance(value, dict) and (
         "function" in value or "name" in value and not value.keys().isdisjoint(("parameters", "description"))
     )
 
 
 def find_tools(text: str) -> tuple[list[dict], str]:
-    """Return (tools that stand as JSON in a text, the text without them): its first list of tools, else all objects."""
+    """Return (tools that are JSON in a text, the text without them): its first list of tools, or all single ones."""
     found, rest, end = [], "", 0
     for mark in re.finditer(r"[\[{]", text):
         if mark.start() < end:
@@ -83,7 +85,7 @@ def find_tools(text: str) -> tuple[list[dict], str]:
 
 
 def take_tools(text: str) -> tuple[list[dict], str]:
-    """Return what find_tools does; ValueError if beside the tools there is one that cannot be read."""
+    """Return what find_tools does; ValueError if one of several tools cannot be read."""
     found, rest = find_tools(text)
     if found and (broken := BROKEN_TOOL.search(rest)):
         raise ValueError(f"a tool beside others is not JSON: {shorten(broken[0])}")
@@ -91,19 +93,18 @@ def take_tools(text: str) -> tuple[list[dict], str]:
 
 
 @lru_cache(maxsize=20_000)  # rows share tools: checking one takes longer than checking a row's calls
-def check_tool(text: str) -> tuple[object, str | None]:
+def check_tool(text: str) -> tuple[jsonschema.Draft202012Validator, str | None]:
     """Return (validator of the tool's arguments, its problem or None) for the JSON text of a tool."""
-    tool, validator = json.loads(text), jsonschema.Draft202012Validator
+    validator = jsonschema.Draft202012Validator
+    schema = json.loads(text)["function"].get("parameters") or {"type": "object", "properties": {}}
     if problem := find_forbidden(text):
         return validator({}), problem
-    schema = tool["function"].get("parameters") or {"type": "object", "properties": {}}
     if not isinstance(schema, dict):
         return validator({}), f"parameters must be an object, got {shorten(schema)}"
-    strays = [key for key in schema if key not in SCHEMA_NOTES]
-    if strays and not schema.keys() & SCHEMA_SUBJECTS:  # valid JSON Schema, by which any call would pass
-        return validator({}), (
-            f'parameters.{strays[0]} is no word of JSON Schema; expected {{"type": "object", "properties": {{...}}}}'
-        )
+    strays = [key for key in schema if key not in NOTES]
+    if strays and SUBJECTS.isdisjoint(schema):  # valid JSON Schema, by which any call would pass
+        expected = '{"type": "object", "properties": {...}}'
+        return validator({}), f"parameters.{strays[0]} is not a keyword of JSON Schema; expected {expected}"
     try:
         validator.check_schema(schema, format_checker=validator.FORMAT_CHECKER)
         # An empty registry: a $ref to elsewhere is a problem, never a download.
@@ -111,33 +112,31 @@ def check_tool(text: str) -> tuple[object, str | None]:
     except jsonschema.SchemaError as error:
         path = ".".join(["parameters", *map(str, error.absolute_path)])
         return validator({}), f"{path} is not valid JSON Schema: {error.message[:200]}"
-    except Exception as error:  # a schema is a small program out of the data: it can break the library in many ways
+    except Exception as error:  # a schema is a small program in the data: it can break the library in many ways
         return validator({}), f"parameters cannot be used as JSON Schema: {error}"[:300]
 
 
 def check_tools(tools: object) -> tuple[dict, list[str]]:
     """Return ({tool name: validator of its arguments}, problems) for a list of tools in the OpenAI shape."""
     if not isinstance(tools, list):
-        return {}, ["tools must be a list, got " + shorten(tools)]
+        return {}, [f"tools must be a list, got {shorten(tools)}"]
     validators, problems = {}, []
     for index, tool in enumerate(tools, start=1):
         function = tool.get("function") if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
-            problems.append(
-                f'tool {index}: expected {{"type": "function", "function": {{"name": ...}}}}, got ' + shorten(tool)
-            )
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(name, str) or not name:
+            expected = '{"type": "function", "function": {"name": ...}}'
+            problems.append(f"tool {index}: expected {expected}, got {shorten(tool)}")
             continue
-        name = function["name"]
-        if name in validators:
-            problems.append(f"tool {index} {shorten(name)}: the name is taken by an earlier tool")
+        taken = ["an earlier tool has the same name"] if name in validators else []
         validators[name], problem = check_tool(to_json(tool))
-        problems += [f"tool {index} {shorten(name)}: {problem}"] if problem else []
+        problems += [f"tool {index} {shorten(name)}: {found}" for found in (*taken, problem) if found]
     return validators, problems
 
 
 @contextlib.contextmanager
 def limit_time(seconds: float):
-    """End what takes longer with a TimeoutError: a `pattern` out of the data can keep Python busy for years."""
+    """Raise a TimeoutError in what takes longer: a `pattern` in the data can keep Python busy for years."""
 
     def stop(number, frame):
         raise TimeoutError
@@ -154,48 +153,48 @@ def limit_time(seconds: float):
 
 
 def check_call(name: str, arguments: dict, validators: dict) -> list[str]:
-    """Check the arguments of a call against the JSON Schema of its own tool.
+    """Return the problems of a call by the JSON Schema of its own tool.
 
-    A tool whose schema took too long once is not tried again: its place in `validators` then holds what to say.
+    A schema that took too long is not tried again: its place in `validators` then holds the problem.
     """
     if name not in validators:
         close = difflib.get_close_matches(name, validators, n=1)
         known = list_first(validators, SHOWN_PROBLEMS) or "none"
         return ["the row has no such tool; " + (f'did you mean "{close[0]}"?' if close else f"tools: {known}")]
+    if isinstance(validators[name], str):
+        return [validators[name]]
     try:
-        if not isinstance(validators[name], str):
-            with limit_time(CHECK_SECONDS):
-                errors = [*validators[name].iter_errors(arguments)]
-            # Where something in a value fails, the part that says so has let none of the value's properties pass.
-            failed = [error.json_path for error in errors if error.validator != "unevaluatedProperties"]
-            return [
-                describe(error)
-                for error in sorted(errors, key=lambda error: error.json_path)
-                if error.validator != "unevaluatedProperties"
-                or not any(path.startswith(error.json_path) for path in failed)
-            ]
+        with limit_time(CHECK_SECONDS):
+            errors = sorted(validators[name].iter_errors(arguments), key=lambda error: error.json_path)
     except TimeoutError:
-        validators[name] = (
-            f"its tool's schema takes over {CHECK_SECONDS} s to apply; simplify its patterns or alternatives"
-        )
+        advice = "simplify its patterns or alternatives"
+        validators[name] = f"its tool's schema takes over {CHECK_SECONDS} s to apply; {advice}"
+        return [validators[name]]
     except referencing.exceptions.Unresolvable as error:
         return [f"its tool's schema refers to {error.ref}, which is not inside that schema"]
     except Exception as error:  # as in check_tool
         return [f"its tool's schema cannot be applied: {type(error).__name__}: {error}"[:300]]
-    return [validators[name]]
+    # A part that fails inside a value lets none of its properties pass: these are then not unknown.
+    failed = [error.json_path for error in errors if error.validator != "unevaluatedProperties"]
+    return [
+        describe(error)
+        for error in errors
+        if error.validator != "unevaluatedProperties" or not any(path.startswith(error.json_path) for path in failed)
+    ]
 
 
 def read_tools(path: str) -> tuple[list[dict], Counter]:
-    """Return (tools of a JSON file, Counter of what to_tools changed); one that is not valid is a UserError."""
+    """Return (tools of a JSON file, Counter of what to_tools changed); a broken file or tool is a UserError."""
     with open_file(path) as file:
         text = read_text(file)
     if not text.lstrip().startswith("["):
         raise UserError(f'{path}: expected a JSON array of tools, [{{"type": "function", "function": {{...}}}}, ...]')
-    pairs = list(read_array(path, text))
+    elements = [*read_array(path, text)]
     try:
-        tools, changes = to_tools([tool for _, tool in pairs])
+        tools, changes = to_tools([tool for _, tool in elements])
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: {error}") from None
-    located = [(pairs[int(re.match(r"tool (\d+)", problem)[1]) - 1][0], problem) for problem in check_tools(tools)[1]]
+    problems = check_tools(tools)[1]
+    located = [(elements[int(re.match(r"tool (\d+)", problem)[1]) - 1][0], problem) for problem in problems]
     report_problems(located, "error", len(tools), "tool")
     return tools, changes

@@ -1,4 +1,7 @@
-"""What loads and computes models: by Unsloth, or by Transformers and PEFT. Importing it keeps the libraries' advice off the screen."""
+"""What loads and computes models, by Unsloth or by Transformers and PEFT.
+
+Importing it keeps the libraries' advice off the screen.
+"""
 
 import logging
 import warnings

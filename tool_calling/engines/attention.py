@@ -1,25 +1,26 @@
-"""Attention over streams and over batches with a common prefix, for Transformers."""
+"""Attention of Transformers' models over streams, and over batches with a common prefix."""
 
 import math
 
 import torch
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-HELD_SCORES = 2**28  # attention scores held at once when answers are written: 1 GiB in fp32
+HELD_SCORES = 2**28  # attention scores held at once while answers are generated: 1 GiB in fp32
 
 
 def to_attention_mask(subtree_end):
-    """Return which keys a query sees, as bool [1, 1, queries, keys], from subtree_end [tokens]."""
+    """Return which keys a query sees, bool [1, 1, queries, keys], from subtree_end [tokens] (see build_stream)."""
     index = torch.arange(len(subtree_end), device=subtree_end.device)
     return ((index[None, :] <= index[:, None]) & (index[:, None] < subtree_end[None, :]))[None, None]
 
 
 def to_key_blocks(attention_mask) -> list[list[int]]:
-    """Return for each block of queries the blocks of keys it sees anything of, from a mask [1, 1, tokens, tokens]."""
+    """Return for each block of queries the blocks of keys of which it sees anything, from [1, 1, tokens, tokens]."""
     size, length = block_size(attention_mask), attention_mask.shape[-1]
     blocks, fill = -(-length // size), -length % size
-    padded = torch.nn.functional.pad(attention_mask[0, 0], (0, fill, 0, fill))
-    return [row.nonzero()[:, 0].tolist() for row in padded.view(blocks, size, blocks, size).any(dim=3).any(dim=1).cpu()]
+    blocked = pad(attention_mask[0, 0], (0, fill, 0, fill)).view(blocks, size, blocks, size)
+    return [row.nonzero()[:, 0].tolist() for row in blocked.any(dim=3).any(dim=1).cpu()]
 
 
 def block_size(tensor) -> int:
@@ -27,49 +28,47 @@ def block_size(tensor) -> int:
     return 128 if tensor.device.type == "cpu" else 1024
 
 
-def attend_with_prefix(query, key, value, attention_mask, scaling: float, prefix_key, prefix_value):
-    """Return the attention [rows, tokens, heads, head_dim] of rows whose common prefix is held once, not row by row.
+def attend_in_blocks(module, query, key, value, attention_mask, **options):
+    """Return the attention [rows, tokens, heads, head_dim] as Transformers calls it, without what sees nothing.
 
-    query is [rows, heads, tokens, head_dim]; key and value are [rows, key heads, keys, head_dim], those of the prefix
-    [1, key heads, prefix, head_dim]; attention_mask is bool [rows, 1, tokens, keys]. Every token sees the whole prefix.
+    With the option `key_blocks` (see to_key_blocks), blocks of a stream in which no query sees a key are left out: most
+    of it. With `prefix_cache`, the rows have a prefix in common, whose keys and values are there. With neither, this is
+    Transformers' own "sdpa".
     """
-    rows, heads, tokens, _ = query.shape
-    query = query.view(rows, key.shape[1], -1, tokens, query.shape[-1])  # query heads grouped by their key head
-    own = torch.einsum("bgrqd,bgkd->bgrqk", query, key).masked_fill(~attention_mask[:, :, None], -math.inf)
-    shared = torch.einsum("bgrqd,gpd->bgrqp", query, prefix_key[0])
-    weights = (torch.cat([shared, own], dim=-1) * scaling).softmax(dim=-1, dtype=torch.float32).to(value.dtype)
-    shared, own = weights.split([shared.shape[-1], own.shape[-1]], dim=-1)
-    output = torch.einsum("bgrqp,gpd->bgrqd", shared, prefix_value[0]) + torch.einsum("bgrqk,bgkd->bgrqd", own, value)
-    return output.reshape(rows, heads, tokens, -1).transpose(1, 2)
-
-
-def attend_in_blocks(
-    module, query, key, value, attention_mask, scaling=None, key_blocks=None, prefix_cache=None, **kwargs
-):
-    """Return PyTorch's attention [rows, tokens, heads, head_dim] without the blocks in which nothing is seen.
-
-    A stream of many rows is mostly such blocks. With `prefix_cache` the rows have a prefix in common whose keys and
-    values stand there. With neither, this is the attention of Transformers' "sdpa".
-    """
+    key_blocks, prefix_cache = options.pop("key_blocks", None), options.pop("prefix_cache", None)
+    scaling = options.get("scaling")
     if prefix_cache is not None:
         layer = prefix_cache.layers[module.layer_idx]
         scores = query[0, :, :, 0].numel() * (layer.keys.shape[2] + key.shape[2])  # of one row
         parts = [tensor.split(max(1, HELD_SCORES // scores)) for tensor in (query, key, value, attention_mask)]
-        return torch.cat([attend_with_prefix(*part, scaling, layer.keys, layer.values) for part in zip(*parts)]), None
+        return torch.cat([attend_with_prefix(*part, scaling, layer) for part in zip(*parts)]), None
     if key_blocks is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     size, outputs = block_size(query), []
     keys, values = key.split(size, dim=2), value.split(size, dim=2)
     for queries, mask, blocks in zip(query.split(size, dim=2), attention_mask.split(size, dim=2), key_blocks):
         masks = mask.split(size, dim=3)
-        outputs.append(
-            torch.nn.functional.scaled_dot_product_attention(
-                queries,
-                torch.cat([keys[block] for block in blocks], dim=2),
-                torch.cat([values[block] for block in blocks], dim=2),
-                torch.cat([masks[block] for block in blocks], dim=3),
-                scale=scaling,
-                enable_gqa=query.shape[1] != key.shape[1],
-            )
-        )
+        seen = [torch.cat([parts[block] for block in blocks], dim=2) for parts in (keys, values)]
+        mask = torch.cat([masks[block] for block in blocks], dim=3)
+        grouped = query.shape[1] != key.shape[1]
+        outputs.append(scaled_dot_product_attention(queries, *seen, mask, scale=scaling, enable_gqa=grouped))
     return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def attend_with_prefix(query, key, value, attention_mask, scaling: float, prefix):
+    """Return the attention [rows, tokens, heads, head_dim] of rows whose common prefix is held once, not row by row.
+
+    Args:
+        query: [rows, heads, tokens, head_dim]; key and value: [rows, key heads, keys, head_dim].
+        attention_mask: bool [rows, 1, tokens, keys]. Every token sees the whole prefix.
+        prefix: a layer of a cache, with keys and values [1, key heads, prefix, head_dim].
+    """
+    rows, heads, tokens, _ = query.shape
+    query = query.view(rows, key.shape[1], -1, tokens, query.shape[-1])  # query heads grouped by their key head
+    own = torch.einsum("bgrqd,bgkd->bgrqk", query, key).masked_fill(~attention_mask[:, :, None], -math.inf)
+    shared = torch.einsum("bgrqd,gpd->bgrqp", query, prefix.keys[0])
+    weights = (torch.cat([shared, own], dim=-1) * scaling).softmax(dim=-1, dtype=torch.float32).to(value.dtype)
+    shared, own = weights.split([shared.shape[-1], own.shape[-1]], dim=-1)
+    output = torch.einsum("bgrqp,gpd->bgrqd", shared, prefix.values[0])
+    output = output + torch.einsum("bgrqk,bgkd->bgrqd", own, value)
+    return output.reshape(rows, heads, tokens, -1).transpose(1, 2)

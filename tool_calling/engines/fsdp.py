@@ -1,4 +1,4 @@
-"""A model whose weights are split over all GPUs."""
+"""A model whose weights are split over all GPUs (FSDP2), and its parts gathered again."""
 
 from datetime import timedelta
 
@@ -6,40 +6,43 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
+from tool_calling.engines.compat import leave_to_ddp
+from tool_calling.engines.device import to_dtype
 from tool_calling.engines.hub import build_skeleton
-from tool_calling.engines.start import to_dtype
 from tool_calling.processes import PATIENCE, is_main
 from tool_calling.terminal import UserError
 
 
-def split_model(model):
-    """Return the model with its weights split over all devices (FSDP2); they must be floats or stored as such.
+def is_split(model) -> bool:
+    """Return whether split_model has split the model's weights."""
+    return isinstance(model, FSDPModule)
 
-    Each device gathers a layer when it computes it, and then lets it go. An adapter, which is small, stays whole on
-    each device, and its gradients are averaged as those of a whole model would be (DDP, told to leave the rest alone).
-    Without an adapter all weights are trained in fp32, and what belongs to them is split like them: gradients, which
-    FSDP averages, and the optimizer's moments. What is saved is whole, and what is loaded may be: so checkpoints,
-    resuming and results are those of a run without FSDP (up to rounding: norms, too, are then computed in 16 bits).
+
+def split_model(model):
+    """Return the model with its weights split over all devices; the weights must be floats or stored as floats.
+
+    Each device gathers a layer when it computes it and then lets it go. An adapter, which is small, stays whole on each
+    device, and its gradients are averaged as those of a whole model would be (DDP, told to leave the rest alone).
+    Without an adapter all weights are trained in fp32, and FSDP splits gradients and optimizer moments too. Checkpoints
+    and results are saved whole, and equal those of a run without FSDP up to rounding (norms are computed in 16 bits).
     """
     if any(not weight.is_floating_point() for weight in model.parameters()):
         raise UserError(
             "--fsdp splits floating-point weights, and those of --model_id are quantised; use the 16-bit original"
         )
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=PATIENCE))
-    # After forward too, or the one device that saves a checkpoint after an evaluation would let go alone.
+    # Resharding after forward as well: otherwise the one device that saves after an evaluation would reshard alone.
     how = {"mesh": init_device_mesh(state.device.type, (state.num_processes,)), "reshard_after_forward": True}
     adapter = isinstance(model, PeftModel)
     if adapter:
         how["ignored_params"] = {parameter for parameter in model.parameters() if parameter.requires_grad}
         for parameter in how["ignored_params"]:
             parameter.data = parameter.data.to(state.device)
-        model._ddp_params_and_buffers_to_ignore = [
-            name for name, weight in model.named_parameters() if not weight.requires_grad
-        ]
+        leave_to_ddp(model)
     else:
         how["mp_policy"] = MixedPrecisionPolicy(to_dtype(state.device.type), torch.float32)  # computed in, averaged in
         model.register_load_state_dict_pre_hook(split_weights)
@@ -49,12 +52,12 @@ def split_model(model):
 
 
 def held_part(tensor):
-    """Return the part of a split tensor that this device holds; of any other the whole."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    """Return the part of a split tensor that this device holds, or the whole of any other tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def split_as(weight, value):
-    """Return a whole tensor split over the devices as a weight of its shape is; others as they are."""
+    """Return a whole tensor split over the devices as a weight of its shape is; others unchanged."""
     if not isinstance(weight, DTensor) or weight.shape != value.shape:
         return value
     return distribute_tensor(value, weight.device_mesh, weight.placements, src_data_rank=None)  # each has the whole
@@ -68,7 +71,7 @@ def split_weights(model, weights: dict, *_) -> None:
 
 
 def gather_whole(state):
-    """Return a state of split tensors with each of them whole, on the CPU of the first process; all must call this."""
+    """Return a state with its split tensors whole, on the CPU of the first process. All processes must call this."""
 
     def gather(tensor):
         whole = tensor.full_tensor()
@@ -78,13 +81,13 @@ def gather_whole(state):
 
 
 def gather_weights(model) -> dict:
-    """Return a split model's weights by name, as gather_whole does; one that has two names stands there once."""
+    """Return a split model's weights by name, as gather_whole does; a weight with two names is there once."""
     again = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
     return gather_whole({name: value for name, value in model.state_dict().items() if name not in again})
 
 
 def gather_model(model, dtype, trust: bool):
-    """Return a split model whole, in `dtype` and on the CPU, on the first process; all must call this."""
+    """Return a split model whole, in `dtype` and on the CPU, on the first process. All processes must call this."""
     weights = gather_weights(model)
     if not is_main():
         return None

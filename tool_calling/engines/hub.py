@@ -1,6 +1,5 @@
 """Config, tokenizer and weights of a model, checked before it is loaded."""
 
-import argparse
 import json
 import math
 from pathlib import Path
@@ -13,8 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from tool_calling.prompts import find_end_token
 from tool_calling.terminal import UserError, cut_text, list_first, say
 
+CHAT_MODEL = "Qwen/Qwen3-0.6B"  # suggested in place of a model without a usable chat template
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-UNSLOTH_TREES = ("llama", "qwen2", "qwen3")  # config.model_type of the models whose layers take prefix_seg_info
+UNSLOTH_TREES = ("llama", "qwen2", "qwen3")  # config.model_type of models whose layers take a stream with Unsloth
+SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
 
 
 def explain_hub_error(message: str, folder: Path) -> str:
@@ -36,9 +37,9 @@ def explain_hub_error(message: str, folder: Path) -> str:
 
 
 def load_config(model_id: str, flag: str = "--model_id", trust: bool = False):
-    """Return the config of a model; whatever is wrong with the id becomes one line that says so.
+    """Return the config of a model; UserError if it cannot be had.
 
-    Here as in every load, Python code that comes with a model is run only with `trust`.
+    Here and in every load, Python code that comes with a model is run only with `trust`.
     """
     try:
         return AutoConfig.from_pretrained(model_id, trust_remote_code=trust)
@@ -46,8 +47,31 @@ def load_config(model_id: str, flag: str = "--model_id", trust: bool = False):
         raise UserError(f"{flag} {model_id}: {explain_hub_error(str(error), Path(model_id))}") from None
 
 
+def load_tokenizer(model_id: str, trust: bool = False, flag: str = "--model_id"):
+    """Return the model's own tokenizer; its eos_token is set to the one that ends the answers of its chat template.
+
+    Bases have the template of their chat models and another eos_token, which would never be written.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_id, trust_remote_code=trust)
+    except (OSError, ValueError, KeyError) as error:
+        reason = explain_hub_error(str(error), Path(model_id))
+        raise UserError(f"{flag} {model_id}: its tokenizer cannot be loaded: {reason}") from None
+    if not tokenizer.chat_template:
+        raise UserError(f"{flag} {model_id}: has no chat template; use a chat model such as {CHAT_MODEL}")
+    end = find_end_token(tokenizer)
+    if end is None:
+        raise UserError(
+            f"{flag} {model_id}: its chat template does not end an answer with a token of its own, so the model could "
+            f"not stop; use a chat model such as {CHAT_MODEL}"
+        )
+    if end != tokenizer.eos_token:
+        tokenizer.eos_token = end
+    return tokenizer
+
+
 def check_model(model_id: str, flag: str = "--model_id", trust: bool = False):
-    """Return the config of a causal language model with weights; anything else is a UserError."""
+    """Return the config of a causal language model with weights; UserError for anything else."""
     folder = Path(model_id)
     if folder.is_dir() and not list(folder.glob("*.safetensors")):
         raise UserError(f"{flag} {model_id}: the folder holds no *.safetensors; give a folder saved by save_pretrained")
@@ -58,7 +82,7 @@ def check_model(model_id: str, flag: str = "--model_id", trust: bool = False):
 
 
 def check_weights(folder: Path, what: str) -> None:
-    """Refuse a folder that lacks a file its index names, or holds one cut off, or git-lfs' pointer in place of one."""
+    """Refuse a folder that lacks a file of its index, or holds a truncated one or a git-lfs pointer."""
     index = folder / "model.safetensors.index.json"
     try:
         parts = {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()} if index.is_file() else {}
@@ -75,7 +99,7 @@ def check_weights(folder: Path, what: str) -> None:
 
 
 def check_kind(config, model_id: str, flag: str = "--model_id") -> None:
-    """Refuse what is no causal language model, or one whose layers do not all look back on all tokens."""
+    """Refuse a model that is not a causal language model, or whose layers do not all look back on all tokens."""
     names = config.architectures or []
     if not any(name.endswith("ForCausalLM") for name in names):
         raise UserError(f"{flag} {model_id}: not a causal language model ({', '.join(names) or config.model_type})")
@@ -88,60 +112,101 @@ def check_kind(config, model_id: str, flag: str = "--model_id") -> None:
         )
 
 
-def check_dropout(args: argparse.Namespace, config) -> None:
-    """Refuse dropout for a mixture of experts: PEFT has none for experts, whose weights are one tensor per layer."""
-    if args.lora_dropout and (getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)):
-        raise UserError(
-            f"--lora_dropout {args.lora_dropout}: {args.model_id} is a mixture of experts, whose adapters "
-            "have no dropout; expected 0"
-        )
-
-
 def can_share(engine: str, config) -> bool:
-    """Say whether an engine's attention for a kind of model takes trees; print one line if not."""
+    """Return whether the engine's attention takes streams of this kind of model; if not, print one line."""
     if engine != "unsloth" or config.model_type in UNSLOTH_TREES:
         return True
+    known = ", ".join(UNSLOTH_TREES)
     say(
         "plan",
-        f"ordinary padded batches: with Unsloth, only {', '.join(UNSLOTH_TREES)} share prefixes, and this is "
-        f"{config.model_type}; --engine transformers shares them, too",
+        f"ordinary padded batches: with Unsloth, only {known} share prefixes, and this is {config.model_type}; "
+        "--engine transformers shares them, too",
     )
     return False
 
 
-def load_tokenizer(model_id: str, trust: bool = False, flag: str = "--model_id"):
-    """Return the base model's own tokenizer, whose eos_token is the one that ends the answers of its chat template.
+def find_base(model_id: str) -> tuple[str, str]:
+    """Return (base, flag for messages) of what --eval_only names: an adapter's base, or the model itself.
 
-    Bases have the template of their chat models and another eos_token, which would never be written.
+    UserError if an adapter cannot be used.
     """
+    flag, settings = f"--eval_only {model_id}", Path(model_id) / "adapter_config.json"
+    if not settings.is_file():
+        return model_id, "--eval_only"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_id, trust_remote_code=trust)
-    except (OSError, ValueError, KeyError) as error:
-        reason = explain_hub_error(str(error), Path(model_id))
-        raise UserError(f"{flag} {model_id}: its tokenizer cannot be loaded: {reason}") from None
-    if not tokenizer.chat_template:
-        raise UserError(f"{flag} {model_id}: has no chat template; use a chat model such as Qwen/Qwen3-0.6B")
-    end = find_end_token(tokenizer)
-    if end is None:
+        base = json.loads(settings.read_text())["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        base = None
+    if not base:
+        raise UserError(f"{flag}: adapter_config.json names no base; expected one saved by PEFT")
+    if not list(settings.parent.glob("*.safetensors")):
+        raise UserError(f"{flag}: the adapter holds no *.safetensors; expected one saved by PEFT")
+    check_weights(settings.parent, flag)
+    return base, f"{flag}: its base"
+
+
+def check_dropout(dropout: float, config, model_id: str) -> None:
+    """Refuse dropout for a mixture of experts: PEFT has none for experts, whose weights are one tensor per layer."""
+    if dropout and (getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)):
         raise UserError(
-            f"{flag} {model_id}: its chat template does not end an answer with a token of its own, so "
-            f"the model could not stop; use a chat model such as Qwen/Qwen3-0.6B"
+            f"--lora_dropout {dropout}: {model_id} is a mixture of experts, whose adapters have no dropout; expected 0"
         )
-    if end != tokenizer.eos_token:
-        tokenizer.eos_token = end
-    return tokenizer
+
+
+def check_quantised(config, model_id: str, adapter: bool) -> bool:
+    """Return whether a model is quantised; UserError if it is in a way in which it cannot be trained."""
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is None:
+        return False
+    if (method := quantised.get("quant_method", "bitsandbytes")) != "bitsandbytes":
+        raise UserError(
+            f"--model_id {model_id}: is quantised by {method}, on which no adapter is trained here; expected the "
+            "original, which is put into 4 bits while it is loaded"
+        )
+    if not adapter:
+        raise UserError(
+            f"--model_id {model_id}: is quantised, and --lora_rank 0 trains 16-bit weights; give the original, or "
+            "train an adapter"
+        )
+    return True
+
+
+def check_merge_base(config, model_id: str, merge_model_id: str | None, trust: bool) -> str:
+    """Return the 16-bit model to merge the adapter into; UserError if there is none or it is another model.
+
+    Args:
+        config: that of `model_id`, the model that is trained.
+    """
+    if merge_model_id is None:
+        if getattr(config, "quantization_config", None) is None:
+            return model_id
+        raise UserError(
+            f"--model_id {model_id}: is already quantised, and a merge needs the 16-bit weights; name the original "
+            "with --merge_model_id"
+        )
+    if merge_model_id != model_id:
+        what, other = f"--merge_model_id {merge_model_id}", check_model(merge_model_id, "--merge_model_id", trust)
+        if getattr(other, "quantization_config", None) is not None:
+            raise UserError(f"{what}: is quantised too; expected the 16-bit original")
+        for name in SHAPE:
+            if getattr(config, name, None) != getattr(other, name, None):
+                raise UserError(
+                    f"{what}: {name} is {getattr(other, name, None)}, and {getattr(config, name, None)} in --model_id; "
+                    "expected the same model in 16 bits"
+                )
+    return merge_model_id
 
 
 def build_skeleton(config, trust: bool):
-    """Return the model that a config describes, with the shapes of its weights and no memory for them."""
+    """Return the model that a config describes, on the meta device: shapes of weights without memory."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
 
 
 def count_parameters(config, rank: int, trust: bool = False, targets=PROJECTIONS) -> dict[str, int]:
-    """Return how many weights are in linear layers (those that 4 bits hold), elsewhere, and in an adapter.
+    """Return how many weights are in linear layers (which 4 bits hold), elsewhere, and in an adapter.
 
-    A name of --target_modules that no linear layer has is a UserError.
+    UserError for a name in `targets` that no linear layer has.
     """
     skeleton = build_skeleton(config, trust)
     layers = {
@@ -157,8 +222,8 @@ def count_parameters(config, rank: int, trust: bool = False, targets=PROJECTIONS
     names = {name.rsplit(".", 1)[-1] for name in layers} | ({"gate_proj", "up_proj", "down_proj"} if experts else set())
     if rank and (missing := sorted({*targets} - names)):
         raise UserError(
-            f"--target_modules {' '.join(missing)}: no linear layer of the model is named so; "
-            f"expected some of {', '.join(sorted(names))}"
+            f"--target_modules {' '.join(missing)}: the model has no such linear layer; expected some of "
+            f"{', '.join(sorted(names))}"
         )
     linear = sum(layer.weight.numel() for layer in layers.values())
     adapter = sum(
@@ -168,44 +233,5 @@ def count_parameters(config, rank: int, trust: bool = False, targets=PROJECTIONS
     )
     for name, rows, columns, count in experts:  # gate and up are one weight, and their adapter has twice the rank
         adapter += count * rank * (1 + name.endswith("gate_up_proj")) * (rows + columns)
-    return {
-        "linear": linear,
-        "other": sum(weight.numel() for weight in skeleton.parameters()) - linear,
-        "adapter": adapter,
-    }
-
-
-def check_merge_base(args: argparse.Namespace, config) -> str:
-    """Return the id of the 16-bit model that the adapter will be merged into, settled before training."""
-    quantised = getattr(config, "quantization_config", None)
-    if quantised is not None and (method := quantised.get("quant_method", "bitsandbytes")) != "bitsandbytes":
-        raise UserError(
-            f"--model_id {args.model_id}: is quantised by {method}, on which no adapter is trained here; "
-            "expected the original, which is put into 4 bits while it is loaded"
-        )
-    if quantised is None or args.save_method == "lora":
-        return args.merge_model_id or args.model_id
-    if not args.lora_rank:
-        raise UserError(
-            f"--model_id {args.model_id}: is quantised, and --lora_rank 0 trains 16-bit weights; give the "
-            "original, or train an adapter"
-        )
-    if args.merge_model_id is None:
-        raise UserError(
-            f"--model_id {args.model_id}: is already quantised, and a merge needs the 16-bit weights; "
-            "name the original with --merge_model_id"
-        )
-    return args.merge_model_id
-
-
-def check_same_shape(config, merge_model_id: str, trust: bool) -> None:
-    """Refuse a merge base whose layers are not those of the model that is trained."""
-    other = check_model(merge_model_id, "--merge_model_id", trust)
-    if getattr(other, "quantization_config", None) is not None:
-        raise UserError(f"--merge_model_id {merge_model_id}: is quantised too; expected the 16-bit original")
-    for name in ("model_type", "hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size"):
-        if getattr(config, name, None) != getattr(other, name, None):
-            raise UserError(
-                f"--merge_model_id {merge_model_id}: {name} is {getattr(other, name, None)}, "
-                f"and {getattr(config, name, None)} in --model_id; expected the same model in 16 bits"
-            )
+    other = sum(weight.numel() for weight in skeleton.parameters()) - linear
+    return {"linear": linear, "other": other, "adapter": adapter}

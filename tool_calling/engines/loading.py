@@ -1,6 +1,4 @@
-"""Models loaded by plain Transformers, with an adapter if there is one."""
-
-import argparse
+"""Models loaded by plain Transformers, with their adapters."""
 
 import torch
 from accelerate.utils import get_max_memory
@@ -9,8 +7,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from transformers.masking_utils import sdpa_mask
 
 from tool_calling.engines.attention import attend_in_blocks
+from tool_calling.engines.compat import keep_4_bit_layout
+from tool_calling.engines.device import free_gpu, to_dtype
 from tool_calling.engines.hub import load_config
-from tool_calling.engines.start import free_gpu, to_dtype
 from tool_calling.files import is_disk_full
 from tool_calling.terminal import UserError, list_first, warn
 
@@ -20,37 +19,34 @@ def load_base(
 ):
     """Return a model with plain Transformers, in 4 bits if asked, on the GPU if there is one or where `place` says.
 
-    4-bit numbers are held as bytes, or several of them in a number of the type `storage`. Here as in every load,
-    weights are read from safetensors alone, because a pickle can run code.
+    Weights are read from safetensors alone, here and in every load, because a pickle can run code.
+
+    Args:
+        place: a device map; "auto" leaves a quarter of the GPUs' free memory for what answers need.
+        storage: the type as which 4-bit numbers are held; bytes by default.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = dtype or to_dtype(device)
-    four_bit = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_quant_storage=storage,
-    )
+    options = {"dtype": dtype, "device_map": place or device, "trust_remote_code": trust, "use_safetensors": True}
+    if load_in_4bit:  # None would undo the quantisation of the folder
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=storage,
+        )
+    if place == "auto" and getattr(load_config(model_id, trust=trust), "quantization_config", None):
+        options["device_map"] = device  # Transformers would count on too little room and leave a part on the CPU
+    elif place == "auto":
+        free_gpu()  # otherwise memory that PyTorch keeps of the model before would not count as free
+        room = get_max_memory().items()
+        options["max_memory"] = {name: int(0.75 * size) if isinstance(name, int) else size for name, size in room}
     AttentionInterface.register("blocks", attend_in_blocks)
     AttentionMaskInterface.register("blocks", sdpa_mask)
-    options = {"quantization_config": four_bit} if load_in_4bit else {}  # None would undo that of the folder
-    if place == "auto" and getattr(load_config(model_id, trust=trust), "quantization_config", None):
-        place = device  # Transformers counts on far too little room, and would leave a part of it on the CPU
-    if place == "auto":  # of the GPUs' free memory a quarter is left, for what answers need
-        free_gpu()  # or what PyTorch keeps of the model before this one would not count as free
-        room = {name: int(0.75 * size) if isinstance(name, int) else size for name, size in get_max_memory().items()}
-        options |= {"max_memory": room}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            model_id,
-            dtype=dtype,
-            attn_implementation="blocks",
-            device_map=place or device,
-            use_safetensors=True,
-            trust_remote_code=trust,
-            output_loading_info=True,
-            **options,
+            model_id, attn_implementation="blocks", output_loading_info=True, **options
         )
     except (OSError, RuntimeError) as error:
         if is_disk_full(error) or isinstance(error, RuntimeError) and "mismatched" not in str(error):
@@ -58,40 +54,29 @@ def load_base(
         raise UserError(f"{model_id}: its weights cannot be loaded: {str(error).splitlines()[0]}") from None
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{model_id}: has no weights for {list_first(missing, 3)}; download it again")
-    for module in model.modules():
-        # On CPU, the first inference makes bitsandbytes repack 4-bit weights for bf16, in training from then on too.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    keep_4_bit_layout(model)
     return model
 
 
 def load_adapter(model, adapter: str):
-    """Return a model with its adapter, each part where it is.
+    """Return a model with its adapter, each part on the device of the layer that it belongs to.
 
-    PEFT would spread it anew by what is free now, and so count weights twice that are there already.
+    PEFT alone would spread the model anew by the memory that is free now, and so count loaded weights twice.
     """
     places = getattr(model, "hf_device_map", {})
-    return PeftModel.from_pretrained(
-        model, adapter, device_map={f"base_model.model.{name}".rstrip("."): place for name, place in places.items()}
-    )
+    device_map = {f"base_model.model.{name}".rstrip("."): place for name, place in places.items()}
+    return PeftModel.from_pretrained(model, adapter, device_map=device_map)
 
 
-def warn_of_frozen_experts(model) -> None:
-    """Say if the experts of a mixture get no adapter: PEFT knows under what names only for some kinds of models."""
-    experts = [weight.requires_grad for name, weight in model.named_parameters() if ".experts." in name]
-    if experts and not any(experts):
-        warn(f"the experts of this {model.config.model_type} get no adapter: the layers beside them alone are trained")
-
-
-def find_place(args: argparse.Namespace, four_bit: bool = False) -> str:
+def find_place(four_bit: bool = False, fsdp: bool = False) -> str:
     """Return the device map of a trained model: all GPUs and, for what they cannot hold, the machine's memory.
 
-    In 16 bits it may be too large for the GPU that trained it in 4. Weights in 4 bits must be on GPUs; a model that is
-    saved so is loaded on one (see load_base).
+    In 16 bits a model may be too large for the GPU that trained it in 4. Weights in 4 bits must be on GPUs: on one,
+    unless --fsdp trained them on several (see load_base).
     """
     if not torch.cuda.is_available():
         return "cpu"
-    return "cuda" if four_bit and not args.fsdp else "auto"
+    return "cuda" if four_bit and not fsdp else "auto"
 
 
 def warn_if_spread(model) -> None:
@@ -99,6 +84,13 @@ def warn_if_spread(model) -> None:
     places = set(getattr(model, "hf_device_map", {}).values())
     if "cpu" in places and len(places) > 1:
         warn(
-            "the 16-bit model is larger than the GPU's memory: a part of it stays in the machine's, and answers take "
-            "longer; a smaller --eval_samples writes fewer"
+            "the 16-bit model is larger than the GPU's memory: a part of it stays in the machine's memory, and answers "
+            "take longer; a smaller --eval_samples writes fewer"
         )
+
+
+def warn_of_frozen_experts(model) -> None:
+    """Say that the experts of a mixture get no adapter: PEFT knows their names only in some kinds of models."""
+    experts = [weight.requires_grad for name, weight in model.named_parameters() if ".experts." in name]
+    if experts and not any(experts):
+        warn(f"the experts of this {model.config.model_type} get no adapter: only the layers beside them are trained")

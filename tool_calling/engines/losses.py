@@ -1,23 +1,25 @@
-"""Token losses of a batch, held-out scores and gradients."""
+"""Losses of the supervised tokens of a batch, the scores and gradients that follow from them."""
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from tool_calling.engines.attention import to_attention_mask, to_key_blocks
+from tool_calling.engines.device import autocast
 from tool_calling.engines.fsdp import held_part
-from tool_calling.engines.start import autocast
+from tool_calling.streams import IGNORED
 
-COMPARED_NUMBERS = 2**27  # of a gradient of more numbers, every n-th is compared: half a GiB each time it is held
+COMPARED_NUMBERS = 2**27  # of a larger gradient every n-th number is compared: half a GiB each time it is held
 
 
 def compute_token_losses(model, batch: dict, engine: str):
-    """Return (loss in nats, fp32 with gradient; whether greedy decoding would choose it) per supervised token.
+    """Return (loss in nats, fp32 with gradient; whether greedy decoding would choose the token), each [supervised].
 
-    Both are of shape [supervised tokens]. In a stream, attention is limited to each token's ancestors. The vocabulary
-    projection, the largest of all multiplications, is computed only where a token is supervised.
+    In a stream, attention is limited to each token's ancestors. The vocabulary projection, the largest of all
+    multiplications, is computed only where a token is supervised.
     """
     inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "subtree_end")}
     labels = batch["labels"][:, 1:]
-    supervised = labels != -100
+    supervised = labels != IGNORED
     if engine == "unsloth":  # TRL's head: a Triton kernel that never holds all logits
         if "subtree_end" in batch:
             inputs["subtree_end"] = batch["subtree_end"][0]
@@ -28,28 +30,27 @@ def compute_token_losses(model, batch: dict, engine: str):
         inputs["key_blocks"] = to_key_blocks(inputs["attention_mask"])
     columns = supervised.any(dim=0).nonzero()[:, 0].tolist()  # a tensor would be on another GPU if layers are spread
     logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits[supervised[:, columns]]
-    losses = torch.nn.functional.cross_entropy(logits.float(), labels[supervised], reduction="none")
+    losses = cross_entropy(logits.float(), labels[supervised], reduction="none")
     return losses, logits.detach().argmax(dim=-1) == labels[supervised]
 
 
-def score_batches(model, batches, engine: str):
+def score_batches(model, batches: list[dict], engine: str):
     """Return sums over batches, float64 [4]: loss in nats, supervised tokens, samples reproduced, samples.
 
-    Greedy decoding writes an answer exactly if and only if each of its tokens is the most likely one after those before
-    it. So this forward pass, which knows the answer, counts exact matches without generating.
+    Greedy decoding writes a completion exactly if and only if each of its tokens is the most likely one after those
+    before it. So this forward pass, which knows the completion, counts token exact matches without generating.
     """
     losses, exact, tokens, samples = [], [], 0, 0
     was_training = model.training
     model.eval()
     for batch in batches:
-        supervised = batch["labels"] != -100
-        starts = supervised & ~supervised.roll(1, dims=1)  # before each answer stands its prompt
-        answer = starts.flatten().cumsum(dim=0)[supervised.flatten()] - 1  # which answer a supervised token is of
+        supervised = batch["labels"] != IGNORED
+        starts = supervised & ~supervised.roll(1, dims=1)  # before each completion stands its prompt
+        index = starts.flatten().cumsum(dim=0)[supervised.flatten()] - 1  # the completion that each token is of
         with torch.no_grad(), autocast(model):
-            loss, hits = compute_token_losses(model, {n: t.to(model.device) for n, t in batch.items()}, engine)
-        misses = torch.zeros(int(starts.sum()), device=hits.device).index_add_(
-            0, answer.to(hits.device), (~hits).float()
-        )
+            loss, hits = compute_token_losses(model, to_device(batch, model), engine)
+        misses = torch.zeros(int(starts.sum()), device=hits.device)
+        misses.index_add_(0, index.to(hits.device), (~hits).float())
         losses.append(loss.sum(dtype=torch.float64))
         exact.append((misses == 0).sum(dtype=torch.float64))
         tokens, samples = tokens + len(loss), samples + len(misses)
@@ -58,13 +59,18 @@ def score_batches(model, batches, engine: str):
     return torch.stack([sum(losses, zero), zero + tokens, sum(exact, zero), zero + samples])
 
 
+def to_device(batch: dict, model) -> dict:
+    """Return a batch on the device of the model."""
+    return {name: tensor.to(model.device) for name, tensor in batch.items()}
+
+
 def to_metrics(sums) -> dict:
     """Return the mean loss in nats per supervised token, and the share of samples that greedy decoding reproduces."""
     loss, tokens, exact, samples = sums.tolist()
     return {"loss": loss / tokens, "exact_match": exact / samples}
 
 
-def measure_loss(model, batches, engine: str) -> float:
+def measure_loss(model, batches: list[dict], engine: str) -> float:
     """Return the mean loss in nats per supervised token over batches."""
     return to_metrics(score_batches(model, batches, engine))["loss"]
 
@@ -72,8 +78,8 @@ def measure_loss(model, batches, engine: str) -> float:
 def compute_gradient(model, batches: list[dict], engine: str):
     """Return (loss summed over the supervised tokens, its gradient as one fp32 vector on the CPU) of the batches.
 
-    Of a large model's gradient, every n-th number: its errors are not in a few of them. Of a split one, the part that
-    is here.
+    The gradient of a large model is every n-th number, since its errors are not in a few of them; that of a split model
+    is the part on this device.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     step = -(-sum(parameter.numel() for parameter in parameters) // COMPARED_NUMBERS)
@@ -81,7 +87,7 @@ def compute_gradient(model, batches: list[dict], engine: str):
     for batch in batches:
         model.zero_grad()
         with autocast(model):
-            loss = compute_token_losses(model, {n: t.to(model.device) for n, t in batch.items()}, engine)[0].sum()
+            loss = compute_token_losses(model, to_device(batch, model), engine)[0].sum()
         loss.backward()
         total += loss.item()
         # Added here and not in .grad, where a CUDA graph writes the next gradient over the last.

@@ -1,7 +1,7 @@
-"""Adapter and merged model on disk, and read back."""
+"""What training leaves on the disk: the adapter, and the merged or fully trained model."""
 
-import argparse
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,17 +9,42 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM
 
 from tool_calling.engines.answers import find_stop_tokens
-from tool_calling.engines.fsdp import gather_model, held_part
+from tool_calling.engines.device import free_gpu
+from tool_calling.engines.fsdp import gather_model, held_part, is_split
 from tool_calling.engines.hub import load_config, load_tokenizer
 from tool_calling.engines.loading import find_place, load_adapter, load_base
 from tool_calling.engines.losses import measure_loss
-from tool_calling.engines.start import free_gpu
 from tool_calling.files import discard_partial, partial_folder, put_in_place
 from tool_calling.run_folder import write_run
 from tool_calling.terminal import UserError, warn
 
 MERGE_SLACK = 0.02  # nats per token (a share of losses over 1), and share of the rows, that a merge may cost
-ROUNDED_WEIGHTS = 2**26  # of a weight, so many numbers are rounded or summed at a time: it takes as much memory again
+ROUNDED_WEIGHTS = 2**26  # numbers of a weight that are rounded or summed at a time: it takes as much memory again
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What was trained, and what is to be made of it."""
+
+    model_id: str  # the model that was trained on, whose tokenizer is kept
+    base_id: str  # the 16-bit model that an adapter is merged into
+    dtype: object  # the type of the base's weights
+    engine: str  # that trained it
+    final: str  # the folder of the model to keep
+    method: str  # merged_16bit, merged_4bit, or lora: the adapter alone is kept
+    settings: dict  # of the run: load_in_4bit, trust_remote_code, seed, fsdp, and all that run.yaml repeats
+    adapter: str | None = None  # its folder; None if all weights were trained
+
+    @property
+    def trust(self) -> bool:
+        return self.settings["trust_remote_code"]
+
+    @property
+    def four_bit(self) -> bool:
+        return self.settings["load_in_4bit"]
+
+    def find_place(self, four_bit: bool = False) -> str:
+        return find_place(four_bit, self.settings["fsdp"])
 
 
 def save_adapter(model, output_dir: str) -> str:
@@ -27,26 +52,26 @@ def save_adapter(model, output_dir: str) -> str:
     adapter = str(Path(output_dir) / "adapter")
     with discard_partial(adapter) as folder:
         model.save_pretrained(folder)
-        (Path(folder) / "README.md").unlink(missing_ok=True)  # PEFT's empty form: hand_over writes a card with scores
+        (Path(folder) / "README.md").unlink(missing_ok=True)  # PEFT's empty form; a card with scores comes later
         put_in_place(adapter)
     return adapter
 
 
-def save_whole(args: argparse.Namespace, model) -> Path:
-    """Save a model with its tokenizer and the run's settings, and return its folder, not yet the final one."""
-    folder = partial_folder(args.final_model_dir)
+def save_whole(trained: Trained, model) -> Path:
+    """Save a model with its tokenizer and the run's settings; return its folder, not yet the final one."""
+    folder = partial_folder(trained.final)
     shutil.rmtree(folder, ignore_errors=True)
-    model.config.use_cache = True  # off during training only
-    tokenizer = load_tokenizer(args.model_id, args.trust_remote_code)
+    model.config.use_cache = True  # off only in training
+    tokenizer = load_tokenizer(trained.model_id, trained.trust)
     model.generation_config.eos_token_id = find_stop_tokens(model, tokenizer)
     model.save_pretrained(folder, save_original_format=True)
     tokenizer.save_pretrained(folder)
-    write_run(args, folder)
+    write_run(trained.settings, folder)
     return folder
 
 
 def sum_weights(model) -> dict[str, float]:
-    """Return the sum of each of a model's weights by name, of those that are in memory."""
+    """Return the sum of each weight by name, of those that are in memory."""
     return {
         name: sum(part.double().sum().item() for part in parameter.detach().flatten().split(ROUNDED_WEIGHTS))
         for name, parameter in model.named_parameters()
@@ -55,19 +80,19 @@ def sum_weights(model) -> dict[str, float]:
 
 
 def refuse_unchanged(sums: dict[str, float], model) -> None:
-    """Refuse a model that equals the base, whose sum_weights these are."""
+    """Refuse a model that equals the base, of which `sums` are the sum_weights."""
     if sums == sum_weights(model):
         raise UserError(
-            "the trained model equals the base: training changed nothing that 16-bit weights can hold; "
-            "train longer or raise --learning_rate"
+            "the trained model equals the base: training changed nothing that 16-bit weights can hold; train longer or "
+            "raise --learning_rate"
         )
 
 
 def round_at_random(weights) -> None:
-    """Round fp32 weights in place to numbers that bf16 has: up or down at random, the likelier the nearer.
+    """Round fp32 weights in place to numbers that bf16 has: up or down at random, the nearer the likelier.
 
     What training adds to a weight is often less than half the way to bf16's next number. Rounded to the nearest it is
-    lost in all weights alike; at random, their sum keeps it. A number that bf16 has stays as it is.
+    lost in all weights alike; at random, their sum keeps it. A number that bf16 has does not change.
     """
     for part in weights.view(-1).split(ROUNDED_WEIGHTS):
         bits = part.view(torch.int32)  # bf16 is the upper half of fp32, and the lower half decides how often it carries
@@ -76,7 +101,7 @@ def round_at_random(weights) -> None:
 
 
 def merge_layers(model) -> None:
-    """Merge the adapter into each layer in fp32; then bf16 weights are rounded at random, others to the nearest."""
+    """Merge the adapter into each layer in fp32; round bf16 weights at random, others to the nearest."""
     for layer in [module for module in model.modules() if isinstance(module, BaseTunerLayer)]:
         weights = [*layer.get_base_layer().parameters(recurse=False)]
         types = [weight.dtype for weight in weights]
@@ -89,30 +114,30 @@ def merge_layers(model) -> None:
             weight.data = weight.data.to(dtype)
 
 
-def merge_adapter(args: argparse.Namespace, base_id: str, adapter: str) -> Path:
-    """Merge the adapter into the 16-bit base, save the model whole, and return its folder, not yet the final one."""
+def merge_adapter(trained: Trained) -> Path:
+    """Merge the adapter into the 16-bit base, save the model whole; return its folder, not yet the final one."""
 
     def load(place):
         return AutoModelForCausalLM.from_pretrained(
-            base_id, dtype="auto", device_map=place, use_safetensors=True, trust_remote_code=args.trust_remote_code
+            trained.base_id, dtype="auto", device_map=place, use_safetensors=True, trust_remote_code=trained.trust
         )
 
-    base = load(find_place(args))
+    base = load(trained.find_place())
     if any(weight.device.type == "meta" for weight in base.parameters()):  # more than the GPUs hold
         del base
         free_gpu()
         base = load("cpu")
     sums = sum_weights(base)
-    model = load_adapter(base, adapter)
-    torch.manual_seed(args.seed)
+    model = load_adapter(base, trained.adapter)
+    torch.manual_seed(trained.settings["seed"])
     merge_layers(model)
     merged = model.unload()
     refuse_unchanged(sums, merged)
-    return save_whole(args, merged)
+    return save_whole(trained, merged)
 
 
 def quantise_folder(folder: Path, trust: bool, place: str) -> None:
-    """Put the model of a folder, saved in 16 bits, into 4 bits as bitsandbytes has them; the rest stays as it was."""
+    """Put the linear layers of a model that was saved in 16 bits into bitsandbytes' 4 bits, in the same folder."""
     model = load_base(str(folder), True, trust, load_config(str(folder), trust=trust).dtype, place)
     for file in folder.glob("model*.safetensors*"):  # the model may still read it: removed, not written over
         file.unlink()
@@ -134,26 +159,26 @@ def read_back(folder: Path, trust: bool = False, place: str | None = None):
 
 
 def is_worse(loss: float, expected: float) -> bool:
-    """Say whether a held-out loss is above the expected one by more than rounding explains, or is no number."""
+    """Return whether a held-out loss is above the expected one by more than rounding explains, or is not a number."""
     return not loss <= expected + MERGE_SLACK * max(1, expected)
 
 
-def round_trained(args: argparse.Namespace, model, dtype, batches: list[dict], engine: str) -> tuple:
-    """Put fully trained fp32 weights into the type of their base; return (the model whole, the held-out loss it has).
+def round_trained(trained: Trained, model, batches: list[dict]) -> tuple:
+    """Put fully trained fp32 weights into the type of their base; return (the model whole, its held-out loss).
 
-    In a short run with a low rate, 16 bits may not hold what the steps changed: that is warned of. All processes must
-    call this, and the first one gets the model.
+    After a short run with a low rate, 16 bits may not hold what the steps changed: that is warned of. All processes
+    must call this, and the first one gets the model.
     """
-    before, dtype = measure_loss(model, batches, engine), dtype or model.dtype
-    torch.manual_seed(args.seed)
+    before, dtype = measure_loss(model, batches, trained.engine), trained.dtype or model.dtype
+    torch.manual_seed(trained.settings["seed"])
     for parameter in model.parameters():
         if dtype == torch.bfloat16:
             round_at_random(held_part(parameter.data))
         parameter.data.copy_(parameter.data.to(dtype))
-    after = measure_loss(model, batches, engine)
+    after = measure_loss(model, batches, trained.engine)
     if is_worse(after, before):
         warn(
             f"{dtype} holds less than training changed: held-out loss {after:.4f}, in 32 bits {before:.4f}; train "
             "longer or raise --learning_rate"
         )
-    return gather_model(model, dtype, args.trust_remote_code) if args.fsdp else model.to(dtype), after
+    return gather_model(model, dtype, trained.trust) if is_split(model) else model.to(dtype), after

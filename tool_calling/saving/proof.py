@@ -1,18 +1,22 @@
-"""Base, adapter and merged model scored on the same held-out rows."""
+"""The proof of a run: base, adapter and merged model answer the same held-out rows, in a fresh process."""
 
-import argparse
 import math
 import shutil
+from dataclasses import dataclass
+
+import torch
 
 from tool_calling.engines.answers import generate_answers
+from tool_calling.engines.device import free_gpu
 from tool_calling.engines.hub import load_tokenizer
 from tool_calling.engines.loading import find_place, load_adapter, load_base, warn_if_spread
 from tool_calling.engines.losses import measure_loss
-from tool_calling.engines.start import free_gpu, quiet_libraries
+from tool_calling.engines.start import quiet_libraries
 from tool_calling.files import partial_folder
-from tool_calling.prompts import Sample
+from tool_calling.samples import Sample
 from tool_calling.saving.merge import (
     MERGE_SLACK,
+    Trained,
     is_worse,
     merge_adapter,
     quantise_folder,
@@ -20,108 +24,138 @@ from tool_calling.saving.merge import (
     refuse_unchanged,
     sum_weights,
 )
-from tool_calling.schedule import Plan, to_small_batches
+from tool_calling.schedule import build_small_batches
+from tool_calling.scores import Proof
+from tool_calling.streams import Layout
 from tool_calling.terminal import UserError, say, warn
 
 
-def merge_and_score(
-    args: argparse.Namespace, base_id: str, adapter: str | None, samples: list[Sample], plan: Plan
-) -> dict:
-    """Answer the samples with base, adapter, and the model to keep read back; return {name: result} of each.
+@dataclass(frozen=True)
+class Questions:
+    """What the models answer: samples, how many at once, and how long an answer may be."""
 
-    Runs in a fresh process, because Unsloth changes Transformers' classes for good, and the proof must hold where no
-    Unsloth is. The adapter stands on the base that it was trained on, in 4 bits if that was so; the others have 16.
-    Without an adapter, the trained model is in its partial folder.
+    samples: list[Sample]
+    batch_size: int
+    max_new_tokens: int
+
+    def ask(self, model, tokenizer, name: str) -> list[str]:
+        """Return the greedy answers of a model; `name` is on the progress bar."""
+        return generate_answers(model, tokenizer, self.samples, self.batch_size, self.max_new_tokens, name)
+
+
+def load_scored(model_id: str, base: str, flag: str, load_in_4bit: bool, trust: bool):
+    """Return the model that --eval_only names, or its adapter on `base` (see find_base), to be scored."""
+    if base == model_id:
+        return load_base(base, False, trust, place=find_place())
+    model = load_base(base, load_in_4bit, trust, place=find_place(load_in_4bit))
+    try:
+        model = load_adapter(model, model_id)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError) as error:  # the last line names the first layer
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"{flag} {base} is another model than it was trained on ({reason})") from None
+    say("load", f"adapter on its base {base} in {4 if load_in_4bit else 16} bits")
+    return model
+
+
+def merge_and_score(trained: Trained, questions: Questions, layout: Layout) -> dict:
+    """Answer the questions with base, adapter, and the model to keep read back; return {model: result}.
+
+    A result is {"answers": [...], "loss": held-out loss}; that of the base has answers alone. This runs in a fresh
+    process, because Unsloth changes Transformers' classes for good, and the proof must hold where no Unsloth is. The
+    adapter stands on the base that it was trained on, in 4 bits if that was so; the others have 16. Without an adapter,
+    the trained model is already in its partial folder.
     """
     quiet_libraries()
-    trust, place, small_place = args.trust_remote_code, find_place(args), find_place(args, four_bit=True)
-    tokenizer, results = load_tokenizer(args.model_id, trust), {}
-    batches = to_small_batches(samples, plan)
+    trust, place, small_place = trained.trust, trained.find_place(), trained.find_place(four_bit=True)
+    tokenizer, results = load_tokenizer(trained.model_id, trust), {}
+    batches = build_small_batches(questions.samples, layout)
 
     def score(name, model):
-        answers = generate_answers(model, tokenizer, samples, args, name)
+        answers = questions.ask(model, tokenizer, name)
         free_gpu()  # of what answers needed; a loss needs larger pieces
         results[name] = {"answers": answers, "loss": measure_loss(model, batches, "transformers")}
 
-    base = load_base(base_id, False, trust, place=place)
+    base = load_base(trained.base_id, False, trust, place=place)
     warn_if_spread(base)
-    results["base"] = {"answers": generate_answers(base, tokenizer, samples, args, "base")}
-    sums = None if adapter else sum_weights(base)
-    if adapter:
-        if args.load_in_4bit:
+    results["base"] = {"answers": questions.ask(base, tokenizer, "base")}
+    sums = None if trained.adapter else sum_weights(base)
+    if trained.adapter:
+        if trained.four_bit:
             del base
             free_gpu()
-            base = load_base(args.model_id, True, trust, place=small_place)
-        score("adapter", load_adapter(base, adapter))
+            base = load_base(trained.model_id, True, trust, place=small_place)
+        score("adapter", load_adapter(base, trained.adapter))
     del base
     free_gpu()
-    if args.save_method == "lora":
+    if trained.method == "lora":
         return results
-    folder = merge_adapter(args, base_id, adapter) if adapter else partial_folder(args.final_model_dir)
+    folder = merge_adapter(trained) if trained.adapter else partial_folder(trained.final)
     model = read_back(folder, trust, place)
-    if not adapter:  # merge_adapter has seen to that
+    if not trained.adapter:  # merge_adapter has done so
         refuse_unchanged(sums, model)
-    if args.save_method == "merged_4bit":
+    if trained.method == "merged_4bit":
         del model
         free_gpu()
         quantise_folder(folder, trust, small_place)
         model = read_back(folder, trust, small_place)
-    score("merged" if adapter else "trained", model)
+    score("merged" if trained.adapter else "trained", model)
     return results
 
 
-def check_merged(args: argparse.Namespace, adapter: str, results: dict, scores: dict, exact: list[bool]) -> None:
-    """Compare the merged model read back with the adapter it came from; a mismatch is a UserError.
+def check_merged(trained: Trained, proof: Proof) -> None:
+    """Compare the merged model read back with the adapter it came from; UserError if they do not do the same.
 
-    After 16-bit training both are the same model up to the rounding of the merge and must answer alike wherever the
-    adapter's answer is `exact`; where it is not, the model is unsure, and rounding decides what wrong answer it gives.
-    After 4-bit training the merged model stands on the unquantised base, a little different and as a rule better, so
-    loss and score decide. A merged model in 4 bits may be worse than its adapter; the user who asked for it is told by
-    how much. One answer alone proves nothing, however few there are: rounding may tip it.
+    After 16-bit training both are the same model up to the rounding of the merge, and must answer alike wherever the
+    adapter's answer is exact; where it is not, the model is unsure, and rounding decides which wrong answer it gives.
+    After 4-bit training the merged model stands on the unquantised base, a little different and usually better, so loss
+    and score decide. A merged model in 4 bits may be worse than its adapter: a warning says by how much. One answer
+    alone proves nothing, however few there are, because rounding may tip it.
     """
-    expected, got = results["adapter"], results["merged"]
+    expected, got = proof.results["adapter"], proof.results["merged"]
+    before, after = (proof.scores[name]["exact_match"] for name in ("adapter", "merged"))
+    exact = [verdict.exact for verdict in proof.verdicts["adapter"]]
     slack = max(MERGE_SLACK, 1 / len(exact))
     # Rounded to whole rows: a difference of two shares can be a little more than the share that it is.
-    worse = round((scores["adapter"]["exact_match"] - scores["merged"]["exact_match"]) * len(exact)) / len(exact)
+    worse = round((before - after) * len(exact)) / len(exact)
     different = sum(sure and a != b for sure, a, b in zip(exact, expected["answers"], got["answers"])) / len(exact)
     wrong = is_worse(got["loss"], expected["loss"]) or worse > slack
-    found = (
-        f"held-out loss {got['loss']:.4f}, adapter {expected['loss']:.4f}; exact "
-        f"{scores['merged']['exact_match']:.1%}, adapter {scores['adapter']['exact_match']:.1%}"
-    )
-    if args.save_method == "merged_4bit" and math.isfinite(got["loss"]):
-        return warn(f"4 bits cost something: {found}") if wrong else None
-    if wrong or not math.isfinite(got["loss"]) or (not args.load_in_4bit and different > slack):
-        shutil.rmtree(partial_folder(args.final_model_dir), ignore_errors=True)
+    found = f"held-out loss {got['loss']:.4f}, adapter {expected['loss']:.4f}; exact {after:.1%}, adapter {before:.1%}"
+    if trained.method == "merged_4bit" and math.isfinite(got["loss"]):
+        if wrong:
+            warn(f"4 bits cost something: {found}")
+    elif wrong or not math.isfinite(got["loss"]) or (not trained.four_bit and different > slack):
+        shutil.rmtree(partial_folder(trained.final), ignore_errors=True)
         advice = (
             "; what is learned on a base in 4 bits may be worth less on it in 16: train longer, or with "
             "--no-load_in_4bit"
         )
         raise UserError(
-            f"the merged model does not do what the adapter does: {found}; {different:.1%} of the answers "
-            f"are no longer its exact ones; nothing was written to {args.final_model_dir}, the adapter is "
-            f"safe in {adapter}" + advice * args.load_in_4bit
+            f"the merged model does not do what the adapter does: {found}; {different:.1%} of the answers are no "
+            f"longer its exact ones; nothing was written to {trained.final}, the adapter is safe in {trained.adapter}"
+            + (advice if trained.four_bit else "")
         )
 
 
-def check_trained(args: argparse.Namespace, loss: float, expected: float) -> None:
-    """Compare the held-out loss of the trained model read back with that of the weights it was saved from."""
+def check_trained(trained: Trained, loss: float, expected: float) -> None:
+    """Compare the held-out loss of a trained model read back with that of the weights it was saved from."""
     if not is_worse(loss, expected):
         return
     found = f"held-out loss {loss:.4f}, before it was saved {expected:.4f}"
-    if args.save_method == "merged_4bit" and math.isfinite(loss):
+    if trained.method == "merged_4bit" and math.isfinite(loss):
         return warn(f"4 bits cost something: {found}")
     raise UserError(
-        f"the trained model read back does not do what it did: {found}; nothing was written to "
-        f"{args.final_model_dir}, the checkpoints are safe in {args.output_dir}"
+        f"the trained model read back does not do what it did: {found}; nothing was written to {trained.final}, the "
+        f"checkpoints are safe in {trained.settings['output_dir']}"
     )
 
 
-def show_saved(args: argparse.Namespace, results: dict, before: float | None, seconds: float) -> None:
-    """Print how the model that is kept scores beside what it was made from: the adapter, or the weights in memory."""
+def show_saved(method: str, results: dict, before: float | None, seconds: float) -> None:
+    """Print the loss of the model that is kept beside that of its origin: the adapter, or the weights in memory."""
     name, answers = list(results)[-1], sum(len(result["answers"]) for result in results.values())
     text = f"held-out loss {results[name]['loss']:.4f}"
     if name != "adapter":
-        text = f"{'4' if args.save_method == 'merged_4bit' else '16'}-bit, read back by a fresh process: {text}, "
+        text = f"{'4' if method == 'merged_4bit' else '16'}-bit, read back by a fresh process: {text}, "
         text += f"adapter {results['adapter']['loss']:.4f}" if name == "merged" else f"before saving {before:.4f}"
     say("merge" if name == "merged" else "save", f"{text} ({seconds:.0f} s with {answers:,} answers)")

@@ -1,4 +1,4 @@
-"""Callbacks of the trainer: progress on screen, and signals."""
+"""Callbacks of the trainer: progress on screen, and signals that end training after a step."""
 
 import os
 import sys
@@ -9,101 +9,99 @@ import torch.distributed as distributed
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from tool_calling.checkpoints import find_best
 from tool_calling.processes import count_devices, is_main, raise_interrupted
-from tool_calling.run_folder import find_best
 from tool_calling.terminal import say, warn
 
 
-def build_progress():
-    """Return a TrainerCallback that draws a progress bar and prints about twenty losses and every held-out loss."""
+class ProgressBar(TrainerCallback):
+    """Draws a progress bar, and prints about twenty losses and every held-out loss."""
 
-    class ProgressBar(TrainerCallback):
-        def __init__(self):
-            columns = ("train    ", BarColumn(), MofNCompleteColumn(), "steps", TextColumn("{task.fields[loss]}"))
-            self.bar = Progress(*columns, TimeRemainingColumn(), transient=True, disable=not sys.stdout.isatty())
+    def __init__(self):
+        columns = ("train    ", BarColumn(), MofNCompleteColumn(), "steps", TextColumn("{task.fields[loss]}"))
+        self.bar = Progress(*columns, TimeRemainingColumn(), transient=True, disable=not sys.stdout.isatty())
 
-        def on_train_begin(self, args, state, control, **kwargs):
-            self.task = self.bar.add_task("train", total=state.max_steps, completed=state.global_step, loss="")
-            self.logged = state.global_step
-            self.bar.start()
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.task = self.bar.add_task("train", total=state.max_steps, completed=state.global_step, loss="")
+        self.logged = state.global_step
+        self.bar.start()
 
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            if "loss" in logs:
-                step, text, every = state.global_step, f"loss {float(logs['loss']):.4f}", max(1, state.max_steps // 20)
-                self.bar.update(self.task, completed=step, loss=text)
-                if step == 1 or step // every > self.logged // every or step == state.max_steps:
-                    say("", f"step {step:>5,} of {state.max_steps:,}  {text}")
-                self.logged = step
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            step, text, every = state.global_step, f"loss {float(logs['loss']):.4f}", max(1, state.max_steps // 20)
+            self.bar.update(self.task, completed=step, loss=text)
+            if step == 1 or step // every > self.logged // every or step == state.max_steps:
+                say("", f"step {step:>5,} of {state.max_steps:,}  {text}")
+            self.logged = step
 
-        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-            say(
-                "",
-                f"step {state.global_step:>5,} of {state.max_steps:,}  epoch {state.epoch:.3g}: "
-                f"held-out loss {metrics['eval_loss']:.4f}, exact match {metrics['eval_exact_match']:.1%}",
-            )
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        held_out = f"held-out loss {metrics['eval_loss']:.4f}, exact match {metrics['eval_exact_match']:.1%}"
+        say("", f"step {state.global_step:>5,} of {state.max_steps:,}  epoch {state.epoch:.3g}: {held_out}")
 
-        def on_train_end(self, args, state, control, **kwargs):
-            self.bar.stop()
-
-    return ProgressBar()
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.stop()
 
 
-def build_stopper(checkpoint: str | None = None):
-    """Return a TrainerCallback whose `note` handles signals: the first ends training after its step and a checkpoint.
+class Stopper(TrainerCallback):
+    """Its `note` handles signals: the first ends training after its step and a checkpoint, the second at once.
 
-    A step that ends an epoch leaves the checkpoint to the end of the epoch, after the held-out rows are scored, as in
-    a run that goes on. The second signal ends everything at once. Signals reach several processes at several moments:
-    wherever one decides by them, all first `agree`, or one would stop while another waits for it in the next step.
+    A step that ends an epoch leaves the checkpoint to the end of the epoch, after the held-out rows are scored, as in a
+    run that goes on. Signals reach several processes at different moments: before any of them decides, all `agree`, or
+    one would stop while another waits for it in the next step.
     """
 
-    class Stopper(TrainerCallback):
-        number, noted, group = None, 0.0, None
+    number, noted, group = None, 0.0, None
 
-        def note(self, number, frame):
-            # What signals all processes may reach one directly and by torchrun: that is one signal, not two.
-            if self.number and (count_devices() == 1 or time.monotonic() > self.noted + 2):
-                raise_interrupted(number, frame)
-            if not self.number and is_main():
-                # Not print: the signal may come while a print is going on.
-                os.write(2, b"\nstopping after this step, with a checkpoint; once more stops at once\n")
-            self.number, self.noted = self.number or number, self.noted or time.monotonic()
+    def __init__(self, checkpoint: str | None = None):
+        self.checkpoint = checkpoint  # from which training goes on
 
-        def on_train_begin(self, args, state, control, **kwargs):
-            state.compute_steps(args, state.max_steps)  # a resumed run has the intervals of its own flags
-            if checkpoint and state.best_global_step and not find_best(checkpoint):  # else its score would rule on
-                warn(f"the best checkpoint, of step {state.best_global_step:,}, is gone: the best is sought anew")
-                state.best_metric = state.best_global_step = None
-            if count_devices() > 1:
-                self.group = distributed.new_group(backend="gloo")  # so that no GPU has to wait
+    def note(self, number, frame):
+        # A signal to all processes may reach one directly and through torchrun: that is one signal, not two.
+        if self.number and (count_devices() == 1 or time.monotonic() > self.noted + 2):
+            raise_interrupted(number, frame)
+        if not self.number and is_main():
+            # Not print: the signal may come while a print is going on.
+            os.write(2, b"\nstopping after this step, with a checkpoint; once more stops at once\n")
+        self.number, self.noted = self.number or number, self.noted or time.monotonic()
 
-        def is_within_epoch(self, state):
-            return state.epoch % 1 != 0 and state.global_step < state.max_steps
+    def agree(self) -> int | None:
+        """Return the signal that this process, or any other before this moment, has received."""
+        if not self.group:
+            return self.number
+        number = torch.tensor(self.number or 0)
+        distributed.all_reduce(number, distributed.ReduceOp.MAX, self.group)
+        if number and not self.number:
+            self.note(number.item(), None)
+        return number.item() or None
 
-        def agree(self) -> int | None:
-            """Return the signal that this process, or before this moment any other, has got."""
-            if not self.group:
-                return self.number
-            number = torch.tensor(self.number or 0)
-            distributed.all_reduce(number, distributed.ReduceOp.MAX, self.group)
-            if number and not self.number:
-                self.note(number.item(), None)
-            return number.item() or None
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.compute_steps(args, state.max_steps)  # a resumed run has the intervals of its own flags
+        if self.checkpoint and state.best_global_step and not find_best(self.checkpoint):  # else its score would rule
+            warn(
+                f"the best checkpoint, of step {state.best_global_step:,}, is gone: the search for the best starts anew"
+            )
+            state.best_metric = state.best_global_step = None
+        if count_devices() > 1:
+            self.group = distributed.new_group(backend="gloo")  # so that no GPU has to wait
 
-        def on_step_end(self, args, state, control, **kwargs):
-            if self.agree():
-                control.should_training_stop = True
-                control.should_save = control.should_save or self.is_within_epoch(state)
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.agree():
+            control.should_training_stop = True
+            control.should_save = control.should_save or is_within_epoch(state)
 
-        def on_evaluate(self, args, state, control, **kwargs):
-            if self.agree():
-                control.should_training_stop = control.should_save = True
+    def on_evaluate(self, args, state, control, **kwargs):
+        if self.agree():
+            control.should_training_stop = control.should_save = True
 
-        def on_epoch_end(self, args, state, control, **kwargs):
-            if not self.agree():
-                return
-            if self.is_within_epoch(state):  # the library takes every stop for the end of an epoch
-                control.should_evaluate = control.should_save = False
-            else:
-                control.should_training_stop = control.should_save = True
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if not self.agree():
+            return
+        if is_within_epoch(state):  # the library takes every stop for the end of an epoch
+            control.should_evaluate = control.should_save = False
+        else:
+            control.should_training_stop = control.should_save = True
 
-    return Stopper()
+
+def is_within_epoch(state) -> bool:
+    """Return whether the last step ended neither an epoch nor the training."""
+    return state.epoch % 1 != 0 and state.global_step < state.max_steps

@@ -1,6 +1,5 @@
-"""The self-check: the first rows computed in a stream and one by one."""
+"""The self-check: the first rows of a run computed in one stream and one by one, and compared."""
 
-import argparse
 import math
 import sys
 import time
@@ -8,44 +7,73 @@ import time
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
+from tool_calling.engines.device import free_gpu, to_dtype
+from tool_calling.engines.fsdp import is_split
 from tool_calling.engines.graphs import make_room
 from tool_calling.engines.losses import compute_gradient
-from tool_calling.engines.start import free_gpu, to_dtype
-from tool_calling.prompts import Sample
-from tool_calling.schedule import Plan, choose_lengths, order_rows
+from tool_calling.samples import Sample
+from tool_calling.schedule import Schedule, choose_lengths
 from tool_calling.streams import build_padded, build_stream, count_tokens
 from tool_calling.terminal import plural, say, warn
 
-CHECKED_ROWS = 8  # so many rows are computed shared and by themselves at the start of each run, and compared
+CHECKED_ROWS = 8  # compared at the start of each run
 
 
-def compute_lengths(model, train: list[Sample], plan: Plan, engine: str) -> None:
-    """Compute a stream of each length of the plan, by which Unsloth's are recorded as CUDA graphs before training.
+def check_sharing(model, schedule: Schedule, engine: str) -> bool:
+    """Compute the first rows of the run in a stream and one by one; print how they differ, return whether by rounding.
 
-    On several GPUs later is too late: DistributedDataParallel ties the gradients to the stream that it is built on, and
-    CUDA refuses to record what belongs to another. Where memory runs out, nothing stays recorded.
+    Rounding changes gradients by less than 1e-4 in fp32. In 16 bits it changes them by less than 2 % as a rule, but by
+    up to 11 % where a trained model's loss is near zero. A mask that is not used, or positions that run on, change the
+    gradient of the embedded base by 180 % and more: hence a limit of 20 %.
     """
-    model.train()
-    shortest, fits = min(train, key=lambda row: len(row.input_ids)), True  # no stream is shorter
+    start = time.perf_counter()
+    rows = [schedule.samples[i] for i in schedule.order(epoch=0)[: min(CHECKED_ROWS, schedule.layout.rows)]]
     try:
-        for length in plan.lengths:
-            compute_gradient(model, [build_stream([shortest], (length,))], engine)
+        rows, loss, gradient = compare_what_fits(model, rows, schedule.layout.lengths, engine)
     except torch.OutOfMemoryError:
-        fits = False
-    if not fits:  # not above, where the failed computation is still held
-        make_room(model)
+        raise
+    except RuntimeError as error:  # usually the compiler's, which only Unsloth's attention needs
+        if engine != "unsloth" or schedule.devices > 1:
+            raise
+        reason = str(error).splitlines()[0]
+        warn(f"attention with a shared prefix cannot be computed here ({reason}): sharing is switched off")
+        return False
+    if schedule.devices > 1:
+        compute_lengths(model, schedule, engine)
+    free_gpu()
+    limit = 1e-4 if to_dtype(model.device.type) == torch.float32 else 0.2
+    if not broadcast_object_list([gradient <= limit])[0]:  # all devices do as the first one finds
+        warn(
+            f"sharing the prefix changes the loss by {loss:.1e} and the gradient by {gradient:.1e} of its norm, more "
+            f"than rounding ({limit:.0e}): sharing is switched off"
+        )
+        return False
+    verdict = "rounding" if gradient <= 0.02 else "more than usual, as rounding can where the loss is near zero"
+    say(
+        "check",
+        f"sharing changes the loss of {plural(len(rows), 'row')} by {loss:.1e} and their gradient by "
+        f"{gradient:.1e} of its norm: {verdict} ({time.perf_counter() - start:.1f} s)",
+    )
+    return True
 
 
-def relative_difference(gradient, other) -> float:
-    """Return how much a gradient differs from another, as a share of the other's norm; of all devices' parts."""
-    norms = gather_object([((gradient - other).norm().item(), other.norm().item())])
-    return math.hypot(*(norm for norm, _ in norms)) / max(math.hypot(*(norm for _, norm in norms)), sys.float_info.min)
+def compare_what_fits(model, rows: list[Sample], lengths: tuple[int, ...], engine: str) -> tuple:
+    """Return (rows compared, and what compare_sharing finds): half of the rows whenever memory runs out."""
+    while True:
+        try:
+            return rows, *compare_sharing(model, rows, lengths, engine)
+        except torch.OutOfMemoryError:
+            if len(rows) == 1 or is_split(model):  # one device alone cannot try again
+                raise
+        make_room(model)  # not above, where the failed computation is still held
+        rows = rows[: len(rows) // 2]
+        lengths = choose_lengths([count_tokens(rows)]) if lengths else ()
 
 
 def compare_sharing(model, rows: list[Sample], lengths: tuple[int, ...], engine: str) -> tuple[float, float]:
-    """Return the relative difference of the loss, and of the gradient, between rows in one stream and by themselves.
+    """Return the relative difference of the loss, and of the gradient, between rows in one stream and one by one.
 
-    By themselves: as ordinary padded batches through the model's own causal attention, with nothing of the stream.
+    One by one: as ordinary padded batches through the model's own causal attention, with nothing of the stream.
     """
     was_training = model.training
     model.train()
@@ -59,48 +87,24 @@ def compare_sharing(model, rows: list[Sample], lengths: tuple[int, ...], engine:
     return loss, relative_difference(shared[1], single[1])
 
 
-def check_sharing(args: argparse.Namespace, model, train: list[Sample], plan: Plan, engine: str) -> bool:
-    """Compute the first rows of the run shared and by themselves; print how they differ, return whether by rounding.
+def relative_difference(gradient, other) -> float:
+    """Return how much a gradient differs from another, as a share of the other's norm, over all devices' parts."""
+    norms = gather_object([((gradient - other).norm().item(), other.norm().item())])
+    return math.hypot(*(norm for norm, _ in norms)) / max(math.hypot(*(norm for _, norm in norms)), sys.float_info.min)
 
-    Rounding changes gradients by less than 1e-4 in fp32, and in 16 bits by less than 2 % as a rule; but by up to 11 %
-    was seen where a trained model's loss is near zero. A mask that is not used, or positions that run on, change that
-    of the embedded base by 180 % and more: hence a limit of 20 %.
+
+def compute_lengths(model, schedule: Schedule, engine: str) -> None:
+    """Compute a stream of each length of the schedule, so that Unsloth's are recorded as CUDA graphs before training.
+
+    On several GPUs later is too late: DistributedDataParallel ties the gradients to the CUDA stream on which it is
+    built, and CUDA refuses to record what belongs to another. If memory runs out, nothing stays recorded.
     """
-    start = time.perf_counter()
-    count, lengths = min(CHECKED_ROWS, plan.rows), plan.lengths  # no more than a stream of the run holds
-    rows = [train[i] for i in order_rows(plan, args.seed, epoch=0)[:count]]
-    while True:
-        try:
-            loss, gradient = compare_sharing(model, rows, lengths, engine)
-            break
-        except torch.OutOfMemoryError:
-            if len(rows) == 1 or args.fsdp:  # one device alone cannot try again
-                raise
-        except RuntimeError as error:  # as a rule of the compiler, which Unsloth's attention alone needs
-            if engine != "unsloth" or plan.devices > 1:
-                raise
-            warn(
-                f"attention with a shared prefix cannot be computed here ({str(error).splitlines()[0]}): sharing is "
-                "switched off"
-            )
-            return False
-        make_room(model)  # not above, where the failed computation is still held
-        rows = rows[: len(rows) // 2]
-        lengths = choose_lengths([count_tokens(rows)]) if lengths else ()
-    if plan.devices > 1:
-        compute_lengths(model, train, plan, engine)
-    free_gpu()
-    limit = 1e-4 if to_dtype(model.device.type) == torch.float32 else 0.2
-    if broadcast_object_list([gradient <= limit])[0]:  # all devices do as the first one finds
-        verdict = "rounding" if gradient <= 0.02 else "more than usual, as rounding can where the loss is near zero"
-        say(
-            "check",
-            f"sharing changes the loss of {plural(len(rows), 'row')} by {loss:.1e} and their gradient by "
-            f"{gradient:.1e} of its norm: {verdict} ({time.perf_counter() - start:.1f} s)",
-        )
-        return True
-    warn(
-        f"sharing the prefix changes the loss by {loss:.1e} and the gradient by {gradient:.1e} of its norm, "
-        f"more than rounding ({limit:.0e}): sharing is switched off"
-    )
-    return False
+    model.train()
+    shortest, fits = min(schedule.samples, key=lambda row: len(row.input_ids)), True  # no stream is shorter
+    try:
+        for length in schedule.layout.lengths:
+            compute_gradient(model, [build_stream([shortest], (length,))], engine)
+    except torch.OutOfMemoryError:
+        fits = False
+    if not fits:  # not above, where the failed computation is still held
+        make_room(model)

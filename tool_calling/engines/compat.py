@@ -1,0 +1,110 @@
+"""Every private name of other libraries that this project touches; tests/engines/test_compat.py looks for each of them.
+
+A release that moves one of these names breaks here and nowhere else.
+"""
+
+import contextlib
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+import torch.utils.checkpoint
+from torch.nn.attention.flex_attention import flex_attention
+
+# module:object, its private names, the release in which they were last seen
+PRIVATE_NAMES = [
+    (
+        "transformers:Trainer",
+        "_get_grad_norm _maybe_log_save_evaluate _get_output_dir _save_checkpoint _wrap_model _save "
+        "_save_optimizer_and_scheduler _load_optimizer_and_scheduler _load_from_checkpoint get_batch_samples "
+        "autocast_smart_context_manager evaluation_loop",
+        "transformers 5.17",
+    ),
+    ("transformers:TrainingArguments", "_setup_devices", "transformers 5.17"),
+    ("trl.trainer.utils:", "add_fused_lm_head", "trl 1.15"),
+    ("unsloth.utils.prefix_grouper_kernel:", "_flex_attention_compiled _BLOCK_MASK_CACHE", "unsloth 2026.10.9"),
+    ("unsloth.utils.prefix_grouper_kernel:", "clear_block_mask_cache _create_block_mask_compiled", "unsloth 2026.10.9"),
+]
+
+
+def compile_attention() -> None:
+    """Compile Unsloth's attention for exactly the lengths of streams: half the time of "any length".
+
+    Streams have few lengths. With fullgraph, attention that cannot be compiled is an error (see check_sharing), and is
+    not computed uncompiled, as Unsloth would.
+    """
+    from unsloth.utils import prefix_grouper_kernel
+
+    prefix_grouper_kernel._flex_attention_compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+
+def cache_block_mask(subtree_end) -> SimpleNamespace:
+    """Return the `prefix_seg_info` by which Unsloth's attention finds the block mask of a stream in its cache.
+
+    Unsloth's FlexAttention kernel shares one prefix per group (unsloth/utils/prefix_grouper_kernel.py). The tree of a
+    stream is more general and its mask simpler, so the mask is made here and put where the kernel looks first.
+    """
+    from unsloth.utils import prefix_grouper_kernel as kernel
+
+    def sees(batch, head, query, key):
+        return (key <= query) & (query < subtree_end[key])
+
+    length = len(subtree_end)
+    seg_info = SimpleNamespace(signature=object(), T=length, T_pad=length)
+    kernel.clear_block_mask_cache()  # one stream at a time
+    kernel._BLOCK_MASK_CACHE[(seg_info.signature, str(subtree_end.device))] = kernel._create_block_mask_compiled(
+        sees, B=1, H=None, Q_LEN=length, KV_LEN=length, device=subtree_end.device
+    )
+    return seg_info
+
+
+@contextlib.contextmanager
+def plain_checkpointing(decoder):
+    """Checkpoint the decoder's layers as PyTorch does, without Unsloth's copies to the CPU."""
+    checkpoint = getattr(torch.utils.checkpoint, "_old_checkpoint", torch.utils.checkpoint.checkpoint)
+    former = getattr(decoder.layers[0], "_gradient_checkpointing_func", None)
+    try:
+        for layer in decoder.layers:
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        yield
+    finally:
+        for layer in decoder.layers:
+            layer._gradient_checkpointing_func = former
+
+
+def list_rotations(decoder) -> list:
+    """Return Unsloth's tables of rotations; a longer stream replaces them in the model."""
+    return [module.get_cached() for module in decoder.modules() if hasattr(module, "get_cached")]
+
+
+def keep_4_bit_layout(model) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for bf16 on CPU.
+
+    It would do so at the first inference, and train on them from then on.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def leave_to_ddp(model) -> None:
+    """Let DistributedDataParallel average only the gradients of trained weights; FSDP owns the others."""
+    model._ddp_params_and_buffers_to_ignore = [
+        name for name, weight in model.named_parameters() if not weight.requires_grad
+    ]
+
+
+def mark_prepared(model) -> None:
+    """Keep accelerate from preparing a model: it refuses one split in part, and would average gradients once more."""
+    model._is_accelerate_prepared = True
+
+
+def use_own_device(config) -> None:
+    """Let a process use its own device alone: its GPU of several visible ones, or "cpu".
+
+    Of several CPU processes, Transformers gives each a device "cpu:0", to which torch cannot load.
+    """
+    if torch.cuda.is_available():
+        config._n_gpu = 1
+    else:
+        config.__dict__["_setup_devices"] = torch.device("cpu")

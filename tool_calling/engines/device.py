@@ -1,0 +1,54 @@
+"""The device of a run: its compute type, its memory, and the group of processes that share the work."""
+
+import gc
+import os
+
+import torch
+import torch.distributed as distributed
+
+from tool_calling.processes import is_main
+from tool_calling.terminal import say
+
+
+def to_dtype(device: str) -> torch.dtype:
+    """Return the compute type of a device: bf16 where a GPU computes it, fp16 on older GPUs, fp32 on CPU."""
+    if device != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def autocast(model):
+    """Return the mixed-precision context that the trainer uses too."""
+    dtype = to_dtype(model.device.type)
+    return torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32)
+
+
+def use_checkpointing(choice: str) -> bool:
+    """Return whether activations are computed twice instead of kept: less memory, a third more time."""
+    return torch.cuda.is_available() if choice == "auto" else choice == "on"
+
+
+def free_gpu() -> None:
+    """Give GPU memory that nothing holds any more back to the driver, for other processes."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def report_gpu() -> None:
+    """Print the GPU's name and its peak memory; nothing on CPU."""
+    if torch.cuda.is_available():
+        name, total = torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory / 2**30
+        peak = torch.cuda.max_memory_reserved() / 2**30
+        say("gpu", f"{name}, {total:.1f} GiB; {peak:.2f} GiB reserved at peak ({peak / total:.1%} of the card)")
+
+
+def leave_group() -> bool:
+    """End the work that several processes share; return whether this process goes on alone."""
+    main = is_main()
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+    if main:  # otherwise the libraries of the process that merges would wait for the others
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)
+    return main

@@ -1,0 +1,139 @@
+"""Examples as samples: one for each supervised turn, its prompt and completion as tokens."""
+
+import json
+import re
+import sys
+from functools import partial
+from typing import NamedTuple
+
+from rich.progress import track
+from rich.text import Text
+
+from tool_calling.data.examples import Example, split_examples
+from tool_calling.data.messages import is_trained
+from tool_calling.data.special_tokens import find_forbidden
+from tool_calling.prompts import check_template, find_special_tokens, render_turn
+from tool_calling.terminal import UserError, make_console, warn
+
+NOT_HELD_OUT = "no row is held out: the scores will be those of training rows and say nothing about new requests"
+
+
+class Sample(NamedTuple):
+    """One supervised turn as tokens: the prompt that a server renders, then the completion."""
+
+    source: str  # file:line of the row
+    input_ids: list[int]
+    prompt_length: int
+    completion: str = ""  # the supervised text without its end token: the reference for scores
+    tools: list[dict] = []
+    request: str = ""  # the last user message
+    parser: str = "hermes"  # reads the calls of the completion, see parse_calls
+
+
+def render_examples(
+    tokenizer, examples: list[Example], max_seq_length: int, date: str | None = None
+) -> tuple[list[list[Sample]], list[tuple[str, str]]]:
+    """Return ([samples of example 0, ...], [(source, problem), ...]); an example with a problem has no samples."""
+    turns, problems = [], []
+    parser, special = check_template(tokenizer, examples), find_special_tokens(tokenizer)
+    for index, example in enumerate(track(examples, "render", transient=True, disable=not sys.stdout.isatty())):
+        try:
+            check_special_tokens(example, special)
+            for turn, message in enumerate(example.messages):
+                if is_trained(message):
+                    turns.append((index, turn, *render_turn(tokenizer, example, turn, parser, date)))
+        except (ValueError, RecursionError) as error:
+            problems.append((index, str(error)))
+    # Prompt and completion are encoded apart: the model is served the tokens of the prompt and then writes its own.
+    encode = partial(tokenizer, add_special_tokens=False, return_attention_mask=False)
+    prompts = encode([prompt for *_, prompt, _ in turns])["input_ids"] if turns else []
+    completions = encode([completion for *_, completion in turns])["input_ids"] if turns else []
+    groups: list[list[Sample]] = [[] for _ in examples]
+    for (index, turn, _, text), prompt, completion in zip(turns, prompts, completions):
+        example, tokens = examples[index], prompt + completion
+        if len(tokens) > max_seq_length:
+            problems.append((index, describe_length(len(tokens), max_seq_length)))
+        request = next((m["content"] for m in reversed(example.messages[:turn]) if m["role"] == "user"), "")
+        text = text.removesuffix(tokenizer.eos_token)
+        groups[index].append(Sample(example.source, tokens, len(prompt), text, example.tools, request, parser))
+    for index, _ in problems:
+        groups[index] = []
+    return groups, [(examples[index].source, problem) for index, problem in problems]
+
+
+def check_special_tokens(example: Example, special: re.Pattern | None) -> None:
+    """Raise a ValueError if a message or a tool contains a special token of the tokenizer."""
+    parts = {"tools": example.tools} | {f"message {i}": part for i, part in enumerate(example.messages, start=1)}
+    for name, part in parts.items() if special else ():
+        if problem := find_forbidden(json.dumps(part, ensure_ascii=False), special):
+            raise ValueError(f"{name}: {problem}")
+
+
+def describe_length(tokens: int, max_seq_length: int) -> str:
+    """Return the problem of a sample that is too long."""
+    return f"{tokens:,} tokens; --max_seq_length is {max_seq_length:,} and no answer is ever cut"
+
+
+def to_sides(
+    examples: list[Example], held_out: list[Example], groups: list[list[Sample]], share: float
+) -> tuple[list[Sample], list[Sample]]:
+    """Return the training and held-out samples of rendered examples.
+
+    Args:
+        groups: the samples of each of `examples` and then of each of `held_out`.
+        share: of `examples` that is held out if `held_out` is empty.
+    """
+    samples = {id(example): group for example, group in zip([*examples, *held_out], groups) if group}
+    train, test = ([example for example in side if id(example) in samples] for side in (examples, held_out))
+    if not held_out:
+        train, test = split_examples(train, share)
+    return tuple([sample for example in side for sample in samples[id(example)]] for side in (train, test))
+
+
+def check_sides(train: list[Sample], held_out: list[Sample], paths: list[str], choosing: str | None) -> None:
+    """Refuse a run without a training row, and one with a flag `choosing` a checkpoint by held-out rows without any."""
+    if not train:
+        raise UserError(f"{' '.join(paths)}: no row is left to train on; lower --train_test_split or add rows")
+    if choosing and not held_out:
+        raise UserError(
+            f"{choosing}: no row is held out to choose a checkpoint by; raise --train_test_split or give "
+            "--eval_dataset_path"
+        )
+
+
+def count_origins(samples: list[Sample]) -> int:
+    """Return how many rows the samples come from: a row with several supervised turns makes several samples."""
+    return len({sample.source for sample in samples})
+
+
+def name_unit(*sides: list[Sample]) -> str:
+    """Return what samples are called on screen: rows, or turns where rows have several."""
+    return "rows" if all(count_origins(side) == len(side) for side in sides) else "turns"
+
+
+def find_shown(number: int | None, examples: list[Example]) -> str | None:
+    """Return the source of the row that --show_row asks for, or None; UserError if there is no such row."""
+    if number and number > len(examples):
+        raise UserError(f"--show_row {number}: no such row; expected 1 to {len(examples):,}, the valid rows")
+    return examples[number - 1].source if number else None
+
+
+def show_rows(tokenizer, samples: list[Sample], shown: str | None) -> None:
+    """Print every supervised turn of the row `shown` whole; without it, the first two samples, shortened."""
+    chosen = [sample for sample in samples if sample.source == shown] if shown else samples[:2]
+    if not chosen:
+        warn(f"--show_row: {shown} is left out; expected a row without a problem")
+    for sample in chosen:
+        show_row(tokenizer, sample, whole=shown is not None)
+
+
+def show_row(tokenizer, sample: Sample, whole: bool) -> None:
+    """Print a sample as the model sees it, cut unless `whole`; ▶ ... ◀ (green on a terminal) is supervised."""
+    prompt = tokenizer.decode(sample.input_ids[: sample.prompt_length])
+    completion = tokenizer.decode(sample.input_ids[sample.prompt_length :])
+    if len(prompt) > 500 and not whole:
+        prompt = f"{prompt[:160]} … {len(prompt) - 460:,} characters … {prompt[-300:]}"
+    supervised = len(sample.input_ids) - sample.prompt_length
+    head = f"\n{sample.source}  ({sample.prompt_length:,} prompt tokens, {supervised} supervised)\n"
+    text = Text(head, style="bold") + Text(prompt, style="dim") + Text(f"▶{completion}◀", style="green")
+    make_console(soft_wrap=True).print(text)
