@@ -6,6 +6,8 @@ checkpoint and soon after its second one, so that none comes to the end; the las
 the libraries are loaded once. With the flag --slow_from N, which must be the last, that step takes a minute.
 """
 
+# ruff: noqa: E402 (the root of the project is put on the path first)
+
 import os
 import random
 import signal
@@ -16,17 +18,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import train_qwen3_tool_calling as script  # noqa: E402
+import train_qwen3_tool_calling as script
+from tool_calling.checkpoints import find_checkpoint, list_checkpoints
+from tool_calling.engines.choices import find_optim
+from tool_calling.engines.device import leave_group
 from tool_calling.engines.fsdp import held_part
 from tool_calling.engines.hub import load_tokenizer
-from tool_calling.engines.start import leave_group, start_engine
+from tool_calling.engines.start import start_engine
 from tool_calling.files import lock_folder, put_in_place
 from tool_calling.processes import is_main, leave
-from tool_calling.prompts import Sample
-from tool_calling.run_folder import check_resume, find_checkpoint, is_complete, list_checkpoints, read_run, start_output
-from tool_calling.saving.merge import round_trained, save_adapter, save_whole
-from tool_calling.schedule import plan_streams, to_batches
-from tool_calling.training.trainer import build_trainer, train_model
+from tool_calling.run_folder import Run, read_run
+from tool_calling.samples import Sample
+from tool_calling.saving.merge import Trained, round_trained, save_adapter, save_whole
+from tool_calling.training.loop import train
 
 
 def make_base(folder: Path) -> None:
@@ -77,28 +81,27 @@ def live(folder: Path, flags: list[str]) -> None:
         ]
     )
     lock = lock_folder(args.output_dir)  # noqa: F841
-    if list_checkpoints(args.output_dir):
-        args.resume_from_checkpoint = "newest"
-    checkpoint, train, held_out = find_checkpoint(args), make_rows(23, seed=2), make_rows(4, seed=3)
-    former = read_run(checkpoint, vars(script.parse_args([])))
-    check_resume(args, checkpoint, former, train)
-    start_engine(args)
-    plan = plan_streams(train, args, "transformers")
-    model = script.load_model(args, "transformers", plan)
+    checkpoint = find_checkpoint(args.output_dir, "newest" if list_checkpoints(args.output_dir) else None)
+    run = Run(Path(args.output_dir), vars(args), checkpoint, read_run(checkpoint, vars(script.parse_args([]))))
+    engine = start_engine(args.engine, args.share_prefix, args.output_dir, args.seed)
+    schedule, held_out = script.plan_schedule(args, make_rows(23, seed=2), engine), make_rows(4, seed=3)
+    optim = find_optim(args.optim, whole=script.trains_whole(args))
+    run.check_agrees(schedule, optim)
+    model = script.load_model(args, engine, schedule)
     held = sum(held_part(weight).numel() for weight in model.parameters())
     print(f"holds {held / sum(weight.numel() for weight in model.parameters()):.2f} of the weights")
-    config = script.to_sft_config(args, plan, bool(held_out))
-    trainer = build_trainer(args, config, "transformers", model, load_tokenizer(args.model_id), train, held_out, plan)
-    start_output(args, checkpoint, train, plan)
-    complete = checkpoint is not None and is_complete(args, checkpoint, train)
-    train_model(trainer, checkpoint, complete)
+    trainer = script.build_run_trainer(args, model, load_tokenizer(args.model_id), schedule, held_out, engine)
+    run.start(schedule, optim)
+    train(trainer, run)
     if not args.lora_rank:
-        whole, _ = round_trained(args, trainer.model, None, to_batches(held_out, plan), "transformers")
+        base, final = args.model_id, args.final_model_dir
+        trained = Trained(base, base, None, engine, final, args.save_method, vars(args))
+        whole, _ = round_trained(trained, trainer.model, schedule.layout.batch(held_out))
     if leave_group():
         if args.lora_rank:
             save_adapter(trainer.model, args.output_dir)
         else:
-            put_in_place(args.final_model_dir, save_whole(args, whole))
+            put_in_place(args.final_model_dir, save_whole(trained, whole))
 
 
 def slow_down(step: int) -> None:

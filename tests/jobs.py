@@ -1,0 +1,84 @@
+"""Runs of the real command line that several test files make: their rows, flags, processes and files."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from conftest import ROOT, TINY, native
+
+CITIES = ["Rome", "Oslo", "Paris", "Lima", "Cairo", "Quito", "Delhi", "Turin", "Kyoto", "Perth", "Accra", "Sofia"]
+ROWS = [
+    row
+    for city in CITIES
+    for row in (
+        native(f"is it raining in {city}", ("get_weather", {"city": city})),
+        native(f"how is {city} for the next 3 days", ("get_weather", {"city": city, "days": 3})),
+    )
+]
+FINAL_FILES = [
+    "README.md",
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "run.yaml",
+    "tokenizer.json",
+    "tokenizer_config.json",
+]
+# One thread: the same sums in the same order, and no fight for the cores.
+ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+STOPPING = "stopping after this step, with a checkpoint; once more stops at once"
+
+
+def names(folder: Path) -> list[str]:
+    """Return the names in a folder, sorted."""
+    return sorted(path.name for path in folder.iterdir())
+
+
+def errors(result: subprocess.CompletedProcess) -> list[str]:
+    """Return the lines of errors that a run printed; none of them is a traceback."""
+    assert "Traceback" not in result.stderr
+    return [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+
+
+def arguments(folder: Path, *more: object) -> list:
+    """Return the flags of a run of two epochs over `folder`/rows.jsonl that writes to `folder`/out and /final."""
+    return [
+        *("--model_id", TINY),
+        *("--dataset_path", folder / "rows.jsonl"),
+        *("--tools_path", folder / "tools.json"),
+        *("--output_dir", folder / "out"),
+        *("--final_model_dir", folder / "final"),
+        *("--num_epochs", 2),
+        *("--train_test_split", 0.25),
+        *more,
+    ]
+
+
+def start(*command: object) -> subprocess.Popen:
+    """Start a Python script in a process group of its own, as a terminal does, and do not wait for it."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        cwd=ROOT,
+        start_new_session=True,
+    )
+
+
+def wait(process: subprocess.Popen, seconds: float = 120) -> subprocess.CompletedProcess:
+    """Return what a started process ended with."""
+    stdout, stderr = process.communicate(timeout=seconds)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def wait_for(condition, seconds: float = 90) -> None:
+    """Return when the condition holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)
