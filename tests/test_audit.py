@@ -30,7 +30,7 @@ ROWS = [
     native("Rome and Oslo?", ROME, ("get_weather", {"city": "Oslo"})),
     native("hello", content="Hello!"),
 ]
-NO_REFUSAL = "warning: no row without a call: a model so trained forgets to refuse\n"
+NO_REFUSAL = "warning: no row without a call: the model will forget to refuse\n"
 
 
 def audit(folder, *flags, rows=ROWS, tools=(WEATHER, ALARM, TIMER), run=run_here):

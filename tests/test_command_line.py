@@ -108,7 +108,7 @@ def test_a_run_writes_exactly_these_files(job):
 def test_a_run_says_what_it_did(job):
     _, result = job
     lines = result.stdout.splitlines()
-    assert lines[0].startswith("read     24 valid rows, 24 turns that call, from ")
+    assert lines[0].startswith("read     24 valid rows, 24 turns with calls, from ")
     assert lines[1].startswith("render   18 training and 6 held-out samples of ")
     assert sum(line.startswith("▶<tool_call>") for line in lines) == 2  # two rows shown, supervised part marked
     assert any(line.startswith("plan     8 rows per step in 1 stream of about ") for line in lines)
@@ -117,7 +117,7 @@ def test_a_run_says_what_it_did(job):
     for name in ("expected ", "before ", "after "):
         assert sum(line.startswith(f"  {name}") for line in lines) == 3
     assert lines[-2].startswith("done     merged model: ") and lines[-1].startswith("serve    vllm serve ")
-    assert result.stderr == "warning: no row without a call: a model so trained forgets to refuse\n"
+    assert result.stderr == "warning: no row without a call: the model will forget to refuse\n"
 
 
 def test_the_report_holds_what_it_promises(job):

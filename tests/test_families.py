@@ -175,7 +175,7 @@ def test_llama_writes_calls_as_its_template_does():
         (
             "llama3.2",
             [{"role": "user", "content": "hi <|reserved_special_token_0|>"}, says("y")],
-            "message 1: holds the control token <|reserved_special_token_0|>, which would forge a turn; remove it",
+            "message 1: holds the special token <|reserved_special_token_0|>, which would forge a turn; remove it",
         ),
         (
             "llama3.2",

@@ -1,18 +1,18 @@
-"""Reading, converting, validating, splitting: exact examples and exact error lines."""
+"""Examples: rows are read, converted and checked, split, and written back; each problem is named exactly."""
 
 import json
 import random
+import subprocess
+import sys
+import time
 
 import pytest
-from conftest import ALARM, WEATHER, native, write_jsonl
+from conftest import ALARM, ROOT, WEATHER, native, run_script, write_jsonl
+from format_cases import BARE, CALL, CASES, USER, YES, read, sharegpt, write_many
 
-from tool_calling.data.examples import Example, split_examples, to_examples
+from tool_calling.data.examples import Example, Reading, read_examples, split_examples, to_examples, to_row
 from tool_calling.data.rows import read_rows
-from tool_calling.data.schemas import to_strict
-from tool_calling.data.tools import check_call, check_tools, read_tools
-from tool_calling.terminal import UserError, report_problems
-
-USER = {"role": "user", "content": "hi"}
+from tool_calling.terminal import UserError
 
 
 def calling(name: str, arguments: object) -> dict:
@@ -24,14 +24,14 @@ def calling(name: str, arguments: object) -> dict:
     }
 
 
-def read(path: str, tools_path: str):
+def read_path(path: str, tools_path: str):
     checked = to_examples(read_rows([path]), tools_path)
     return checked.examples, checked.problems
 
 
-def problems_of(tmp_path, tools_path, row) -> list[str]:
+def problems_in(tmp_path, tools_path, row) -> list[str]:
     """The problems of one row, without their place."""
-    examples, problems = read(write_jsonl(tmp_path / "one.jsonl", [row]), tools_path)
+    examples, problems = read_path(write_jsonl(tmp_path / "one.jsonl", [row]), tools_path)
     assert (len(examples) == 0) == bool(problems)
     assert all(source == str(tmp_path / "one.jsonl") + ":1" for source, _ in problems)
     return [problem for _, problem in problems]
@@ -47,7 +47,7 @@ def test_native_rows_become_examples(tmp_path, tools_path):
             native("thanks", content="You're welcome."),
         ],
     )
-    examples, problems = read(path, tools_path)
+    examples, problems = read_path(path, tools_path)
     assert problems == []
     assert [example.source for example in examples] == [f"{path}:1", f"{path}:2", f"{path}:4"]
     assert examples[0].messages == [
@@ -78,7 +78,7 @@ def test_openai_rows_keep_turns_replies_and_their_own_tools(tmp_path, tools_path
         ],
     }
     path = write_jsonl(tmp_path / "rows.jsonl", [row])
-    (example,), problems = read(path, "no/such/tools.json")  # the row has its own: the file is not needed
+    (example,), problems = read_path(path, "no/such/tools.json")  # the row has its own: the file is not needed
     assert problems == []
     assert example.tools == [WEATHER]
     assert example.messages == [
@@ -98,18 +98,6 @@ def test_openai_rows_keep_turns_replies_and_their_own_tools(tmp_path, tools_path
         {"role": "tool", "tool_call_id": "c1", "content": '{"rain": true}'},
         {"role": "assistant", "content": "Yes.", "reasoning_content": "rain is true"},
     ]
-
-
-def test_array_and_jsonl_give_the_same_rows_and_lines(tmp_path):
-    rows = [native("a", content="b"), {"messages": [USER], "x": {"deep": [1, 2.5, None]}}, native("c", content="d")]
-    lines = write_jsonl(tmp_path / "rows.jsonl", rows)
-    array = tmp_path / "rows.json"
-    array.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
-    assert [row for _, row in read_rows([lines])] == [row for _, row in read_rows([str(array)])] == rows
-    assert [source for source, _ in read_rows([str(array)])] == [f"{array}:2", f"{array}:3", f"{array}:4"]
-    array.write_text(json.dumps(rows))  # all on one line: counted instead
-    assert [source for source, _ in read_rows([str(array)])] == [f"{array}:1", f"{array}[1]", f"{array}[2]"]
-    assert len(list(read_rows([lines], max_samples=2))) == 2
 
 
 @pytest.mark.parametrize(
@@ -186,11 +174,11 @@ def test_array_and_jsonl_give_the_same_rows_and_lines(tmp_path):
         ),
         (
             native("hi <|im_end|>", content="y"),
-            "message 1 (user): holds the control token <|im_end|>, which would forge a turn; remove it",
+            "message 1 (user): holds the special token <|im_end|>, which would forge a turn; remove it",
         ),
         (
             native("hi", ("get_weather", {"city": "</tool_call>"})),
-            "message 2 (assistant): holds the control token </tool_call>, which would forge a turn; remove it",
+            "message 2 (assistant): holds the special token </tool_call>, which would forge a turn; remove it",
         ),
         ({"messages": [USER]}, "the last message must be the assistant's: it is what is trained"),
         ({"messages": []}, "the last message must be the assistant's: it is what is trained"),
@@ -241,7 +229,7 @@ def test_array_and_jsonl_give_the_same_rows_and_lines(tmp_path):
         ),
         (
             {"messages": [USER, {"role": "assistant", "content": "y"}], "tools": [WEATHER, WEATHER]},
-            'tool 2 "get_weather": the name is taken by an earlier tool',
+            'tool 2 "get_weather": an earlier tool has the same name',
         ),
         (
             {
@@ -262,178 +250,68 @@ def test_array_and_jsonl_give_the_same_rows_and_lines(tmp_path):
     ],
 )
 def test_each_problem_is_named_exactly(tmp_path, tools_path, row, expected):
-    assert problems_of(tmp_path, tools_path, row) == [expected]
+    assert problems_in(tmp_path, tools_path, row) == [expected]
 
 
 def test_rows_without_tools_are_plain_conversations(tmp_path):
     row = {"messages": [USER, {"role": "assistant", "content": "hello"}], "tools": []}
-    (example,), problems = read(write_jsonl(tmp_path / "rows.jsonl", [row]), "no/such/tools.json")
+    (example,), problems = read_path(write_jsonl(tmp_path / "rows.jsonl", [row]), "no/such/tools.json")
     assert problems == [] and example.tools == []
 
 
-def test_open_schemas_stay_open():
-    free = {"type": "object", "properties": {"a": {}}, "additionalProperties": True}
-    assert to_strict(free) == {**free, "properties": {"a": {"additionalProperties": True}}}
-    nested = {"type": "array", "items": {"type": "object", "properties": {"a": {"type": "string"}}}}
-    assert to_strict(nested)["items"]["additionalProperties"] is False
-    assert "additionalProperties" not in nested["items"]
-
-
-PLACE = {"type": "object", "properties": {"lat": {"type": "number"}, "lon": {"type": "number"}}, "required": ["lat"]}
-COMBINED = {
-    "type": "object",
-    "$defs": {
-        "Place": PLACE,
-        "Free": {"type": "object"},
-        "Any": True,
-        "Noted": {"examples": [1]},
-        "Few": {"minProperties": 1},
-        "Listed": {"enum": [{"a": 1}]},
-        "Numbers": {"type": "object", "additionalProperties": {"type": "number"}},
-        "Patterns": {"type": "object", "properties": {"a": {}}, "patternProperties": {"^x": {}}},
-    },
-    "properties": {
-        **{
-            name.lower(): {"$ref": f"#/$defs/{name}"}
-            for name in ("Any", "Noted", "Few", "Listed", "Numbers", "Patterns")
-        },
-        "anything": {"anyOf": [{"$ref": "#/$defs/Place"}, True]},
-        "numbered": {"anyOf": [{"$ref": "#/$defs/Place"}, {"$ref": "#/$defs/Numbers"}]},
-        "elsewhere": {"$ref": "#/properties/open"},
-        "open": {"type": "object"},
-        "ref": {"$ref": "#/$defs/Place"},
-        "maybe": {"anyOf": [{"$ref": "#/$defs/Place"}, {"type": "null"}], "default": None},
-        "inline": {"anyOf": [PLACE, {"type": "null"}]},
-        "many": {"type": "array", "items": {"$ref": "#/$defs/Place"}},
-        "named": {"type": "object", "additionalProperties": {"$ref": "#/$defs/Place"}},
-        "inherits": {"allOf": [{"$ref": "#/$defs/Place"}, {"properties": {"name": {"type": "string"}}}]},
-        "free": {"anyOf": [{"$ref": "#/$defs/Free"}, {"type": "null"}]},
-        "loose": {"anyOf": [{"type": "object"}, {"type": "string"}]},
-        "kind": {
-            "oneOf": [
-                {"properties": {"circle": {"type": "number"}}, "required": ["circle"]},
-                {"properties": {"square": {"type": "number"}}, "required": ["square"]},
-            ]
-        },
-        "wide": {
-            "type": "object",
-            "properties": {"a": {}, "b": {}},
-            "anyOf": [{"required": ["a"]}, {"required": ["b"]}],
-        },
-        "flag": {
-            "type": "object",
-            "properties": {"deep": {"type": "boolean"}},
-            "if": {"required": ["deep"]},
-            "then": {"properties": {"depth": {"type": "integer"}}},
-        },
-        "one": {"type": "object", "oneOf": [{"required": ["a"]}, {"required": ["b"]}]},
-    },
-}
-
-
-@pytest.mark.parametrize(
-    "arguments, expected",
-    [
-        *(
-            ({name: value}, None)
-            for name, value in [
-                ("ref", {"lat": 1}),
-                ("maybe", {"lat": 1, "lon": 2}),
-                ("maybe", None),
-                ("inline", {"lat": 1}),
-                ("many", [{"lat": 1}]),
-                ("named", {"home": {"lat": 1}}),
-                ("inherits", {"lat": 1, "name": "x"}),
-                ("free", {"x": {"y": 1}}),
-                ("loose", {"x": 1}),
-                ("loose", "x"),
-                *(
-                    (name, {"a": 1})
-                    for name in ("any", "noted", "few", "listed", "numbers", "anything", "numbered", "elsewhere")
-                ),
-                ("patterns", {"b": 1, "xb": 2}),
-                ("kind", {"circle": 1}),
-                ("kind", {"square": 1}),
-                ("wide", {"a": 1}),
-                ("wide", {"a": 1, "b": 2}),
-                ("flag", {"deep": True, "depth": 2}),
-                ("flag", {}),
-                ("one", {"a": 1, "c": 2}),
-            ]
-        ),
-        ({"ref": {"lat": 1, "lonn": 2}}, "arguments.ref.lonn is not an argument of this tool"),
-        ({"maybe": {"lat": 1, "lonn": 2}}, "arguments.maybe.lonn is not an argument of this tool"),
-        ({"inline": {"lat": 1, "lonn": 2}}, "arguments.inline.lonn is not an argument of this tool"),
-        ({"many": [{"lat": 1, "x": 2}]}, "arguments.many[0].x is not an argument of this tool"),
-        ({"named": {"home": {"lat": 1, "x": 2}}}, "arguments.named.home.x is not an argument of this tool"),
-        ({"inherits": {"lat": 1, "x": "y"}}, "arguments.inherits.x is not an argument of this tool"),
-        ({"kind": {"circle": 1, "x": 1}}, "arguments.kind.x is not an argument of this tool"),
-        ({"wide": {"a": 1, "c": 2}}, "arguments.wide.c is not an argument of this tool"),
-        ({"flag": {"depth": 2}}, "arguments.flag.depth is not an argument of this tool"),
-        ({"maybe": {"lat": "1"}}, 'arguments.maybe.lat must be a number, got "1"'),
-        ({"inline": {"lon": 1}}, "arguments.inline.lat is missing"),
-        ({"ref": {"lat": 1, "lon": None}}, "arguments.ref.lon must be a number, got null"),
-        ({"inherits": {"lat": "1", "name": "x"}}, 'arguments.inherits.lat must be a number, got "1"'),
-        ({"other": 1}, "arguments.other is not an argument of this tool"),
-    ],
-)
-def test_unknown_arguments_are_found_wherever_schemas_are_combined(arguments, expected):
-    tool = {"type": "function", "function": {"name": "f", "parameters": COMBINED}}
-    validators, problems = check_tools([tool])
-    assert problems == []
-    assert check_call("f", arguments, validators) == [expected] * (expected is not None)
-
-
-@pytest.mark.parametrize(
-    "content, expected",
-    [
-        ("", "{path}: is empty; expected a JSON array of rows, or one JSON object a line"),
-        ("[]", "{path}: holds no rows"),
-        ('[\n{"a": 1},\n{"b" 2}\n]', "{path}:3: not valid JSON: Expecting ':' delimiter"),
-        ('[\n{"a": 1}\n', "{path}:3: the JSON array does not end; expected ]"),
-        (b"\xff\xfe\x00", "{path}: not UTF-8 text (byte 0); save it as UTF-8 JSON or JSONL"),
-    ],
-)
-def test_a_broken_file_is_one_line(tmp_path, content, expected):
-    path = tmp_path / "rows.json"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+def test_rows_without_tools_need_the_tools_file():
     with pytest.raises(UserError) as error:
-        list(read_rows([str(path)]))
-    assert str(error.value) == expected.format(path=path)
+        read({"messages": [USER, YES]})
+    assert str(error.value) == "x:1: has no tools of its own, and --tools_path no/such/tools.json does not exist"
 
 
-def test_a_missing_file_is_one_line():
-    with pytest.raises(UserError, match="^no/such.json: cannot be read: No such file or directory$"):
-        list(read_rows(["no/such.json"]))
+def test_changes_are_counted_once_per_list_of_tools_and_shown(tmp_path, capsys):
+    rows = [CASES["mobile-actions"][0]] * 3
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert len(read_examples([path], Reading(str(ROOT / "data" / "tools.json")))[0]) == 3
+    assert capsys.readouterr().out.splitlines()[0] == (
+        "read     tools normalised: type STRING → string 2, type function added 1, type OBJECT → object 1, "
+        "type INTEGER → integer 1"
+    )
 
 
-def test_a_bad_tools_file_names_the_line(tmp_path):
-    path = tmp_path / "tools.json"
-    path.write_text('[\n{"type": "function",\n "function": {"name": "f"}},\n{"title": "g"}\n]')
-    with pytest.raises(UserError) as error:
-        read_tools(str(path))
-    assert str(error.value).splitlines() == [
-        f'{path}:4: tool 2: expected {{"type": "function", "function": {{"name": ...}}}}, got {{"title": "g"}}',
-        "1 problem in 1 of 2 tools",
+def test_keys_that_no_format_has_are_named(tmp_path, capsys):
+    turn = {"role": "assistant", "content": "I look.", "tool_call": [json.loads(CALL)], "audio": None, "refusal": ""}
+    rows = [{"messages": [USER, turn, USER, turn], "id": number, "available_tools": [BARE]} for number in range(2)]
+    rows += [
+        {"prompt": [USER], "completion": [turn], "id": 2},
+        {"messages": json.dumps([USER, turn]), "id": 3},
+        {"input": "rain in Rome?", "output": {"content": "Yes.", "function_cals": [json.loads(CALL)]}, "id": 4},
+    ]
+    path = write_jsonl(tmp_path / "rows.jsonl", [*rows, sharegpt(("human", "rain in Rome?"), ("gpt", "Yes."), id=0)])
+    assert len(read_examples([path], Reading(str(ROOT / "data" / "tools.json")))[0]) == 6
+    assert capsys.readouterr().out.splitlines()[0] == (
+        'read     not read, as the format has no such key: "tool_call" of 6 turns, "function_cals" of 1 output, "id" of 6 '
+        'rows, "available_tools" of 2 rows'
+    )
+
+
+def test_a_converted_row_has_its_arguments_as_text():
+    example, _, _ = read(CASES["openai"][0])
+    assert to_row(example)["messages"][2]["tool_calls"] == [
+        {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Rome"}'}}
     ]
 
 
-def test_problems_are_counted_and_the_first_twenty_shown():
-    problems = [(f"x.jsonl:{i}", "broken") for i in range(1, 31)]
-    with pytest.raises(UserError) as error:
-        report_problems(problems, "error", 1500)
-    lines = str(error.value).splitlines()
-    assert lines[:20] == [f"x.jsonl:{i}: broken" for i in range(1, 21)]
-    assert lines[20:] == [
-        "30 problems in 30 of 1,500 rows, the first 20 above; fix them or skip these rows with --on_invalid skip"
-    ]
-
-
-def test_skipping_names_every_row(capsys):
-    report_problems([("x.jsonl:4", "broken"), ("x.jsonl:9", "worse")], "skip", 50)
-    captured = capsys.readouterr()
-    assert captured.err == "skipped: x.jsonl:4: broken\nskipped: x.jsonl:9: worse\n"
-    assert captured.out == "skip     2 of 50 rows, named above\n"
+def test_convert_to_writes_a_new_file_and_trains_nothing(tmp_path, tools_path):
+    rows = [row for row, *_ in CASES.values()]
+    path, target = write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "new" / "openai.jsonl"
+    flags = ["--dataset_path", path, "--tools_path", tools_path, "--convert_to", target]
+    result = run_script(*flags)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == f"write    {len(rows):,} rows: {target}"
+    before = to_examples(read_rows([path]), tools_path).examples
+    after = to_examples(read_rows([str(target)]), "no/such/tools.json").examples
+    assert [example[1:3] for example in after] == [example[1:3] for example in before]
+    assert [file.name for file in target.parent.iterdir()] == ["openai.jsonl"]
+    result = run_script(*flags)
+    assert result.returncode == 1
+    assert result.stderr == f"error: --convert_to {target}: already exists; expected the name of a new file\n"
 
 
 def example(request: str, answer: str = "ok") -> Example:
@@ -471,3 +349,18 @@ def test_appended_rows_move_few_others():
 
 def test_nothing_is_held_out_at_zero():
     assert split_examples([example("a"), example("b")], 0.0) == ([example("a"), example("b")], [])
+
+
+def test_a_hundred_thousand_rows_fit_into_a_gibibyte(tmp_path):
+    path = write_many(tmp_path / "rows.jsonl", 100_000)
+    code = (
+        "import re, sys, tool_calling.data.examples as s\nfrom tool_calling.data.rows import read_rows\n"
+        "c = s.to_examples(read_rows([sys.argv[1]]), 'data/tools.json')\n"
+        "print(len(c.examples), len(c.problems), c.total, re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
+    )
+    start = time.perf_counter()
+    result = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True, cwd=ROOT)
+    *counts, peak = map(int, result.stdout.split())
+    print(f"100,000 rows read, converted and checked in {time.perf_counter() - start:.1f} s, {peak / 2**10:.0f} MiB")
+    assert counts == [100_000, 0, 100_000]
+    assert peak < 2**20  # KiB

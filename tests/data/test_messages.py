@@ -1,0 +1,75 @@
+"""Messages: replies answer calls, reasoning and text are read from every place, weight 0 is not trained."""
+
+import json
+
+import pytest
+from conftest import ROOT
+from format_cases import CALL, REPLY, TOOLS, USER, YES, parts, read
+
+from tool_calling.data.messages import to_message
+from tool_calling.samples import render_examples
+
+
+def replied(call_ids: list, reply_ids: list) -> dict:
+    """A row with these ids at its calls and replies (None: no id)."""
+    made = [{**({"id": name} if name else {}), "function": json.loads(CALL)} for name in call_ids]
+    replies = [{**REPLY, **({"tool_call_id": name} if name else {})} for name in reply_ids]
+    return {"tools": TOOLS, "messages": [USER, {"role": "assistant", "tool_calls": made}, *replies, YES]}
+
+
+@pytest.mark.parametrize(
+    "call_ids, reply_ids, expected",
+    [
+        (["a", "b"], ["b", "a"], []),
+        (["a", "b"], ["a", "c"], ['message 4 answers call "c", which is not open']),
+        (["a", "b"], ["a", "a"], ['message 4 answers call "a", which is not open']),
+        (
+            ["a", "b"],
+            ["a"],
+            ['message 4 has the role "assistant"; expected tool; 1 of its calls still wait for their reply'],
+        ),
+        ([None, None], [None], []),
+        ([None, None], [None, None], []),
+        (["a", "b"], [None], []),
+        ([None, None], [], ['message 3 has the role "assistant"; expected tool']),
+        ([None], [None, None], ['message 4 has the role "tool"; expected assistant']),
+    ],
+)
+def test_replies_answer_the_open_calls(call_ids, reply_ids, expected):
+    assert read(replied(call_ids, reply_ids))[1] == expected
+
+
+def test_reasoning_that_holds_nothing_is_none():
+    message = {"role": "assistant", "content": "Yes.", "reasoning_content": [], "thinking": None, "reasoning": {}}
+    assert to_message(message) == YES
+    parts_of_it = {**message, "reasoning_content": parts("It ", "rains.")}
+    assert to_message(parts_of_it) == {**YES, "reasoning_content": "It rains."}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"name": "John", "arguments": ["pro", "con"]}',
+        '{"name": "x", "function_call": null}',
+        '{"city": "Rome"}',
+        '[{"role": "assistant", "tool_calls": []}]',
+        "```json\n{}\n``` is empty",
+        "a" + " " * 1_000_000 + "b",
+        "`{" + " " * 1_000_000,
+    ],
+)
+def test_answers_that_look_like_calls_and_are_none_are_text(content):
+    example, problems, _ = read(
+        {"messages": [{**USER, "content": "What is [TOOL_CALLS]?"}, {**YES, "content": content}]},
+        tools_path=str(ROOT / "data" / "tools.json"),
+    )
+    assert problems == [] and example.messages[1]["content"] == content
+
+
+def test_turns_of_weight_0_are_not_trained(tokenizer):
+    messages = [USER, {**YES, "weight": 0}, {"role": "user", "content": "sure?"}, {**YES, "content": "I am."}]
+    example, problems, _ = read({"messages": messages, "tools": []})
+    assert problems == []
+    ((sample,),), problems = render_examples(tokenizer, [example], 4096)
+    assert problems == [] and sample.completion == "I am."
+    assert "Yes." in tokenizer.decode(sample.input_ids[: sample.prompt_length])
