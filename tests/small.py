@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from conftest import patch
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -49,6 +50,12 @@ CASES = {
     "the same row twice": [row(TOOLS_A, [21, 22])] * 2,
     "prompts of one token": [row([7], [8]), row([7], [9])],
 }
+token = st.integers(1, 3)  # few tokens, so that prefixes meet by chance
+ROWS_OF_TOKENS = st.lists(
+    st.builds(row, st.lists(token, min_size=1, max_size=8), st.lists(token, min_size=1, max_size=3)),
+    min_size=1,
+    max_size=7,
+)
 
 
 def make_schedule(samples: list[Sample], rows: int, lengths: tuple[int, ...] = (), **more) -> Schedule:

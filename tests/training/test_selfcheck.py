@@ -1,0 +1,103 @@
+"""The self-check: it passes by rounding alone, draws no dropout, and switches off what cannot be computed."""
+
+import pytest
+import torch
+from conftest import patch
+from small import CASES, TRAIN, limit_memory, make_adapted, make_schedule, make_trainer, row
+
+from tool_calling.training import selfcheck
+from tool_calling.training.selfcheck import check_sharing, compare_sharing, compute_lengths
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A small random Qwen3 with LoRA whose two factors are both alive."""
+    return make_adapted()
+
+
+def test_the_self_check_draws_no_dropout(model):
+    dropout = torch.nn.Dropout(0.5)
+    handle = model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: dropout(output))
+    model.dropout_of_this_test = dropout
+    try:
+        loss, gradient = compare_sharing(model, CASES["one tool set"], (), "transformers")
+    finally:
+        handle.remove()
+        del model.dropout_of_this_test
+    assert loss < 1e-4 and gradient < 1e-4
+
+
+def test_the_self_check_passes_and_a_broken_mask_fails_it(model, monkeypatch, capsys):
+    train = CASES["one tool set"] + CASES["one tool set"]
+    schedule = make_schedule(train, 4, seed=1)
+    assert check_sharing(model, schedule, "transformers") is True
+    assert capsys.readouterr().out.startswith("check    sharing changes the loss of 4 rows by ")
+
+    def everything_before(subtree_end):
+        return torch.ones(1, 1, len(subtree_end), len(subtree_end), dtype=torch.bool).tril()
+
+    patch(monkeypatch, "to_attention_mask", everything_before)
+    assert check_sharing(model, schedule, "transformers") is False
+    assert "more than rounding (1e-04): sharing is switched off" in capsys.readouterr().err
+
+
+def test_on_several_devices_a_stream_of_each_length_is_computed_before_training(model):
+    train = [*CASES["one tool set"], row([1, 2], [3], "short:1")]
+    computed = []
+    handle = model.get_input_embeddings().register_forward_hook(lambda *given: computed.append(given[1][0].shape[1]))
+    try:
+        for devices in (1, 2):
+            schedule = make_schedule(train, 4, (16, 32, 64), seed=1, devices=devices)
+            assert check_sharing(model, schedule, "transformers") is True
+            streams = [length for length in computed if length in schedule.layout.lengths]
+            assert streams == [32] if devices == 1 else [32, 16, 32, 64]  # the rows of the check need 32
+            computed.clear()
+    finally:
+        handle.remove()
+
+
+def test_where_recording_runs_out_of_memory_nothing_stays_recorded(model, monkeypatch):
+    decoder, computed = model.get_base_model().model, []
+
+    def compute(model, batches, engine):
+        computed.append(batches[0]["input_ids"].shape[1])
+        if computed[-1] == 64:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(selfcheck, "compute_gradient", compute)
+    monkeypatch.setattr(decoder, "graphs", {}, raising=False)
+    compute_lengths(model, make_schedule(CASES["one tool set"], 4, (32, 64, 128)), "unsloth")
+    assert computed == [32, 64] and decoder.graphs is None
+
+
+def test_the_self_check_takes_fewer_rows_when_memory_is_short(tmp_path, tokenizer, monkeypatch, capsys):
+    trainer = make_trainer(tmp_path, tokenizer, "--batch_size", "8", "--gradient_accumulation_steps", "1")
+    schedule = make_schedule(TRAIN, 8)
+    limit_memory(monkeypatch, 20)
+    assert check_sharing(trainer.model, schedule, "transformers") is True
+    assert capsys.readouterr().out.startswith("check    sharing changes the loss of 4 rows by ")
+    limit_memory(monkeypatch, 5)
+    with pytest.raises(torch.OutOfMemoryError):
+        check_sharing(trainer.model, schedule, "transformers")
+
+
+def test_a_kernel_that_cannot_be_compiled_switches_sharing_off(tmp_path, tokenizer, monkeypatch, capsys):
+    trainer = make_trainer(tmp_path, tokenizer)
+
+    def fail(*_):
+        raise RuntimeError("No valid triton configs.\nout of resource: shared memory")
+
+    monkeypatch.setattr(selfcheck, "compare_sharing", fail)
+    assert check_sharing(trainer.model, make_schedule(TRAIN, 8), "unsloth") is False
+    assert capsys.readouterr().err == (
+        "warning: attention with a shared prefix cannot be computed here (No valid "
+        "triton configs.): sharing is switched off\n"
+    )
+    for engine, devices in (("unsloth", 2), ("transformers", 1)):  # one device does not decide for all; and a bug
+        with pytest.raises(RuntimeError):
+            check_sharing(trainer.model, make_schedule(TRAIN, 8, devices=devices), engine)
+
+
+def test_a_loss_of_nothing_can_be_compared(monkeypatch):
+    monkeypatch.setattr(selfcheck, "compute_gradient", lambda *_: (0.0, torch.zeros(3)))
+    assert compare_sharing(torch.nn.Linear(1, 1), TRAIN[:2], (), "transformers") == (0.0, 0.0)
