@@ -12,8 +12,6 @@ a second and not an hour; modules that need torch are therefore imported inside 
 
 import argparse
 import contextlib
-import errno
-import json
 import os
 import shlex
 import signal
@@ -30,8 +28,8 @@ from tool_calling.data.formats import FORMATS
 from tool_calling.data.literals import as_list
 from tool_calling.data.messages import is_trained
 from tool_calling.environment import refuse_telemetry, return_pages
-from tool_calling.files import discard_partial, is_disk_full, lock_folder, put_in_place, write_file
-from tool_calling.fresh import run_fresh
+from tool_calling.failures import explain_failure
+from tool_calling.files import discard_partial, lock_folder
 from tool_calling.processes import (
     LAUNCHER,
     PATIENCE,
@@ -48,7 +46,6 @@ from tool_calling.samples import (
     NOT_HELD_OUT,
     check_sides,
     count_origins,
-    describe_length,
     find_shown,
     name_unit,
     render_examples,
@@ -56,7 +53,7 @@ from tool_calling.samples import (
     to_sides,
 )
 from tool_calling.saving.gguf import check_gguf, find_gguf_tools
-from tool_calling.terminal import FlagError, UserError, drop_output, hide_secrets, report_problems, say, warn
+from tool_calling.terminal import FlagError, UserError, hide_secrets, report_problems, say, warn
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Defaults: edit these for a new dataset; each is also a flag
@@ -497,21 +494,24 @@ def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.Ex
         locks.enter_context(lock_folder(args.output_dir))
     if final:
         locks.enter_context(lock_folder(final, "--final_model_dir"))
+    from tool_calling.report import finish, measure_lengths, to_report
+    from tool_calling.saving.handover import Serving, hand_over
+    from tool_calling.saving.proof import Questions, prove
+
     with discard_partial(final) if final else contextlib.nullcontext():
         saved = train_and_save(args, run, trained, tokenizer, schedule, held_out)
         if saved is None:  # not the first process
             return None
         trained, facts, layout, before = saved
-        proof = prove(args, trained, (held_out or samples)[: args.eval_samples], layout, before)
+        questions = Questions((held_out or samples)[: args.eval_samples], args.eval_batch_size, args.max_new_tokens)
+        proof = prove(trained, questions, layout, before)
 
     # Report, and hand over.
-    from tool_calling.report import finish, measure_lengths, to_report
-
     skipped = total - count_origins(samples) - count_origins(held_out)
     data = {"train": len(samples), "held_out": len(held_out), "skipped": skipped, "unit": name_unit(samples, held_out)}
     report = to_report(vars(args), command, proof, data | measure_lengths(samples), facts)
     report = finish(args.output_dir, report, proof)
-    hand_over(args, report, trained, tokenizer, gguf, (config.model_type, samples[0].parser, thinks))
+    hand_over(report, trained, tokenizer, gguf, Serving(config.model_type, samples[0].parser, thinks))
     return report
 
 
@@ -681,113 +681,39 @@ def train_and_save(args: argparse.Namespace, run: Run, trained, tokenizer, sched
     return trained, facts, layout, before
 
 
-def prove(args: argparse.Namespace, trained, samples: list, layout, before: float | None):
-    """Return the Proof of base, adapter and merged model on the samples; put the merged model in place.
-
-    UserError if what was saved does not do what was trained.
-    """
-    from tool_calling.saving.proof import Questions, check_merged, check_trained, merge_and_score, show_saved
-    from tool_calling.scores import Proof
-
-    start = time.perf_counter()
-    questions = Questions(samples, args.eval_batch_size, args.max_new_tokens)
-    proof = Proof.of(samples, run_fresh(merge_and_score, trained, questions, layout))
-    if not trained.adapter:
-        check_trained(trained, proof.results["trained"]["loss"], before)
-    elif "merged" in proof.results:
-        check_merged(trained, proof)
-    if args.save_method != "lora":
-        put_in_place(args.final_model_dir)
-    show_saved(args.save_method, proof.results, before, time.perf_counter() - start)
-    return proof
-
-
-def hand_over(args: argparse.Namespace, report: dict, trained, tokenizer, gguf: tuple, served: tuple) -> None:
-    """Write model cards and GGUF files, upload, and say how to serve; what was proven stays, whatever fails here.
-
-    Args:
-        served: (model type, parser of calls, whether the model was trained to think).
-    """
-    from tool_calling.saving.card import to_lora_words, to_vllm_command, write_card
-    from tool_calling.saving.gguf import write_gguf
-
-    model_type, parser, thinks = served
-    only_adapter = args.save_method == "lora"
-    result = trained.adapter if only_adapter else args.final_model_dir
-    for folder in {trained.adapter, result} - {None}:
-        write_card(folder, report, lambda words: to_vllm_command(model_type, words, parser, thinks))
-    if args.save_gguf:
-        folder = write_gguf(result, args.save_gguf, gguf, tokenizer, args.max_seq_length, thinks)
-        modelfile = shlex.quote(str(folder / "Modelfile"))
-        say("gguf", f"{folder}: {args.save_gguf}; for Ollama: ollama create NAME -f {modelfile}")
-    if args.push_to_hub:
-        from tool_calling.saving.upload import push_folder
-
-        say("push", push_folder(args.push_to_hub, result))
-    say("done", f"{'adapter' if only_adapter else 'merged model' if trained.adapter else 'trained model'}: {result}")
-    words = to_lora_words(args.model_id, result, args.lora_rank) if only_adapter else shlex.quote(result)
-    say("serve", to_vllm_command(model_type, words, parser, thinks))
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # What trains nothing
 # ----------------------------------------------------------------------------------------------------------------------
 def dry_run(args: argparse.Namespace) -> dict:
     """Print, write and return what a run would do, without a GPU and without weights; problems of rows come last."""
     start, reading = time.perf_counter(), to_reading(args)
-    read = check_rows(args.dataset_path, reading)
-    more = check_rows(args.eval_dataset_path, reading) if args.eval_dataset_path else Checked()
-    both, total = [*read.examples, *more.examples], read.total + more.total
-    shown = find_shown(args.show_row, both)
+    sides = [
+        check_rows(paths, reading) if paths else Checked() for paths in (args.dataset_path, args.eval_dataset_path)
+    ]
+    shown = find_shown(args.show_row, [*sides[0].examples, *sides[1].examples])
 
-    from tool_calling.audit import audit_lengths, audit_rows, find_model, list_some, show_data, show_run
+    from tool_calling.audit import Data, find_model, show_audit, write_audit
     from tool_calling.engines.start import quiet_libraries
 
     quiet_libraries()
     tokenizer, missing, config = find_model(args.model_id, args.trust_remote_code)
-    limit = sys.maxsize if missing else args.max_seq_length  # a limit in tokens says nothing about characters
-    groups, unrendered = render_examples(tokenizer, both, sys.maxsize)
-    kept, lengths = audit_lengths(both, groups, limit)
-    too_long = [(source, describe_length(size, limit)) for source, size in lengths["too_long"]]
-    problems = [*read.problems, *more.problems, *unrendered, *too_long]
-    train, held_out = to_sides(read.examples, more.examples, kept, args.train_test_split)
-    bad, unmeasured = len({source for source, _ in problems}), train and not held_out and args.train_test_split > 0
-    audit = {
-        "rows": {
-            "total": total,
-            "valid": total - bad,
-            "with_problems": bad,
-            "training": count_origins(train),
-            "held_out": count_origins(held_out),
-        },
-        **audit_rows(tokenizer, read.examples, more.examples, groups),
-        "problems": list_some(problems),
-        "unit": "characters" if missing else "tokens",
-        "tokenizer_missing": missing,
-        "length": {} if missing else lengths,
-        "warnings": find_warnings(read.examples, more.examples) + ([NOT_HELD_OUT] if unmeasured else []),
-    }
-    if train:
-        audit |= audit_run(argparse.Namespace(**vars(args) | {"max_seq_length": limit}), train, config)
-    show_data(audit)
-    if train:
-        show_run(audit)
-    for warning in audit["warnings"]:
-        warn(warning)
+    data = Data.of(sides, tokenizer, missing, args.max_seq_length, args.train_test_split)
+    audit = data.audit()
+    if data.train:
+        audit |= audit_run(args, data, config)
+    show_audit(audit)
     if shown and missing:
         warn("--show_row: without the tokenizer a row cannot be shown as the model sees it")
     elif shown:
-        show_rows(tokenizer, [turn for group in groups for turn in group], shown)
-    mark_output(vars(args), args.output_dir)
-    path, text = Path(args.output_dir) / "audit.json", hide_secrets(json.dumps(audit, indent=1, ensure_ascii=False))
-    write_file(path, text)
-    say("audit", f"{path} ({time.perf_counter() - start:.1f} s)")
-    report_problems(problems, args.on_invalid, total)
-    check_sides(train, held_out, args.dataset_path, find_choosing(args))
-    return json.loads(text)
+        show_rows(tokenizer, [sample for group in data.groups for sample in group], shown)
+    audit = write_audit(audit, vars(args), args.output_dir)
+    say("audit", f"{Path(args.output_dir) / 'audit.json'} ({time.perf_counter() - start:.1f} s)")
+    report_problems(data.problems, args.on_invalid, data.total)
+    check_sides(data.train, data.held_out, args.dataset_path, find_choosing(args))
+    return audit
 
 
-def audit_run(args: argparse.Namespace, samples: list, config) -> dict:
+def audit_run(args: argparse.Namespace, data, config) -> dict:
     """Return plan, tokens of an epoch and files of a run on CUDA; with a config also its memory and disk."""
     from tool_calling.audit import audit_costs, audit_schedule, list_writes
     from tool_calling.engines.choices import find_optim
@@ -796,8 +722,9 @@ def audit_run(args: argparse.Namespace, samples: list, config) -> dict:
     from tool_calling.estimates import Footprint
 
     engine = "transformers" if args.engine == "transformers" else "unsloth"
-    args.share_prefix = args.share_prefix and (config is None or can_share(engine, config))
-    schedule, saving = plan_schedule(args, samples, engine), to_saving(args)
+    share = args.share_prefix and (config is None or can_share(engine, config))
+    limited = argparse.Namespace(**vars(args) | {"max_seq_length": data.limit, "share_prefix": share})
+    schedule, saving = plan_schedule(limited, data.train, engine), to_saving(args)
     checkpoints = schedule.list_saves(args.save_steps)
     audit = audit_schedule(schedule, checkpoints)
     audit["files"] = list_writes(saving, bool(args.lora_rank), checkpoints)
@@ -885,31 +812,12 @@ def run_command_line() -> int:
             print(explain_interrupt(args, argv, stop.args[0], began), file=sys.stderr)
         return 128 + stop.args[0]
     except (OSError, MemoryError, RuntimeError) as error:
-        lines = explain_machine(error)
-        if lines is None:
+        if (explained := explain_failure(error)) is None:
             raise
+        lines = [explained]
     for line in lines:
         print(f"error: {hide_secrets(line)}", file=sys.stderr)
     return code
-
-
-def explain_machine(error: Exception) -> list[str] | None:
-    """Return what ended the run if the machine did: its disk, its memory, a file, or a reader of the output."""
-    if isinstance(error, BrokenPipeError):
-        drop_output()
-        return ["nobody reads the output any more: the run ends here"]
-    if isinstance(error, OSError):
-        if is_disk_full(error):
-            return [f"{error.filename or 'output'}: the disk is full; free some space and run again"]
-        known = error.filename and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
-        return [f"{error.filename}: {error.strerror}"] if known else None
-    memory = {"MemoryError": "memory", "OutOfMemoryError": "GPU memory"}.get(type(error).__name__)  # torch's by name
-    if memory is None:
-        return None
-    return [
-        f"out of {memory}; lower --batch_size or --max_seq_length (while answers are generated, "
-        "--eval_batch_size), or choose a smaller --model_id"
-    ]
 
 
 def explain_interrupt(args: argparse.Namespace, argv: list[str], number: int, began: float) -> str:

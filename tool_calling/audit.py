@@ -2,21 +2,31 @@
 
 import json
 import shutil
+import sys
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from tool_calling.checkpoints import list_checkpoints
-from tool_calling.data.examples import Example, digest_prompt, find_first_answer, find_leaks, list_calls
+from tool_calling.data.examples import (
+    Checked,
+    Example,
+    digest_prompt,
+    find_first_answer,
+    find_leaks,
+    find_warnings,
+    list_calls,
+)
 from tool_calling.engines.hub import check_kind, load_config, load_tokenizer
 from tool_calling.estimates import Footprint, Saving
-from tool_calling.files import digest, find_existing
+from tool_calling.files import digest, find_existing, write_file
 from tool_calling.prompts import render_text
-from tool_calling.samples import Sample
+from tool_calling.run_folder import mark_output
+from tool_calling.samples import NOT_HELD_OUT, Sample, count_origins, describe_length, render_examples, to_sides
 from tool_calling.schedule import Schedule
-from tool_calling.terminal import UserError, list_first, plural, say, show_table
+from tool_calling.terminal import UserError, hide_secrets, list_first, plural, say, show_table, warn
 
 LISTED = 1000  # rows that audit.json names for each finding; all are counted
 SHOWN_PAIRS = 5  # rows that the screen names for each finding
@@ -158,15 +168,61 @@ def audit_repeats(examples: list[Example], held_out: list[Example]) -> dict:
     }
 
 
-def audit_rows(tokenizer, examples: list[Example], held_out: list[Example], groups: list[list[Sample]]) -> dict:
-    """Return what the rows call, how long they are, and which repeat or contradict others."""
-    both = [*examples, *held_out]
-    return {
-        **audit_calls(both),
-        "turns": sum(map(len, groups)),
-        "sizes": audit_sizes(tokenizer, both, groups),
-        "repeats": audit_repeats(examples, held_out),
-    }
+@dataclass(frozen=True)
+class Data:
+    """The rows of a run, rendered: samples of both sides, and the problems of all."""
+
+    examples: list[Example]
+    eval_examples: list[Example]  # of --eval_dataset_path
+    tokenizer: object
+    missing: str  # why there is no tokenizer, or ""
+    limit: int  # --max_seq_length
+    share: float  # of the examples that is held out if there are no eval_examples
+    total: int  # rows read
+    problems: list[tuple[str, str]]
+    groups: list[list[Sample]]  # the samples of each example, long ones too
+    lengths: dict  # see audit_lengths
+    train: list[Sample]
+    held_out: list[Sample]
+
+    @classmethod
+    def of(cls, sides: list[Checked], tokenizer, missing: str, limit: int, share: float) -> "Data":
+        """Render the checked rows of --dataset_path and --eval_dataset_path."""
+        limit = sys.maxsize if missing else limit  # a limit in tokens says nothing about characters
+        both = [*sides[0].examples, *sides[1].examples]
+        groups, unrendered = render_examples(tokenizer, both, sys.maxsize)
+        kept, lengths = audit_lengths(both, groups, limit)
+        too_long = [(source, describe_length(size, limit)) for source, size in lengths["too_long"]]
+        problems = [*sides[0].problems, *sides[1].problems, *unrendered, *too_long]
+        train, held_out = to_sides(sides[0].examples, sides[1].examples, kept, share)
+        total = sides[0].total + sides[1].total
+        examples, eval_examples = sides[0].examples, sides[1].examples
+        return cls(
+            examples, eval_examples, tokenizer, missing, limit, share, total, problems, groups, lengths, train, held_out
+        )
+
+    def audit(self) -> dict:
+        """Return what the rows are and call, how long they are, and what is wrong with them."""
+        both, bad = [*self.examples, *self.eval_examples], len({source for source, _ in self.problems})
+        unmeasured = self.train and not self.held_out and self.share > 0  # a share of 0 is meant
+        return {
+            "rows": {
+                "total": self.total,
+                "valid": self.total - bad,
+                "with_problems": bad,
+                "training": count_origins(self.train),
+                "held_out": count_origins(self.held_out),
+            },
+            **audit_calls(both),
+            "problems": list_some(self.problems),
+            "unit": "characters" if self.missing else "tokens",
+            "tokenizer_missing": self.missing,
+            "turns": sum(map(len, self.groups)),
+            "sizes": audit_sizes(self.tokenizer, both, self.groups),
+            "length": {} if self.missing else self.lengths,
+            "repeats": audit_repeats(self.examples, self.eval_examples),
+            "warnings": find_warnings(self.examples, self.eval_examples) + ([NOT_HELD_OUT] if unmeasured else []),
+        }
 
 
 def audit_costs(footprint: Footprint, saving: Saving, schedule: Schedule, checkpoints: list[int]) -> dict:
@@ -303,3 +359,20 @@ def show_run(audit: dict) -> None:
     )
     if replaced:
         say("", f"instead of: {list_first(replaced, SHOWN_PAIRS)}")
+
+
+def show_audit(audit: dict) -> None:
+    """Print the audit, and its warnings."""
+    show_data(audit)
+    if "plan" in audit:
+        show_run(audit)
+    for warning in audit["warnings"]:
+        warn(warning)
+
+
+def write_audit(audit: dict, settings: dict, folder: str) -> dict:
+    """Write audit.json into the output folder and return what it holds; the run.yaml of an earlier run stays."""
+    mark_output(settings, folder)
+    text = hide_secrets(json.dumps(audit, indent=1, ensure_ascii=False))
+    write_file(Path(folder) / "audit.json", text)
+    return json.loads(text)

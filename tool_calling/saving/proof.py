@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import time
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,8 @@ from tool_calling.engines.hub import load_tokenizer
 from tool_calling.engines.loading import find_place, load_adapter, load_base, warn_if_spread
 from tool_calling.engines.losses import measure_loss
 from tool_calling.engines.start import quiet_libraries
-from tool_calling.files import partial_folder
+from tool_calling.files import partial_folder, put_in_place
+from tool_calling.fresh import run_fresh
 from tool_calling.samples import Sample
 from tool_calling.saving.merge import (
     MERGE_SLACK,
@@ -41,6 +43,27 @@ class Questions:
     def ask(self, model, tokenizer, name: str) -> list[str]:
         """Return the greedy answers of a model; `name` is on the progress bar."""
         return generate_answers(model, tokenizer, self.samples, self.batch_size, self.max_new_tokens, name)
+
+
+def prove(trained: Trained, questions: Questions, layout: Layout, before: float | None) -> Proof:
+    """Return the answers of base, adapter and merged model with their scores, and put the merged model in place.
+
+    UserError if what was saved does not do what was trained.
+
+    Args:
+        layout: in which losses are compared.
+        before: the held-out loss of fully trained weights before they were saved.
+    """
+    start = time.perf_counter()
+    proof = Proof.of(questions.samples, run_fresh(merge_and_score, trained, questions, layout))
+    if not trained.adapter:
+        check_trained(trained, proof.results["trained"]["loss"], before)
+    elif "merged" in proof.results:
+        check_merged(trained, proof)
+    if trained.method != "lora":
+        put_in_place(trained.final)
+    show_saved(trained.method, proof.results, before, time.perf_counter() - start)
+    return proof
 
 
 def load_scored(model_id: str, base: str, flag: str, load_in_4bit: bool, trust: bool):

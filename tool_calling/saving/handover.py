@@ -1,0 +1,49 @@
+"""The end of a run: cards, GGUF files, an upload, and the command that serves the model."""
+
+import shlex
+from dataclasses import dataclass
+
+from tool_calling.saving.card import to_lora_words, to_vllm_command, write_card
+from tool_calling.saving.gguf import write_gguf
+from tool_calling.saving.merge import Trained
+from tool_calling.saving.upload import push_folder
+from tool_calling.terminal import say
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How a server is to treat the model."""
+
+    model_type: str  # its family, as in config.json
+    parser: str  # reads its calls, by vLLM's name
+    thinks: bool  # whether it was trained to think
+
+    def to_command(self, words: str) -> str:
+        """Return vLLM's command for the words that name a model (see to_vllm_command)."""
+        return to_vllm_command(self.model_type, words, self.parser, self.thinks)
+
+
+def hand_over(
+    report: dict, trained: Trained, tokenizer, gguf_tools: tuple[list[str], list[str]], serving: Serving
+) -> None:
+    """Write model cards and GGUF files, upload, and print how to serve; what was proven stays, whatever fails here.
+
+    Args:
+        report: as write_report returns it; its settings say what to write and where to upload.
+        gguf_tools: see find_gguf_tools.
+    """
+    settings, result = report["args"], trained.adapter if trained.method == "lora" else trained.final
+    for folder in {trained.adapter, result} - {None}:
+        write_card(folder, report, serving.to_command)
+    if names := settings["save_gguf"]:
+        folder = write_gguf(result, names, gguf_tools, tokenizer, settings["max_seq_length"], serving.thinks)
+        modelfile = shlex.quote(str(folder / "Modelfile"))
+        say("gguf", f"{folder}: {names}; for Ollama: ollama create NAME -f {modelfile}")
+    if repo := settings["push_to_hub"]:
+        say("push", push_folder(repo, result))
+    kind = "adapter" if trained.method == "lora" else "merged model" if trained.adapter else "trained model"
+    say("done", f"{kind}: {result}")
+    words = shlex.quote(result)
+    if trained.method == "lora":
+        words = to_lora_words(trained.model_id, result, settings["lora_rank"])
+    say("serve", serving.to_command(words))
