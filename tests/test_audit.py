@@ -2,23 +2,25 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import yaml
-from conftest import ALARM, ROOT, TINY, WEATHER, native, patch, qwen3_config, run_here, run_script, write_jsonl
+from conftest import ALARM, ROOT, TINY, WEATHER, native, run_here, run_script, write_jsonl
 
 import train_qwen3_tool_calling as script
-from tool_calling.audit import audit_epoch, audit_plan, audit_run
+from tool_calling.audit import audit_schedule
 from tool_calling.data.examples import Example, find_warnings
-from tool_calling.engines.hub import count_parameters, load_config, load_tokenizer
-from tool_calling.estimates import estimate_memory
-from tool_calling.prompts import NOT_HELD_OUT, Sample, show_rows
+from tool_calling.engines.hub import load_tokenizer
 from tool_calling.run_folder import WRITTEN_BY
-from tool_calling.schedule import Plan, count_padded, measure_batches, order_rows
+from tool_calling.samples import NOT_HELD_OUT, Sample, show_rows
+from tool_calling.schedule import Schedule
+from tool_calling.streams import Layout
 
 TIMER = {"type": "function", "function": {"name": "set_timer", "parameters": {"type": "object", "properties": {}}}}
 ROME = ("get_weather", {"city": "Rome"})
@@ -60,9 +62,9 @@ def audit(folder, *flags, rows=ROWS, tools=(WEATHER, ALARM, TIMER), run=run_here
 
 @pytest.fixture(scope="module")
 def dry(tmp_path_factory):
-    """The audit of ROWS by the real command line: (folder, audit, result)."""
+    """The audit of ROWS: (folder, audit, result)."""
     folder = tmp_path_factory.mktemp("dry")
-    return folder, *audit(folder, run=run_script)
+    return folder, *audit(folder)
 
 
 def spread(values):
@@ -77,6 +79,21 @@ def line(result, stage):
     return next(line for line in result.stdout.splitlines() if line.startswith(f"{stage:<9}"))
 
 
+@pytest.mark.slow
+def test_a_new_process_finds_and_prints_the_same(dry, tmp_path):
+    folder, found, result = dry
+    again, printed = audit(tmp_path, run=run_script)
+    assert (printed.returncode, printed.stderr) == (0, result.stderr)
+
+    def settle(text):
+        """Leave out where the files are, how long it took and what is free on the disk."""
+        text = text.replace(str(tmp_path), str(folder))
+        return re.sub(r"\(\d+\.\d s\)|[\d,.]+ GB free|\"free\": [\d.]+", "", text)
+
+    assert settle(printed.stdout) == settle(result.stdout)
+    assert settle(json.dumps(again)) == settle(json.dumps(found))
+
+
 def test_rows_tools_and_calls_are_counted(dry):
     folder, found, result = dry
     assert result.returncode == 0, result.stderr
@@ -87,7 +104,8 @@ def test_rows_tools_and_calls_are_counted(dry):
     assert found["problems"] == {"count": 0, "rows": []} and found["warnings"] == [] and result.stderr == ""
     assert result.stdout.startswith(
         "rows     6 valid (6 native), 0 with problems; 6 for training, 0 held out\n"
-        "calls    6 in 6 trained turns; 16.7% of the rows without a call, 16.7% with parallel calls; 3 tools in 1 list\n"
+        "calls    6 in 6 trained turns; 16.7% of the rows without a call, 16.7% with parallel calls; 3 tools in 1 list"
+        "\n"
         "         get_weather 5, set_alarm 1\n"
         "         never called: set_timer\n"
     )
@@ -137,7 +155,7 @@ def test_a_row_that_the_template_refuses_is_a_problem_and_not_a_crash(tmp_path, 
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system text') }}{% endif %}"
         + (tokenizer.chat_template)
     )
-    patch(monkeypatch, "find_model", lambda args: (tokenizer, "", None))
+    monkeypatch.setattr("tool_calling.audit.find_model", lambda *_: (tokenizer, "", None))
     rows = [
         {
             "messages": [
@@ -157,7 +175,7 @@ def test_a_row_that_the_template_refuses_is_a_problem_and_not_a_crash(tmp_path, 
 def test_the_best_checkpoint_needs_held_out_rows(tmp_path):
     _, result = audit(tmp_path, "--metric_for_best", "loss")
     assert result.returncode == 1 and result.stderr.splitlines()[-1] == (
-        "error: --metric_for_best: no row is held out to choose a checkpoint by; raise --train_test_split, or give "
+        "error: --metric_for_best: no row is held out to choose a checkpoint by; raise --train_test_split or give "
         "--eval_dataset_path"
     )
     _, result = audit(tmp_path, "--early_stopping_patience", 2)
@@ -242,32 +260,44 @@ def test_batches_are_counted_as_the_run_orders_them():
     """Rows of 5, 6, 7 tokens that share 3 of them, two in a stream; the prompt's last token is never shared."""
     rows = [Sample(f"x:{n}", [1, 2, 3, 10 + n, *range(20, 20 + n), 9], 4 + n - 1) for n in range(3)]
     rows = [row._replace(prompt_length=4) for row in rows]
-    args = script.parse_args(["--batch_size", "2", "--gradient_accumulation_steps", "1", "--num_epochs", "2"])
-    plan = Plan(2, 1, [[[0], [1], [2]]], lengths=(8, 16))
-    assert measure_batches(rows, plan, [[0, 1], [2], []]) == [8, 8]  # 5 + 6 - 3 = 8; 7 is filled up to 8
-    assert measure_batches(rows, plan._replace(share_prefix=False), [[0, 1], [2]]) == [12, 7]
-    first, second, third = (rows[i] for i in order_rows(plan, args.seed, 0))
+    schedule = Schedule(rows, 2, 1, Layout(2, lengths=(8, 16)), epochs=2, seed=script.SEED, groups=[[[0], [1], [2]]])
+    assert schedule.measure([[0, 1], [2], []]) == [8, 8]  # 5 + 6 - 3 = 8; 7 is filled up to 8
+    unshared = replace(schedule, layout=replace(schedule.layout, share_prefix=False))
+    assert unshared.measure([[0, 1], [2]]) == [12, 7]
+    first, second, third = (rows[i] for i in schedule.order(0))
     padded = 2 * max(len(first.input_ids), len(second.input_ids)) + len(third.input_ids)
-    assert audit_epoch(rows, args, plan) == {"padded": padded, "packed": 18, "shared_prefix": 15}
-    facts = audit_plan(rows, args, plan)
-    assert facts["steps_per_epoch"] == 2 and facts["steps"] == 4 and facts["checkpoints"] == [2, 4]
-    assert count_padded(args, rows, plan, range(1)) == 2 * max(len(first.input_ids), len(second.input_ids))
-    assert count_padded(args, rows, plan, range(2)) == padded
-    assert count_padded(args, rows, plan, range(1, 2)) == len(third.input_ids)  # resumed
-    whole = count_padded(args, rows, plan, range(4))
-    assert whole == sum(count_padded(args, rows, plan, range(step, step + 1)) for step in range(4)) > padded
-    assert count_padded(args, rows, plan, range(4, 4)) == 0
-    args.max_steps, args.save_steps = 3, 2
-    assert audit_plan(rows, args, plan)["checkpoints"] == [2, 3]
+    facts = audit_schedule(schedule, schedule.list_saves(None))
+    assert facts["epoch"] == {"padded": padded, "packed": 18, "shared_prefix": 15}
+    plan = facts["plan"]
+    assert plan["steps_per_epoch"] == 2 and plan["steps"] == 4 and plan["checkpoints"] == [2, 4]
+    count = schedule.padded().count_tokens
+    assert count(range(1)) == 2 * max(len(first.input_ids), len(second.input_ids))
+    assert count(range(2)) == padded
+    assert count(range(1, 2)) == len(third.input_ids)  # resumed
+    assert count(range(4)) == sum(count(range(step, step + 1)) for step in range(4)) > padded
+    assert count(range(4, 4)) == 0
+    assert replace(schedule, max_steps=3).list_saves(2) == [2, 3]
 
 
 def test_disk_is_estimated_for_the_checkpoints_that_are_kept(tmp_path):
-    rows = [Sample(f"x:{n}", [1, 2, 3, n, 9], 4) for n in range(20)]
-    args = script.parse_args(["--save_total_limit", "1", "--output_dir", str(tmp_path)])
-    found = audit_run(args, rows, load_config(str(TINY)))
+    rows = [native(f"rain in Rome on day {n}?", ROME) for n in range(20)]
+    found, _ = audit(tmp_path, "--save_total_limit", 1, rows=rows)
     assert found["plan"]["checkpoints"] == [3, 6, 9] and found["disk_gb"]["checkpoints_kept"] == 2
     adapter = 8 * 16 * (4 * (320 + 320) + 3 * (320 + 896))
     assert found["disk_gb"]["checkpoints"] == round(2 * adapter * (4 + 8) / 1e9, 2) == 0.02
+
+
+def test_memory_is_that_of_recorded_streams_where_some_can_be(tmp_path, dry):
+    memory = dry[1]["memory_gib"]
+    assert memory["total"] > memory["without_graphs"] and "; without CUDA graphs " in line(dry[2], "memory")
+    for flags in (["--no-cuda_graphs"], ["--lora_dropout", 0.1], ["--engine", "transformers"]):
+        found, result = audit(tmp_path, *flags)
+        assert found["memory_gib"]["total"] == found["memory_gib"]["without_graphs"]
+        assert found["memory_gib"]["total"] == pytest.approx(memory["without_graphs"], abs=0.011)  # one fills no stream
+        assert "without CUDA graphs" not in result.stdout
+    found, _ = audit(tmp_path, "--no-load_in_4bit", "--lora_rank", 32)
+    assert found["memory_gib"]["base"] == 0.02 != memory["base"]  # 11.5 million weights of 2 bytes
+    assert found["memory_gib"]["adapter"] == 0.02  # 16 bytes for each of 1.6 million weights
 
 
 def test_only_the_audit_and_the_marker_are_written(dry):
@@ -379,8 +409,8 @@ def test_held_out_rows_that_are_trained_on_are_named(tmp_path):
     assert found["repeats"]["held_out_in_training"] == {"count": 1, "rows": [pair]}
     assert found["rows"] == {"total": 8, "valid": 8, "with_problems": 0, "training": 6, "held_out": 2}
     assert result.returncode == 0 and result.stderr == (
-        f"warning: 1 of 2 held-out rows also occur in training ({pair[0]} is {pair[1]}): their score says nothing about "
-        "new requests\n"
+        f"warning: 1 of 2 held-out rows also occur in training ({pair[0]} is {pair[1]}): their score says nothing "
+        "about new requests\n"
     )
 
 
@@ -510,58 +540,6 @@ def test_eval_only_has_nothing_to_audit(flags):
     assert (
         result.returncode == 2 and "--eval_only trains nothing: leave out --dry_run, --show_row and " in result.stderr
     )
-
-
-PADDED = ["--no-share_prefix"]
-MEASURED = [  # flags, tokens of the longest micro-batch, GiB reserved at peak while training Qwen3-0.6B with Unsloth
-    ([], 1790, 1.05),
-    ([], 8950, 1.76),
-    (["--no-load_in_4bit", "--gradient_checkpointing", "off"], 8950, 10.65),
-    (PADDED, 2 * 1120, 0.89),
-    (PADDED, 16 * 1151, 2.18),
-    (PADDED, 32 * 1175, 3.70),
-    (PADDED, 64 * 1196, 6.73),
-]
-
-
-@pytest.mark.parametrize("flags, tokens, measured", MEASURED)
-def test_memory_is_estimated_as_it_was_measured(flags, tokens, measured):
-    config = qwen3_config(1024, 3072, 28, 16, True)
-    parameters = count_parameters(config, rank=16)
-    assert parameters == {"linear": 440_401_920, "other": 155_648_000, "adapter": 10_092_544}
-    args = script.parse_args([*flags, "--optim", "adamw_8bit"])
-    found = estimate_memory(args, config, parameters, tokens, Plan(8, 1, [], (), args.share_prefix))
-    assert found["total"] == pytest.approx(measured, rel=0.05)
-    assert found["base"] == (1.11 if "--no-load_in_4bit" in flags else 0.51) and found["adapter"] == 0.09
-    if not flags:  # streams of a second length are recorded too, in memory of their own
-        two = estimate_memory(args, config, parameters, tokens, Plan(8, 1, [], (1024, tokens)))
-        kept = 4 * 1024 + 3 * 128 * (16 + 8) + 2 * 3072
-        token = 28 * 2 * 1024 + 1.25 * 2 * kept
-        assert two["total"] - found["total"] == pytest.approx(1024 * token / 2**30, abs=0.011)
-        saved = 0.16 + 0.55 * 2 * kept * tokens / 2**30
-        assert found["total"] - found["without_graphs"] == pytest.approx(saved, abs=0.011)
-        assert two["without_graphs"] == found["without_graphs"]  # of eager streams, the longest counts
-    args.optim = None  # PyTorch's: 8 bytes of moments instead of 2
-    assert estimate_memory(args, config, parameters, tokens, Plan(8, 1, [], (), args.share_prefix))["adapter"] == 0.15
-
-
-@pytest.mark.parametrize(
-    "hidden, inner, layers, heads, tied, in_4, in_16",
-    [  # Qwen3 of 0.6B to 32B, on an H200
-        (1024, 3072, 28, 16, True, 1.42, 2.04),
-        (2048, 6144, 28, 16, True, 2.82, 4.68),
-        (2560, 9728, 36, 32, True, 4.91, 9.78),
-        (4096, 12288, 36, 32, False, 9.12, 18.51),
-        (5120, 17408, 40, 40, False, 13.92, 31.71),
-        (5120, 25600, 64, 64, False, 25.10, 67.62),
-    ],
-)
-def test_memory_of_all_sizes_is_estimated_as_it_was_measured(hidden, inner, layers, heads, tied, in_4, in_16):
-    config = qwen3_config(hidden, inner, layers, heads, tied)
-    parameters, plan = count_parameters(config, rank=16), Plan(64, 1, [], (5248,))
-    for flag, measured in (("--load_in_4bit", in_4), ("--no-load_in_4bit", in_16)):
-        found = estimate_memory(script.parse_args([flag]), config, parameters, 5248, plan)
-        assert found["total"] == pytest.approx(measured, rel=0.05)
 
 
 def test_few_rows_of_which_none_is_held_out_are_warned_of(tmp_path):
