@@ -1,0 +1,105 @@
+"""Answers: a shared prefix changes none of what Transformers writes, and free exact match counts the same rows."""
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+import train_qwen3_tool_calling as script
+from tool_calling.data.examples import Reading, read_examples, split_examples
+from tool_calling.engines import attention
+from tool_calling.engines.answers import generate_answers, generate_tokens
+from tool_calling.engines.loading import load_base, warn_if_spread
+from tool_calling.engines.losses import score_batches, to_metrics
+from tool_calling.engines.start import quiet_libraries
+from tool_calling.samples import render_examples
+from tool_calling.streams import build_padded, build_stream
+
+
+@pytest.fixture(scope="module")
+def model():
+    quiet_libraries()
+    return load_base(str(TINY), load_in_4bit=False).eval()
+
+
+@pytest.fixture(scope="module")
+def samples(tokenizer):
+    """Held-out rows of the bundled data, of which the embedded base gets some right."""
+    examples, _ = read_examples([str(ROOT / script.DATASET_PATH)], Reading(str(ROOT / script.TOOLS_PATH)))
+    _, held_out = split_examples(examples, 0.1)
+    groups, problems = render_examples(tokenizer, held_out[8:24], 2048)
+    assert not problems
+    return [sample for group in groups for sample in group]
+
+
+def write_alone(model, tokenizer, prompt: list[int], max_new_tokens: int) -> list[int]:
+    """Return Transformers' own greedy answer to one prompt."""
+    stop = tokenizer.convert_tokens_to_ids(tokenizer.eos_token)
+    output = model.generate(
+        torch.tensor([prompt]),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=stop,
+        pad_token_id=stop,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+    )[0, len(prompt) :].tolist()
+    return output[: output.index(stop)] if stop in output else output
+
+
+@pytest.mark.slow
+def test_free_exact_match_is_that_of_generation_row_by_row(model, tokenizer, samples):
+    answers = generate_answers(model, tokenizer, samples, 16, 60, "base")
+    written = [answer == sample.completion for answer, sample in zip(answers, samples)]
+    assert 3 <= sum(written) <= 13  # both verdicts occur
+
+    def count(batches):
+        return to_metrics(score_batches(model, batches, "transformers"))["exact_match"]
+
+    assert [count([build_stream([row])]) for row in samples] == written
+    for batches in (
+        [build_stream(samples[:8]), build_stream(samples[8:])],
+        [build_padded(samples[:9]), build_padded(samples[9:])],
+    ):
+        assert count(batches) == sum(written) / len(written)
+
+
+@pytest.mark.slow
+def test_a_batch_answers_as_each_prompt_alone(model, tokenizer, samples, monkeypatch):
+    rows = samples[:6]
+    prompts = [row.input_ids[: row.prompt_length] for row in rows]
+    stop = tokenizer.convert_tokens_to_ids(tokenizer.eos_token)
+    alone = [write_alone(model, tokenizer, prompt, 40) for prompt in prompts]
+    assert len({len(answer) for answer in alone}) > 1  # rows leave the batch at different steps
+    with torch.inference_mode():
+        assert generate_tokens(model, prompts, [stop], 40) == alone
+        assert generate_tokens(model, prompts[::-1], [stop], 40) == alone[::-1]
+        assert generate_tokens(model, prompts[:1], [stop], 40) == alone[:1]  # one prompt shares all but its end
+        monkeypatch.setattr(attention, "HELD_SCORES", 1)  # one row at a time
+        assert generate_tokens(model, prompts, [stop], 40) == alone
+        strangers = [prompts[0], prompts[1][300:], prompts[2][5:]]  # nothing in common: no prefix, much padding
+        assert generate_tokens(model, strangers, [stop], 12) == [
+            write_alone(model, tokenizer, prompt, 12) for prompt in strangers
+        ]
+
+
+def test_a_model_partly_outside_of_the_device_answers_alike_and_says_so(model, tokenizer, samples, capsys):
+    outside = {f"model.layers.{i}": "cpu" if i == 0 else "disk" for i in range(model.config.num_hidden_layers)}
+    spread = load_base(
+        str(TINY),
+        False,
+        place={
+            "model.embed_tokens": "cpu",
+            "model.norm": "cpu",
+            "model.rotary_emb": "cpu",
+            "lm_head": "cpu",
+            **outside,
+        },
+    )
+    assert {weight.device.type for weight in spread.parameters()} == {"cpu", "meta"}
+    answers = generate_answers(spread, tokenizer, samples[:3], 64, 12, "spread")
+    assert answers == generate_answers(model, tokenizer, samples[:3], 64, 12, "whole")
+    warn_if_spread(model)
+    assert capsys.readouterr().err == ""
+    warn_if_spread(spread)
+    assert capsys.readouterr().err.startswith("warning: the 16-bit model is larger than the GPU's memory: ")
