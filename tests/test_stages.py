@@ -2,21 +2,25 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from conftest import ALARM, WEATHER, patch, write_jsonl
-from test_command_line import ROWS
+from jobs import ROWS
+from small import TRAIN, make_schedule
 from train_small import make_base
 
 import train_qwen3_tool_calling as script
+from tool_calling.engines import compat, graphs
 from tool_calling.files import lock_folder, partial_folder
-from tool_calling.prompts import render_examples
+from tool_calling.samples import render_examples
 from tool_calling.saving.merge import read_back
 from tool_calling.saving.proof import merge_and_score
-from tool_calling.schedule import Plan
 from tool_calling.terminal import UserError
+from tool_calling.training import loop
 
 
 class Reached(Exception):
@@ -37,27 +41,13 @@ def run(job: Path, folder: Path, *more: object) -> dict:
     """Run in this process, with one step and short answers."""
     return script.main(
         [
-            "--model_id",
-            job / "base",
-            "--dataset_path",
-            job / "rows.jsonl",
-            "--tools_path",
-            job / "tools.json",
-            "--output_dir",
-            folder / "out",
-            "--final_model_dir",
-            folder / "final",
-            "--no-load_in_4bit",
-            "--max_steps",
-            1,
-            "--warmup_steps",
-            0,
-            "--train_test_split",
-            0.25,
-            "--eval_samples",
-            4,
-            "--max_new_tokens",
-            4,
+            *("--model_id", job / "base"),
+            *("--dataset_path", job / "rows.jsonl"),
+            *("--tools_path", job / "tools.json"),
+            *("--output_dir", folder / "out"),
+            *("--final_model_dir", folder / "final"),
+            *("--no-load_in_4bit", "--max_steps", 1, "--warmup_steps", 0),
+            *("--train_test_split", 0.25, "--eval_samples", 4, "--max_new_tokens", 4),
             *more,
         ]
     )
@@ -75,11 +65,11 @@ def stop(*found):
     ],
 )
 def test_a_saved_model_that_is_worse_takes_no_final_name(job, tmp_path, monkeypatch, rank, kept, message):
-    def prove(function, args, base, adapter, rows, plan):
-        assert function is merge_and_score and (adapter is None) == (rank == 0)
-        partial_folder(args.final_model_dir).mkdir(exist_ok=True)
-        answers = [row.completion for row in rows]
-        losses = {"base": None, "adapter": 0.1, "merged": 9.0} if adapter else {"base": None, "trained": 9.0}
+    def prove(function, trained, questions, layout):
+        assert function is merge_and_score and (trained.adapter is None) == (rank == 0)
+        partial_folder(trained.final).mkdir(exist_ok=True)
+        answers = [row.completion for row in questions.samples]
+        losses = {"base": None, "adapter": 0.1, "merged": 9.0} if trained.adapter else {"base": None, "trained": 9.0}
         return {name: {"answers": answers, "loss": loss} for name, loss in losses.items()}
 
     patch(monkeypatch, "run_fresh", prove)
@@ -97,7 +87,7 @@ def test_only_an_adapter_is_saved_if_so_wished(job, tmp_path, monkeypatch, capsy
 
 def test_a_run_whose_check_fails_goes_on_without_sharing(job, tmp_path, monkeypatch):
     patch(monkeypatch, "check_sharing", lambda *_: False)
-    patch(monkeypatch, "train_model", lambda trainer, *_: stop(trainer.plan.share_prefix))
+    monkeypatch.setattr(loop, "train", lambda trainer, *_: stop(trainer.schedule.layout.share_prefix))
     with pytest.raises(Reached) as reached:
         run(job, tmp_path)
     assert reached.value.args == (False,)
@@ -113,7 +103,7 @@ def test_a_run_whose_check_fails_goes_on_without_sharing(job, tmp_path, monkeypa
         ("check_optim", []),
         ("check_model", []),
         ("check_dropout", []),
-        ("check_merge_base", []),
+        ("check_merge_base", ["--merge_model_id", "some/original"]),
     ],
 )
 def test_what_would_fail_in_the_end_is_looked_at_before_a_model_is_loaded(job, tmp_path, monkeypatch, check, flags):
@@ -134,9 +124,38 @@ def test_two_runs_cannot_write_one_final_folder(job, tmp_path, monkeypatch):
         run(job, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "flags, recorded",
+    [
+        ([], True),
+        (["--no-cuda_graphs"], False),
+        (["--lora_dropout", "0.1"], False),
+        (["--no-share_prefix"], False),
+        (["--max_seq_length", "9"], False),  # a step takes several streams
+    ],
+)
+def test_unsloth_records_streams_where_flags_and_steps_allow_it(monkeypatch, flags, recorded):
+    model, noted, asked = SimpleNamespace(config=None, get_base_model=lambda: None), [], []
+    unsloth = SimpleNamespace(
+        from_pretrained=lambda *_, **options: asked.append(options) or (model, None),
+        get_peft_model=lambda model, **options: asked.append(options) or model,
+    )
+    monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace(FastLanguageModel=unsloth))
+    monkeypatch.setattr("trl.trainer.utils.add_fused_lm_head", lambda model, outputs: None)
+    monkeypatch.setattr(compat, "compile_attention", lambda: None)
+    monkeypatch.setattr(graphs, "find_recorded", lambda schedule, config, checkpointing: schedule.layout.lengths)
+    monkeypatch.setattr(graphs, "read_streams", lambda model, recorded: noted.append(recorded))
+    args = script.parse_args(["--gradient_checkpointing", "on", *flags])
+    schedule = script.plan_schedule(args, TRAIN, "unsloth")
+    assert script.load_model(args, "unsloth", schedule) is model
+    assert noted == [(128,) if recorded else ()]
+    assert asked[0]["use_safetensors"] and asked[0]["load_in_4bit"] and not asked[0]["trust_remote_code"]
+    assert asked[1]["use_gradient_checkpointing"] == "unsloth" and asked[1]["target_modules"] == args.target_modules
+
+
 def test_what_makes_a_checkpoint_the_best():
     def settings(*flags):
-        config = script.to_sft_config(script.parse_args([*flags]), Plan(8, 1, []), True)
+        config = script.to_sft_config(script.parse_args([*flags]), make_schedule([], 8), True)
         return config.load_best_model_at_end and (config.metric_for_best_model, config.greater_is_better)
 
     assert settings() is False

@@ -1,0 +1,197 @@
+"""The trainer: a step that does not fit is computed in parts, and a number that is not finite ends the run unsaved."""
+
+import math
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import patch
+from jobs import names
+from small import COMPUTE, TRAIN, Identity, limit_memory, losses, make_trainer, weights
+
+import train_qwen3_tool_calling as script
+from tool_calling.run_folder import Run
+from tool_calling.schedule import Schedule
+from tool_calling.streams import Layout
+from tool_calling.terminal import UserError
+from tool_calling.training import trainer as trainer_module
+from tool_calling.training.loop import train
+from tool_calling.training.trainer import explain_numbers
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(
+    "flags, limit, warning",
+    [
+        # eight rows: 4 tokens that all share, then for each row 2 of its prompt and its answer
+        (
+            ["--batch_size", "8", "--gradient_accumulation_steps", "1"],
+            24,
+            ["with a stream of 36 tokens: from here on each step is computed in 2 streams of at most 4 rows"],
+        ),
+        (
+            ["--batch_size", "4", "--gradient_accumulation_steps", "2"],
+            14,
+            ["with a stream of 18 tokens: from here on each step is computed in 4 streams of at most 2 rows"],
+        ),
+        (
+            ["--batch_size", "5", "--gradient_accumulation_steps", "2"],
+            9,
+            [
+                "with a stream of 22 tokens: from here on each step is computed in 4 streams of at most 3 rows",
+                "with a stream of 14 tokens: from here on each step is computed in 6 streams of at most 2 rows",
+                "with a stream of 11 tokens: from here on each step is computed in 10 streams of at most 1 row",
+            ],
+        ),
+        (
+            ["--batch_size", "4", "--gradient_accumulation_steps", "2", "--no-share_prefix"],
+            18,
+            ["with a stream of 32 tokens: from here on each step is computed in 4 streams of at most 2 rows"],
+        ),
+    ],
+)
+def test_a_step_that_does_not_fit_is_computed_in_smaller_streams(
+    tmp_path, tokenizer, monkeypatch, capsys, flags, limit, warning, backward
+):
+    expected = make_trainer(tmp_path / "whole", tokenizer, *flags)
+    start = weights(expected)
+    expected.train()
+    capsys.readouterr()
+    sizes = limit_memory(monkeypatch, limit, backward)
+    trainer = make_trainer(tmp_path / "parts", tokenizer, *flags)
+    trainer.train()
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert lines == [f"warning: out of GPU memory at step 1 {text}; the result is the same" for text in warning]
+    assert max(sizes) <= limit and trainer.state.global_step == expected.state.global_step == 3
+    assert losses(trainer) == pytest.approx(losses(expected), rel=1e-6)
+    change = (weights(expected) - start).norm()
+    assert change > 0.1 and (weights(trainer) - weights(expected)).norm() < 1e-4 * change
+
+
+def test_one_row_that_does_not_fit_ends_the_run_with_its_line(tmp_path, tokenizer, monkeypatch, capsys):
+    limit_memory(monkeypatch, 8)
+    trainer = make_trainer(tmp_path, tokenizer, "--batch_size", "2", "--gradient_accumulation_steps", "12")
+    with pytest.raises(UserError) as error:
+        trainer.train()
+    where = str(error.value).split(": ")[0]
+    assert where in [row.source for row in TRAIN if len(row.input_ids) == 9]
+    assert str(error.value) == (
+        f"{where}: out of GPU memory at step 1 on this row alone, 9 tokens; lower --max_seq_length, use "
+        "--load_in_4bit, --gradient_checkpointing on and --no-cuda_graphs, or choose a smaller --model_id"
+    )
+    assert "in 24 streams of at most 1 row; the result is the same" in capsys.readouterr().err
+
+
+def test_smaller_streams_are_filled_to_lengths_of_their_own(tmp_path, tokenizer, monkeypatch, capsys):
+    sizes = limit_memory(monkeypatch, 400)
+    patch(monkeypatch, "choose_lengths", lambda counts: (max(counts), 300))
+    make_trainer(tmp_path, tokenizer, "--batch_size", "8", "--gradient_accumulation_steps", "1", lengths=(512,)).train()
+    assert "at step 1 with a stream of 512 tokens: " in capsys.readouterr().err
+    assert len(sizes) == 6 and max(sizes) <= 24
+
+
+def test_an_evaluation_after_it_takes_the_smaller_streams(tmp_path, tokenizer, monkeypatch, capsys):
+    flags = ["--batch_size", "8", "--gradient_accumulation_steps", "1"]
+    expected = make_trainer(tmp_path / "whole", tokenizer, *flags, held_out=TRAIN)
+    expected.train()
+    sizes = limit_memory(monkeypatch, 24)
+    trainer = make_trainer(tmp_path / "parts", tokenizer, *flags, held_out=TRAIN)
+    trainer.train()
+    held = [[log for log in each.state.log_history if "eval_loss" in log] for each in (expected, trainer)]
+    assert len(held[0]) == len(held[1]) == 1 and max(sizes) <= 24
+    assert held[1][0]["eval_loss"] == pytest.approx(held[0][0]["eval_loss"], rel=1e-6)
+    assert held[1][0]["eval_exact_match"] == held[0][0]["eval_exact_match"]
+
+
+def test_memory_that_runs_out_on_several_gpus_ends_the_run(tmp_path, tokenizer):
+    """The others wait for one gradient, not for two halves."""
+    trainer = make_trainer(tmp_path, tokenizer)
+    trainer.accelerator = types.SimpleNamespace(num_processes=2)
+    with pytest.raises(UserError, match="out of GPU memory at step 1 with a stream of 36 tokens; lower --batch_size"):
+        trainer.divide_streams(TRAIN[:8], 36)
+    assert trainer.layout is trainer.schedule.layout
+
+
+def test_held_out_rows_are_shared_out_over_the_gpus(tmp_path, tokenizer, monkeypatch):
+    """Each computes as many batches as the others, the last one perhaps of nothing."""
+    trainer = make_trainer(tmp_path, tokenizer, "--batch_size", "2", held_out=TRAIN[:6])
+    assert len(trainer.held_out_batches) == 3
+    shares = []
+    monkeypatch.setattr(
+        trainer_module, "score_batches", lambda model, batches, engine: shares.append(batches) or torch.ones(4)
+    )
+    for index in range(2):
+        trainer.accelerator = types.SimpleNamespace(num_processes=2, process_index=index, reduce=lambda sums, how: sums)
+        trainer.evaluation_loop(None)
+    first, second = shares
+    assert [id(batch) for batch in (first[0], second[0], first[1])] == [id(batch) for batch in trainer.held_out_batches]
+    assert len(first) == len(second) == 2 and not (second[1]["labels"] != -100).any()
+
+
+def test_activations_that_are_computed_again_change_nothing(tmp_path, tokenizer):
+    results = {}
+    for choice in ("on", "off"):
+        trainer = make_trainer(tmp_path / choice, tokenizer, "--gradient_checkpointing", choice)
+        assert trainer.model.get_base_model().is_gradient_checkpointing == (choice == "on")
+        trainer.train()
+        results[choice] = (losses(trainer), weights(trainer))
+    assert results["on"][0] == pytest.approx(results["off"][0], rel=1e-6)
+    torch.testing.assert_close(results["on"][1], results["off"][1], rtol=1e-5, atol=1e-6)
+
+
+class InfiniteBackward(Identity):
+    """The identity with an infinite gradient."""
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * math.inf
+
+
+SPOILERS = {
+    "the loss is nan": lambda found: found * math.nan,
+    "the loss is inf": lambda found: found + math.inf,
+    "the norm of the gradient is nan": InfiniteBackward.apply,
+}
+
+
+@pytest.mark.parametrize("wrong", SPOILERS)
+@pytest.mark.parametrize("logging_steps", ["1", "3"])
+def test_a_number_that_is_not_finite_ends_the_run_before_anything_is_saved(
+    tmp_path, tokenizer, monkeypatch, wrong, logging_steps
+):
+    flags = [
+        *("--batch_size", "5", "--gradient_accumulation_steps", "2", "--lr_scheduler_type", "constant"),
+        *("--logging_steps", logging_steps, "--save_steps", "1"),
+    ]
+    one_step = make_trainer(tmp_path / "one", tokenizer, *flags, "--max_steps", "1")
+    one_step.train()
+    calls = []
+
+    def compute(model, batch, engine):
+        calls.append(batch)
+        found, hits = COMPUTE(model, batch, engine)
+        return (SPOILERS[wrong](found) if len(calls) == 4 else found), hits  # second micro-batch of step 2
+
+    patch(monkeypatch, "compute_token_losses", compute)
+    trainer = make_trainer(tmp_path / "out", tokenizer, *flags)
+    bar = trainer.progress.bar
+    bar.disable = False  # as on a terminal
+    with pytest.raises(UserError) as error:
+        train(trainer, Run(tmp_path / "out", settings={}))
+    assert bar.finished is False and not bar.live.is_started  # or the message would be drawn through it
+    schedule = Schedule(TRAIN, 5, 2, Layout(5), seed=script.SEED)
+    rows = [TRAIN[index].source for index in schedule.order(epoch=0)[10:20]]
+    assert str(error.value) == (
+        f"step 2: {wrong}; expected a finite number. Nothing of it is saved, and earlier checkpoints are "
+        "good. Lower --learning_rate, or look at the rows of this step: " + ", ".join(rows[:8]) + ", and 2 more"
+    )
+    assert [name for name in names(tmp_path / "out") if name.startswith("checkpoint")] == ["checkpoint-1"]
+    file = Path("checkpoint-1", "adapter_model.safetensors")
+    assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "one" / file).read_bytes()
+
+
+def test_rows_that_are_named_are_those_of_the_step():
+    """A device that has none computes the first row, of which nothing is trained."""
+    nothing = TRAIN[0]._replace(prompt_length=len(TRAIN[0].input_ids))
+    assert explain_numbers(3, math.nan, 1.0, [nothing, TRAIN[4]]).endswith("the rows of this step: rows.jsonl:5")
