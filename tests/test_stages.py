@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from conftest import ALARM, WEATHER, patch, write_jsonl
+from conftest import ALARM, WEATHER, write_jsonl
 from jobs import ROWS
 from small import TRAIN, make_schedule
 from train_small import make_base
@@ -17,10 +17,11 @@ import train_qwen3_tool_calling as script
 from tool_calling.engines import compat, graphs
 from tool_calling.files import lock_folder, partial_folder
 from tool_calling.samples import render_examples
+from tool_calling.saving import proof
 from tool_calling.saving.merge import read_back
 from tool_calling.saving.proof import merge_and_score
 from tool_calling.terminal import UserError
-from tool_calling.training import loop
+from tool_calling.training import loop, selfcheck
 
 
 class Reached(Exception):
@@ -72,21 +73,21 @@ def test_a_saved_model_that_is_worse_takes_no_final_name(job, tmp_path, monkeypa
         losses = {"base": None, "adapter": 0.1, "merged": 9.0} if trained.adapter else {"base": None, "trained": 9.0}
         return {name: {"answers": answers, "loss": loss} for name, loss in losses.items()}
 
-    patch(monkeypatch, "run_fresh", prove)
+    monkeypatch.setattr(proof, "run_fresh", prove)
     with pytest.raises(UserError, match=message):
         run(job, tmp_path, "--lora_rank", rank)
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / kept).is_dir()
 
 
 def test_only_an_adapter_is_saved_if_so_wished(job, tmp_path, monkeypatch, capsys):
-    patch(monkeypatch, "run_fresh", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(proof, "run_fresh", lambda function, *arguments: function(*arguments))
     report = run(job, tmp_path, "--save_method", "lora", "--lora_rank", 4)
     assert list(report["scores"]) == ["base", "adapter"] and [path.name for path in tmp_path.iterdir()] == ["out"]
     assert "--enable-lora" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_a_run_whose_check_fails_goes_on_without_sharing(job, tmp_path, monkeypatch):
-    patch(monkeypatch, "check_sharing", lambda *_: False)
+    monkeypatch.setattr(selfcheck, "check_sharing", lambda *_: False)
     monkeypatch.setattr(loop, "train", lambda trainer, *_: stop(trainer.schedule.layout.share_prefix))
     with pytest.raises(Reached) as reached:
         run(job, tmp_path)
@@ -97,25 +98,25 @@ def test_a_run_whose_check_fails_goes_on_without_sharing(job, tmp_path, monkeypa
 @pytest.mark.parametrize(
     "check, flags",
     [
-        ("check_hub", ["--push_to_hub", "me/tools"]),
-        ("find_gguf_tools", ["--save_gguf", "q8_0"]),
-        ("check_report_to", []),
-        ("check_optim", []),
-        ("check_model", []),
-        ("check_dropout", []),
-        ("check_merge_base", ["--merge_model_id", "some/original"]),
+        ("tool_calling.saving.upload.check_hub", ["--push_to_hub", "me/tools"]),
+        ("train_qwen3_tool_calling.find_gguf_tools", ["--save_gguf", "q8_0"]),
+        ("tool_calling.engines.choices.check_report_to", []),
+        ("tool_calling.engines.choices.check_optim", []),
+        ("tool_calling.engines.hub.check_model", []),
+        ("tool_calling.engines.hub.check_dropout", []),
+        ("tool_calling.engines.hub.check_merge_base", ["--merge_model_id", "some/original"]),
     ],
 )
 def test_what_would_fail_in_the_end_is_looked_at_before_a_model_is_loaded(job, tmp_path, monkeypatch, check, flags):
-    patch(monkeypatch, check, lambda *_, **__: stop(check))
-    patch(monkeypatch, "load_model", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(check, lambda *_, **__: stop(check))
+    monkeypatch.setattr(script, "load_model", lambda *_: pytest.fail("too late"))
     with pytest.raises(Reached, match=check):
         run(job, tmp_path, *flags)
     assert not (tmp_path / "final").exists()
 
 
 def test_two_runs_cannot_write_one_final_folder(job, tmp_path, monkeypatch):
-    patch(monkeypatch, "load_model", stop)
+    monkeypatch.setattr(script, "load_model", stop)
     lock = lock_folder(str(tmp_path / "final"), "--final_model_dir")
     with pytest.raises(UserError, match="--final_model_dir .*: in use by another run"):
         run(job, tmp_path)
@@ -174,14 +175,14 @@ def test_what_is_scored_alone_and_in_how_many_bits(job, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="the adapter holds no .*safetensors"):
         script.main([*flags, "--eval_only", adapter])
     save_file({}, adapter / "adapter_model.safetensors")
-    patch(monkeypatch, "load_base", lambda base, four_bit, *_, **__: stop(base, four_bit))
+    monkeypatch.setattr(proof, "load_base", lambda base, four_bit, *_, **__: stop(base, four_bit))
     render, rendered = render_examples, []
 
     def note(tokenizer, examples, *more):
         rendered.append([example.source for example in examples])
         return render(tokenizer, examples, *more)
 
-    patch(monkeypatch, "render_examples", note)
+    monkeypatch.setattr(script, "render_examples", note)
     for model, more, four_bit in (
         (adapter, [], True),
         (adapter, ["--no-load_in_4bit"], False),
