@@ -5,35 +5,48 @@ import time
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
-from conftest import ALARM, TINY, WEATHER, native, patch, run_script, write_jsonl
-from test_render import ASK, CONVERSATIONS, calls, says, supervised
+import transformers
+import trl
+from conftest import ALARM, TINY, WEATHER, native, run_script, write_jsonl
+from conversations import ASK, CONVERSATIONS, calls, says, supervised
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 import train_qwen3_tool_calling as script
 from tool_calling.data.examples import Example
 from tool_calling.engines.answers import find_stop_tokens, generate_answers
 from tool_calling.engines.hub import can_share, check_dropout, check_model, count_parameters, load_tokenizer
 from tool_calling.engines.loading import load_base, warn_of_frozen_experts
-from tool_calling.prompts import Sample, find_date, parse_calls, render_examples
-from tool_calling.saving.merge import merge_adapter, read_back, save_adapter, save_whole
-from tool_calling.schedule import plan_streams
+from tool_calling.prompts import find_date, parse_calls
+from tool_calling.run_folder import Run
+from tool_calling.samples import Sample, render_examples
+from tool_calling.saving.merge import Trained, merge_adapter, read_back, save_adapter, save_whole
 from tool_calling.scores import read_calls, score_answer
 from tool_calling.streams import count_tokens
 from tool_calling.terminal import UserError
+from tool_calling.training.loop import load_trained, train
 from tool_calling.training.selfcheck import compare_sharing
-from tool_calling.training.trainer import build_trainer, load_trained, train_model
 
-trl = pytest.importorskip("trl")
-SHAPE = dict(
-    vocab_size=4352,
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=4096,
-)
+SHAPE = {
+    "vocab_size": 4352,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+}
 LLAMA_TOKENS = [
     "<|begin_of_text|>",
     "<|start_header_id|>",
@@ -59,7 +72,6 @@ FAMILIES = {  # name: (template of TRL, configuration, end of an answer, what th
 
 def make_tokenizer(name: str):
     """Return the embedded base's tokenizer with the special tokens and the template of a family."""
-    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     template, _, _, end, _ = FAMILIES[name]
@@ -73,12 +85,11 @@ def make_tokenizer(name: str):
 
 def make_model(name: str, folder: Path) -> Path:
     """Save a small random model of a family with its tokenizer, and return its folder."""
-    import transformers
 
     _, config, more, _, _ = FAMILIES[name]
     tokenizer, config = make_tokenizer(name), getattr(transformers, config)(**SHAPE, **more)
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():  # far from uniform: greedy answers are no toss-up
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -197,7 +208,7 @@ def test_what_a_template_has_no_place_for_is_a_problem(name, messages, problem):
 def test_a_template_that_cannot_do_what_the_rows_need_ends_the_run():
     tokenizer = make_tokenizer("qwen2.5")
     tokenizer.name_or_path, whole = "some/model", tokenizer.chat_template
-    expected = "; expected that of a model whose calls vLLM's parser hermes or llama3_json reads"
+    expected = "; expected a model whose calls vLLM's parser hermes or llama3_json reads"
 
     def refusal(template: str, messages: list[dict]) -> str:
         tokenizer.chat_template = template
@@ -292,11 +303,9 @@ def to_samples(tokenizer) -> list[Sample]:
 
 def test_sharing_and_answers_are_exact_in_every_family(family):
     name, folder = family
-    args = script.parse_args(
-        ["--model_id", str(folder), "--no-load_in_4bit", "--lora_rank", "4", "--max_new_tokens", "12"]
-    )
+    args = script.parse_args(["--model_id", str(folder), "--no-load_in_4bit", "--lora_rank", "4"])
     config = check_model(str(folder))
-    model = script.load_model(args, "transformers", plan=None)
+    model = script.load_model(args, "transformers", schedule=None)
     trained = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
     assert count_parameters(config, 4)["adapter"] == sum(trained.values())
     assert any("mlp" in n for n in trained)  # experts, too
@@ -320,47 +329,40 @@ def test_sharing_and_answers_are_exact_in_every_family(family):
         )[0, prompt.shape[1] :].tolist()
         alone.append(tokenizer.decode([token for token in written if token not in stops]))
     assert len({*alone}) > 1
-    assert generate_answers(model, tokenizer, rows, args, "adapter") == alone
+    assert generate_answers(model, tokenizer, rows, args.eval_batch_size, 12, "adapter") == alone
+
+
+def to_args(folder: Path, *flags: str):
+    """Return the settings of a run of two steps from `folder`/base."""
+    return script.parse_args(
+        [
+            *("--model_id", str(folder / "base")),
+            *("--output_dir", str(folder / "out")),
+            *("--final_model_dir", str(folder / "final")),
+            *("--max_steps", "2", "--warmup_steps", "0"),
+            *flags,
+        ]
+    )
+
+
+def to_trained(args, adapter: str | None = None) -> Trained:
+    """Return what a run with these settings has trained."""
+    base, method = args.model_id, args.save_method
+    return Trained(base, base, None, "transformers", args.final_model_dir, method, vars(args), adapter)
+
+
+def build_trainer(args):
+    """Return the trainer of a run over to_samples, with a model of its own."""
+    tokenizer = load_tokenizer(args.model_id)
+    schedule = script.plan_schedule(args, to_samples(tokenizer), "transformers")
+    model = script.load_model(args, "transformers", schedule)
+    return script.build_run_trainer(args, model, tokenizer, schedule, [], "transformers")
 
 
 def test_a_checkpoint_of_all_weights_holds_the_experts(tmp_path):
-    from safetensors import safe_open
-
     folder = make_model("qwen3-moe", tmp_path / "base")
-    args = script.parse_args(
-        [
-            "--model_id",
-            str(folder),
-            "--lora_rank",
-            "0",
-            "--output_dir",
-            str(tmp_path / "out"),
-            "--final_model_dir",
-            str(tmp_path / "final"),
-            "--max_steps",
-            "2",
-            "--learning_rate",
-            "0.01",
-            "--warmup_steps",
-            "0",
-        ]
-    )
-    tokenizer = load_tokenizer(str(folder))
-    rows = to_samples(tokenizer)
-    plan = plan_streams(rows, args, "transformers")
-    trained, fresh = (
-        build_trainer(
-            args,
-            script.to_sft_config(args, plan, False),
-            "transformers",
-            script.load_model(args, "transformers", plan),
-            tokenizer,
-            rows,
-            [],
-            plan,
-        )
-        for _ in range(2)
-    )
+    args = to_args(tmp_path, "--lora_rank", "0", "--learning_rate", "0.01")
+    trained, fresh = (build_trainer(args) for _ in range(2))
     trained.train()
     experts = [
         name
@@ -372,72 +374,42 @@ def test_a_checkpoint_of_all_weights_holds_the_experts(tmp_path):
     assert all(
         torch.equal(weight, trained.model.get_parameter(name)) for name, weight in fresh.model.named_parameters()
     )
-    files = (path / "model.safetensors" for path in (folder, save_whole(args, trained.model)))
+    files = (path / "model.safetensors" for path in (folder, save_whole(to_trained(args), trained.model)))
     names = [{*safe_open(file, "pt").keys()} for file in files]
     assert names[0] == names[1]  # as published: one by one
 
 
 def test_a_mixture_of_experts_is_merged_with_its_experts(tmp_path):
-    from peft import PeftModel
-
     folder, ids = make_model("qwen3-moe", tmp_path / "base"), torch.arange(30)[None]
-    args = script.parse_args(
-        [
-            "--model_id",
-            str(folder),
-            "--no-load_in_4bit",
-            "--output_dir",
-            str(tmp_path / "out"),
-            "--final_model_dir",
-            str(tmp_path / "final"),
-            "--max_steps",
-            "2",
-            "--learning_rate",
-            "0.05",
-            "--warmup_steps",
-            "0",
-            "--lora_rank",
-            "4",
-        ]
-    )
-    check_dropout(args, check_model(str(folder)))
-    tokenizer = load_tokenizer(str(folder))
-    rows = to_samples(tokenizer)
-    plan = plan_streams(rows, args, "transformers")
-    model = script.load_model(args, "transformers", plan)
-    trainer = build_trainer(
-        args, script.to_sft_config(args, plan, False), "transformers", model, tokenizer, rows, [], plan
-    )
-    assert train_model(trainer, None, complete=False)["steps"] == 2
+    args = to_args(tmp_path, "--no-load_in_4bit", "--learning_rate", "0.05", "--lora_rank", "4")
+    check_dropout(args.lora_dropout, check_model(str(folder)), str(folder))
+    trainer = build_trainer(args)
+    assert train(trainer, Run(tmp_path / "out", vars(args)))["steps"] == 2
     changed = {name for name, weight in trainer.model.named_parameters() if "lora_B" in name and weight.any()}
     assert any("experts" in name for name in changed) and any("q_proj" in name for name in changed)
     adapter = save_adapter(trainer.model, args.output_dir)
     with torch.no_grad():
-        expected, base = model.eval()(ids).logits, load_base(str(folder), False)(ids).logits
-        merged = read_back(merge_adapter(args, str(folder), adapter))
+        expected, base = trainer.model.eval()(ids).logits, load_base(str(folder), False)(ids).logits
+        merged = read_back(merge_adapter(to_trained(args, adapter)))
         again = PeftModel.from_pretrained(load_base(str(folder), False), adapter).eval()
         assert torch.equal(again(ids).logits, expected) and not torch.allclose(base, expected, atol=0.1)
         torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)
-    args.lora_dropout = 0.1
     with pytest.raises(UserError, match="--lora_dropout 0.1: .* is a mixture of experts, whose adapters have"):
-        check_dropout(args, check_model(str(folder)))
+        check_dropout(0.1, check_model(str(folder)), str(folder))
 
 
 def test_experts_that_get_no_adapter_are_named(capsys):
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, Qwen2MoeConfig, Qwen3MoeConfig
 
     for config in (Qwen3MoeConfig, Qwen2MoeConfig):
         model = AutoModelForCausalLM.from_config(config(**SHAPE, num_experts=2, moe_intermediate_size=32))
         warn_of_frozen_experts(model)  # full fine-tuning
         warn_of_frozen_experts(get_peft_model(model, LoraConfig(r=2, target_modules=script.TARGET_MODULES)))
     assert capsys.readouterr().err == (
-        "warning: the experts of this qwen2_moe get no adapter: the layers beside them alone are trained\n"
+        "warning: the experts of this qwen2_moe get no adapter: only the layers beside them are trained\n"
     )
 
 
 def test_only_models_whose_layers_take_trees_share_with_unsloth(capsys):
-    from transformers import LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
     assert [can_share("unsloth", config()) for config in (LlamaConfig, Qwen2Config, Qwen3Config)] == [True] * 3
     assert can_share("transformers", Qwen3MoeConfig()) and capsys.readouterr().out == ""
@@ -458,12 +430,11 @@ def test_only_models_whose_layers_take_trees_share_with_unsloth(capsys):
     ],
 )
 def test_a_model_whose_layers_forget_is_refused(tmp_path, config, more, layers):
-    import transformers
 
     config = getattr(transformers, config)(**{**SHAPE, "num_hidden_layers": 4, **more})
     config.architectures = ["ForCausalLM"]
     config.save_pretrained(tmp_path)
-    safetensors.torch.save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     if layers is None:
         return check_model(str(tmp_path))
     with pytest.raises(UserError) as error:
@@ -474,8 +445,8 @@ def test_a_model_whose_layers_forget_is_refused(tmp_path, config, more, layers):
     )
 
 
+@pytest.mark.slow
 def test_llama_runs_from_rows_to_a_merged_model_and_resumes_on_another_day(tmp_path, monkeypatch, tools_path):
-    from transformers import AutoTokenizer
 
     folder = make_model("llama3.2", tmp_path / "llama")
     rows = [
@@ -485,25 +456,13 @@ def test_llama_runs_from_rows_to_a_merged_model_and_resumes_on_another_day(tmp_p
     ]
     write_jsonl(tmp_path / "rows.jsonl", [*rows, native("thanks", content="Bye."), native("ok", content="Bye.")])
     arguments = [
-        "--model_id",
-        folder,
-        "--dataset_path",
-        tmp_path / "rows.jsonl",
-        "--tools_path",
-        tools_path,
-        "--output_dir",
-        tmp_path / "out",
-        "--final_model_dir",
-        tmp_path / "final",
-        "--num_epochs",
-        1,
-        "--no-load_in_4bit",
-        "--max_new_tokens",
-        8,
-        "--learning_rate",
-        0.01,
-        "--warmup_steps",
-        0,
+        *("--model_id", folder),
+        *("--dataset_path", tmp_path / "rows.jsonl"),
+        *("--tools_path", tools_path),
+        *("--output_dir", tmp_path / "out"),
+        *("--final_model_dir", tmp_path / "final"),
+        *("--num_epochs", 1, "--no-load_in_4bit", "--max_new_tokens", 8),
+        *("--learning_rate", 0.01, "--warmup_steps", 0),
     ]
     today = time.strftime("%Y-%m-%d")
     result = run_script(*arguments)
@@ -526,13 +485,13 @@ def test_llama_runs_from_rows_to_a_merged_model_and_resumes_on_another_day(tmp_p
     def stop(*args):
         raise Reached
 
-    strftime = time.strftime
-    monkeypatch.setattr(time, "strftime", lambda form, day=time.gmtime(1e10): strftime(form, day))  # the year 2286
-    patch(monkeypatch, "check_disk", stop)
+    strftime, later = time.strftime, time.gmtime(1e10)  # the year 2286
+    monkeypatch.setattr(time, "strftime", lambda form, day=later: strftime(form, day))
+    monkeypatch.setattr("tool_calling.estimates.Saving.check_disk", stop)
     resumed = [*map(str, arguments), "--resume_from_checkpoint", "--engine", "transformers"]
     with pytest.raises(Reached):
         script.main(resumed)
     run = tmp_path / "out" / "run.yaml"
     run.write_text(run.read_text().replace("prompt_date", "forgotten"))
-    with pytest.raises(UserError, match="the training rows are not those of the run"):
+    with pytest.raises(UserError, match="the training rows are not those in the run that .* is from; expected the same"):
         script.main(resumed)
