@@ -493,5 +493,5 @@ def test_llama_runs_from_rows_to_a_merged_model_and_resumes_on_another_day(tmp_p
         script.main(resumed)
     run = tmp_path / "out" / "run.yaml"
     run.write_text(run.read_text().replace("prompt_date", "forgotten"))
-    with pytest.raises(UserError, match="the training rows are not those in the run that .* is from; expected the same"):
+    with pytest.raises(UserError, match="the training rows are not those in the run that .* is from"):
         script.main(resumed)

@@ -11,19 +11,29 @@ import torch
 import torch.utils.checkpoint
 from torch.nn.attention.flex_attention import flex_attention
 
-# module:object, its private names, the release in which they were last seen
+# module:class and names of the class, or module and names in its source; the release in which they were last seen
 PRIVATE_NAMES = [
     (
         "transformers:Trainer",
         "_get_grad_norm _maybe_log_save_evaluate _get_output_dir _save_checkpoint _wrap_model _save "
         "_save_optimizer_and_scheduler _load_optimizer_and_scheduler _load_from_checkpoint get_batch_samples "
-        "autocast_smart_context_manager evaluation_loop",
+        "autocast_smart_context_manager evaluation_loop training_step compute_loss get_train_dataloader save_model "
+        "create_model_card",
         "transformers 5.17",
     ),
-    ("transformers:TrainingArguments", "_setup_devices", "transformers 5.17"),
-    ("trl.trainer.utils:", "add_fused_lm_head", "trl 1.15"),
-    ("unsloth.utils.prefix_grouper_kernel:", "_flex_attention_compiled _BLOCK_MASK_CACHE", "unsloth 2026.10.9"),
-    ("unsloth.utils.prefix_grouper_kernel:", "clear_block_mask_cache _create_block_mask_compiled", "unsloth 2026.10.9"),
+    ("transformers.training_args", "_setup_devices _n_gpu", "transformers 5.17"),
+    ("transformers.modeling_layers", "_gradient_checkpointing_func", "transformers 5.17"),
+    ("trl.trainer.utils", "add_fused_lm_head", "trl 1.15"),
+    ("accelerate.accelerator", "_is_accelerate_prepared", "accelerate 1.15"),
+    ("torch.nn.parallel.distributed", "_ddp_params_and_buffers_to_ignore", "torch 2.14"),
+    ("bitsandbytes.nn.modules", "support_avx512bf16_for_cpu", "bitsandbytes 0.50"),
+    (
+        "unsloth.utils.prefix_grouper_kernel",
+        "_flex_attention_compiled _BLOCK_MASK_CACHE clear_block_mask_cache _create_block_mask_compiled",
+        "unsloth 2026.10.9",
+    ),
+    ("unsloth.models.llama", "get_cached", "unsloth 2026.10.9"),
+    ("unsloth_zoo.gradient_checkpointing", "_old_checkpoint", "unsloth_zoo 2026.10.9"),
 ]
 
 
