@@ -386,8 +386,8 @@ CASES = {  # name: (row, format, messages, tools)
     ),
     "glaive": (
         {
-            "system": "SYSTEM: You are a helpful assistant with access to the following functions. Use them if required "
-            f"-\n{json.dumps(BARE, indent=4)}\n" + json.dumps({"name": "g", "parameters": {}}),
+            "system": "SYSTEM: You are a helpful assistant with access to the following functions. Use them if required"
+            f" -\n{json.dumps(BARE, indent=4)}\n" + json.dumps({"name": "g", "parameters": {}}),
             "chat": GLAIVE_CHAT,
         },
         "glaive",

@@ -10,7 +10,7 @@ import pytest
 from conftest import ALARM, ROOT, WEATHER, native, run_script, write_jsonl
 from format_cases import BARE, CALL, CASES, USER, YES, read, sharegpt, write_many
 
-from tool_calling.data.examples import Example, Reading, read_examples, split_examples, to_examples, to_row
+from tool_calling.data.examples import Example, Reading, check_rows, read_examples, split_examples, to_examples, to_row
 from tool_calling.data.rows import read_rows
 from tool_calling.terminal import UserError
 
@@ -141,7 +141,8 @@ def test_openai_rows_keep_turns_replies_and_their_own_tools(tmp_path, tools_path
         ),
         (
             {"input": "x", "output": {"function_call": {"name": "set_alarm", "arguments": "{time: 6}"}}},
-            'call "set_alarm": arguments are not valid JSON: Expecting property name enclosed in double quotes: "{time: 6}"',
+            'call "set_alarm": arguments are not valid JSON: Expecting property name enclosed in double quotes: '
+            '"{time: 6}"',
         ),
         (
             {"input": "x", "output": {"function_call": {"name": "set_alarm", "arguments": [1]}}},
@@ -286,8 +287,8 @@ def test_keys_that_no_format_has_are_named(tmp_path, capsys):
     path = write_jsonl(tmp_path / "rows.jsonl", [*rows, sharegpt(("human", "rain in Rome?"), ("gpt", "Yes."), id=0)])
     assert len(read_examples([path], Reading(str(ROOT / "data" / "tools.json")))[0]) == 6
     assert capsys.readouterr().out.splitlines()[0] == (
-        'read     not read, as the format has no such key: "tool_call" of 6 turns, "function_cals" of 1 output, "id" of 6 '
-        'rows, "available_tools" of 2 rows'
+        'read     not read, as the format has no such key: "tool_call" of 6 turns, "function_cals" of 1 output, "id" '
+        'of 6 rows, "available_tools" of 2 rows'
     )
 
 
@@ -333,6 +334,31 @@ def test_split_is_exact_and_independent_of_order():
     assert [e.source for e in train] == [e.source for e in examples if e in train]  # file order is kept
 
 
+def test_both_sides_keep_the_order_of_the_file_also_where_prompts_repeat():
+    examples = [example(f"request {i % 20}", f"answer {i}") for i in range(60)]
+    for side in split_examples(examples, 0.3):
+        assert side and side == [example for example in examples if example in side]
+
+
+@pytest.mark.parametrize(
+    "thinking, kept, problems",
+    [
+        ("auto", [1, 2], []),
+        ("off", [1, 2], []),
+        ("on", [1], [("x:2", "message 2: has no reasoning; with --thinking on every trained answer needs it")]),
+    ],
+)
+def test_thinking_drops_or_requires_reasoning(tmp_path, thinking, kept, problems):
+    thought = {**YES, "reasoning_content": "It rains."}
+    rows = [{"messages": [USER, thought], "tools": []}, {"messages": [USER, YES], "tools": []}]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    checked = check_rows([path], Reading("no/such/tools.json", thinking=thinking))
+    expected = [{1: [USER, YES if thinking == "off" else thought], 2: [USER, YES]}[row] for row in kept]
+    assert [example.messages for example in checked.examples] == expected
+    assert [(source.replace(path, "x"), problem) for source, problem in checked.problems] == problems
+    assert checked.total == 2
+
+
 def test_one_prompt_is_never_on_both_sides():
     examples = [example(f"request {i % 50}", f"answer {i}") for i in range(200)]
     train, held_out = split_examples(examples, 0.25)
@@ -351,12 +377,25 @@ def test_nothing_is_held_out_at_zero():
     assert split_examples([example("a"), example("b")], 0.0) == ([example("a"), example("b")], [])
 
 
+def test_reading_needs_no_heavy_library():
+    """A broken row is named at once: nothing up to the model may import torch."""
+    code = (
+        "import sys\nfrom tool_calling.data.examples import Reading, read_examples\n"
+        "read_examples(['data/synthetic_finetune_dataset.json'], Reading('data/tools.json'))\n"
+        "print({'torch', 'transformers', 'tokenizers', 'datasets', 'numpy'} & {*sys.modules})\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert result.stdout.splitlines()[-1] == "set()"
+
+
+@pytest.mark.slow
 def test_a_hundred_thousand_rows_fit_into_a_gibibyte(tmp_path):
     path = write_many(tmp_path / "rows.jsonl", 100_000)
     code = (
         "import re, sys, tool_calling.data.examples as s\nfrom tool_calling.data.rows import read_rows\n"
         "c = s.to_examples(read_rows([sys.argv[1]]), 'data/tools.json')\n"
-        "print(len(c.examples), len(c.problems), c.total, re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
+        "peak = re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]\n"
+        "print(len(c.examples), len(c.problems), c.total, peak)\n"
     )
     start = time.perf_counter()
     result = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True, cwd=ROOT)

@@ -5,8 +5,9 @@ import json
 import pytest
 from conftest import ROOT
 from format_cases import CALL, REPLY, TOOLS, USER, YES, parts, read
+from format_cases import calls as called
 
-from tool_calling.data.messages import to_message
+from tool_calling.data.messages import join_text, list_unread, to_message
 from tool_calling.samples import render_examples
 
 
@@ -73,3 +74,34 @@ def test_turns_of_weight_0_are_not_trained(tokenizer):
     ((sample,),), problems = render_examples(tokenizer, [example], 4096)
     assert problems == [] and sample.completion == "I am."
     assert "Yes." in tokenizer.decode(sample.input_ids[: sample.prompt_length])
+
+
+@pytest.mark.parametrize("key", ["tool_calls", "function_calls"])
+def test_calls_are_read_under_each_of_their_keys(key):
+    for calls in ([json.loads(CALL)], json.dumps([json.loads(CALL)])):
+        assert to_message({"role": "assistant", "content": None, key: calls}) == called("Rome")
+    assert to_message({"role": "assistant", "content": None, "function_call": CALL}) == called("Rome")
+    with pytest.raises(ValueError, match=f"^a message holds {key} and function_call; expected one of them$"):
+        to_message({"role": "assistant", key: [json.loads(CALL)], "function_call": json.loads(CALL)})
+
+
+@pytest.mark.parametrize(
+    "content, text",
+    [
+        (None, ""),
+        ("a", "a"),
+        (parts("a", "b"), "ab"),
+        ([], []),
+        ([{"type": "image_url"}], [{"type": "image_url"}]),
+        ([{"type": "text", "text": "a", "image": "b"}], [{"type": "text", "text": "a", "image": "b"}]),
+        (7, 7),
+    ],
+)
+def test_content_is_joined_where_all_of_it_is_text(content, text):
+    assert join_text(content) == text
+
+
+def test_a_row_says_what_is_not_read_of_it():
+    row = {"messages": [{**USER, "mood": "good"}, "text"], "id": 3, "notes": [], "output": {"x": 1}}
+    assert list_unread(row, {"messages"}) == [("row", "id"), ("row", "output"), ("turn", "mood")]
+    assert list_unread(row, {"output"}) == [("row", "messages"), ("row", "id"), ("output", "x")]

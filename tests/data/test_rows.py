@@ -421,6 +421,7 @@ def test_what_exists_is_not_looked_up(tmp_path, monkeypatch):
     assert error_of("json") == "json: cannot be read: No such file or directory"  # a name that means any file
 
 
+@pytest.mark.slow
 def test_the_memory_of_reading_does_not_grow_with_the_file(tmp_path):
     path = write_many(tmp_path / "rows.jsonl", 250_000)
     assert os.path.getsize(path) > 45 * 2**20

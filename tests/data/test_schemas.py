@@ -295,3 +295,22 @@ def test_unknown_arguments_are_found_wherever_schemas_are_combined(arguments, ex
     validators, problems = check_tools([tool])
     assert problems == []
     assert check_call("f", arguments, validators) == [expected] * (expected is not None)
+
+
+@pytest.mark.parametrize("value, expected", [(None, []), ("x", ['arguments.a must be a number or null, got "x"'])])
+def test_several_types_are_all_named(value, expected):
+    validators, problems = check_tools([tool({"a": {"type": ["number", "null"]}})])
+    assert problems == [] and check_call("f", {"a": value}, validators) == expected
+
+
+def test_an_alternative_that_lets_nothing_pass_is_no_crash():
+    validators, problems = check_tools([tool({"a": {"anyOf": [False, {"type": "null"}]}})])
+    assert problems == []
+    assert check_call("f", {"a": None}, validators) == []
+    assert check_call("f", {"a": 1}, validators) == ["arguments.a: 1 is not valid under any of the given schemas"]
+
+
+def test_null_properties_are_dropped_and_counted():
+    tools, changes = to_tools([tool({"a": {"type": "string", "title": None}, "b": None, "c": None})])
+    assert tools == [tool({"a": {"type": "string"}})]
+    assert changes == {"title null -> removed": 1, "property null -> removed": 2}

@@ -77,7 +77,8 @@ def test_a_pattern_that_would_take_years_is_a_problem_and_is_tried_once():
     [
         (
             text_schema(**{"$ref": "https://example.invalid/schema.json"}),
-            'call 1 "f": its tool\'s schema refers to https://example.invalid/schema.json, which is not inside that schema',
+            'call 1 "f": its tool\'s schema refers to https://example.invalid/schema.json, which is '
+            "not inside that schema",
         ),
         (
             text_schema(**{"$ref": "file:///etc/passwd"}),
@@ -118,6 +119,7 @@ def test_prototype_like_names_are_names_like_others(key):
     ]
 
 
+@pytest.mark.slow
 def test_ten_thousand_tools():
     tools = [tool(text_schema(), f"tool_{i}") for i in range(10_000)]
     assert problems_of(row({"x": "a"}, *tools, name="tool_9999"), row({"x": "b"}, *tools, name="tool_1")) == []

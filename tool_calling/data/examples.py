@@ -15,7 +15,7 @@ from tool_calling.data.tools import check_tools, read_tools, to_tools
 from tool_calling.files import digest, write_file
 from tool_calling.terminal import UserError, list_first, plural, report_problems, say, shorten
 
-SHOWN_CHANGES = 8  # kinds of change to tools, and keys that are not read, that a line after reading names
+SHOWN_CHANGES = 8  # how many kinds of change to tools, and keys that are not read, are named on screen
 
 
 class Example(NamedTuple):
@@ -24,7 +24,7 @@ class Example(NamedTuple):
     source: str
     messages: list[dict]
     tools: list[dict]
-    format: str = "openai"  # of the row that it was
+    format: str = "openai"  # of the row it came from
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def to_examples(rows, tools_path: str, name: str = "auto") -> Checked:
         except ValueError as error:
             problems = [str(error)]
         except RecursionError:
-            problems = ["is nested too deeply; expected at most some hundred levels"]
+            problems = ["is nested too deeply; expected a few hundred levels at most"]
         checked.problems += [(source, " ".join(problem.splitlines())) for problem in problems]
         if not problems:
             checked.examples.append(Example(source, messages, tools, found_format))
@@ -84,11 +84,7 @@ def to_examples(rows, tools_path: str, name: str = "auto") -> Checked:
 
 
 def apply_thinking(checked: Checked, thinking: str) -> None:
-    """Drop the reasoning of all turns if `thinking` is "off"; if it is "on", refuse rows with an answer that has none.
-
-    A turn with reasoning is trained, and was prompted, with thinking on; no turn that is served without thinking has
-    any.
-    """
+    """Drop all reasoning if `thinking` is "off", as no turn served without thinking has any; if "on", require it."""
     if thinking == "off":
         for message in (message for example in checked.examples for message in example.messages):
             message.pop("reasoning_content", None)

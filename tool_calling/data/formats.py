@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 from tool_calling.data.literals import as_list, parse_json, parse_literal, split_at_commas, unpack
 from tool_calling.data.messages import (
-    TURN_KEYS,
+    CALL_KEYS,
     add_system,
-    find_calls,
     join_text,
+    list_unread,
     split_thought,
     take,
     to_messages,
@@ -27,9 +27,9 @@ GLAIVE_CALL = re.compile(r"""\s*\{\s*"name"\s*:\s*("[^"]*")\s*,\s*"arguments"\s*
 GLAIVE_BOILERPLATE = re.compile(
     r"You are a helpful assistant with access to the following functions\. Use them if required\s*-?"
 )
+Talk = tuple[list[dict], object]  # turns, and the tools that stand in them or None
 QUESTION_KEYS = ("instruction", "question", "prompt", "query", "input")
 ANSWER_KEYS = ("output", "answer", "response", "completion")
-TURNS_KEYS = ("messages", "conversations", "prompt", "completion")  # keys of a row that hold turns
 
 
 def to_pair(turn: dict) -> tuple[object, object]:
@@ -53,18 +53,15 @@ def read_request(row: dict, question: str) -> list[dict]:
     return [*turns, {"role": "user", "content": "\n".join(take(row, key, str) for key in (question, *about))}]
 
 
-def convert_native(row: dict) -> tuple[list[dict], object]:
+def convert_native(row: dict) -> Talk:
     """{"input": "...", "output": {"function_call": {...} | "function_calls": [...], "content": "..."}}"""
-    output, keys = take(row, "output", dict), ("function_call", "function_calls", "tool_calls")
-    if output.keys().isdisjoint((*keys, "content")):
+    output, question = take(row, "output", dict), "instruction" if row.get("instruction") else "input"
+    if output.keys().isdisjoint((*CALL_KEYS, "content")):
         raise ValueError(f'"output" must hold function_call, function_calls or content, got {shorten(output)}')
-    calls = find_calls(output, '"output"', keys)
-    answer = {**output, "role": "assistant", "tool_calls": calls, "function_call": None}
-    question = "instruction" if row.get("instruction") else "input"
-    return add_system(row, [*read_request(row, question), answer]), None
+    return add_system(row, [*read_request(row, question), {**output, "role": "assistant"}]), None
 
 
-def convert_openai(row: dict) -> tuple[list[dict], object]:
+def convert_openai(row: dict) -> Talk:
     """{"messages": [{"role": "...", "content": "...", "tool_calls": [...]}, ...], "tools": [...]}"""
     return add_system(row, take(row, "messages", list)), None
 
@@ -113,7 +110,7 @@ def split_hermes_turn(turn: dict) -> list[dict]:
     return [turn]
 
 
-def convert_hermes(row: dict) -> tuple[list[dict], object]:
+def convert_hermes(row: dict) -> Talk:
     """{"conversations": [{"from": "system", "value": "... <tools>[...]</tools> ..."}, {"from": "gpt", "value":
     "<tool_call>\\n{...}\\n</tool_call>"}, {"from": "tool", "value": "<tool_response>...</tool_response>"}]}; calls may
     also stand as a list in <TOOLCALL>"""
@@ -128,7 +125,7 @@ def convert_hermes(row: dict) -> tuple[list[dict], object]:
     return turns, tools
 
 
-def convert_prompt_completion(row: dict) -> tuple[list[dict], object]:
+def convert_prompt_completion(row: dict) -> Talk:
     """{"prompt": [{"role": "user", "content": "..."}], "completion": [{"role": "assistant", ...}], "tools": [...]}; of
     these turns only the completion is trained."""
     prompt = [{**turn, "weight": 0} for turn in take(row, "prompt", list)]
@@ -136,7 +133,7 @@ def convert_prompt_completion(row: dict) -> tuple[list[dict], object]:
     return (convert_hermes if is_hermes(row) else convert_openai)(row)
 
 
-def convert_xlam(row: dict) -> tuple[list[dict], object]:
+def convert_xlam(row: dict) -> Talk:
     """{"query": "...", "answers": "[{\\"name\\": ..., \\"arguments\\": {...}}]", "tools": "[...]"}"""
     calls, question = take(row, "answers", list), take(row, "query", str)
     return add_system(row, [{"role": "user", "content": question}, {"role": "assistant", "tool_calls": calls}]), None
@@ -150,7 +147,7 @@ def parse_glaive_call(text: str) -> object:
     return {"name": parse_json(quoted[1], "the name of a call is"), "arguments": quoted[2].replace("\\'", "'")}
 
 
-def convert_glaive(row: dict) -> tuple[list[dict], object]:
+def convert_glaive(row: dict) -> Talk:
     """{"system": "SYSTEM: ... -\\n{...}\\n{...}",
     "chat": "USER: ...\\n\\n\\nASSISTANT: <functioncall> {...} <|endoftext|>"}"""
     system = take(row, "system", str) if row.get("system") is not None else ""
@@ -188,7 +185,7 @@ def parse_bracket_calls(text: str) -> list[dict]:
     return calls
 
 
-def convert_toolace(row: dict) -> tuple[list[dict], object]:
+def convert_toolace(row: dict) -> Talk:
     """{"system": "... [{...}] ...", "conversations": [{"from": "assistant", "value": "[Name(key=\\"value\\")]"}]}"""
     turns, tools = [], None
     for turn in read_turns(row):
@@ -202,7 +199,7 @@ def convert_toolace(row: dict) -> tuple[list[dict], object]:
     return turns, tools
 
 
-def convert_alpaca(row: dict) -> tuple[list[dict], object]:
+def convert_alpaca(row: dict) -> Talk:
     """{"instruction": "...", "input": "", "output": "...", "system": "...", "history": [["u", "a"]]}, or a question, a
     "context" and an answer by other names: plain requests, so without tools unless the row has its own."""
     question, answer = (next((key for key in keys if key in row), None) for keys in (QUESTION_KEYS, ANSWER_KEYS))
@@ -238,13 +235,12 @@ def is_mobile(row: dict) -> bool:
 def is_hermes(row: dict) -> bool:
     """Return whether calls stand between tags in the text, or tools do; in `messages`, of a row that has no others."""
     anywhere, nowhere = "conversations" in row, names_tools(row)
-    return any(
-        "<tool_call>" in text
-        or "<TOOLCALL>" in text
-        or "<tools>" in text
-        and (anywhere or not nowhere and role in ("system", "developer"))
-        for role, text in [*peek(row, "messages"), *peek(row, "conversations")]
-    )
+    for role, text in [*peek(row, "messages"), *peek(row, "conversations")]:
+        if "<tool_call>" in text or "<TOOLCALL>" in text:
+            return True
+        if "<tools>" in text and (anywhere or not nowhere and role in ("system", "developer")):
+            return True
+    return False
 
 
 def is_toolace(row: dict) -> bool:
@@ -258,23 +254,22 @@ def is_toolace(row: dict) -> bool:
 
     turns, messages = peek(row, "conversations"), [] if names_tools(row) else peek(row, "messages")
     system = [("system", row["system"])] if isinstance(row.get("system"), str) else []
-    return (
-        has_calls(turns) or bool(turns) and has_tools(system) or has_calls(messages) and has_tools([*messages, *system])
-    )
+    if turns and has_tools(system) or has_calls(turns):
+        return True
+    return has_calls(messages) and has_tools([*messages, *system])
 
 
 def is_sharegpt_tools(row: dict) -> bool:
     """Return whether the conversation has tools beside it, or calls or replies as turns."""
-    return "conversations" in row and (
-        names_tools(row) or any(to_role(role) in ("calls", "tool") for role, _ in peek(row, "conversations"))
-    )
+    has_turns = any(to_role(role) in ("calls", "tool") for role, _ in peek(row, "conversations"))
+    return has_turns or "conversations" in row and names_tools(row)
 
 
 class Format(NamedTuple):
     """How rows of a format are recognised and converted."""
 
     fits: Callable[[dict], bool]
-    convert: Callable[[dict], tuple[list[dict], object]]  # to (turns, tools or None)
+    convert: Callable[[dict], Talk]
     keys: set[str]  # that are read of a row, beside tools and system
 
 
@@ -321,26 +316,8 @@ def unpack_turns(row: dict) -> dict:
     return row
 
 
-def list_unread(row: dict, keys: set[str]) -> list[tuple[str, str]]:
-    """Return as (place, key) what holds something in a row, its output or a turn, and is not read in its format."""
-    places = [("row", row, {*keys, "tools", "functions", "system"})]
-    if "output" in keys:
-        places.append(("output", row.get("output"), {*TURN_KEYS, "function_calls"}))
-    places += [("turn", turn, TURN_KEYS) for key in TURNS_KEYS if key in keys for turn in as_list(row.get(key))]
-    return [
-        (place, key)
-        for place, holder, known in places
-        if isinstance(holder, dict)
-        for key, value in holder.items()
-        if key not in known and value not in (None, "", [], {})
-    ]
-
-
 def convert(row: object, name: str) -> tuple[str, list[dict], object, list[tuple[str, str]]]:
-    """Return (format, OpenAI messages, tools as they are or None, what list_unread finds) of a row.
-
-    ValueError if it cannot be converted.
-    """
+    """Return (format, OpenAI messages, tools as they are or None, what list_unread finds) of a row; or a ValueError."""
     if isinstance(row, ValueError):  # a line that was not JSON
         raise row
     if not isinstance(row, dict):

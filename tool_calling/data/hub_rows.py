@@ -20,7 +20,7 @@ def drop_null_columns(value: object, feature: object) -> object:
         return {key: drop_null_columns(inner, feature[key]) for key, inner in value.items() if inner is not None}
     if isinstance(value, list) and hasattr(feature, "feature"):
         return [drop_null_columns(inner, feature.feature) for inner in value]
-    if not isinstance(value, (str, int, float, list, dict, type(None))):
+    if not isinstance(value, str | int | float | list | dict | None):
         raise ValueError(
             f"holds the {type(value).__name__} {str(value)[:40]}; expected text or another JSON value "
             "(a table may have made dates of texts: name the dataset's own file instead)"
@@ -29,7 +29,7 @@ def drop_null_columns(value: object, feature: object) -> object:
 
 
 def load_hub(name: str, config: str | None):
-    """Return {split: table} of a dataset on the Hub or in the local cache; UserError says why it cannot be had."""
+    """Return {split: table} of a dataset on the Hub or in the local cache; UserError says why it cannot be loaded."""
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said below, in one line
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
@@ -45,11 +45,9 @@ def load_hub(name: str, config: str | None):
         reason = "is no file or folder, and no public dataset on the Hub; check the name, or log in with: hf auth login"
         if "gated" in str(error):
             reason = f"is gated; accept its terms at https://huggingface.co/datasets/{name}, log in with: hf auth login"
-    except Exception as error:  # whatever else can be wrong with a dataset; its message is the best there is
-        reason = (
-            f"cannot be read as a table: {' '.join(str(error.__cause__ or error).split())[:200]}; "
-            f"expected {name}, {name}:SPLIT or {name}:CONFIG:SPLIT"
-        )
+    except Exception as error:  # whatever else can be wrong with a dataset: its own message says it best
+        cause = " ".join(str(error.__cause__ or error).split())[:200]
+        reason = f"cannot be read as a table: {cause}; expected {name}, {name}:SPLIT or {name}:CONFIG:SPLIT"
     raise UserError(f"{name}: {reason}")
 
 
@@ -57,14 +55,14 @@ def read_hub(name: str, config: str | None, split: str | None):
     """Yield (name:split[index], row) of a dataset on the Hub or in the local cache, without null-filled keys."""
     splits, whole, split = load_hub(name, config), f"{name}:{config}" if config else name, split or "train"
     if split not in splits:
-        raise UserError(
-            f'{whole}: has no split "{split}"; expected ' + " or ".join(f"{whole}:{found}" for found in splits)
-        )
+        expected = " or ".join(f"{whole}:{found}" for found in splits)
+        raise UserError(f'{whole}: has no split "{split}"; expected {expected}')
     table = splits[split]
     for index, row in enumerate(table):
-        # A whole column of images or dates is none that a format reads; such a value inside an object is a problem.
-        columns = {key: value for key, value in row.items() if isinstance(value, (str, int, float, list, dict))}
+        # No format reads a whole column of images or dates; such a value inside an object is a problem.
+        columns = {key: value for key, value in row.items() if isinstance(value, str | int | float | list | dict)}
         try:
-            yield f"{whole}:{split}[{index}]", drop_null_columns(columns, table.features)
+            row = drop_null_columns(columns, table.features)
         except ValueError as error:
-            yield f"{whole}:{split}[{index}]", error
+            row = error
+        yield f"{whole}:{split}[{index}]", row

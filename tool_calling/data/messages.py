@@ -7,32 +7,25 @@ from tool_calling.data.special_tokens import find_forbidden
 from tool_calling.data.tools import check_call
 from tool_calling.terminal import shorten
 
+# fmt: off
 ROLES = {  # a role as other formats name it: OpenAI's; "calls" is a turn that holds nothing but calls
-    name: role
-    for role, names in {
-        "user": "human",
-        "assistant": "gpt model",
-        "system": "developer",
-        "tool": "observation tool_response function function-response",
-        "calls": "function_call function-call tool_call",
-    }.items()
-    for name in names.split()
+    "human": "user", "gpt": "assistant", "model": "assistant", "developer": "system",
+    "observation": "tool", "tool_response": "tool", "function": "tool", "function-response": "tool",
+    "function_call": "calls", "function-call": "calls", "tool_call": "calls",
 }
+NEXT_ROLES = {  # who may speak after whom; here "calls" is an assistant's turn that waits for replies
+    "start": ("system", "user"), "system": ("user",), "user": ("assistant",), "assistant": ("user",),
+    "calls": ("tool",), "tool": ("tool", "assistant"),
+}
+# fmt: on
+CALL_KEYS = ("tool_calls", "function_calls", "function_call")
 THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")
-TURN_KEYS = {"role", "from", "content", "value", "name", "weight", "tool_calls", "function_call", "tool_call_id"}
-TURN_KEYS |= {*THOUGHT_KEYS}
+TURN_KEYS = {"role", "from", "content", "value", "name", "weight", "tool_call_id", *CALL_KEYS, *THOUGHT_KEYS}
+TALK_KEYS = ("messages", "conversations", "prompt", "completion")  # of a row, for a list of turns
 TEXT_PART = {"type", "text", "annotations", "cache_control"}  # a part of content with other keys says more than a text
 KIND_NAMES = {list: "a list of objects", dict: "an object", str: "text"}
 UNREAD_CALL = re.compile(r"<functioncall>|\[TOOL_CALLS\]")  # as other models write one, in an answer
 CODE_FENCE = re.compile(r"```\w*\n(.*)```", re.DOTALL)
-NEXT_ROLES = {  # who may speak after whom; "calls" is an assistant's turn that waits for replies
-    "start": ("system", "user"),
-    "system": ("user",),
-    "user": ("assistant",),
-    "assistant": ("user",),
-    "calls": ("tool",),
-    "tool": ("tool", "assistant"),
-}
 
 
 def to_role(role: object) -> object:
@@ -90,12 +83,14 @@ def split_thought(message: dict, content: object) -> tuple[str, object]:
     return thoughts[0] if thoughts else "", content
 
 
-def find_calls(holder: dict, what: str, keys: tuple[str, ...]) -> list:
-    """Return the calls under the only one of `keys` that a message has, [] if none; a `function_call` is one call."""
-    given = [key for key in keys if holder.get(key)]
+def find_calls(message: dict) -> list:
+    """Return the calls under the one of CALL_KEYS that a message has, [] if none; a `function_call` is a single one."""
+    given = [key for key in CALL_KEYS if message.get(key)]
+    if not given:
+        return []
     if len(given) > 1:
-        raise ValueError(f"{what} holds {given[0]} and {given[1]}; expected one of them")
-    calls = unpack(holder[given[0]], f"{given[0]} is") if given else []
+        raise ValueError(f"a message holds {given[0]} and {given[1]}; expected one of them")
+    calls = unpack(message[given[0]], f"{given[0]} is")
     calls = [calls] if given == ["function_call"] else calls
     if not isinstance(calls, list):
         raise ValueError(f"{given[0]} must be a list, got {shorten(calls)}")
@@ -113,8 +108,7 @@ def to_message(message: dict) -> dict:
         return {"role": role, "content": content}
     if message.get("weight") not in (None, 0, 1):
         raise ValueError(f"weight must be 0 or 1, got {shorten(message['weight'])}")
-    thought, content = split_thought(message, content)
-    calls = find_calls(message, "a message", ("tool_calls", "function_call"))
+    (thought, content), calls = split_thought(message, content), find_calls(message)
     if role == "calls":
         if calls and content:
             raise ValueError("a turn of calls holds calls in content and in another key; expected one of them")
@@ -135,11 +129,25 @@ def to_messages(turns: list[dict]) -> list[dict]:
                 before = messages.pop()
                 thoughts = {turn.get("reasoning_content", "").strip() for turn in (before, message)} - {""}
                 if len(thoughts) > 1 or before.get("weight") != message.get("weight"):
-                    raise ValueError("a turn of calls joins one that has another thought or weight; expected the same")
+                    raise ValueError("a turn of calls follows one with another thought or weight; expected the same")
                 calls = [*before.get("tool_calls", []), *message.get("tool_calls", [])]
                 message = {**message, **before, "tool_calls": calls}
         messages.append(message)
     return messages
+
+
+def list_unread(row: dict, keys: set[str]) -> list[tuple[str, str]]:
+    """Return (place, key) of what holds something and is not read, in a row of which `keys` are read and its turns."""
+    places = [("row", row, {*keys, "tools", "functions", "system"})]
+    places += [("output", row["output"], TURN_KEYS)] if "output" in keys and "output" in row else []
+    places += [("turn", turn, TURN_KEYS) for key in TALK_KEYS if key in keys for turn in as_list(row.get(key))]
+    return [
+        (place, key)
+        for place, holder, known in places
+        if isinstance(holder, dict)
+        for key, value in holder.items()
+        if key not in known and value not in (None, "", [], {})
+    ]
 
 
 def add_system(row: dict, turns: list[dict]) -> list[dict]:
@@ -215,7 +223,8 @@ def check_text(messages: list[dict]) -> list[str]:
         if is_trained(message) and is_call_text(content):
             expected = 'expected it in a form that is read as a call, such as "tool_calls"'
             problems.append(f"{name} content is a call as text, {shorten(content, 40)}; {expected}")
-        for text in (content, message.get("reasoning_content", ""), to_json(message.get("tool_calls", []))):
+        calls = to_json(message["tool_calls"]) if "tool_calls" in message else ""
+        for text in (content, message.get("reasoning_content", ""), calls):
             if problem := find_forbidden(text):
                 tagged = text is content and message["role"] == "assistant" and re.search(r"</tool_?call>", text, re.I)
                 problems.append(f"{name} {problem}{', or read it as a call with --format hermes' if tagged else ''}")

@@ -67,20 +67,18 @@ def read_array(path: str, text: str):
         line, counted = line + text.count("\n", counted, position), position
         source = f"{path}:{line}" if line > last_line else f"{path}[{index}]"  # several on one line: count them
         last_line = line
-        if is_array and text.startswith("]", position):
-            if text[position + 1 :].strip():
-                raise UserError(f"{path}:{line}: more follows the ] of the array; expected the end of the file")
-            return
-        if position >= len(text):
-            if is_array:
-                raise UserError(f"{source}: the JSON array does not end; expected ]")
-            return
+        if position == len(text) or is_array and text[position] == "]":
+            break
         try:
             element, position = read_value(text, position)
         except (ValueError, RecursionError) as error:
             line += text.count("\n", counted, getattr(error, "pos", position))
             raise UserError(f"{path}:{line}: {explain(error)}") from None
         yield source, element
+    if is_array and position == len(text):
+        raise UserError(f"{source}: the JSON array does not end; expected ]")
+    if is_array and text[position + 1 :].strip():
+        raise UserError(f"{path}:{line}: more follows the ] of the array; expected the end of the file")
 
 
 def read_lines(path: str, file):
@@ -110,17 +108,15 @@ def is_unfinished(line: bytes) -> bool:
         return line.endswith(b"\n") and getattr(error, "pos", -1) >= len(text)
 
 
-def show_reading(pairs, file, size: int):
-    """Yield the pairs; on a terminal a bar shows how far a large file has been read."""
+@contextlib.contextmanager
+def show_reading(file):
+    """Yield the open file; on a terminal a bar shows how far a large one has been read."""
+    size = os.fstat(file.fileno()).st_size
     if size < SHOWN_BYTES or not sys.stdout.isatty():
-        yield from pairs
-        return
-    with Progress(transient=True) as bar:
-        task = bar.add_task("read", total=size)
-        for index, pair in enumerate(pairs):
-            if index % 1000 == 0:  # moving the bar takes longer than reading a row
-                bar.update(task, completed=file.tell())
-            yield pair
+        yield file
+    else:
+        with Progress(transient=True) as bar:
+            yield bar.wrap_file(file, size, description="read")
 
 
 def read_file(path: str):
@@ -129,7 +125,7 @@ def read_file(path: str):
     JSONL is read line by line, so that its size does not matter. An array, and objects that go on over several lines,
     are read whole.
     """
-    with open_file(path) as file:
+    with open_file(path) as file, show_reading(file) as file:
         before = os.fstat(file.fileno())
         lines = (line.removeprefix(b"\xef\xbb\xbf").lstrip() for line in iter(partial(file.readline, 2**16), b""))
         first, second = next(filter(None, lines), b""), next(filter(None, lines), b"")
@@ -145,7 +141,7 @@ def read_file(path: str):
                 if second and not second.startswith(b"{"):  # no row follows: the mistake is inside an object
                     raise
                 file.seek(0)
-        yield from show_reading(pairs, file, before.st_size)
+        yield from pairs
         after = os.fstat(file.fileno())
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             raise UserError(f"{path}: changed while it was read; start again when nothing writes to it")
@@ -177,7 +173,7 @@ def match_hub(path: str) -> re.Match | None:
 
 
 def read_source(path: str, tools_path: str | None):
-    """Yield the (source, row) pairs of a file, of the files in a folder, or of a Hub dataset `name[[:config]:split]`."""
+    """Yield the (source, row) pairs of a file, of the files in a folder, or a Hub dataset `name[[:config]:split]`."""
     if match := match_hub(path):
         from tool_calling.data.hub_rows import read_hub  # here, because its library takes seconds to import
 

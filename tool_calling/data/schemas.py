@@ -8,22 +8,25 @@ from collections.abc import Callable
 from tool_calling.data.literals import as_list, parse_python
 from tool_calling.terminal import shorten
 
+# fmt: off
 TYPES = {  # a type as Python, Java or Gemini writes it, in lower case: JSON Schema's
-    name: kind
-    for kind, names in {
-        "string": "str string",
-        "integer": "int integer long",
-        "number": "float double number",
-        "boolean": "bool boolean",
-        "object": "dict object",
-        "array": "list tuple array",
-        "null": "none nonetype null",
-    }.items()
-    for name in names.split()
+    "str": "string", "string": "string",
+    "int": "integer", "integer": "integer", "long": "integer",
+    "float": "number", "double": "number", "number": "number",
+    "bool": "boolean", "boolean": "boolean",
+    "dict": "object", "object": "object",
+    "list": "array", "tuple": "array", "array": "array",
+    "none": "null", "nonetype": "null", "null": "null",
 }
+TYPE_NAMES = {  # in messages
+    "integer": "an integer", "number": "a number", "string": "a string", "boolean": "true or false",
+    "array": "an array", "object": "an object",
+}
+# fmt: on
 PLAIN_TYPES = {name: {"type": kind} for name, kind in TYPES.items()}
 PLAIN_TYPES |= {"any": {}, "set": {"type": "array", "uniqueItems": True}}
 OPTIONAL = re.compile(r"(?:,\s*)?\(?\boptional\)?\s*$", re.IGNORECASE)  # the end of "str, optional"
+OPTIONAL_OF = re.compile(r"\s*(?:typing\.)?optional\[", re.IGNORECASE)
 # Keywords of JSON Schema whose value is a schema, a list of schemas, or an object of named ones.
 SINGLE = ("items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames")
 LISTED = ("anyOf", "oneOf", "allOf", "prefixItems")
@@ -32,11 +35,11 @@ COMBINED = ("allOf", "anyOf", "oneOf", "then", "else")  # parts of one value's s
 
 
 def map_schemas(schema: dict, change: Callable[[object, str], object]) -> dict:
-    """Return a schema with change(part, keyword) in place of each schema that stands directly in it."""
+    """Return a schema with change(part, keyword) in place of each schema directly in it; a property null is dropped."""
     changed = dict(schema)
     for key, value in schema.items():
         if key in NAMED and isinstance(value, dict):
-            changed[key] = {name: change(part, key) for name, part in value.items()}
+            changed[key] = {name: change(part, key) for name, part in value.items() if part is not None}
         elif key in LISTED and isinstance(value, list):
             changed[key] = [change(part, key) for part in value]
         elif key in SINGLE:
@@ -116,10 +119,7 @@ def replace_type(schema: dict, changes: Counter) -> dict:
     before, after = (" or ".join(map(str, as_list(name)))[:40] for name in (old, kind))
     changes[f"type {before} -> {after}"] += 1
     new = {key: value for key, value in new.items() if key == "type" or key not in schema}
-    replaced = {}
-    for key, value in schema.items():
-        replaced |= new if key == "type" else {key: value}
-    return replaced
+    return {k: v for key, value in schema.items() for k, v in (new if key == "type" else {key: value}).items()}
 
 
 def replace_dialect(schema: dict, changes: Counter) -> dict:
@@ -171,22 +171,14 @@ def list_required(schema: dict, changes: Counter) -> dict:
     return {**schema, "properties": properties, "required": required}
 
 
-def drop_null_parts(schema: dict, changes: Counter) -> dict:
-    """Return the schema without the properties and definitions that are null."""
-    for key in NAMED:
-        if isinstance(parts := schema.get(key), dict) and None in parts.values():
-            kept = {name: part for name, part in parts.items() if part is not None}
-            changes["property null -> removed"] += len(parts) - len(kept)
-            schema = {**schema, key: kept}
-    return schema
-
-
 def to_schema(schema: object, changes: Counter) -> object:
     """Return a JSON Schema in which foreign types and dialects are replaced at every place that holds a schema."""
     if not isinstance(schema, dict):
         return schema
-    for step in (drop_nulls, replace_type, replace_dialect, list_required, drop_null_parts):
+    for step in (drop_nulls, replace_type, replace_dialect, list_required):
         schema = step(schema, changes)
+    parts = [part for key in NAMED if isinstance(schema.get(key), dict) for part in schema[key].values()]
+    changes.update(["property null -> removed"] * parts.count(None))
     return map_schemas(schema, lambda part, _: to_schema(part, changes))
 
 
@@ -195,8 +187,7 @@ def is_optional(parameter: dict) -> bool:
     if isinstance(parameter.get("required"), bool):
         return not parameter["required"]
     kind = parameter.get("type")
-    by_type = isinstance(kind, str) and bool(OPTIONAL.search(kind) or re.match(r"\s*(typing\.)?optional\[", kind, re.I))
-    return by_type or "default" in parameter
+    return "default" in parameter or isinstance(kind, str) and bool(OPTIONAL.search(kind) or OPTIONAL_OF.match(kind))
 
 
 def to_parameters(parameters: object, changes: Counter) -> object:
@@ -263,16 +254,6 @@ def to_strict(schema: object, whole: bool = True) -> object:
     ):
         strict["additionalProperties"] = True
     return strict
-
-
-TYPE_NAMES = {
-    "integer": "an integer",
-    "number": "a number",
-    "string": "a string",
-    "boolean": "true or false",
-    "array": "an array",
-    "object": "an object",
-}
 
 
 def describe(error) -> str:

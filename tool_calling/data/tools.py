@@ -88,7 +88,7 @@ def take_tools(text: str) -> tuple[list[dict], str]:
     """Return what find_tools does; ValueError if one of several tools cannot be read."""
     found, rest = find_tools(text)
     if found and (broken := BROKEN_TOOL.search(rest)):
-        raise ValueError(f"a tool beside others is not JSON: {shorten(broken[0])}")
+        raise ValueError(f"one of the tools is not JSON: {shorten(broken[0])}")
     return found, rest
 
 
