@@ -10,43 +10,29 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy
 import pytest
 from conftest import ROOT, WEATHER, native, write_jsonl
+from jobs import CITIES, ENVIRONMENT, FINAL_FILES, STOPPING, names, start, wait, wait_for
 from safetensors.numpy import load_file
-from test_command_line import CITIES, FINAL_FILES, names
-from test_resume import ENVIRONMENT, STOPPING, start, wait, wait_for
 from train_small import make_base
 
 import train_qwen3_tool_calling as script
-from tool_calling.engines.start import find_optim, start_engine
+from tool_calling.checkpoints import list_checkpoints, to_step
+from tool_calling.engines.choices import find_optim
+from tool_calling.engines.start import start_engine
 from tool_calling.files import find_damage
-from tool_calling.prompts import Sample
-from tool_calling.run_folder import check_resume, list_checkpoints, to_step
-from tool_calling.schedule import Plan, cut_streams, hash_rows, order_rows
+from tool_calling.run_folder import Run
+from tool_calling.samples import Sample
 from tool_calling.terminal import FlagError, UserError
-from tool_calling.training.callbacks import build_stopper
 
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", 2]
 # 23 rows: of three epochs of two steps, each second step has a single row, so that one of two devices has none.
 SMALL = [ROOT / "tests" / "train_small.py"]
 FLAGS = [
-    "--num_epochs",
-    3,
-    "--save_steps",
-    1,
-    "--batch_size",
-    11,
-    "--max_seq_length",
-    60,
-    "--warmup_steps",
-    0,
-    "--learning_rate",
-    "0.01",
-    "--lr_scheduler_type",
-    "constant",
+    *("--num_epochs", 3, "--save_steps", 1, "--batch_size", 11, "--max_seq_length", 60),
+    *("--warmup_steps", 0, "--learning_rate", "0.01", "--lr_scheduler_type", "constant"),
 ]
 
 
@@ -81,6 +67,7 @@ def logs(folder, step):
     return [log["loss"] for log in state["log_history"] if "loss" in log]
 
 
+@pytest.mark.slow
 def test_two_devices_do_what_one_does_and_go_on_from_each_others_checkpoints(tmp_path):
     one, two, mixed = (tmp_path / name for name in ("one", "two", "mixed"))
     train(one, 1)
@@ -99,6 +86,7 @@ def test_two_devices_do_what_one_does_and_go_on_from_each_others_checkpoints(tmp
     assert logs(mixed, 6) == pytest.approx(logs(one, 6), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_4_bit_base_split_over_two_devices_trains_the_same_adapter(tmp_path):
     one, split = tmp_path / "one", tmp_path / "split"
     assert "holds 1.00 of the weights" in train(one, 1, "--load_in_4bit")
@@ -108,20 +96,13 @@ def test_a_4_bit_base_split_over_two_devices_trains_the_same_adapter(tmp_path):
     assert logs(split, 6) == pytest.approx(logs(one, 6), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_with_all_weights_split_is_that_of_whole_models(tmp_path):
     """Against two whole models: against one, a gradient of 1e-8 has other rounding, which Adam makes a step of."""
     whole, split, mixed = (tmp_path / name for name in ("whole", "split", "mixed"))
     full = [
-        "--lora_rank",
-        0,
-        "--optim",
-        "adamw_torch",
-        "--metric_for_best",
-        "loss",
-        "--save_steps",
-        1,
-        "--eval_steps",
-        1,
+        *("--lora_rank", 0, "--optim", "adamw_torch"),
+        *("--metric_for_best", "loss", "--save_steps", 1, "--eval_steps", 1),
     ]
     train(whole, 2, *full)
     assert "holds 0.50 of the weights" in train(split, 2, *full, "--fsdp")
@@ -143,10 +124,10 @@ def test_fsdp_needs_several_devices_transformers_and_an_optimizer_that_can_be_sp
         monkeypatch.setenv("WORLD_SIZE", str(devices))
         with pytest.raises(FlagError, match="--fsdp splits the weights over several GPUs, with Transformers"):
             script.parse_args(["--fsdp", *more])
-    args = script.parse_args(["--fsdp"])
-    assert args.engine == "transformers" and find_optim(args, cuda=True) == "adamw_torch_fused"
     full = ["--fsdp", "--lora_rank", "0"]
-    assert find_optim(script.parse_args(full), cuda=True) == "adamw_torch_fused"
+    for args in (script.parse_args(["--fsdp"]), script.parse_args(full)):
+        assert args.engine == "transformers"
+        assert find_optim(args.optim, whole=script.trains_whole(args), cuda=True) == "adamw_torch_fused"
     assert script.parse_args([*full, "--optim", "adamw_torch_fused"]).optim == "adamw_torch_fused"
     with pytest.raises(FlagError, match="leave out --optim adamw_8bit, or give adamw_torch"):
         script.parse_args([*full, "--optim", "adamw_8bit"])
@@ -164,24 +145,14 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(UserError, match="^4 processes for 2 GPUs; expected --nproc_per_node 2$"):
-        start_engine(script.parse_args([]))
+        start_engine("auto", share_prefix=True, output_dir="out", seed=1)
 
 
+@pytest.mark.slow
 def test_processes_that_are_signalled_one_after_the_other_stop_together(tmp_path):
     make_base(tmp_path / "base")
-    process = start(
-        *TORCHRUN,
-        *SMALL,
-        tmp_path,
-        0,
-        *FLAGS,
-        "--gradient_accumulation_steps",
-        1,
-        "--num_epochs",
-        300,
-        "--eval_steps",
-        1,
-    )
+    more = ["--gradient_accumulation_steps", 1, "--num_epochs", 300, "--eval_steps", 1]
+    process = start(*TORCHRUN, *SMALL, tmp_path, 0, *FLAGS, *more)
     wait_for(lambda: "  loss " in process.stdout.readline())
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     workers = [int(pid) for pid in children if b"train_small" in Path(f"/proc/{pid}/cmdline").read_bytes()]
@@ -193,49 +164,22 @@ def test_processes_that_are_signalled_one_after_the_other_stop_together(tmp_path
     assert result.stderr.count(STOPPING) == result.stderr.count("interrupted by SIGTERM; go on with: ") == 1
 
 
-@pytest.mark.parametrize("decide", ["on_step_end", "on_evaluate", "on_epoch_end"])
-def test_a_signal_of_another_process_stops_this_one_wherever_it_decides(decide, monkeypatch, capfd):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("torch.distributed.all_reduce", lambda number, op, group: number.fill_(signal.SIGTERM))
-    stopper = build_stopper()
-    stopper.group = "all"
-    control = SimpleNamespace(should_training_stop=False, should_save=False, should_evaluate=True)
-    getattr(stopper, decide)(None, SimpleNamespace(epoch=1.0, global_step=3, max_steps=9), control)
-    assert control.should_training_stop and stopper.agree() == signal.SIGTERM
-    stopper.note(signal.SIGTERM, None)  # its own comes a moment later, and is no second one
-    assert capfd.readouterr().err.count(STOPPING) == 1
-
-
 def test_another_effective_batch_is_refused(tmp_path, monkeypatch):
     (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "checkpoint-3" / "trainer_state.json").write_text('{"global_step": 3}')
     rows = [Sample("row:1", [1, 2, 3], 2)]
     args = script.parse_args(["--batch_size", "2", "--gradient_accumulation_steps", "4"])
-    former = vars(args) | {"training_rows": hash_rows(rows), "rows_per_step": 16}
+    schedule = script.plan_schedule(args, rows, "transformers")
+    former = vars(args) | {"training_rows": schedule.digest(), "rows_per_step": 16}
+    run = Run(tmp_path, vars(args), str(tmp_path / "checkpoint-3"), former)
     with pytest.raises(UserError) as error:
-        check_resume(args, str(tmp_path / "checkpoint-3"), former, rows)
+        run.check_agrees(schedule, "adamw_torch")
     assert str(error.value) == (
         "--batch_size x --gradient_accumulation_steps x devices is 8, and 16 in the run that "
         f"{tmp_path / 'checkpoint-3'} is from; expected the same"
     )
     monkeypatch.setenv("WORLD_SIZE", "2")
-    check_resume(args, str(tmp_path / "checkpoint-3"), former, rows)
-
-
-@pytest.mark.parametrize(
-    "rows, devices, streams",
-    [(16, 1, [8, 8]), (16, 2, [8, 8]), (12, 1, [8, 4]), (12, 2, [6, 6]), (17, 2, [8, 8, 0, 1]), (5, 4, [1, 1, 1, 2])],
-)
-def test_a_step_has_the_same_rows_on_any_number_of_devices(rows, devices, streams):
-    args = script.parse_args([])
-    group = [[[i] for i in range(rows)]]
-    plan = Plan(8, 1, group, devices=devices)
-    cut = cut_streams(plan, args, epoch=1)
-    assert sorted(map(len, cut)) == sorted(streams) and len(cut) % devices == 0
-    whole = Plan(8 * devices, 1, group)
-    assert sum(cut, []) == order_rows(whole, args.seed, 1)
-    for step in range(0, len(cut), devices):
-        assert sum(cut[step : step + devices], []) == cut_streams(whole, args, epoch=1)[step // devices]
+    run.check_agrees(script.plan_schedule(args, rows, "transformers"), "adamw_torch")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -257,22 +201,14 @@ def command(tmp_path_factory):
     return [
         *TORCHRUN,
         ROOT / "train_qwen3_tool_calling.py",
-        "--model_id",
-        folder / "base",
-        "--no-load_in_4bit",
-        "--dataset_path",
-        folder / "rows.jsonl",
-        "--tools_path",
-        folder / "tools.json",
-        "--train_test_split",
-        0.2,
-        "--learning_rate",
-        0.01,
-        "--max_new_tokens",
-        4,
+        *("--model_id", folder / "base", "--no-load_in_4bit"),
+        *("--dataset_path", folder / "rows.jsonl"),
+        *("--tools_path", folder / "tools.json"),
+        *("--train_test_split", 0.2, "--learning_rate", 0.01, "--max_new_tokens", 4),
     ]
 
 
+@pytest.mark.slow
 def test_the_command_line_on_two_processes_speaks_once_stops_together_and_goes_on_with_a_split_base(command, tmp_path):
     command = [*command, "--output_dir", tmp_path / "out", "--final_model_dir", tmp_path / "final", "--num_epochs", 200]
     process = start(*command)
@@ -290,21 +226,10 @@ def test_the_command_line_on_two_processes_speaks_once_stops_together_and_goes_o
     assert result.stdout.splitlines()[-2] == f"done     merged model: {tmp_path / 'final'}"
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_all_weights_split_and_proves_the_model_that_it_saves(command, tmp_path):
-    result = wait(
-        start(
-            *command,
-            "--output_dir",
-            tmp_path / "out",
-            "--final_model_dir",
-            tmp_path / "final",
-            "--fsdp",
-            "--lora_rank",
-            0,
-            "--num_epochs",
-            2,
-        )
-    )
+    folders = ["--output_dir", tmp_path / "out", "--final_model_dir", tmp_path / "final"]
+    result = wait(start(*command, *folders, "--fsdp", "--lora_rank", 0, "--num_epochs", 2))
     assert result.returncode == 0, result.stderr
     saved = re.search(r"16-bit, read back by a fresh process: held-out loss (\S+), before saving (\S+) ", result.stdout)
     assert float(saved[1]) == pytest.approx(float(saved[2]), rel=1e-3)
@@ -312,33 +237,16 @@ def test_the_command_line_trains_all_weights_split_and_proves_the_model_that_it_
     assert result.stdout.splitlines()[-2] == f"done     trained model: {tmp_path / 'final'}"
 
 
+@pytest.mark.slow
 def test_two_machines_make_one_model(command, tmp_path):
     """Two torchruns that find each other by the name of one machine, as README says; here both are this one."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         endpoint = f"localhost:{free.getsockname()[1]}"
-    machines = [
-        start(
-            "-m",
-            "torch.distributed.run",
-            "--nnodes",
-            2,
-            "--nproc_per_node",
-            1,
-            "--rdzv_backend",
-            "c10d",
-            "--rdzv_endpoint",
-            endpoint,
-            *command[len(TORCHRUN) :],
-            "--output_dir",
-            tmp_path / "out",
-            "--final_model_dir",
-            tmp_path / "final",
-            "--num_epochs",
-            2,
-        )
-        for _ in range(2)
-    ]
+    launcher = ["-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend", "c10d"]
+    folders = ["--output_dir", tmp_path / "out", "--final_model_dir", tmp_path / "final"]
+    words = [*launcher, "--rdzv_endpoint", endpoint, *command[len(TORCHRUN) :], *folders, "--num_epochs", 2]
+    machines = [start(*words) for _ in range(2)]
     results = [wait(machine) for machine in machines]
     assert [result.returncode for result in results] == [0, 0], results[0].stderr + results[1].stderr
     assert sorted(result.stdout.count("done     merged model: ") for result in results) == [0, 1]
@@ -346,6 +254,7 @@ def test_two_machines_make_one_model(command, tmp_path):
     assert names(tmp_path) == ["final", "out"] and names(tmp_path / "final") == FINAL_FILES
 
 
+@pytest.mark.slow
 def test_a_mistake_in_the_data_is_said_once(command, tmp_path):
     rows = write_jsonl(tmp_path / "wrong.jsonl", [native("is it raining", ("get_weather", {"city": 7}))])
     result = subprocess.run(
