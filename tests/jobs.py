@@ -1,5 +1,6 @@
 """Runs of the real command line that several test files make: their rows, flags, processes and files."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,8 @@ import time
 from pathlib import Path
 
 from conftest import ROOT, TINY, native
+
+from tool_calling.files import write_manifest
 
 CITIES = ["Rome", "Oslo", "Paris", "Lima", "Cairo", "Quito", "Delhi", "Turin", "Kyoto", "Perth", "Accra", "Sofia"]
 ROWS = [
@@ -82,3 +85,13 @@ def wait_for(condition, seconds: float = 90) -> None:
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.005)
+
+
+def make_checkpoint(out: Path, step: int) -> Path:
+    """Write a checkpoint that has a state and a manifest, but no weights that could be loaded."""
+    folder = out / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "stateful_callbacks": {}}))
+    (folder / "weights").write_bytes(b"0123456789")
+    write_manifest(folder)
+    return folder

@@ -131,7 +131,7 @@ class Run:
             return
         former, source = self.former, f"in the run that {self.checkpoint} is from; expected the same"
         settings = self.settings | {"optim": optim}
-        before = former | {"optim": former.get("optimizer", optim)}
+        before = former | {"optim": former.get("optimizer") or former.get("optim") or optim}
         problems = [
             f"--{name} is {settings[name]}, and {before.get(name)} {source}"
             for name in AGREED
