@@ -123,3 +123,30 @@ def test_a_step_has_the_same_rows_on_any_number_of_devices(rows, devices, stream
     assert sum(cut, []) == whole.order(epoch=1)
     for step in range(0, len(cut), devices):
         assert sum(cut[step : step + devices], []) == whole.streams(epoch=1)[step // devices]
+
+
+def test_rows_are_counted_as_the_epochs_have_them():
+    samples = [row([1, 2], [3], f"x:{i}") for i in range(20)]  # 8 in a step: epochs of 8, 8 and 4
+    count = Schedule(samples, 8, 1, Layout(8)).count_samples
+    assert [count(step) for step in range(8)] == [0, 8, 16, 20, 28, 36, 40, 48]
+
+
+def test_rows_are_the_same_only_in_the_same_order_with_the_same_prompts():
+    first, second = Sample("row:1", [1, 2, 3], 2), Sample("row:2", [4, 5, 6], 1)
+
+    def digest(*samples: Sample) -> str:
+        return Schedule([*samples], 8, 1, Layout(8)).digest()
+
+    digests = {
+        digest(*samples)
+        for samples in (
+            [first, second],
+            [second, first],
+            [first],
+            [first, second._replace(prompt_length=2)],
+            [first, second._replace(input_ids=[4, 5, 7])],
+            [Sample("", [1, 2, 3, 4, 5, 6], 2)],
+        )
+    }
+    assert len(digests) == 6
+    assert digest(first._replace(source="elsewhere"), second) == digest(first, second)

@@ -1,10 +1,13 @@
-"""Callbacks: processes agree on a signal before any of them stops."""
+"""Callbacks: processes agree on a signal before any of them stops; a best checkpoint that is gone rules no more."""
 
+import json
+import shutil
 import signal
 from types import SimpleNamespace
 
 import pytest
-from jobs import STOPPING
+from jobs import STOPPING, make_checkpoint
+from transformers import TrainerState, TrainingArguments
 
 from tool_calling.training.callbacks import Stopper
 
@@ -20,3 +23,16 @@ def test_a_signal_of_another_process_stops_this_one_wherever_it_decides(decide, 
     assert control.should_training_stop and stopper.agree() == signal.SIGTERM
     stopper.note(signal.SIGTERM, None)  # its own comes a moment later, and is no second one
     assert capfd.readouterr().err.count(STOPPING) == 1
+
+
+def test_where_the_best_checkpoint_is_gone_the_best_is_sought_anew(tmp_path, capsys):
+    best, last = make_checkpoint(tmp_path, 2), make_checkpoint(tmp_path, 3)
+    state = {"global_step": 3, "best_global_step": 2, "best_metric": 0.9, "stateful_callbacks": {}}
+    (last / "trainer_state.json").write_text(json.dumps(state))
+    for there in (True, False):
+        loaded = TrainerState.load_from_json(str(last / "trainer_state.json"))
+        Stopper(str(last)).on_train_begin(TrainingArguments(str(tmp_path), use_cpu=True), loaded, None)
+        assert (loaded.best_global_step, loaded.best_metric) == ((2, 0.9) if there else (None, None))
+        warning = "warning: the best checkpoint, of step 2, is gone: the search for the best starts anew\n"
+        assert capsys.readouterr().err == ("" if there else warning)
+        shutil.rmtree(best, ignore_errors=True)
