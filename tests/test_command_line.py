@@ -10,47 +10,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ALARM, ROOT, TINY, WEATHER, native, patch, run_here, run_script, write_jsonl
+from conftest import ALARM, ROOT, TINY, WEATHER, native, run_here, run_script, write_jsonl
+from jobs import FINAL_FILES, ROWS, arguments, errors, names
 
 import train_qwen3_tool_calling as script
 from tool_calling.data.examples import Reading, read_examples
-from tool_calling.engines.hub import check_model, count_parameters, load_tokenizer
-from tool_calling.engines.loading import load_base
-from tool_calling.estimates import SMALL_FILES, check_disk
-from tool_calling.files import partial_folder
-from tool_calling.prompts import render_all
+from tool_calling.engines.hub import load_tokenizer
 from tool_calling.run_folder import WRITTEN_BY
-from tool_calling.saving.proof import check_merged
+from tool_calling.samples import render_examples, to_sides
 from tool_calling.terminal import UserError
-
-CITIES = ["Rome", "Oslo", "Paris", "Lima", "Cairo", "Quito", "Delhi", "Turin", "Kyoto", "Perth", "Accra", "Sofia"]
-ROWS = [
-    row
-    for city in CITIES
-    for row in (
-        native(f"is it raining in {city}", ("get_weather", {"city": city})),
-        native(f"how is {city} for the next 3 days", ("get_weather", {"city": city, "days": 3})),
-    )
-]
-FINAL_FILES = [
-    "README.md",
-    "chat_template.jinja",
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "run.yaml",
-    "tokenizer.json",
-    "tokenizer_config.json",
-]
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def errors(result: subprocess.CompletedProcess) -> list[str]:
-    assert "Traceback" not in result.stderr
-    return [line for line in result.stderr.splitlines() if line.startswith("error: ")]
 
 
 @pytest.fixture(scope="module")
@@ -62,26 +30,7 @@ def job(tmp_path_factory):
     return folder, run_script(*arguments(folder))
 
 
-def arguments(folder: Path, *more: object) -> list:
-    return [
-        "--model_id",
-        TINY,
-        "--dataset_path",
-        folder / "rows.jsonl",
-        "--tools_path",
-        folder / "tools.json",
-        "--output_dir",
-        folder / "out",
-        "--final_model_dir",
-        folder / "final",
-        "--num_epochs",
-        2,
-        "--train_test_split",
-        0.25,
-        *more,
-    ]
-
-
+@pytest.mark.slow
 def test_a_run_writes_exactly_these_files(job):
     folder, result = job
     assert result.returncode == 0, result.stderr
@@ -105,6 +54,7 @@ def test_a_run_writes_exactly_these_files(job):
         assert yaml.safe_load(card.split("---\n")[1])["library_name"] == library and served in card
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_did(job):
     _, result = job
     lines = result.stdout.splitlines()
@@ -120,6 +70,7 @@ def test_a_run_says_what_it_did(job):
     assert result.stderr == "warning: no row without a call: the model will forget to refuse\n"
 
 
+@pytest.mark.slow
 def test_the_report_holds_what_it_promises(job):
     folder, result = job
     report = json.loads((folder / "out" / "report.json").read_text())
@@ -162,6 +113,7 @@ def test_the_report_holds_what_it_promises(job):
     assert "<html" in (folder / "out" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_model_and_an_adapter_are_scored_without_training(job, tmp_path):
     folder, _ = job
     trained = json.loads((folder / "out" / "report.json").read_text())["scores"]
@@ -178,6 +130,7 @@ def test_a_model_and_an_adapter_are_scored_without_training(job, tmp_path):
         assert report["data"]["path"] == str(folder / "rows.jsonl") and report["data"]["held_out"] == 6
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_kept_and_a_separate_file_is_held_out(tmp_path):
     (tmp_path / "tools.json").write_text(json.dumps([WEATHER]))
     write_jsonl(tmp_path / "rows.jsonl", ROWS[:16])
@@ -216,6 +169,7 @@ def test_the_best_checkpoint_is_kept_and_a_separate_file_is_held_out(tmp_path):
     assert report["data"]["path"] == f"{tmp_path / 'rows.jsonl'} {held_out}" and report["data"]["skipped"] == 0
 
 
+@pytest.mark.slow
 def test_settings_are_written_down(job):
     folder, _ = job
     for place in ("out", "final"):
@@ -225,6 +179,7 @@ def test_settings_are_written_down(job):
         assert settings["lora_rank"] == 16 and settings["num_epochs"] == 2 and settings["load_in_4bit"] is True
 
 
+@pytest.mark.slow
 def test_the_merged_model_is_a_plain_qwen3_like_its_base(job):
     import torch
     from safetensors.torch import load_file
@@ -247,6 +202,7 @@ def test_the_merged_model_is_a_plain_qwen3_like_its_base(job):
     assert model.generate(**prompt, max_new_tokens=4, do_sample=False).shape[1] > prompt["input_ids"].shape[1]
 
 
+@pytest.mark.slow
 def test_resume_ends_with_the_same_weights(job, tmp_path):
     folder, _ = job
     shutil.copytree(folder, tmp_path / "again")
@@ -265,6 +221,7 @@ def test_resume_ends_with_the_same_weights(job, tmp_path):
     assert names(again / "final") == FINAL_FILES  # replaced the earlier one, which this script had written
 
 
+@pytest.mark.slow
 def test_16_bit_training_answers_like_its_adapter_and_skips_what_it_must(tmp_path):
     (tmp_path / "tools.json").write_text(json.dumps([WEATHER]))
     bad = native("x", ("get_weather", {}))
@@ -297,6 +254,7 @@ def test_16_bit_training_answers_like_its_adapter_and_skips_what_it_must(tmp_pat
     assert names(tmp_path / "final") == FINAL_FILES
 
 
+@pytest.mark.slow
 def test_a_quantised_model_trains_and_names_its_original(tmp_path):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -429,17 +387,18 @@ def test_scoring_alone_holds_out_the_rows_that_training_did(tmp_path, monkeypatc
         0.3,
     ]
     (tmp_path / "tools.json").write_text(json.dumps([ALARM]))
-    args = script.parse_args([*map(str, flags)])
-    examples, _ = read_examples(args.dataset_path, Reading(args.tools_path, on_invalid="skip"))
-    train, held_out = render_all(args, load_tokenizer(str(TINY)), examples)
+    examples, _ = read_examples([flags[3]], Reading(str(tmp_path / "tools.json"), on_invalid="skip"))
+    groups, _ = render_examples(load_tokenizer(str(TINY)), examples, 500)
+    train, held_out = to_sides(examples, [], groups, 0.3)
     assert (len(train), len(held_out)) == (34, 14)
     scored = []
-    patch(monkeypatch, "load_base", lambda *_, **__: None)
-    patch(
-        monkeypatch,
-        "generate_answers",
-        lambda model, tokenizer, samples, *_: [scored.append(sample.source) or "" for sample in samples],
-    )
+
+    def answer(model, tokenizer, samples, *_):
+        scored.extend(sample.source for sample in samples)
+        return [""] * len(samples)
+
+    monkeypatch.setattr("tool_calling.saving.proof.load_base", lambda *_, **__: None)
+    monkeypatch.setattr("tool_calling.saving.proof.generate_answers", answer)
     result = run_here(*flags, "--eval_only", TINY, "--output_dir", tmp_path / "out")
     assert result.returncode == 0 and scored == [sample.source for sample in held_out], result.stderr
     report = json.loads((tmp_path / "out" / "eval_only" / "report.json").read_text())
@@ -461,6 +420,7 @@ def test_an_adapter_without_a_base_is_one_line(tmp_path):
         ]
 
 
+@pytest.mark.slow
 def test_an_adapter_of_another_base_is_one_line(tmp_path):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -528,7 +488,7 @@ def test_weights_that_are_not_whole_are_one_line(tmp_path, harm, message):
     assert message in errors(result)[0] and errors(result)[0].endswith("; download it again")
 
 
-def test_weights_of_another_shape_or_out_of_reach_are_one_line(tmp_path):
+def test_weights_of_another_shape_are_one_line(tmp_path):
     shutil.copytree(TINY, tmp_path / "base")
     config = json.loads((TINY / "config.json").read_text())
     (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 64}))
@@ -537,8 +497,6 @@ def test_weights_of_another_shape_or_out_of_reach_are_one_line(tmp_path):
     )
     assert result.returncode == 1 and len(errors(result)) == 1
     assert errors(result)[0].startswith(f"error: {tmp_path / 'base'}: its weights cannot be loaded: ")
-    with pytest.raises(UserError, match="^me/none: its weights cannot be loaded: .+$"):  # as on a cut-off machine
-        load_base("me/none", False)
 
 
 def leave_out(file: Path, part: str) -> None:
@@ -547,6 +505,7 @@ def leave_out(file: Path, part: str) -> None:
     save_file({name: weight for name, weight in load_file(file).items() if part not in name}, file, {"format": "pt"})
 
 
+@pytest.mark.slow
 def test_an_output_that_nobody_reads_any_more_ends_nothing(tmp_path):
     command = (
         f"{sys.executable} train_qwen3_tool_calling.py --max_samples 50 --convert_to=~/rows.jsonl | true; "
@@ -642,7 +601,7 @@ def test_a_foreign_folder_is_not_touched(tmp_path, tools_path):
         shutil.rmtree(tmp_path / name)
     (tmp_path / "out").write_text("a file")
     assert errors(small_job(tmp_path, tools_path)) == [
-        f"error: --output_dir {tmp_path / 'out'}: is a file, or a link to nothing; expected a folder"
+        f"error: --output_dir {tmp_path / 'out'}: is a file or a broken link; expected a folder"
     ]
 
 
@@ -675,17 +634,6 @@ def test_a_folder_that_cannot_be_made_is_one_line():
         "--eval_only", TINY, "--max_samples", 2, "--eval_samples", 1, "--max_new_tokens", 1, "--output_dir", "/proc/x"
     )
     assert result.returncode == 1 and errors(result) == ["error: /proc/x: cannot be made: No such file or directory"]
-
-
-def test_a_file_or_an_adapter_is_no_model(tmp_path):
-    (tmp_path / "adapter_config.json").write_text("{}")
-    for path, what in (
-        (TINY / "config.json", "is a file; expected the folder of a model"),
-        (tmp_path, "is an adapter; expected the model that it belongs to, its base"),
-    ):
-        with pytest.raises(UserError) as error:
-            load_tokenizer(str(path))
-        assert str(error.value) == f"--model_id {path}: its tokenizer cannot be loaded: {what}"
 
 
 def test_a_run_that_failed_lets_go_of_its_folder(tmp_path, tools_path):
@@ -722,6 +670,7 @@ def test_resuming_from_nothing_is_one_line(tmp_path, tools_path):
     ]
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_had_is_one_line(tmp_path, tools_path):
     empty, bert = tmp_path / "empty", tmp_path / "bert"
     empty.mkdir()
@@ -729,8 +678,8 @@ def test_a_model_that_cannot_be_had_is_one_line(tmp_path, tools_path):
     (bert / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertForMaskedLM"]}))
     (bert / "model.safetensors").write_bytes(b"")
     expected = {
-        "no/such-model": "no such folder, not in the cache, and the Hub cannot be reached; check the network, or give a "
-        "folder",
+        "no/such-model": "no such folder, not in the cache, and the Hub cannot be reached; check the network, or give "
+        "a folder",
         str(empty): "the folder holds no *.safetensors; give a folder saved by save_pretrained",
         str(bert): "not a causal language model (BertForMaskedLM)",
     }
@@ -755,89 +704,9 @@ def test_a_tracker_that_is_not_there_is_one_line(tmp_path, tools_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_unsloth_without_a_gpu_is_one_line(tmp_path, tools_path):
     result = small_job(tmp_path, tools_path, "--engine", "unsloth", run=run_script)
     assert errors(result) == [
         "error: --engine unsloth needs a CUDA GPU, and torch sees none; use --engine transformers"
     ]
-
-
-def test_a_full_disk_is_seen_before_training(tmp_path, monkeypatch):
-    from collections import namedtuple
-
-    free = {"value": 0}
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, free["value"]))
-    out, final = tmp_path / "out", tmp_path / "a" / "b"
-    args = script.parse_args(["--model_id", str(TINY), "--output_dir", str(out), "--final_model_dir", str(final)])
-    config = check_model(str(TINY))
-    parameters, lora = 11_475_264, 8 * 16 * (4 * (320 + 320) + 3 * (320 + 896))  # four square projections, three wide
-    counted = count_parameters(config, 16)
-    assert (counted["linear"] + counted["other"], counted["adapter"]) == (parameters, lora)
-    # The adapter in fp32; three checkpoints of it with Adam's two moments; the model in 16 bits; the small files of each.
-    needed = 4 * lora + 3 * (4 + 8) * lora + 2 * parameters + 5 * SMALL_FILES
-    free["value"] = needed
-    check_disk(args, config, 3)
-    free["value"] = needed - 1
-    with pytest.raises(UserError) as error:
-        check_disk(args, config, 3)
-    assert str(error.value) == (
-        f"--output_dir {out} and --final_model_dir {final}: for the adapter and 3 checkpoints and the merged model "
-        f"{needed / 1e9:.2f} GB are needed and the disk has {needed / 1e9:.2f} GB free; free some space or choose another "
-        "disk, or keep fewer checkpoints with --save_total_limit"
-    )
-    args.save_method, free["value"] = "lora", needed - 2 * parameters - SMALL_FILES
-    check_disk(args, config, 3)
-    free["value"] -= 1
-    with pytest.raises(UserError, match=f"^--output_dir {out}: for the adapter and 3 checkpoints "):
-        check_disk(args, config, 3)
-
-
-def test_a_merge_that_went_wrong_keeps_the_adapter_and_no_folder(tmp_path, capsys):
-    args = script.parse_args(["--final_model_dir", str(tmp_path / "final")])
-
-    def check(merged_loss, merged_exact=0.9, different=0, loss=0.1, rows=100, wrong=0, adapter_exact=0.9):
-        partial_folder(args.final_model_dir).mkdir(exist_ok=True)
-        answers = ["b"] * different + ["a"] * (rows - different)
-        results = {
-            "adapter": {"loss": loss, "answers": ["a"] * rows},
-            "merged": {"loss": merged_loss, "answers": answers},
-        }
-        scores = {"adapter": {"exact_match": adapter_exact}, "merged": {"exact_match": merged_exact}}
-        check_merged(args, "out/adapter", results, scores, [False] * wrong + [True] * (rows - wrong))
-
-    check(0.119, different=50)  # 4-bit: loss and score decide
-    check(8.15, loss=8.0)  # 2 % of a large loss, 0.02 of a small one
-    check(0.1, merged_exact=0.885)
-    with pytest.raises(UserError, match="held-out loss 0.1210, adapter 0.1000; .*the adapter is safe in out/adapter"):
-        check(0.121)
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(UserError, match="exact 87.0%, adapter 90.0%"):
-        check(0.1, merged_exact=0.87)
-    with pytest.raises(UserError, match="safe in out/adapter; .* train longer, or with --no-load_in_4bit$"):
-        check(0.1, merged_exact=0.87)
-    with pytest.raises(UserError, match="held-out loss nan"):
-        check(float("nan"))
-    check(0.1, merged_exact=7 / 10, adapter_exact=8 / 10, rows=10)  # one row, whose shares differ by a little more
-    check(0.1, merged_exact=192 / 200, adapter_exact=196 / 200, rows=200)
-    with pytest.raises(UserError, match="exact 95.5%, adapter 98.0%"):
-        check(0.1, merged_exact=191 / 200, adapter_exact=196 / 200, rows=200)
-    args.save_method = "merged_4bit"
-    check(0.5, merged_exact=0.5)
-    assert capsys.readouterr().err == (
-        "warning: 4 bits cost something: held-out loss 0.5000, adapter 0.1000; exact 50.0%, adapter 90.0%\n"
-    )
-    assert partial_folder(args.final_model_dir).is_dir()
-    with pytest.raises(UserError, match="held-out loss nan"):
-        check(float("nan"))
-    args.save_method, args.load_in_4bit = "merged_16bit", False
-    check(0.119)
-    check(0.1, different=2)
-    with pytest.raises(UserError, match="3.0% of the answers are no longer its exact ones; .* safe in out/adapter$"):
-        check(0.1, different=3)  # 16-bit: the same model, the same answers
-    check(0.1, different=50, wrong=50)  # but not where it knows no answer
-    with pytest.raises(UserError, match="3.0% of the answers"):
-        check(0.1, different=53, wrong=50)
-    check(0.1, merged_exact=0.9 - 1 / 6, different=1, rows=6)
-    with pytest.raises(UserError, match="33.3% of the answers"):
-        check(0.1, different=2, rows=6)
