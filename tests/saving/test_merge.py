@@ -1,0 +1,120 @@
+"""The merged and the fully trained model: rounded so that sums are kept, and refused if nothing changed."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+from jobs import names
+from peft import LoraConfig, PeftModel, get_peft_model
+from small import make_trainer
+from transformers import AutoModelForCausalLM
+
+import train_qwen3_tool_calling as script
+from tool_calling.saving.merge import (
+    Trained,
+    merge_adapter,
+    refuse_unchanged,
+    round_at_random,
+    round_trained,
+    save_whole,
+    sum_weights,
+)
+from tool_calling.terminal import UserError
+
+
+def trained(folder: Path, dtype=None) -> Trained:
+    """Return what is to be made of `folder`/adapter, which was trained on the embedded base, or of all its weights."""
+    adapter = str(folder / "adapter") if (folder / "adapter").is_dir() else None
+    final, settings = str(folder / "final"), vars(script.parse_args([]))
+    return Trained(str(TINY), str(TINY), dtype, "transformers", final, "merged_16bit", settings, adapter)
+
+
+def test_rounding_at_random_keeps_sums(monkeypatch):
+    monkeypatch.setattr("tool_calling.saving.merge.ROUNDED_WEIGHTS", 1000)
+    torch.manual_seed(0)
+    held = (
+        torch.tensor([0.0, -0.0, 1.0, -1.0078125, 3.3895314e38, float("inf"), -float("inf"), 1e-40]).bfloat16().float()
+    )
+    same = held.clone()
+    round_at_random(same)
+    assert torch.equal(same, held)  # what bf16 has
+    wrong = torch.full((100,), 2**31 - 1, dtype=torch.int32).view(torch.float32)  # CUDA's NaN
+    round_at_random(wrong)
+    assert wrong.isnan().all()
+    weights = torch.full((2**18,), 1 + 2**-10)  # an eighth of the way from 1 to the next
+    round_at_random(weights)
+    assert {*weights.unique().tolist()} == {1.0, 1.0078125} and torch.equal(weights, weights.bfloat16().float())
+    assert (weights > 1).float().mean().item() == pytest.approx(1 / 8, abs=4 * (7 / 64 / 2**18) ** 0.5)
+    downwards = torch.full((2**18,), -1 - 2**-10).view(512, 512)
+    round_at_random(downwards)
+    assert downwards.double().mean().item() == pytest.approx(-1 - 2**-10, abs=4 * 2**-7 * (7 / 64 / 2**18) ** 0.5)
+
+
+@pytest.mark.slow
+def test_a_merge_keeps_what_is_less_than_a_step_of_bf16(tmp_path, monkeypatch):
+    """To the nearest number of bf16, most of this adapter would be lost."""
+    base = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.bfloat16)
+    before = {name: weight.detach().clone() for name, weight in base.named_parameters()}
+    torch.manual_seed(0)
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "down_proj"]))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(std=1e-5)
+    model.save_pretrained(tmp_path / "adapter")
+    saved, again = (AutoModelForCausalLM.from_pretrained(merge_adapter(trained(tmp_path))) for _ in range(2))
+    exact = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32), tmp_path / "adapter"
+    ).merge_and_unload()
+    kept = nearest = wanted = 0.0
+    for (name, weight), other, whole in zip(saved.named_parameters(), again.parameters(), exact.parameters()):
+        assert weight.dtype == torch.bfloat16 and torch.equal(weight, other)  # the seed decides
+        delta, old = (whole - before[name].float()).detach(), before[name].float()
+        assert delta.any() == name.endswith(("q_proj.weight", "down_proj.weight"))
+        assert delta.any() or torch.equal(weight, before[name])
+        kept += ((weight.float() - old) * delta).sum().item()
+        nearest += ((whole.bfloat16().float() - old) * delta).sum().item()
+        wanted += (delta * delta).sum().item()
+    assert kept / wanted == pytest.approx(1, abs=0.1) and nearest / wanted < 0.5
+    layers = {f"model.layers.{i}": "disk" if i else "cpu" for i in range(saved.config.num_hidden_layers)}
+    places = layers | dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    # What "auto" says if the GPUs cannot hold all:
+    monkeypatch.setattr("tool_calling.saving.merge.find_place", lambda *_: places)
+    folder = merge_adapter(trained(tmp_path))
+    assert all(
+        torch.equal(*pair)
+        for pair in zip(saved.parameters(), AutoModelForCausalLM.from_pretrained(folder).parameters())
+    )
+
+
+def test_a_merge_that_changes_nothing_is_refused(tmp_path):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(TINY), LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "adapter")  # as it begins: its second factor is zero
+    with pytest.raises(UserError, match="the trained model equals the base"):
+        merge_adapter(trained(tmp_path))
+    assert names(tmp_path) == ["adapter"]
+
+
+def test_training_that_16_bits_do_not_hold_is_warned_of(tmp_path, tokenizer, monkeypatch, capsys):
+    losses = iter([1.0, 2.0])  # of ten tokens
+    monkeypatch.setattr("tool_calling.engines.losses.score_batches", lambda *_: torch.tensor([next(losses), 10, 0, 1]))
+    model = make_trainer(tmp_path, tokenizer, "--lora_rank", "0").model
+    whole, loss = round_trained(trained(tmp_path, torch.bfloat16), model, [])
+    save_whole(trained(tmp_path), whole)
+    assert loss == pytest.approx(0.2)
+    assert capsys.readouterr().err.startswith(
+        "warning: torch.bfloat16 holds less than training changed: held-out loss 0.2000, in 32 bits 0.1000; train "
+        "longer or raise --learning_rate\n"
+    )
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / ".final.partial")
+    assert saved.dtype == torch.bfloat16 and saved.config.use_cache
+    with pytest.raises(UserError, match="the trained model equals the base"):
+        refuse_unchanged(sum_weights(saved), saved)
+
+
+def test_weights_are_summed_in_pieces(monkeypatch):
+    model = torch.nn.Linear(7, 5)
+    whole = sum_weights(model)
+    monkeypatch.setattr("tool_calling.saving.merge.ROUNDED_WEIGHTS", 4)
+    assert sum_weights(model) == pytest.approx(whole)
+    assert whole["weight"] == pytest.approx(model.weight.double().sum().item())

@@ -1,0 +1,142 @@
+"""The proof: what is saved is scored, compared with what was trained, and refused if it does not do the same."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from jobs import names
+from peft import LoraConfig, get_peft_model
+from train_small import make_base, make_rows
+from transformers import AutoModelForCausalLM
+
+import train_qwen3_tool_calling as script
+from tool_calling.files import partial_folder
+from tool_calling.saving.merge import Trained
+from tool_calling.saving.proof import Questions, check_merged, check_trained, merge_and_score
+from tool_calling.scores import Proof, Verdict
+from tool_calling.streams import Layout
+from tool_calling.terminal import UserError
+
+
+def make_trained(base: str, final: str, adapter: str | None, *flags: str) -> Trained:
+    """Return what was trained with these flags."""
+    args = script.parse_args(["--final_model_dir", final, "--output_dir", "out", *flags])
+    return Trained(base, base, None, "transformers", final, args.save_method, vars(args), adapter)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Compared with what was trained
+# ---------------------------------------------------------------------------------------------------------------
+def test_a_merge_that_went_wrong_keeps_the_adapter_and_no_folder(tmp_path, capsys):
+    trained = make_trained("base", str(tmp_path / "final"), "out/adapter")
+
+    def check(merged_loss, merged_exact=0.9, different=0, loss=0.1, rows=100, wrong=0, adapter_exact=0.9):
+        partial_folder(trained.final).mkdir(exist_ok=True)
+        answers = ["b"] * different + ["a"] * (rows - different)
+        results = {
+            "adapter": {"loss": loss, "answers": ["a"] * rows},
+            "merged": {"loss": merged_loss, "answers": answers},
+        }
+        scores = {"adapter": {"exact_match": adapter_exact}, "merged": {"exact_match": merged_exact}}
+        verdicts = [Verdict(exact, exact, False, (), ()) for exact in [False] * wrong + [True] * (rows - wrong)]
+        check_merged(trained, Proof([], results, {"adapter": verdicts}, scores))
+
+    check(0.119, different=50)  # 4-bit: loss and score decide
+    check(8.15, loss=8.0)  # 2 % of a large loss, 0.02 of a small one
+    check(0.1, merged_exact=0.885)
+    with pytest.raises(UserError, match="held-out loss 0.1210, adapter 0.1000; .*the adapter is safe in out/adapter"):
+        check(0.121)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match="exact 87.0%, adapter 90.0%"):
+        check(0.1, merged_exact=0.87)
+    with pytest.raises(UserError, match="safe in out/adapter; .* train longer, or with --no-load_in_4bit$"):
+        check(0.1, merged_exact=0.87)
+    with pytest.raises(UserError, match="held-out loss nan"):
+        check(float("nan"))
+    check(0.1, merged_exact=7 / 10, adapter_exact=8 / 10, rows=10)  # one row, whose shares differ by a little more
+    check(0.1, merged_exact=192 / 200, adapter_exact=196 / 200, rows=200)
+    with pytest.raises(UserError, match="exact 95.5%, adapter 98.0%"):
+        check(0.1, merged_exact=191 / 200, adapter_exact=196 / 200, rows=200)
+    trained = replace(trained, method="merged_4bit")
+    check(0.5, merged_exact=0.5)
+    assert capsys.readouterr().err == (
+        "warning: 4 bits cost something: held-out loss 0.5000, adapter 0.1000; exact 50.0%, adapter 90.0%\n"
+    )
+    assert partial_folder(trained.final).is_dir()
+    with pytest.raises(UserError, match="held-out loss nan"):
+        check(float("nan"))
+    trained = make_trained("base", str(tmp_path / "final"), "out/adapter", "--no-load_in_4bit")
+    check(0.119)
+    check(0.1, different=2)
+    with pytest.raises(UserError, match="3.0% of the answers are no longer its exact ones; .* safe in out/adapter$"):
+        check(0.1, different=3)  # 16-bit: the same model, the same answers
+    check(0.1, different=50, wrong=50)  # but not where it knows no answer
+    with pytest.raises(UserError, match="3.0% of the answers"):
+        check(0.1, different=53, wrong=50)
+    check(0.1, merged_exact=0.9 - 1 / 6, different=1, rows=6)
+    with pytest.raises(UserError, match="33.3% of the answers"):
+        check(0.1, different=2, rows=6)
+
+
+def test_a_trained_model_that_comes_back_different_is_refused(capsys):
+    trained = make_trained("base", "final", None, "--lora_rank", "0")
+    check_trained(trained, 0.119, 0.1)
+    for loss in (0.121, float("nan")):
+        with pytest.raises(UserError) as error:
+            check_trained(trained, loss, 0.1)
+        assert str(error.value) == (
+            f"the trained model read back does not do what it did: held-out loss {loss:.4f}, before it was saved "
+            "0.1000; nothing was written to final, the checkpoints are safe in out"
+        )
+    check_trained(replace(trained, method="merged_4bit"), 0.121, 0.1)
+    assert (
+        capsys.readouterr().err == "warning: 4 bits cost something: held-out loss 0.1210, before it was saved 0.1000\n"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Scored
+# ---------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory) -> Path:
+    """A small random base and an adapter of it that does something: the folder with `base` and `adapter`."""
+    folder = tmp_path_factory.mktemp("adapted")
+    make_base(folder / "base")
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder / "base"),
+        LoraConfig(r=16, target_modules=script.TARGET_MODULES, init_lora_weights=False, task_type="CAUSAL_LM"),
+    )
+    model.save_pretrained(folder / "adapter")
+    return folder
+
+
+def score(folder: Path, method: str) -> dict:
+    """Merge and score the adapter with four samples, in this process."""
+    base, final, adapter = (str(folder / name) for name in ("base", "final", "adapter"))
+    trained = make_trained(base, final, adapter, "--no-load_in_4bit", "--save_method", method)
+    return merge_and_score(trained, Questions(make_rows(4, seed=1), 64, 4), Layout(2))
+
+
+@pytest.mark.slow
+def test_a_model_merged_into_4_bits_is_loaded_by_plain_transformers(adapted):
+    results = score(adapted, "merged_4bit")
+    assert list(results) == ["base", "adapter", "merged"]
+    loss = results["adapter"]["loss"]
+    assert results["merged"]["loss"] == pytest.approx(loss, rel=0.05) and results["merged"]["loss"] != loss
+    model = AutoModelForCausalLM.from_pretrained(adapted / ".final.partial")
+    quantised = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    assert len(quantised) == 2 * 7 and all(module.weight.dtype == torch.uint8 for module in quantised)
+    state = quantised[0].weight.quant_state
+    assert state.quant_type == "nf4" and state.nested and model.config.quantization_config.bnb_4bit_use_double_quant
+    assert sorted(path.name for path in (adapted / ".final.partial").glob("*.safetensors")) == ["model.safetensors"]
+
+
+@pytest.mark.slow
+def test_only_the_adapter_is_kept_and_scored(adapted):
+    shutil.rmtree(adapted / ".final.partial", ignore_errors=True)
+    results = score(adapted, "lora")
+    assert list(results) == ["base", "adapter"] and set(results["adapter"]) == {"answers", "loss"}
+    assert names(adapted) == ["adapter", "base"]
