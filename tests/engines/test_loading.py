@@ -1,11 +1,14 @@
-"""Models loaded with their adapters."""
+"""Models loaded with their adapters, on the devices that hold them."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import TINY
 from peft import LoraConfig, get_peft_model
 
-from tool_calling.engines.loading import load_adapter, load_base
+from tool_calling.engines.loading import find_place, load_adapter, load_base
+from tool_calling.terminal import UserError
 
 
 def test_an_adapter_leaves_the_parts_of_its_base_where_they_are(tmp_path, monkeypatch):
@@ -31,3 +34,30 @@ def test_an_adapter_leaves_the_parts_of_its_base_where_they_are(tmp_path, monkey
     ):
         model = load_adapter(load_base(str(TINY), False, place=place), str(tmp_path)).eval()
         assert torch.equal(model(ids).logits, expected)
+
+
+def test_weights_out_of_reach_are_one_line():
+    with pytest.raises(UserError, match="^me/none: its weights cannot be loaded: .+$"):  # as on a cut-off machine
+        load_base("me/none", False)
+
+
+def test_a_quantised_model_is_not_spread(monkeypatch):
+    places = []
+
+    def load(model_id, device_map, **options):
+        places.append((device_map, "max_memory" in options))
+        raise OSError("enough")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load)
+    for quantised in ({"quant_method": "bitsandbytes"}, None):
+        config = SimpleNamespace(quantization_config=quantised)
+        monkeypatch.setattr("tool_calling.engines.loading.load_config", lambda *_, config=config, **__: config)
+        with pytest.raises(UserError, match="enough"):
+            load_base("some/model", False, place="auto")
+    assert places == [("cpu", False), ("auto", True)]
+
+
+def test_a_model_in_4_bits_is_on_one_gpu_unless_fsdp_trained_it_on_several(monkeypatch):
+    assert {find_place(*choice) for choice in ((False, False), (True, False), (True, True))} == {"cpu"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert (find_place(), find_place(True), find_place(True, True)) == ("auto", "cuda", "auto")
