@@ -234,11 +234,11 @@ def is_mobile(row: dict) -> bool:
 
 def is_hermes(row: dict) -> bool:
     """Return whether calls stand between tags in the text, or tools do; in `messages`, of a row that has no others."""
-    anywhere, nowhere = "conversations" in row, names_tools(row)
+    is_sharegpt, named = "conversations" in row, names_tools(row)
     for role, text in [*peek(row, "messages"), *peek(row, "conversations")]:
         if "<tool_call>" in text or "<TOOLCALL>" in text:
             return True
-        if "<tools>" in text and (anywhere or not nowhere and role in ("system", "developer")):
+        if "<tools>" in text and (is_sharegpt or (not named and role in ("system", "developer"))):
             return True
     return False
 
@@ -254,15 +254,14 @@ def is_toolace(row: dict) -> bool:
 
     turns, messages = peek(row, "conversations"), [] if names_tools(row) else peek(row, "messages")
     system = [("system", row["system"])] if isinstance(row.get("system"), str) else []
-    if turns and has_tools(system) or has_calls(turns):
-        return True
-    return has_calls(messages) and has_tools([*messages, *system])
+    in_turns = has_calls(turns) or (bool(turns) and has_tools(system))
+    return in_turns or (has_calls(messages) and has_tools([*messages, *system]))
 
 
 def is_sharegpt_tools(row: dict) -> bool:
     """Return whether the conversation has tools beside it, or calls or replies as turns."""
     has_turns = any(to_role(role) in ("calls", "tool") for role, _ in peek(row, "conversations"))
-    return has_turns or "conversations" in row and names_tools(row)
+    return has_turns or ("conversations" in row and names_tools(row))
 
 
 class Format(NamedTuple):

@@ -34,11 +34,11 @@ def to_role(role: object) -> object:
 
 
 def take(row: dict, key: str, kind: type):
-    """Return row[key], a list also out of JSON text; ValueError if it is missing or of another kind."""
+    """Return row[key], which for a list may be JSON text; ValueError if it is missing or of another kind."""
     if key not in row:
         raise ValueError(f'"{key}" is missing; expected {KIND_NAMES[kind]}')
     value = unpack(row[key], f'"{key}" is') if kind is list else row[key]
-    if not isinstance(value, kind) or kind is list and not all(isinstance(item, dict) for item in value):
+    if not isinstance(value, kind) or (kind is list and not all(isinstance(item, dict) for item in value)):
         raise ValueError(f'"{key}" must be {KIND_NAMES[kind]}, got {shorten(value)}')
     return value
 

@@ -67,7 +67,7 @@ def read_array(path: str, text: str):
         line, counted = line + text.count("\n", counted, position), position
         source = f"{path}:{line}" if line > last_line else f"{path}[{index}]"  # several on one line: count them
         last_line = line
-        if position == len(text) or is_array and text[position] == "]":
+        if position == len(text) or (is_array and text[position] == "]"):
             break
         try:
             element, position = read_value(text, position)

@@ -26,7 +26,7 @@ TYPE_NAMES = {  # in messages
 PLAIN_TYPES = {name: {"type": kind} for name, kind in TYPES.items()}
 PLAIN_TYPES |= {"any": {}, "set": {"type": "array", "uniqueItems": True}}
 OPTIONAL = re.compile(r"(?:,\s*)?\(?\boptional\)?\s*$", re.IGNORECASE)  # the end of "str, optional"
-OPTIONAL_OF = re.compile(r"\s*(?:typing\.)?optional\[", re.IGNORECASE)
+OPTIONAL_MARKS = (OPTIONAL, re.compile(r"^\s*(?:typing\.)?optional\[", re.IGNORECASE))
 # Keywords of JSON Schema whose value is a schema, a list of schemas, or an object of named ones.
 SINGLE = ("items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames")
 LISTED = ("anyOf", "oneOf", "allOf", "prefixItems")
@@ -187,7 +187,7 @@ def is_optional(parameter: dict) -> bool:
     if isinstance(parameter.get("required"), bool):
         return not parameter["required"]
     kind = parameter.get("type")
-    return "default" in parameter or isinstance(kind, str) and bool(OPTIONAL.search(kind) or OPTIONAL_OF.match(kind))
+    return "default" in parameter or any(mark.search(kind) for mark in OPTIONAL_MARKS if isinstance(kind, str))
 
 
 def to_parameters(parameters: object, changes: Counter) -> object:

@@ -61,9 +61,8 @@ def to_tools(tools: object) -> tuple[object, Counter]:
 
 def is_tool(value: object) -> bool:
     """Return whether a value looks like a tool, in the OpenAI shape or bare; a name alone may be anything's."""
-    return isinstance(value, dict) and (
-        "function" in value or "name" in value and not value.keys().isdisjoint(("parameters", "description"))
-    )
+    keys = value.keys() if isinstance(value, dict) else {}
+    return "function" in keys or ("name" in keys and not keys.isdisjoint(("parameters", "description")))
 
 
 def find_tools(text: str) -> tuple[list[dict], str]:
