@@ -670,6 +670,19 @@ def test_resuming_from_nothing_is_one_line(tmp_path, tools_path):
     ]
 
 
+@pytest.mark.parametrize("flags", [[], ["--save_method", "lora"], ["--merge_model_id", TINY], ["--lora_rank", 0]])
+def test_a_base_that_is_quantised_otherwise_is_refused_before_training(tmp_path, tools_path, flags):
+    shutil.copytree(TINY, tmp_path / "fp8")
+    config = json.loads((TINY / "config.json").read_text())
+    (tmp_path / "fp8" / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    result = small_job(tmp_path, tools_path, "--model_id", tmp_path / "fp8", *flags)
+    assert result.returncode == 1 and errors(result) == [
+        f"error: --model_id {tmp_path / 'fp8'}: is quantised by fp8, on which no adapter is trained here; expected the "
+        "original, which is put into 4 bits while it is loaded"
+    ]
+    assert names(tmp_path) == ["fp8", "rows.jsonl", "tools.json"]
+
+
 @pytest.mark.slow
 def test_a_model_that_cannot_be_had_is_one_line(tmp_path, tools_path):
     empty, bert = tmp_path / "empty", tmp_path / "bert"

@@ -14,7 +14,7 @@ from jsonschema import Draft202012Validator
 DATA = Path(__file__).resolve().parents[1] / "data"
 DATASET = DATA / "synthetic_finetune_dataset.json"
 GENERATOR = DATA / "make_dataset.py"
-CONTROL_TOKEN = re.compile(r"<\|\w+\|>|</?(tool_call|tool_response|tools|think)>")
+SPECIAL_TOKEN = re.compile(r"<\|\w+\|>|</?(tool_call|tool_response|tools|think)>")
 TIME = re.compile(r"([01]\d|2[0-3]):[0-5]\d")
 
 
@@ -175,6 +175,6 @@ def test_answers_in_words_are_few_enough_to_learn():
     assert min(answers.values()) >= 3
 
 
-def test_no_control_token():
+def test_no_special_token():
     for path in (DATASET, DATA / "tools.json"):
-        assert not CONTROL_TOKEN.search(path.read_text(encoding="utf-8")), path
+        assert not SPECIAL_TOKEN.search(path.read_text(encoding="utf-8")), path

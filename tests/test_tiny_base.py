@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "models" / "tiny-qwen3"
-QWEN3_CONTROL_TOKENS = {
+QWEN3_SPECIAL_TOKENS = {
     "<|endoftext|>": True, "<|im_start|>": True, "<|im_end|>": True, "<|object_ref_start|>": True,
     "<|object_ref_end|>": True, "<|box_start|>": True, "<|box_end|>": True, "<|quad_start|>": True,
     "<|quad_end|>": True, "<|vision_start|>": True, "<|vision_end|>": True, "<|vision_pad|>": True,
@@ -24,16 +24,48 @@ QWEN3_CONTROL_TOKENS = {
     "<think>": False, "</think>": False,
 }  # fmt: skip
 ODD_TEXTS = [
-    "", " ", "plain text", "tabs\tand\t\ttabs", "many     spaces   ", "   leading", "line\nbreaks\r\n\r\n\n", "ünïcödé ñandú Straße",
-    "cafe\u0301 is not café", "日本語のテキスト", "русский текст", "العربية", "emoji 🙂👩‍👩‍👧‍👦🇫🇷", "\u200b\u00a0\ufeff zero widths", "12345 6.78e-9",
-    '{"name": "x_y", "arguments": {"a": [1, 2.5, true, null], "b": "q\\"uote"}}', "don't won't I'm we'll", "CamelCaseName snake_case kebab-case",
-    "\x00\x01\x7f", "a" * 300, "!?!?...---___", "½ ² ①", "<tool_call", "tool_call>", "< think >", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢",
-]  # fmt: skip
+    "",
+    " ",
+    "plain text",
+    "tabs\tand\t\ttabs",
+    "many     spaces   ",
+    "   leading",
+    "line\nbreaks\r\n\r\n\n",
+    "ünïcödé ñandú Straße",
+    "cafe\u0301 is not café",
+    "日本語のテキスト",
+    "русский текст",
+    "العربية",
+    "emoji 🙂👩‍👩‍👧‍👦🇫🇷",
+    "\u200b\u00a0\ufeff zero widths",
+    "12345 6.78e-9",
+    '{"name": "x_y", "arguments": {"a": [1, 2.5, true, null], "b": "q\\"uote"}}',
+    "don't won't I'm we'll",
+    "CamelCaseName snake_case kebab-case",
+    "\x00\x01\x7f",
+    "a" * 300,
+    "!?!?...---___",
+    "½ ² ①",
+    "<tool_call",
+    "tool_call>",
+    "< think >",
+    "𝔘𝔫𝔦𝔠𝔬𝔡𝔢",
+]
 TOOLS = [
-    {"type": "function", "function": {"name": "paint_fence", "description": "Streiche den Zaun – schön 🙂 <b>&amp;'\"",
-     "parameters": {"type": "object", "properties": {"z": {"type": "string"}, "a": {"type": "integer"}}, "required": ["z"]}}},
+    {
+        "type": "function",
+        "function": {
+            "name": "paint_fence",
+            "description": "Streiche den Zaun – schön 🙂 <b>&amp;'\"",
+            "parameters": {
+                "type": "object",
+                "properties": {"z": {"type": "string"}, "a": {"type": "integer"}},
+                "required": ["z"],
+            },
+        },
+    },
     {"type": "function", "function": {"name": "no_parameters", "parameters": {"type": "object", "properties": {}}}},
-]  # fmt: skip
+]
 
 
 def load_module(path):
@@ -62,8 +94,14 @@ def maker():
 def test_folder_is_complete_and_small():
     names = {path.name for path in BASE.iterdir()}
     assert names == {
-        "README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-    }  # fmt: skip
+        "README.md",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     assert sum(path.stat().st_size for path in BASE.iterdir()) <= 25_000_000
 
 
@@ -99,11 +137,11 @@ def test_generation_stops_where_qwen3_stops(tokenizer):
 # --- the tokenizer --------------------------------------------------------------------------------------------
 
 
-def test_every_qwen3_control_token_is_one_token(tokenizer):
+def test_every_qwen3_special_token_is_one_token(tokenizer):
     assert len(tokenizer) <= 8192
     added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
-    assert added == QWEN3_CONTROL_TOKENS
-    for text in QWEN3_CONTROL_TOKENS:
+    assert added == QWEN3_SPECIAL_TOKENS
+    for text in QWEN3_SPECIAL_TOKENS:
         assert len(tokenizer(f"a{text}b").input_ids) == 3
 
 
@@ -327,7 +365,7 @@ def test_generated_answers_obey_their_tools(maker):
             _, answer = maker.make_request(tools, rng)
             for text in re.findall(r"<tool_call>\n(.*?)\n</tool_call>", answer):
                 call = json.loads(text)
-                schema = {key: value for key, value in schemas[call["name"]].items()}
+                schema = schemas[call["name"]]
                 problems = [
                     e
                     for e in jsonschema.Draft202012Validator(schema).iter_errors(call["arguments"])
