@@ -8,7 +8,7 @@ from conftest import WEATHER, native
 from format_cases import MOBILE_TOOL, read
 
 from tool_calling.data.examples import to_examples
-from tool_calling.data.tools import read_tools
+from tool_calling.data.tools import limit_time, read_tools
 from tool_calling.terminal import UserError
 
 
@@ -125,3 +125,12 @@ def test_ten_thousand_tools():
     assert problems_of(row({"x": "a"}, *tools, name="tool_9999"), row({"x": "b"}, *tools, name="tool_1")) == []
     (problem,) = problems_of(row({"x": "a"}, *tools, name="zzz"))
     assert problem.startswith('x:1: call 1 "zzz": the row has no such tool; tools: tool_0, ') and len(problem) < 400
+
+
+def test_only_computing_counts_as_time():
+    """On a busy machine a check may wait for longer than it may compute."""
+    with limit_time(0.1):
+        time.sleep(0.3)
+    with pytest.raises(TimeoutError), limit_time(0.1):
+        while True:
+            pass

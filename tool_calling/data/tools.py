@@ -135,7 +135,7 @@ def check_tools(tools: object) -> tuple[dict, list[str]]:
 
 @contextlib.contextmanager
 def limit_time(seconds: float):
-    """Raise a TimeoutError in what takes longer: a `pattern` in the data can keep Python busy for years."""
+    """Raise a TimeoutError in what computes for longer: a `pattern` in the data can keep Python busy for years."""
 
     def stop(number, frame):
         raise TimeoutError
@@ -143,12 +143,12 @@ def limit_time(seconds: float):
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield  # as on Windows: there is no such timer
         return
-    with handle_signals(stop, (signal.SIGALRM,)):
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+    with handle_signals(stop, (signal.SIGVTALRM,)):  # of its own time: other programs may keep the processor busy
+        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
         try:
             yield
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
 
 def check_call(name: str, arguments: dict, validators: dict) -> list[str]:
