@@ -354,47 +354,36 @@ def to_sft_config(args: argparse.Namespace, schedule, evaluate: bool):
 
     cuda = torch.cuda.is_available()
     dtype = to_dtype("cuda" if cuda else "cpu")
+    # fmt: off
     config = SFTConfig(
-        output_dir=args.output_dir,
-        per_device_train_batch_size=schedule.layout.rows,
-        per_device_eval_batch_size=schedule.layout.rows,
+        output_dir=args.output_dir, report_to=args.report_to, run_name=args.run_name, seed=args.seed,
+        # Steps
+        per_device_train_batch_size=schedule.layout.rows, per_device_eval_batch_size=schedule.layout.rows,
         gradient_accumulation_steps=schedule.streams_per_step,
-        num_train_epochs=args.num_epochs,
-        max_steps=args.max_steps or -1,
-        learning_rate=args.learning_rate,
-        lr_scheduler_type=args.lr_scheduler_type,
+        num_train_epochs=args.num_epochs, max_steps=args.max_steps or -1,
+        # Optimizer
+        optim=find_optim(args.optim, whole=trains_whole(args)), weight_decay=args.weight_decay,
+        learning_rate=args.learning_rate, lr_scheduler_type=args.lr_scheduler_type,
         warmup_steps=args.warmup_steps if args.warmup_ratio is None else args.warmup_ratio,  # below 1: a share
-        weight_decay=args.weight_decay,
-        optim=find_optim(args.optim, whole=trains_whole(args)),
-        seed=args.seed,
-        bf16=dtype == torch.bfloat16,
-        fp16=dtype == torch.float16,
+        # Arithmetic and memory
+        bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, use_cpu=not cuda, dataloader_pin_memory=cuda,
         gradient_checkpointing=use_checkpointing(args.gradient_checkpointing),
-        logging_steps=args.logging_steps,
-        report_to=args.report_to,
-        run_name=args.run_name,
-        disable_tqdm=True,
-        save_strategy="steps" if args.save_steps else "epoch",
-        save_steps=args.save_steps or 500,
-        save_total_limit=args.save_total_limit,
-        eval_strategy="no" if not evaluate else "steps" if args.eval_steps else "epoch",
-        eval_steps=args.eval_steps,
-        load_best_model_at_end=bool(args.metric_for_best),
-        metric_for_best_model=args.metric_for_best,
-        greater_is_better=args.metric_for_best == "exact_match",
-        dataloader_pin_memory=cuda,
-        use_cpu=not cuda,
+        # Logs, checkpoints, evaluation
+        logging_steps=args.logging_steps, disable_tqdm=True,
         logging_nan_inf_filter=False,  # it hides what StreamTrainer looks for
+        save_strategy="steps" if args.save_steps else "epoch", save_steps=args.save_steps or 500,
+        save_total_limit=args.save_total_limit, restore_callback_states_from_checkpoint=True,
+        eval_strategy="no" if not evaluate else "steps" if args.eval_steps else "epoch", eval_steps=args.eval_steps,
+        load_best_model_at_end=bool(args.metric_for_best), metric_for_best_model=args.metric_for_best,
+        greater_is_better=args.metric_for_best == "exact_match",
+        # Rows come rendered and batched: TRL is to leave them as they are
+        max_length=None, remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True},
         router_aux_loss_coef=0.0,  # routers of experts are not trained, and the loss is that of the answers alone
-        restore_callback_states_from_checkpoint=True,
-        max_length=None,
-        remove_unused_columns=False,
-        ddp_timeout=PATIENCE,
-        ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,
+        # Several GPUs
+        ddp_timeout=PATIENCE, ddp_find_unused_parameters=False, ddp_broadcast_buffers=False,
         accelerator_config={"even_batches": False, "non_blocking": cuda},
-        dataset_kwargs={"skip_prepare_dataset": True},
     )
+    # fmt: on
     use_own_device(config)
     return config
 
@@ -610,10 +599,8 @@ def plan_run(args: argparse.Namespace, run: Run, samples: list, engine: str, con
     args.share_prefix = args.share_prefix and run.former.get("share_prefix", True) and can_share(engine, config)
     schedule, optim = plan_schedule(args, samples, engine), find_optim(args.optim, whole=trains_whole(args))
     run.check_agrees(schedule, optim)
-    saving, parameters = (
-        to_saving(args),
-        count_parameters(config, args.lora_rank, args.trust_remote_code, args.target_modules),
-    )
+    saving = to_saving(args)
+    parameters = count_parameters(config, args.lora_rank, args.trust_remote_code, args.target_modules)
     checkpoints = saving.count_checkpoints(schedule.list_saves(args.save_steps), run.first_step)
     saving.check_disk(parameters, optim, checkpoints)
     show_plan(schedule)
@@ -697,7 +684,7 @@ def dry_run(args: argparse.Namespace) -> dict:
 
     quiet_libraries()
     tokenizer, missing, config = find_model(args.model_id, args.trust_remote_code)
-    data = Data.of(sides, tokenizer, missing, args.max_seq_length, args.train_test_split)
+    data = Data(sides, tokenizer, missing, args.max_seq_length, args.train_test_split)
     audit = data.audit()
     if data.train:
         audit |= audit_run(args, data, config)

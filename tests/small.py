@@ -107,7 +107,9 @@ def make_trainer(folder: Path, tokenizer, *flags: str, held_out=(), lengths: tup
     model = make_qwen3(tied=not args.lora_rank)
     if args.lora_rank:
         model = get_peft_model(model, LoraConfig(r=4, target_modules=script.TARGET_MODULES, task_type="CAUSAL_LM"))
-    return script.build_run_trainer(args, model, tokenizer, schedule, list(held_out), "transformers")
+    trainer = script.build_run_trainer(args, model, tokenizer, schedule, list(held_out), "transformers")
+    trainer.args.adam_epsilon = 1e-2  # or Adam turns rounding into other steps: see train_small.ADAM_EPSILON
+    return trainer
 
 
 def weights(trainer) -> torch.Tensor:

@@ -62,6 +62,13 @@ def difference(one, other, file="out/adapter/adapter_model.safetensors"):
     return max(numpy.abs(weights[name] - others[name]).max() / numpy.abs(weights[name]).max() for name in weights)
 
 
+# Sums in another order round a gradient by about 6 units of fp32, 4e-7 of its norm. With train_small's ADAM_EPSILON
+# above the typical gradient, a weight then differs by at most 1.25 * sqrt(numbers of its tensor) <= 40 times that share
+# of the largest weight. This bound leaves room for 42 units; a wrong split, or gradients that are not averaged, give
+# 0.4 and more.
+ROUNDING = 1e-4
+
+
 def logs(folder, step):
     state = json.loads((folder / "out" / f"checkpoint-{step}" / "trainer_state.json").read_text())
     return [log["loss"] for log in state["log_history"] if "loss" in log]
@@ -74,7 +81,7 @@ def test_two_devices_do_what_one_does_and_go_on_from_each_others_checkpoints(tmp
     output = train(two, 2)
     assert [int(step) for step in re.findall(r"step +(\d+) of 6  loss", output)] == [1, 2, 3, 4, 5, 6]  # said once
     assert logs(two, 6) == pytest.approx(logs(one, 6), rel=1e-5) and len(logs(one, 6)) == 6
-    assert difference(two, one) < 1e-4  # fp32 sums in another order, after six steps of Adam
+    assert difference(two, one) < ROUNDING
     assert (two / "out" / "checkpoint-6" / "rng_state_1.pth").is_file() and find_damage(
         two / "out" / "checkpoint-6"
     ) is None
@@ -82,7 +89,7 @@ def test_two_devices_do_what_one_does_and_go_on_from_each_others_checkpoints(tmp
     assert "resume   from" in train(mixed, 1, "--max_steps", 4)
     output = train(mixed, 2, "--fsdp")
     assert "resume   from" in output and "holds 0.5" in output
-    assert difference(mixed, one) < 1e-4
+    assert difference(mixed, one) < ROUNDING
     assert logs(mixed, 6) == pytest.approx(logs(one, 6), rel=1e-5)
 
 
@@ -92,22 +99,21 @@ def test_a_4_bit_base_split_over_two_devices_trains_the_same_adapter(tmp_path):
     assert "holds 1.00 of the weights" in train(one, 1, "--load_in_4bit")
     held = re.search("holds (.*) of the weights", train(split, 2, "--load_in_4bit", "--fsdp"))
     assert 0.5 < float(held[1]) < 0.6  # half of the base, the whole adapter
-    assert difference(split, one) < 1e-4
+    assert difference(split, one) < ROUNDING
     assert logs(split, 6) == pytest.approx(logs(one, 6), rel=1e-5)
 
 
 @pytest.mark.slow
 def test_full_fine_tuning_with_all_weights_split_is_that_of_whole_models(tmp_path):
-    """Against two whole models: against one, a gradient of 1e-8 has other rounding, which Adam makes a step of."""
     whole, split, mixed = (tmp_path / name for name in ("whole", "split", "mixed"))
     full = [
         *("--lora_rank", 0, "--optim", "adamw_torch"),
         *("--metric_for_best", "loss", "--save_steps", 1, "--eval_steps", 1),
     ]
-    train(whole, 2, *full)
+    train(whole, 1, *full)
     assert "holds 0.50 of the weights" in train(split, 2, *full, "--fsdp")
-    assert difference(split, whole, "final/model.safetensors") < 1e-4
-    assert difference(split, whole, "out/checkpoint-6/model.safetensors") < 1e-4
+    assert difference(split, whole, "final/model.safetensors") < ROUNDING
+    assert difference(split, whole, "out/checkpoint-6/model.safetensors") < ROUNDING
     assert (split / "final" / "config.json").read_text() == (whole / "final" / "config.json").read_text()
     copy_until(split, 3, mixed)
     assert "resume   from" in train(mixed, 1, *full, "--max_steps", 4)

@@ -4,7 +4,7 @@ import json
 import shutil
 import sys
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -168,38 +168,27 @@ def audit_repeats(examples: list[Example], held_out: list[Example]) -> dict:
     }
 
 
-@dataclass(frozen=True)
 class Data:
-    """The rows of a run, rendered: samples of both sides, and the problems of all."""
+    """The rows of a run, rendered: the samples of both sides, and the problems of all.
 
-    examples: list[Example]
-    eval_examples: list[Example]  # of --eval_dataset_path
-    tokenizer: object
-    missing: str  # why there is no tokenizer, or ""
-    limit: int  # --max_seq_length
-    share: float  # of the examples that is held out if there are no eval_examples
-    total: int  # rows read
-    problems: list[tuple[str, str]]
-    groups: list[list[Sample]]  # the samples of each example, long ones too
-    lengths: dict  # see audit_lengths
-    train: list[Sample]
-    held_out: list[Sample]
+    Args:
+        sides: the checked rows of --dataset_path and of --eval_dataset_path.
+        missing: why there is no tokenizer, or "".
+        limit: --max_seq_length.
+        share: of the rows that is held out if --eval_dataset_path has none.
+    """
 
-    @classmethod
-    def of(cls, sides: list[Checked], tokenizer, missing: str, limit: int, share: float) -> "Data":
-        """Render the checked rows of --dataset_path and --eval_dataset_path."""
-        limit = sys.maxsize if missing else limit  # a limit in tokens says nothing about characters
-        both = [*sides[0].examples, *sides[1].examples]
-        groups, unrendered = render_examples(tokenizer, both, sys.maxsize)
-        kept, lengths = audit_lengths(both, groups, limit)
-        too_long = [(source, describe_length(size, limit)) for source, size in lengths["too_long"]]
-        problems = [*sides[0].problems, *sides[1].problems, *unrendered, *too_long]
-        train, held_out = to_sides(sides[0].examples, sides[1].examples, kept, share)
-        total = sides[0].total + sides[1].total
-        examples, eval_examples = sides[0].examples, sides[1].examples
-        return cls(
-            examples, eval_examples, tokenizer, missing, limit, share, total, problems, groups, lengths, train, held_out
-        )
+    def __init__(self, sides: list[Checked], tokenizer, missing: str, limit: int, share: float):
+        self.examples, self.eval_examples = (side.examples for side in sides)
+        self.tokenizer, self.missing, self.share = tokenizer, missing, share
+        self.limit = sys.maxsize if missing else limit  # a limit in tokens says nothing about characters
+        self.total = sum(side.total for side in sides)
+        both = [*self.examples, *self.eval_examples]
+        self.groups, unrendered = render_examples(tokenizer, both, sys.maxsize)
+        kept, self.lengths = audit_lengths(both, self.groups, self.limit)
+        too_long = [(source, describe_length(size, self.limit)) for source, size in self.lengths["too_long"]]
+        self.problems = [*sides[0].problems, *sides[1].problems, *unrendered, *too_long]
+        self.train, self.held_out = to_sides(self.examples, self.eval_examples, kept, share)
 
     def audit(self) -> dict:
         """Return what the rows are and call, how long they are, and what is wrong with them."""
