@@ -18,6 +18,10 @@ from pathlib import Path
 
 from bench_throughput import make_rows, run_in_turn, script, time_steps, wait_for_turn
 
+from tool_calling.arguments import number
+from tool_calling.environment import return_pages
+from tool_calling.processes import is_main, leave
+
 TIMED_STEPS = 15
 COLUMNS = (
     "model",
@@ -39,27 +43,30 @@ def count_bytes(model: str) -> int:
 
 def measure(words: list[str], file: Path, steps: int) -> None:
     """Load, wait for the turn, train, and write what was measured; in each process of one measurement."""
-    script.return_pages()
+    return_pages()
     import torch
 
+    from tool_calling.engines.start import start_engine
+
     args = script.parse_args([*words, "--max_steps", str(steps), "--output_dir", tempfile.mkdtemp()])
-    engine = script.start_engine(args)
-    tokenizer = script.load_tokenizer(args.model_id)
-    train = make_rows(args, tokenizer, None)
-    plan = script.plan_streams(train, args, engine)
-    model = script.load_model(args, engine, plan)
+    engine = start_engine(args.engine, args.share_prefix, args.output_dir, args.seed)
+    from tool_calling.engines.device import leave_group
+    from tool_calling.engines.hub import load_tokenizer
+    from tool_calling.training.selfcheck import check_sharing
+
+    tokenizer = load_tokenizer(args.model_id)
+    schedule = script.plan_schedule(args, make_rows(args, tokenizer, None), engine)
+    model = script.load_model(args, engine, schedule)
     loaded = torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else 0.0
-    trainer = script.build_trainer(
-        args, script.to_sft_config(args, plan, False), engine, model, tokenizer, train, [], plan
-    )
-    if not script.check_sharing(args, trainer.model, train, plan, engine):
+    trainer = script.build_run_trainer(args, model, tokenizer, schedule, [], engine)
+    if not check_sharing(trainer.model, schedule, engine):
         raise RuntimeError("sharing is switched off")
     wait_for_turn(file)
     result = time_steps(trainer, steps - TIMED_STEPS)
-    if script.is_main():
-        facts = {"rows": plan.rows_per_step, "seconds": result["seconds"], "peak": result["peak"], "loaded": loaded}
+    if is_main():
+        facts = {"rows": schedule.rows_per_step, "seconds": result["seconds"], "peak": result["peak"], "loaded": loaded}
         file.write_text(json.dumps(facts))
-    script.leave_group()
+    leave_group()
 
 
 def spread(jobs: list[tuple]) -> list[str]:
@@ -82,12 +89,7 @@ def print_table(options, jobs: list[tuple]) -> None:
     commands, speeds = [], {}
     for model, bits, gpus in jobs:
         words = [
-            "--model_id",
-            model,
-            "--batch_size",
-            str(options.rows),
-            "--gradient_accumulation_steps",
-            "1",
+            *("--model_id", model, "--batch_size", str(options.rows), "--gradient_accumulation_steps", "1"),
             "--load_in_4bit" if bits == 4 else "--no-load_in_4bit",
             *shlex.split(options.flags),
         ]
@@ -116,14 +118,14 @@ def main() -> None:
     parser.add_argument("--gpus", nargs="+", type=int, default=[1], help="numbers of GPUs, the smallest first")
     parser.add_argument("--bits", nargs="+", type=int, choices=[4, 16], default=[4])
     parser.add_argument("--rows", type=int, default=64, help="rows per GPU and step")
-    parser.add_argument("--steps", type=script.number(int, TIMED_STEPS + 1), help="of each measurement, for 60 or 25")
+    parser.add_argument("--steps", type=number(int, TIMED_STEPS + 1), help="of each measurement, for 60 or 25")
     parser.add_argument("--flags", default="", help="more flags of train_qwen3_tool_calling.py")
     for hidden in ("--words", "--result"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.words:
         measure(json.loads(options.words), Path(options.result), options.steps)
-        script.leave(0)
+        leave(0)
     else:
         print_table(
             options, [(model, bits, gpus) for model in options.models for bits in options.bits for gpus in options.gpus]

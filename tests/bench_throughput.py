@@ -21,20 +21,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import train_qwen3_tool_calling as script  # noqa: E402  (imports the standard library only)
+# ruff: noqa: E402
+import train_qwen3_tool_calling as script
 from tool_calling.arguments import number
-from tool_calling.data.examples import Reading, read_examples
-from tool_calling.engines.answers import generate_tokens
-from tool_calling.engines.hub import load_tokenizer
-from tool_calling.engines.loading import load_base
-from tool_calling.engines.start import autocast, start_engine, use_checkpointing
+from tool_calling.data.examples import read_examples
 from tool_calling.environment import return_pages
 from tool_calling.processes import is_main
-from tool_calling.prompts import Sample, render_examples
-from tool_calling.schedule import plan_streams
+from tool_calling.samples import Sample, render_examples
 from tool_calling.terminal import report_problems
-from tool_calling.training.selfcheck import check_sharing
-from tool_calling.training.trainer import build_trainer
+
+# All else is imported inside of functions: torch after return_pages, and Unsloth before trl, transformers and peft.
 
 # name: label, engine, how rows are batched, flags, batch size, accumulation steps
 FOUR_BIT, SIXTEEN_BIT = ["--load_in_4bit"], ["--no-load_in_4bit", "--gradient_checkpointing", "off"]
@@ -65,7 +61,7 @@ CPU_RECIPES = {
 
 def make_rows(args: argparse.Namespace, tokenizer, tools: int | None) -> list[Sample]:
     """Return the training samples; with `tools`, every row lists that many (renamed copies make up the number)."""
-    examples, _ = read_examples(args.dataset_path, Reading(args.tools_path))
+    examples, _ = read_examples(args.dataset_path, script.to_reading(args))
     if tools:
         own = examples[0].tools
         copies = [
@@ -89,6 +85,8 @@ def make_stock_trainer(args, model, tokenizer, train, packing: bool):
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
+    from tool_calling.engines.device import use_checkpointing
+
     cuda = model.device.type == "cuda"
     rows = {
         "input_ids": [row.input_ids for row in train],
@@ -102,7 +100,7 @@ def make_stock_trainer(args, model, tokenizer, train, packing: bool):
         learning_rate=args.learning_rate,
         bf16=cuda,
         optim="adamw_8bit" if cuda else "adamw_torch",
-        gradient_checkpointing=use_checkpointing(args),
+        gradient_checkpointing=use_checkpointing(args.gradient_checkpointing),
         logging_steps=1,
         save_strategy="no",
         report_to="none",
@@ -226,41 +224,31 @@ def run_recipe(
     folder, max_length = tempfile.mkdtemp(), 16384 if tools else 8192 if kind == PACKED else 2048
     args = script.parse_args(
         [
-            "--model_id",
-            options.model_id,
-            "--engine",
-            engine,
-            "--output_dir",
-            folder,
-            *flags,
-            "--max_steps",
-            str(options.warm_up + options.steps),
-            "--max_seq_length",
-            str(max_length),
-            "--batch_size",
-            str(batch_size),
-            "--gradient_accumulation_steps",
-            str(accumulation),
-            "--dataset_path",
-            options.dataset_path,
-            "--tools_path",
-            options.tools_path,
+            *("--model_id", options.model_id, "--engine", engine, "--output_dir", folder, *flags),
+            *("--max_steps", str(options.warm_up + options.steps), "--max_seq_length", str(max_length)),
+            *("--batch_size", str(batch_size), "--gradient_accumulation_steps", str(accumulation)),
+            *("--dataset_path", options.dataset_path, "--tools_path", options.tools_path),
         ]
     )
     args.share_prefix = args.share_prefix and kind == SHARED  # the others run with Unsloth's own settings
     return_pages()  # for all of them: it is Unsloth's own setting
-    start_engine(args)
+    from tool_calling.engines.start import start_engine
+
+    start_engine(args.engine, args.share_prefix, args.output_dir, args.seed)
+    from tool_calling.engines.hub import load_tokenizer
+    from tool_calling.training.selfcheck import check_sharing
+
     tokenizer = load_tokenizer(args.model_id)
-    train = make_rows(args, tokenizer, tools)
-    plan = plan_streams(train, args, engine)
-    model = script.load_model(args, engine, plan)
+    samples = make_rows(args, tokenizer, tools)
+    schedule = script.plan_schedule(args, samples, engine)
+    model = script.load_model(args, engine, schedule)
     wait_for_turn(Path(options.result))
     if kind != SHARED:
-        trainer = make_stock_trainer(args, model, tokenizer, train, packing=kind == PACKED)
+        trainer = make_stock_trainer(args, model, tokenizer, samples, packing=kind == PACKED)
         return time_steps(trainer, options.warm_up)
-    trainer = build_trainer(args, script.to_sft_config(args, plan, False), engine, model, tokenizer, train, [], plan)
+    trainer = script.build_run_trainer(args, model, tokenizer, schedule, [], engine)
     start = time.perf_counter()
-    if plan.share_prefix and not check_sharing(args, trainer.model, train, plan, engine):
+    if args.share_prefix and not check_sharing(trainer.model, schedule, engine):
         raise RuntimeError("sharing is switched off")
     checked = time.perf_counter() - start
     result = time_steps(trainer, options.warm_up)
@@ -271,10 +259,16 @@ def time_answers(options, rows: int = 150, tokens: int = 64) -> None:
     """Print how long it takes to answer `rows` prompts with `tokens` tokens each, the stop token ignored."""
     import torch
 
+    from tool_calling.engines.answers import generate_tokens
+    from tool_calling.engines.device import autocast
+    from tool_calling.engines.hub import load_tokenizer
+    from tool_calling.engines.loading import load_base
+    from tool_calling.engines.start import start_engine
+
     args = script.parse_args(
         ["--engine", "transformers", "--dataset_path", options.dataset_path, "--tools_path", options.tools_path]
     )
-    start_engine(args)
+    start_engine(args.engine, args.share_prefix, args.output_dir, args.seed)
     train = make_rows(args, load_tokenizer(options.model_id), None)[:rows]
     prompts = [row.input_ids[: row.prompt_length] for row in train]
     for four_bit in (False, True):
@@ -291,20 +285,9 @@ def run_all(options, jobs: dict[str, list]) -> dict[str, dict]:
     results = {}
     commands = [
         [
-            sys.executable,
-            __file__,
-            "--job",
-            json.dumps(job),
-            "--model_id",
-            options.model_id,
-            "--dataset_path",
-            options.dataset_path,
-            "--tools_path",
-            options.tools_path,
-            "--warm_up",
-            str(options.warm_up),
-            "--steps",
-            str(options.steps),
+            *(sys.executable, __file__, "--job", json.dumps(job), "--model_id", options.model_id),
+            *("--dataset_path", options.dataset_path, "--tools_path", options.tools_path),
+            *("--warm_up", str(options.warm_up), "--steps", str(options.steps)),
         ]
         for job in jobs.values()
     ]
@@ -334,10 +317,18 @@ def print_tables(options, jobs: dict, results: dict) -> None:
     for name, job in jobs.items():
         if name in results and name not in GROWTH:
             r = results[name]
-            print(
-                f"| {name} | {job[0]} | {r['rows']:.0f} | {r['samples_per_second']:.1f} | {r['tokens'] / r['rows']:,.0f} "
-                f"| {1000 * r['seconds']:.0f} | {r['peak']:.2f} | {r['first_step']:.1f} | {float(r['first_loss']):.3f} |"
+            cells = (
+                name,
+                job[0],
+                f"{r['rows']:.0f}",
+                f"{r['samples_per_second']:.1f}",
+                f"{r['tokens'] / r['rows']:,.0f}",
+                f"{1000 * r['seconds']:.0f}",
+                f"{r['peak']:.2f}",
+                f"{r['first_step']:.1f}",
+                f"{float(r['first_loss']):.3f}",
             )
+            print(f"| {' | '.join(cells)} |")
     speed = {name: result["samples_per_second"] for name, result in results.items()}
     others = {name: speed[name] for name in speed if name not in GROWTH and not name.startswith("e")}
     if others:
