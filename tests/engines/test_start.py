@@ -1,0 +1,49 @@
+"""Starting an engine: Unsloth comes before the libraries that it patches, or not at all."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, write_jsonl
+from jobs import ENVIRONMENT, ROWS, arguments
+
+from tool_calling.engines.start import import_unsloth, start_engine
+from tool_calling.terminal import UserError
+
+# A run up to its engine, which prints what Unsloth would come too late for.
+UP_TO_THE_ENGINE = """
+import sys
+import tool_calling.saving.upload
+import train_qwen3_tool_calling as script
+assert "torch" not in sys.modules
+from tool_calling.engines import start
+
+def stop(*_):
+    print("late:", sorted({"trl", "transformers", "peft"} & sys.modules.keys()))
+    raise SystemExit
+
+start.start_engine = stop
+script.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_run_imports_nothing_that_unsloth_patches_before_its_engine(tmp_path, tools_path):
+    write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    command = [sys.executable, "-c", UP_TO_THE_ENGINE, *map(str, arguments(tmp_path))]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "late: []"
+
+
+def test_unsloth_after_what_it_patches_is_a_mistake_of_this_project():
+    import transformers  # noqa: F401
+
+    with pytest.raises(RuntimeError, match="^Unsloth must be imported before .*transformers.*: it patches them$"):
+        import_unsloth(True, "out")
+
+
+def test_unsloth_without_a_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match="^--engine unsloth needs a CUDA GPU, and torch sees none; use --engine trans"):
+        start_engine("unsloth", True, "out", 1)
