@@ -10,13 +10,11 @@ import sys
 
 import pytest
 from conftest import ALARM, ROOT, TINY, WEATHER, native, run_script, write_jsonl
-from test_command_line import FINAL_FILES, ROWS, names
+from jobs import FINAL_FILES, ROWS, names
 
 import train_qwen3_tool_calling as script
-from tool_calling.data.examples import Reading, read_examples
+from tool_calling.data.examples import read_examples
 from tool_calling.engines.hub import load_tokenizer
-from tool_calling.prompts import render_all
-from tool_calling.schedule import plan_streams
 
 try:
     import torch
@@ -44,6 +42,21 @@ def run(folder, *more, **changes):
     result = run_script(*flags, *more, timeout=500, CUDA_VISIBLE_DEVICES=VISIBLE)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result.stdout
+
+
+def run_python(*words) -> subprocess.CompletedProcess:
+    """Run Python with these words in a process that finds this project, on all visible GPUs; it must succeed."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run(
+        [sys.executable, *map(str, words)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path},
+        timeout=500,
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result
 
 
 def losses(output: str) -> list[float]:
@@ -110,35 +123,50 @@ def test_both_engines_put_the_same_adapter_on_the_same_layers(folder):
 
 
 GRADIENTS = """
-import sys, torch, weakref
-import train_qwen3_tool_calling as s
-args = s.parse_args(["--model_id", sys.argv[1], "--dataset_path", sys.argv[2], "--tools_path", sys.argv[3], *sys.argv[4:]])
-engine = s.start_engine(args)
+import sys, weakref
+import torch
+import train_qwen3_tool_calling as script
+from tool_calling.data.examples import read_examples
+from tool_calling.engines.start import start_engine
+
+args = script.parse_args(sys.argv[1:])
+engine = start_engine(args.engine, args.share_prefix, args.output_dir, args.seed)
 assert engine == "unsloth"
-tokenizer = s.load_tokenizer(args.model_id)
-train, held_out = s.render_all(args, tokenizer, s.read_examples(args.dataset_path, s.Reading(args.tools_path))[0])
-plan = s.Plan(8, 1, s.group_rows(train), (1024, 2048))
-model = s.build_trainer(args, engine, s.load_model(args, engine, plan), tokenizer, train, held_out, plan).model
+
+from tool_calling.engines.graphs import drop_graphs
+from tool_calling.engines.hub import load_tokenizer
+from tool_calling.engines.losses import compute_gradient
+from tool_calling.schedule import Schedule
+from tool_calling.streams import Layout, build_padded, build_stream
+from tool_calling.training.selfcheck import relative_difference
+
+tokenizer = load_tokenizer(args.model_id)
+examples, _ = read_examples(args.dataset_path, script.to_reading(args))
+train, held_out = script.render_sides(args, tokenizer, examples, [], None)
+lengths = (1024, 2048)
+schedule = Schedule(train, 8, 1, Layout(8, lengths=lengths))
+model = script.load_model(args, engine, schedule)
+model = script.build_run_trainer(args, model, tokenizer, schedule, held_out, engine).model
 for name, parameter in model.named_parameters():
     if "lora_B" in name:
         torch.nn.init.normal_(parameter, std=0.02)
 model.train()
 
 def difference(one, other):
-    return s.relative_difference(one[1], other[1])
+    return relative_difference(one[1], other[1])
 
 rows = [train[:8], train[8:16]]
-streams = [[s.build_stream(part, plan.lengths)] for part in rows]
-replayed = [s.compute_gradient(model, stream, engine) for stream in streams]
+streams = [[build_stream(part, lengths)] for part in rows]
+replayed = [compute_gradient(model, stream, engine) for stream in streams]
 rotary = model.get_base_model().model.rotary_emb
 table = weakref.ref(rotary.get_cached()[0])
-s.compute_gradient(model, [s.build_stream(train[:1], (2 * model.config.max_position_embeddings,))], engine)
+compute_gradient(model, [build_stream(train[:1], (2 * model.config.max_position_embeddings,))], engine)
 print("replaced", rotary.get_cached()[0] is not table(), "kept", table() is not None)
-print("again", difference(s.compute_gradient(model, streams[0], engine), replayed[0]))
-s.drop_graphs(model)
-launched = [s.compute_gradient(model, stream, engine) for stream in streams]
-padded = [s.compute_gradient(model, [s.build_padded([row]) for row in part], engine) for part in rows]
-alone = [s.compute_gradient(model, [s.build_stream([row], plan.lengths) for row in part], engine) for part in rows]
+print("again", difference(compute_gradient(model, streams[0], engine), replayed[0]))
+drop_graphs(model)
+launched = [compute_gradient(model, stream, engine) for stream in streams]
+padded = [compute_gradient(model, [build_padded([row]) for row in part], engine) for part in rows]
+alone = [compute_gradient(model, [build_stream([row], lengths) for row in part], engine) for part in rows]
 for i in range(2):
     print("loss", abs(replayed[i][0] / padded[i][0] - 1), "norm", difference(replayed[i], padded[i]),
           "rounding", difference(alone[i], padded[i]), "graph", difference(replayed[i], launched[i]))
@@ -147,23 +175,18 @@ for i in range(2):
 
 @pytest.mark.parametrize("flags", [[], ["--no-load_in_4bit"]])
 def test_unsloth_shared_gradients_are_those_of_single_rows_also_from_a_cuda_graph(folder, flags):
-    result = subprocess.run(
-        [sys.executable, "-c", GRADIENTS, MODEL, folder / "rows.jsonl", folder / "tools.json", *flags],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        timeout=500,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    found = re.findall(r"loss (\S+) norm (\S+) rounding (\S+) graph (\S+)", result.stdout)
+    data = ["--dataset_path", folder / "rows.jsonl", "--tools_path", folder / "tools.json"]
+    output = run_python(
+        "-c", GRADIENTS, "--model_id", MODEL, *data, "--output_dir", folder / "gradients", *flags
+    ).stdout
+    found = re.findall(r"loss (\S+) norm (\S+) rounding (\S+) graph (\S+)", output)
     assert len(found) == 2
     for loss, norm, rounding, graph in [map(float, line) for line in found]:
         assert loss < 0.02 and norm < max(0.02, 2 * rounding) < 0.2  # bf16: coarse on losses near zero
         assert graph < 1e-3
     # A stream longer than Unsloth's table of rotations makes a new one; recorded streams go on reading theirs.
-    assert "replaced True kept True" in result.stdout
-    assert float(re.search(r"again (\S+)", result.stdout)[1]) < 1e-3
+    assert "replaced True kept True" in output
+    assert float(re.search(r"again (\S+)", output)[1]) < 1e-3
 
 
 def test_where_the_kernel_cannot_be_compiled_rows_are_padded(folder, monkeypatch):
@@ -176,33 +199,42 @@ def test_where_the_kernel_cannot_be_compiled_rows_are_padded(folder, monkeypatch
 
 SHORT_OF_MEMORY = """
 import sys, torch
-import train_qwen3_tool_calling as s
+import train_qwen3_tool_calling as script
+from tool_calling.data.examples import read_examples
+from tool_calling.engines.start import start_engine
+from tool_calling.environment import refuse_telemetry, return_pages
 
 def peak(batches):
-    s.free_gpu()
+    free_gpu()
     torch.cuda.reset_peak_memory_stats()
-    s.compute_gradient(model, batches, engine)
-    s.free_gpu()
+    compute_gradient(model, batches, engine)
+    free_gpu()
     return torch.cuda.max_memory_allocated()
 
 if __name__ == "__main__":
-    args = s.parse_args(sys.argv[2:])
-    s.refuse_telemetry()
-    s.return_pages()
-    engine = s.start_engine(args)
-    tokenizer = s.load_tokenizer(args.model_id)
-    train, held_out = s.render_all(args, tokenizer, s.read_examples(args.dataset_path, s.Reading(args.tools_path))[0])
-    plan = s.plan_streams(train, args, engine)
-    model = s.load_model(args, engine, plan)
-    trainer = s.build_trainer(args, script.to_sft_config(args, plan, False), engine, model, tokenizer, train, [], plan)
+    args = script.parse_args(sys.argv[2:])
+    refuse_telemetry()
+    return_pages()
+    engine = start_engine(args.engine, args.share_prefix, args.output_dir, args.seed)
+
+    from tool_calling.engines.device import free_gpu
+    from tool_calling.engines.hub import load_tokenizer
+    from tool_calling.engines.losses import compute_gradient
+
+    tokenizer = load_tokenizer(args.model_id)
+    examples, _ = read_examples(args.dataset_path, script.to_reading(args))
+    train, _ = script.render_sides(args, tokenizer, examples, [], None)
+    schedule = script.plan_schedule(args, train, engine)
+    model = script.load_model(args, engine, schedule)
+    trainer = script.build_run_trainer(args, model, tokenizer, schedule, [], engine)
     model = trainer.model.train()
-    rows = [train[i] for i in s.order_rows(plan, args.seed, epoch=0)[: plan.rows]]
-    halves = s.divide_plan(plan, plan.rows // 2, train, args)
-    parts = s.to_batches(rows, halves)
+    layout = schedule.layout
+    rows = [train[i] for i in schedule.order(epoch=0)[: layout.rows]]
+    parts = schedule.divide(layout.rows // 2).batch(rows)
     decoder = model.get_base_model().model
     graphs, decoder.graphs = getattr(decoder, "graphs", None), None  # measured without them
     peak(parts)  # what is allocated once and for all
-    small, whole = peak(parts), peak([s.build_batch(rows, plan)])
+    small, whole = peak(parts), peak([layout.build(rows)])
     decoder.graphs = graphs
     if sys.argv[1] == "short":
         limit = (small + whole) / 2
@@ -223,40 +255,12 @@ def test_a_step_that_does_not_fit_goes_on_in_smaller_streams(folder, flags):
     (folder / "short.py").write_text(SHORT_OF_MEMORY)
     results = {}
     for kind in ("plenty", "short"):
-        results[kind] = subprocess.run(
-            [
-                sys.executable,
-                folder / "short.py",
-                kind,
-                "--model_id",
-                MODEL,
-                "--dataset_path",
-                folder / "long.jsonl",
-                "--tools_path",
-                folder / "tools.json",
-                "--output_dir",
-                folder / kind,
-                "--max_steps",
-                "3",
-                "--batch_size",
-                "16",
-                "--gradient_accumulation_steps",
-                "1",
-                "--gradient_checkpointing",
-                "off",
-                *flags,
-            ],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            timeout=500,
-            env={
-                **os.environ,
-                "HF_HUB_OFFLINE": "1",
-                "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-            },
+        results[kind] = run_python(
+            *(folder / "short.py", kind, "--model_id", MODEL, "--output_dir", folder / kind),
+            *("--dataset_path", folder / "long.jsonl", "--tools_path", folder / "tools.json"),
+            *("--max_steps", 3, "--batch_size", 16, "--gradient_accumulation_steps", 1),
+            *("--gradient_checkpointing", "off", *flags),
         )
-        assert results[kind].returncode == 0, results[kind].stderr[-3000:]
     warnings = re.findall("warning: out of GPU memory at step ([0-9]+) with a stream of", results["short"].stderr)
     assert warnings and set(warnings) == {"1"} and "out of GPU memory" not in results["plenty"].stderr
     short, plenty = (
@@ -274,50 +278,14 @@ two_gpus = pytest.mark.skipif(not has_gpu or torch.cuda.device_count() < 2, reas
 
 def run_on_two(folder, name, *flags) -> str:
     """Run the command line on two GPUs, with the Transformers engine if no other is named; return what it prints."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        ROOT / "train_qwen3_tool_calling.py",
-        "--model_id",
-        MODEL,
-        "--engine",
-        "transformers",
-        "--dataset_path",
-        folder / "rows.jsonl",
-        "--tools_path",
-        folder / "tools.json",
-        "--train_test_split",
-        "0.25",
-        "--output_dir",
-        folder / name,
-        "--final_model_dir",
-        folder / f"{name}-final",
-        "--max_steps",
-        "2",
-        "--batch_size",
-        "1",
-        "--gradient_accumulation_steps",
-        "1",
-        "--warmup_steps",
-        "0",
-        "--max_new_tokens",
-        "4",
-        *flags,
-    ]
-    result = subprocess.run(
-        [*map(str, command)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=500,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    return result.stdout
+    return run_python(
+        *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2),
+        *(ROOT / "train_qwen3_tool_calling.py", "--model_id", MODEL, "--engine", "transformers"),
+        *("--dataset_path", folder / "rows.jsonl", "--tools_path", folder / "tools.json"),
+        *("--output_dir", folder / name, "--final_model_dir", folder / f"{name}-final"),
+        *("--train_test_split", 0.25, "--max_steps", 2, "--warmup_steps", 0, "--max_new_tokens", 4),
+        *("--batch_size", 1, "--gradient_accumulation_steps", 1, *flags),
+    ).stdout
 
 
 @two_gpus
@@ -352,30 +320,15 @@ def test_unsloth_on_two_gpus_replays_streams_of_several_lengths(folder):
     write_jsonl(folder / "lengths.jsonl", rows)
     args = script.parse_args(
         [
-            "--dataset_path",
-            str(folder / "lengths.jsonl"),
-            "--batch_size",
-            "1",
-            "--tools_path",
-            str(folder / "tools.json"),
-            "--gradient_accumulation_steps",
-            "1",
-            "--train_test_split",
-            "0.25",
+            *("--dataset_path", str(folder / "lengths.jsonl"), "--tools_path", str(folder / "tools.json")),
+            *("--batch_size", "1", "--gradient_accumulation_steps", "1", "--train_test_split", "0.25"),
         ]
     )
-    train, _ = render_all(args, load_tokenizer(MODEL), read_examples(args.dataset_path, Reading(args.tools_path))[0])
-    assert len(plan_streams(train, args, "unsloth").lengths) > 2
+    examples, _ = read_examples(args.dataset_path, script.to_reading(args))
+    train, _ = script.render_sides(args, load_tokenizer(MODEL), examples, [], None)
+    assert len(script.plan_schedule(args, train, "unsloth").layout.lengths) > 2
     output = run_on_two(
-        folder,
-        "lengths",
-        "--engine",
-        "unsloth",
-        "--dataset_path",
-        folder / "lengths.jsonl",
-        "--max_steps",
-        "8",
-        "--save_method",
-        "lora",
+        *(folder, "lengths", "--engine", "unsloth", "--dataset_path", folder / "lengths.jsonl"),
+        *("--max_steps", "8", "--save_method", "lora"),
     )
     assert "Unsloth" in output and len(losses(output)) == 8
