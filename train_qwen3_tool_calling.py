@@ -764,8 +764,9 @@ def evaluate_only(args: argparse.Namespace, command: str) -> dict:
         "unit": name_unit(samples),
     }
     mark_output(vars(args), args.output_dir)
-    args.output_dir = str(Path(args.output_dir) / "eval_only")  # beside the report of a training run, not in its place
-    write_run(vars(args), args.output_dir)
+    folder = str(Path(args.output_dir) / "eval_only")  # beside the report of a training run, not in its place
+    write_run(vars(args), folder)  # repeats this into the same folder
+    args.output_dir = folder
     proof = Proof.of(samples, {"model": {"answers": answers}})
     return finish(args.output_dir, to_report(vars(args), command, proof, data, None), proof)
 
