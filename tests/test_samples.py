@@ -10,7 +10,8 @@ import train_qwen3_tool_calling as script
 from tool_calling.data.examples import Example, to_examples
 from tool_calling.data.rows import read_rows
 from tool_calling.prompts import parse_calls
-from tool_calling.samples import render_examples
+from tool_calling.samples import Sample, check_sides, count_origins, name_unit, render_examples, to_sides
+from tool_calling.terminal import UserError
 
 
 def test_a_sample_over_the_limit_is_a_problem_and_is_not_cut(tokenizer):
@@ -37,3 +38,47 @@ def test_the_bundled_data_renders_without_a_problem(tokenizer):
         output = row["output"]
         expected = output.get("function_calls") or [output["function_call"]] if "content" not in output else []
         assert parse_calls(supervised(tokenizer, sample)) == json.loads(json.dumps(expected))
+
+
+EXAMPLES = [Example(f"x:{i}", [{"role": "user", "content": f"ask {i}"}, says("yes")], []) for i in range(4)]
+GROUPS = [[Sample("x:0", [1], 1), Sample("x:0", [2], 1)], [], [Sample("x:2", [3], 1)], [Sample("x:3", [4], 1)]]
+
+
+def test_turns_of_a_row_stay_on_one_side_and_rows_with_problems_are_on_none():
+    train, held_out = to_sides(EXAMPLES[:3], EXAMPLES[3:], GROUPS, 0.5)
+    assert train == [*GROUPS[0], *GROUPS[2]] and held_out == GROUPS[3]
+    sides = to_sides(EXAMPLES, [], GROUPS, 0.4)
+    assert sorted(sum(sides, [])) == [*GROUPS[0], *GROUPS[2], *GROUPS[3]] and all(sides)
+    assert not {sample.source for sample in sides[0]} & {sample.source for sample in sides[1]}
+    assert to_sides(EXAMPLES, [], GROUPS, 0) == ([*GROUPS[0], *GROUPS[2], *GROUPS[3]], [])
+
+
+def test_samples_are_counted_by_the_rows_that_they_are_of():
+    assert (count_origins(GROUPS[0]), count_origins([*GROUPS[0], *GROUPS[2]]), count_origins([])) == (1, 2, 0)
+    assert (name_unit(GROUPS[2], GROUPS[3]), name_unit(GROUPS[2], GROUPS[0]), name_unit([])) == (
+        "rows",
+        "turns",
+        "rows",
+    )
+
+
+@pytest.mark.parametrize(
+    "sides, choosing, message",
+    [
+        (([], GROUPS[3]), None, "a b: no row is left to train on; lower --train_test_split or add rows"),
+        (
+            (GROUPS[3], []),
+            "--metric_for_best",
+            "--metric_for_best: no row is held out to choose a checkpoint by; raise --train_test_split or give "
+            "--eval_dataset_path",
+        ),
+        ((GROUPS[3], []), None, None),
+        ((GROUPS[2], GROUPS[3]), "--metric_for_best", None),
+    ],
+)
+def test_a_run_needs_rows_to_train_on_and_to_choose_by(sides, choosing, message):
+    if message is None:
+        return check_sides(*sides, ["a", "b"], choosing)
+    with pytest.raises(UserError) as error:
+        check_sides(*sides, ["a", "b"], choosing)
+    assert str(error.value) == message
