@@ -471,7 +471,7 @@ def test_llama_runs_from_rows_to_a_merged_model_and_resumes_on_another_day(tmp_p
     assert f"         the chat template writes the date into prompts: {today}, the day this run began" in result.stdout
     assert '▶{"name": "get_weather", "parameters": {"city": ' in result.stdout
     check = next(line for line in result.stdout.splitlines() if line.startswith("check "))
-    assert check.startswith("check    sharing changes the loss of 8 rows by ") and ": rounding (" in check
+    assert check.startswith("check    sharing changes the loss of 4 rows by ") and ": rounding (" in check
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["failures"][0]["request"].startswith(("rain in ", "thanks", "ok"))
     assert {score["n"] for score in report["scores"].values()} == {1}
