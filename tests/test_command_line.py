@@ -420,7 +420,6 @@ def test_an_adapter_without_a_base_is_one_line(tmp_path):
         ]
 
 
-@pytest.mark.slow
 def test_an_adapter_of_another_base_is_one_line(tmp_path):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -717,7 +716,6 @@ def test_a_tracker_that_is_not_there_is_one_line(tmp_path, tools_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
 def test_unsloth_without_a_gpu_is_one_line(tmp_path, tools_path):
     result = small_job(tmp_path, tools_path, "--engine", "unsloth", run=run_script)
     assert errors(result) == [

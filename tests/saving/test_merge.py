@@ -51,7 +51,6 @@ def test_rounding_at_random_keeps_sums(monkeypatch):
     assert downwards.double().mean().item() == pytest.approx(-1 - 2**-10, abs=4 * 2**-7 * (7 / 64 / 2**18) ** 0.5)
 
 
-@pytest.mark.slow
 def test_a_merge_keeps_what_is_less_than_a_step_of_bf16(tmp_path, monkeypatch):
     """To the nearest number of bf16, most of this adapter would be lost."""
     base = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.bfloat16)

@@ -120,7 +120,6 @@ def score(folder: Path, method: str) -> dict:
     return merge_and_score(trained, Questions(make_rows(4, seed=1), 64, 4), Layout(2))
 
 
-@pytest.mark.slow
 def test_a_model_merged_into_4_bits_is_loaded_by_plain_transformers(adapted):
     results = score(adapted, "merged_4bit")
     assert list(results) == ["base", "adapter", "merged"]
@@ -134,7 +133,6 @@ def test_a_model_merged_into_4_bits_is_loaded_by_plain_transformers(adapted):
     assert sorted(path.name for path in (adapted / ".final.partial").glob("*.safetensors")) == ["model.safetensors"]
 
 
-@pytest.mark.slow
 def test_only_the_adapter_is_kept_and_scored(adapted):
     shutil.rmtree(adapted / ".final.partial", ignore_errors=True)
     results = score(adapted, "lora")

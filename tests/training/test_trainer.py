@@ -203,7 +203,6 @@ def make_whole(folder: Path, tokenizer, *flags: str):
     return make_trainer(folder, tokenizer, "--lora_rank", "0", "--save_steps", "1", *flags)
 
 
-@pytest.mark.slow
 def test_full_fine_tuning_goes_on_with_the_same_bits(tmp_path, tokenizer):
     whole = make_whole(tmp_path, tokenizer)
     start = weights(whole)
