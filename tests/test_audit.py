@@ -476,7 +476,7 @@ def test_torch_waits_for_the_rows(tmp_path, tools_path):
         text=True,
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-        timeout=60,
+        timeout=300,
     )
     assert result.stdout == "set()\n", result.stderr
 

@@ -25,7 +25,7 @@ def run_python(*words: object, **settings) -> str:
     """Return what a Python process prints that finds the package on its path."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, *map(str, words)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, **settings)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, **settings)
     assert (result.returncode, result.stderr) == (0, "")
     return result.stdout
 

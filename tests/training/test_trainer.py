@@ -65,7 +65,7 @@ def test_a_step_that_does_not_fit_is_computed_in_smaller_streams(
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert lines == [f"warning: out of GPU memory at step 1 {text}; the result is the same" for text in warning]
     assert max(sizes) <= limit and trainer.state.global_step == expected.state.global_step == 3
-    assert losses(trainer) == pytest.approx(losses(expected), rel=1e-6)
+    assert losses(trainer) == pytest.approx(losses(expected), rel=1e-5)  # fp32 sums in other groups
     change = (weights(expected) - start).norm()
     assert change > 0.1 and (weights(trainer) - weights(expected)).norm() < 1e-4 * change
 
