@@ -726,7 +726,7 @@ def audit_run(args: argparse.Namespace, data, config) -> dict:
         recorded=engine == "unsloth" and args.cuda_graphs and can_record(schedule, args.lora_dropout),
         split_over=schedule.devices if args.fsdp else 1,
     )
-    return audit | audit_costs(footprint, saving, schedule, checkpoints)
+    return audit | audit_costs(footprint, saving, audit["plan"], schedule.layout.lengths)
 
 
 def evaluate_only(args: argparse.Namespace, command: str) -> dict:

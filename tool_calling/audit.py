@@ -214,13 +214,13 @@ class Data:
         }
 
 
-def audit_costs(footprint: Footprint, saving: Saving, schedule: Schedule, checkpoints: list[int]) -> dict:
-    """Return the memory and the disk that a run takes."""
-    kept = saving.count_checkpoints(checkpoints)
+def audit_costs(footprint: Footprint, saving: Saving, plan: dict, lengths: tuple[int, ...]) -> dict:
+    """Return the memory and the disk that a run takes, by the plan of audit_schedule and the lengths of its streams."""
+    kept = saving.count_checkpoints(plan["checkpoints"])
     disk = saving.estimate_disk(footprint.parameters, footprint.optim, kept)
     free = shutil.disk_usage(find_existing(saving.final_dir)).free
     return {
-        "memory_gib": footprint.estimate(max(schedule.measure_run()), schedule.layout.lengths),
+        "memory_gib": footprint.estimate(plan["stream_sizes"]["max"], lengths),
         "disk_gb": {
             **{name: round(size / 1e9, 2) for name, size in disk.items()},
             "free": round(free / 1e9, 1),
