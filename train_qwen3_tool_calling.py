@@ -348,7 +348,6 @@ def to_sft_config(args: argparse.Namespace, schedule, evaluate: bool):
     import torch
     from trl import SFTConfig
 
-    from tool_calling.engines.choices import find_optim
     from tool_calling.engines.compat import use_own_device
     from tool_calling.engines.device import to_dtype, use_checkpointing
 
@@ -362,7 +361,7 @@ def to_sft_config(args: argparse.Namespace, schedule, evaluate: bool):
         gradient_accumulation_steps=schedule.streams_per_step,
         num_train_epochs=args.num_epochs, max_steps=args.max_steps or -1,
         # Optimizer
-        optim=find_optim(args.optim, whole=trains_whole(args)), weight_decay=args.weight_decay,
+        optim=choose_optim(args), weight_decay=args.weight_decay,
         learning_rate=args.learning_rate, lr_scheduler_type=args.lr_scheduler_type,
         warmup_steps=args.warmup_steps if args.warmup_ratio is None else args.warmup_ratio,  # below 1: a share
         # Arithmetic and memory
@@ -537,12 +536,12 @@ def check_exports(args: argparse.Namespace) -> tuple[list[str], list[str]]:
 
 def check_models(args: argparse.Namespace, engine: str, gguf: tuple[list[str], list[str]]) -> tuple:
     """Return (what will be Trained, tokenizer, config), after all checks that need no weights."""
-    from tool_calling.engines.choices import check_optim, check_report_to, find_optim
+    from tool_calling.engines.choices import check_optim, check_report_to
     from tool_calling.engines.hub import check_dropout, check_merge_base, check_model, check_quantised, load_tokenizer
     from tool_calling.saving.merge import Trained
 
     check_report_to(args.report_to)
-    check_optim(find_optim(args.optim, whole=trains_whole(args)))
+    check_optim(choose_optim(args))
     config = check_model(args.model_id, trust=args.trust_remote_code)
     check_dropout(args.lora_dropout, config, args.model_id)
     quantised, base = check_quantised(config, args.model_id, bool(args.lora_rank)), args.merge_model_id or args.model_id
@@ -557,9 +556,11 @@ def check_models(args: argparse.Namespace, engine: str, gguf: tuple[list[str], l
     return trained, tokenizer, config
 
 
-def trains_whole(args: argparse.Namespace) -> bool:
-    """Return whether each GPU trains all weights of the model."""
-    return not args.lora_rank and not args.fsdp
+def choose_optim(args: argparse.Namespace, cuda: bool | None = None) -> str:
+    """Return the optimizer of the run on this machine, or as it would be with or without CUDA."""
+    from tool_calling.engines.choices import find_optim
+
+    return find_optim(args.optim, whole=not args.lora_rank and not args.fsdp, cuda=cuda)
 
 
 def render_sides(args: argparse.Namespace, tokenizer, examples: list, held_out: list, date: str | None) -> tuple:
@@ -591,13 +592,12 @@ def find_choosing(args: argparse.Namespace) -> str | None:
 
 def plan_run(args: argparse.Namespace, run: Run, samples: list, engine: str, config):
     """Return the schedule of the run, after the checks of what it shares with a former run and of disk space."""
-    from tool_calling.engines.choices import find_optim
     from tool_calling.engines.hub import can_share, count_parameters
     from tool_calling.schedule import show_plan
 
     # A run that went on without sharing goes on without it.
     args.share_prefix = args.share_prefix and run.former.get("share_prefix", True) and can_share(engine, config)
-    schedule, optim = plan_schedule(args, samples, engine), find_optim(args.optim, whole=trains_whole(args))
+    schedule, optim = plan_schedule(args, samples, engine), choose_optim(args)
     run.check_agrees(schedule, optim)
     saving = to_saving(args)
     parameters = count_parameters(config, args.lora_rank, args.trust_remote_code, args.target_modules)
@@ -627,7 +627,6 @@ def train_and_save(args: argparse.Namespace, run: Run, trained, tokenizer, sched
     Returns: (trained, facts of the training, the layout it ended with, the held-out loss of fully trained weights);
     None for all processes but the first. The model lives in here alone: merging needs its memory.
     """
-    from tool_calling.engines.choices import find_optim
     from tool_calling.engines.device import free_gpu, leave_group, report_gpu
     from tool_calling.engines.graphs import empty_weights, make_room
     from tool_calling.engines.loading import warn_of_frozen_experts
@@ -646,7 +645,7 @@ def train_and_save(args: argparse.Namespace, run: Run, trained, tokenizer, sched
         make_room(trainer.model)  # of what the check has recorded
         schedule = plan_schedule(args, schedule.samples, engine)
         trainer = build_run_trainer(args, model, tokenizer, schedule, held_out, engine)
-    run.start(schedule, find_optim(args.optim, whole=trains_whole(args)))
+    run.start(schedule, choose_optim(args))
     facts = train(trainer, run)
     report_gpu()
 
@@ -703,7 +702,6 @@ def dry_run(args: argparse.Namespace) -> dict:
 def audit_run(args: argparse.Namespace, data, config) -> dict:
     """Return plan, tokens of an epoch and files of a run on CUDA; with a config also its memory and disk."""
     from tool_calling.audit import audit_costs, audit_schedule, list_writes
-    from tool_calling.engines.choices import find_optim
     from tool_calling.engines.graphs import can_record
     from tool_calling.engines.hub import can_share, count_parameters
     from tool_calling.estimates import Footprint
@@ -721,7 +719,7 @@ def audit_run(args: argparse.Namespace, data, config) -> dict:
         config,
         count_parameters(config, args.lora_rank, args.trust_remote_code, args.target_modules),
         args.load_in_4bit,
-        find_optim(args.optim, whole=trains_whole(args), cuda=True),
+        choose_optim(args, cuda=True),
         checkpointing=args.gradient_checkpointing != "off",
         recorded=engine == "unsloth" and args.cuda_graphs and can_record(schedule, args.lora_dropout),
         split_over=schedule.devices if args.fsdp else 1,

@@ -20,7 +20,6 @@ sys.path.insert(0, str(ROOT))
 
 import train_qwen3_tool_calling as script
 from tool_calling.checkpoints import find_checkpoint, list_checkpoints
-from tool_calling.engines.choices import find_optim
 from tool_calling.engines.device import leave_group
 from tool_calling.engines.fsdp import held_part
 from tool_calling.engines.hub import load_tokenizer
@@ -90,7 +89,7 @@ def live(folder: Path, flags: list[str]) -> None:
     run = Run(Path(args.output_dir), vars(args), checkpoint, read_run(checkpoint, vars(script.parse_args([]))))
     engine = start_engine(args.engine, args.share_prefix, args.output_dir, args.seed)
     schedule, held_out = script.plan_schedule(args, make_rows(23, seed=2), engine), make_rows(4, seed=3)
-    optim = find_optim(args.optim, whole=script.trains_whole(args))
+    optim = script.choose_optim(args)
     run.check_agrees(schedule, optim)
     model = script.load_model(args, engine, schedule)
     held = sum(held_part(weight).numel() for weight in model.parameters())
