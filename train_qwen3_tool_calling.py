@@ -23,10 +23,11 @@ from pathlib import Path
 
 from tool_calling.arguments import GGUF_NAMES, SCHEDULERS, Parser, drop_resume, number, one_of, read_config, to_command
 from tool_calling.checkpoints import find_checkpoint, list_checkpoints
-from tool_calling.data.examples import Checked, Reading, check_rows, find_warnings, read_examples, write_converted
+from tool_calling.data.examples import Checked, Reading, check_rows, read_examples, write_converted
 from tool_calling.data.formats import FORMATS
 from tool_calling.data.literals import as_list
 from tool_calling.data.messages import is_trained
+from tool_calling.data.splits import find_warnings
 from tool_calling.environment import refuse_telemetry, return_pages
 from tool_calling.failures import explain_failure
 from tool_calling.files import discard_partial, lock_folder

@@ -10,15 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from tool_calling.checkpoints import list_checkpoints
-from tool_calling.data.examples import (
-    Checked,
-    Example,
-    digest_prompt,
-    find_first_answer,
-    find_leaks,
-    find_warnings,
-    list_calls,
-)
+from tool_calling.data.examples import Checked, Example
+from tool_calling.data.splits import digest_prompt, find_first_answer, find_leaks, find_warnings, list_calls
 from tool_calling.engines.hub import check_kind, load_config, load_tokenizer
 from tool_calling.estimates import Footprint, Saving
 from tool_calling.files import digest, find_existing, write_file

@@ -9,9 +9,10 @@ from typing import NamedTuple
 from rich.progress import track
 from rich.text import Text
 
-from tool_calling.data.examples import Example, split_examples
+from tool_calling.data.examples import Example
 from tool_calling.data.messages import is_trained
 from tool_calling.data.special_tokens import find_forbidden
+from tool_calling.data.splits import split_examples
 from tool_calling.prompts import check_template, find_special_tokens, render_turn
 from tool_calling.terminal import UserError, make_console, warn
 

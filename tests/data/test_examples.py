@@ -1,7 +1,6 @@
-"""Examples: rows are read, converted and checked, split, and written back; each problem is named exactly."""
+"""Examples: rows are read, converted, checked and written back; each problem is named exactly."""
 
 import json
-import random
 import subprocess
 import sys
 import time
@@ -10,7 +9,7 @@ import pytest
 from conftest import ALARM, ROOT, WEATHER, native, run_script, write_jsonl
 from format_cases import BARE, CALL, CASES, USER, YES, read, sharegpt, write_many
 
-from tool_calling.data.examples import Example, Reading, check_rows, read_examples, split_examples, to_examples, to_row
+from tool_calling.data.examples import Example, Reading, check_rows, read_examples, to_examples, to_row
 from tool_calling.data.rows import read_rows
 from tool_calling.terminal import UserError
 
@@ -315,31 +314,6 @@ def test_convert_to_writes_a_new_file_and_trains_nothing(tmp_path, tools_path):
     assert result.stderr == f"error: --convert_to {target}: already exists; expected the name of a new file\n"
 
 
-def example(request: str, answer: str = "ok") -> Example:
-    messages = [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]
-    return Example(f"x:{request}", messages, [])
-
-
-def requests(examples) -> set[str]:
-    return {example.messages[0]["content"] for example in examples}
-
-
-def test_split_is_exact_and_independent_of_order():
-    examples = [example(f"request {i}") for i in range(200)]
-    train, held_out = split_examples(examples, 0.1)
-    assert (len(train), len(held_out)) == (180, 20)
-    shuffled = random.Random(0).sample(examples, len(examples))
-    again = split_examples(shuffled, 0.1)
-    assert (requests(again[0]), requests(again[1])) == (requests(train), requests(held_out))
-    assert [e.source for e in train] == [e.source for e in examples if e in train]  # file order is kept
-
-
-def test_both_sides_keep_the_order_of_the_file_also_where_prompts_repeat():
-    examples = [example(f"request {i % 20}", f"answer {i}") for i in range(60)]
-    for side in split_examples(examples, 0.3):
-        assert side and side == [example for example in examples if example in side]
-
-
 @pytest.mark.parametrize(
     "thinking, kept, problems",
     [
@@ -357,24 +331,6 @@ def test_thinking_drops_or_requires_reasoning(tmp_path, thinking, kept, problems
     assert [example.messages for example in checked.examples] == expected
     assert [(source.replace(path, "x"), problem) for source, problem in checked.problems] == problems
     assert checked.total == 2
-
-
-def test_one_prompt_is_never_on_both_sides():
-    examples = [example(f"request {i % 50}", f"answer {i}") for i in range(200)]
-    train, held_out = split_examples(examples, 0.25)
-    assert len(held_out) in range(47, 51) and len(train) + len(held_out) == 200
-    assert not requests(train) & requests(held_out)
-
-
-def test_appended_rows_move_few_others():
-    examples = [example(f"request {i}") for i in range(1000)]
-    before = requests(split_examples(examples[:900], 0.1)[1])
-    after = requests(split_examples(examples, 0.1)[1])
-    assert len(before - after) <= 15  # of 90; chance alone would move 81
-
-
-def test_nothing_is_held_out_at_zero():
-    assert split_examples([example("a"), example("b")], 0.0) == ([example("a"), example("b")], [])
 
 
 def test_reading_needs_no_heavy_library():

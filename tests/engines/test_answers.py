@@ -5,7 +5,8 @@ import torch
 from conftest import ROOT, TINY
 
 import train_qwen3_tool_calling as script
-from tool_calling.data.examples import Reading, read_examples, split_examples
+from tool_calling.data.examples import Reading, read_examples
+from tool_calling.data.splits import split_examples
 from tool_calling.engines import attention
 from tool_calling.engines.answers import generate_answers, generate_tokens
 from tool_calling.engines.loading import load_base, warn_if_spread

@@ -1,0 +1,49 @@
+"""The split: exact, independent of the order of the file, a prompt on one side only."""
+
+import random
+
+from tool_calling.data.examples import Example
+from tool_calling.data.splits import split_examples
+
+
+def example(request: str, answer: str = "ok") -> Example:
+    messages = [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]
+    return Example(f"x:{request}", messages, [])
+
+
+def requests(examples) -> set[str]:
+    return {example.messages[0]["content"] for example in examples}
+
+
+def test_split_is_exact_and_independent_of_order():
+    examples = [example(f"request {i}") for i in range(200)]
+    train, held_out = split_examples(examples, 0.1)
+    assert (len(train), len(held_out)) == (180, 20)
+    shuffled = random.Random(0).sample(examples, len(examples))
+    again = split_examples(shuffled, 0.1)
+    assert (requests(again[0]), requests(again[1])) == (requests(train), requests(held_out))
+    assert [e.source for e in train] == [e.source for e in examples if e in train]  # file order is kept
+
+
+def test_both_sides_keep_the_order_of_the_file_also_where_prompts_repeat():
+    examples = [example(f"request {i % 20}", f"answer {i}") for i in range(60)]
+    for side in split_examples(examples, 0.3):
+        assert side and side == [example for example in examples if example in side]
+
+
+def test_one_prompt_is_never_on_both_sides():
+    examples = [example(f"request {i % 50}", f"answer {i}") for i in range(200)]
+    train, held_out = split_examples(examples, 0.25)
+    assert len(held_out) in range(47, 51) and len(train) + len(held_out) == 200
+    assert not requests(train) & requests(held_out)
+
+
+def test_appended_rows_move_few_others():
+    examples = [example(f"request {i}") for i in range(1000)]
+    before = requests(split_examples(examples[:900], 0.1)[1])
+    after = requests(split_examples(examples, 0.1)[1])
+    assert len(before - after) <= 15  # of 90; chance alone would move 81
+
+
+def test_nothing_is_held_out_at_zero():
+    assert split_examples([example("a"), example("b")], 0.0) == ([example("a"), example("b")], [])
