@@ -46,6 +46,7 @@ from tool_calling.run_folder import Run, check_final, check_folder, mark_output,
 from tool_calling.samples import (
     NOT_HELD_OUT,
     check_sides,
+    choose,
     count_origins,
     find_shown,
     name_unit,
@@ -111,7 +112,7 @@ def build_parser() -> Parser:
     add("--tools_path", type=path, default=TOOLS_PATH, help="JSON array of tools for rows without their own")
     add("--train_test_split", type=number(float, 0, 1), default=TRAIN_TEST_SPLIT, metavar="SHARE",
         help="share of the rows to hold out")
-    add("--max_samples", type=count, metavar="N", help="use only the first N rows (default: all)")
+    add("--max_samples", type=count, metavar="N", help="use N rows, chosen by hash after all are read (default: all)")
     add("--max_seq_length", type=count, default=MAX_SEQ_LENGTH, metavar="TOKENS",
         help="longest sample; a longer one is a problem, it is never cut")
     add("--on_invalid", choices=["error", "skip"], default="error", help="what to do with a row that has a problem")
@@ -184,7 +185,7 @@ def build_parser() -> Parser:
     add("--early_stopping_patience", type=count, metavar="N",
         help="stop after N evaluations without improvement (default: never)")
     add("--eval_samples", type=count, default=EVAL_SAMPLES, metavar="N",
-        help="held-out rows to answer at the end with base, adapter and merged model")
+        help="held-out rows, chosen by hash, to answer at the end with base, adapter and merged model")
     add("--eval_batch_size", type=count, default=EVAL_BATCH_SIZE, metavar="N", help="answers generated at once")
     add("--max_new_tokens", type=count, default=MAX_NEW_TOKENS, metavar="N", help="longest answer")
     add("--eval_only", metavar="MODEL", help="train nothing: score this model or adapter on the held-out rows")
@@ -492,7 +493,7 @@ def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.Ex
         if saved is None:  # not the first process
             return None
         trained, facts, layout, before = saved
-        questions = Questions((held_out or samples)[: args.eval_samples], args.eval_batch_size, args.max_new_tokens)
+        questions = Questions(choose(held_out or samples, args.eval_samples), args.eval_batch_size, args.max_new_tokens)
         proof = prove(trained, questions, layout, before)
 
     # Report, and hand over.
@@ -652,7 +653,7 @@ def train_and_save(args: argparse.Namespace, run: Run, trained, tokenizer, sched
 
     layout, whole, before = trainer.layout, None, None
     if not args.lora_rank:
-        batches = build_small_batches((held_out or schedule.samples)[: args.eval_samples], layout)
+        batches = build_small_batches(choose(held_out or schedule.samples, args.eval_samples), layout)
         whole, before = round_trained(trained, trainer.model, batches)
     if not leave_group():
         return None
@@ -748,7 +749,7 @@ def evaluate_only(args: argparse.Namespace, command: str) -> dict:
     groups, problems = render_examples(tokenizer, examples, args.max_seq_length)
     report_problems(problems, args.on_invalid, len(groups))
     sides = to_sides(*(([], examples) if args.eval_dataset_path else (examples, [])), groups, args.train_test_split)
-    samples = (sides[1] or sides[0])[: args.eval_samples]
+    samples = choose(sides[1] or sides[0], args.eval_samples)
     if not samples:
         raise UserError(f"{' '.join(paths)}: no row is left to score; add rows")
     held_out = len(samples) if sides[1] else 0

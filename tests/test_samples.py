@@ -10,7 +10,7 @@ import train_qwen3_tool_calling as script
 from tool_calling.data.examples import Example, to_examples
 from tool_calling.data.rows import read_rows
 from tool_calling.prompts import parse_calls
-from tool_calling.samples import Sample, check_sides, count_origins, name_unit, render_examples, to_sides
+from tool_calling.samples import Sample, check_sides, choose, count_origins, name_unit, render_examples, to_sides
 from tool_calling.terminal import UserError
 
 
@@ -51,6 +51,29 @@ def test_turns_of_a_row_stay_on_one_side_and_rows_with_problems_are_on_none():
     assert sorted(sum(sides, [])) == [*GROUPS[0], *GROUPS[2], *GROUPS[3]] and all(sides)
     assert not {sample.source for sample in sides[0]} & {sample.source for sample in sides[1]}
     assert to_sides(EXAMPLES, [], GROUPS, 0) == ([*GROUPS[0], *GROUPS[2], *GROUPS[3]], [])
+
+
+def test_scored_samples_are_chosen_by_hash_whatever_their_order():
+    """Two tools in blocks: the first two hundred would all be of one."""
+    blocks = [Sample("x", [i, 1], 1, f"call {tool}", [], f"ask {i}") for tool in "ab" for i in range(1000)]
+    chosen = choose(blocks, 200)
+    assert len(chosen) == 200 and chosen == [sample for sample in blocks if sample in chosen]
+    assert sum(sample.completion == "call a" for sample in chosen) == 101
+    other = choose([sample._replace(source="y") for sample in reversed(blocks)], 200)
+    assert [sample._replace(source="x") for sample in reversed(other)] == chosen
+    assert [sample for sample in choose(blocks, 100) if sample not in chosen] == []
+    assert choose(blocks[:3], 200) == blocks[:3] and choose([], 1) == []
+
+
+def test_a_repeated_sample_is_scored_once_and_turns_of_other_rows_are_not_it():
+    turns = [
+        Sample("x:1", [1, 2], 1, "yes", [], "ask"),
+        Sample("x:2", [1, 3], 1, "no", [], "ask"),
+        Sample("x:1", [1, 2], 1, "yes", [], "ask"),  # its row once more
+        Sample("x:3", [4, 2], 1, "yes", [], "ask"),  # after another beginning
+    ]
+    assert choose(turns, 9) == [turns[0], turns[1], turns[3]]
+    assert [choose(turns, 1), choose(turns, 2)] == [[turns[0]], [turns[0], turns[3]]]
 
 
 def test_samples_are_counted_by_the_rows_that_they_are_of():

@@ -13,6 +13,7 @@ from tool_calling.data.examples import Example
 from tool_calling.data.messages import is_trained
 from tool_calling.data.special_tokens import find_forbidden
 from tool_calling.data.splits import split_examples
+from tool_calling.files import digest
 from tool_calling.prompts import check_template, find_special_tokens, render_turn
 from tool_calling.terminal import UserError, make_console, warn
 
@@ -89,6 +90,19 @@ def to_sides(
     if not held_out:
         train, test = split_examples(train, share)
     return tuple([sample for example in side for sample in samples[id(example)]] for side in (train, test))
+
+
+def choose(samples: list[Sample], count: int) -> list[Sample]:
+    """Return at most `count` of the samples, chosen by hash and in their order; equal ones are taken once.
+
+    The order of the file must not choose: where rows of one tool stand together, its first rows are not like the rest.
+    """
+    ranks = [digest(["choose", sample.request, sample.completion]) for sample in samples]
+    found: dict[tuple, int] = {}
+    for index in sorted(range(len(samples)), key=ranks.__getitem__):
+        if len(found) < count:
+            found.setdefault((samples[index].prompt_length, *samples[index].input_ids), index)
+    return [samples[index] for index in sorted(found.values())]
 
 
 def check_sides(train: list[Sample], held_out: list[Sample], paths: list[str], choosing: str | None) -> None:

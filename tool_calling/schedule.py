@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tool_calling.samples import Sample
+from tool_calling.samples import Sample, choose
 from tool_calling.streams import Layout, count_tokens, fill_up, split_rows, to_tree
 from tool_calling.terminal import plural, say
 
@@ -209,7 +209,7 @@ def choose_lengths(sizes: list[int]) -> tuple[int, ...]:
 def build_small_batches(samples: list[Sample], layout: Layout) -> list[dict]:
     """Return the batches on which losses of saved models are compared: small, as less memory may be left by then."""
     small = replace(layout, rows=min(layout.rows, READ_BACK_BATCH), lengths=())
-    return small.batch(samples[:READ_BACK_ROWS])
+    return small.batch(choose(samples, READ_BACK_ROWS))
 
 
 def show_plan(schedule: Schedule) -> None:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import random
 import re
 import sys
 import tracemalloc
@@ -178,9 +179,40 @@ def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path):
 
 
 def test_the_limit_counts_over_all_files(tmp_path):
-    first, second = (write_jsonl(tmp_path / name, [A, B]) for name in ("1.jsonl", "2.jsonl"))
-    assert read(first, second, max_samples=3) == [(f"{first}:1", A), (f"{first}:2", B), (f"{second}:1", A)]
-    assert read(first, tmp_path / "absent.jsonl", max_samples=2) == [(f"{first}:1", A), (f"{first}:2", B)]
+    first, second = (write_jsonl(tmp_path / name, rows) for name, rows in {"1.jsonl": [A, B], "2.jsonl": [A, C]}.items())
+    pairs = [(f"{first}:1", A), (f"{first}:2", B), (f"{second}:1", A), (f"{second}:2", C)]
+    assert read(first, second, max_samples=4) == read(first, second, max_samples=10**30) == pairs
+    assert read(first, second, max_samples=3) == [pair for pair in pairs if pair[1] != C]  # C's hash is the largest
+    assert read(first, second, max_samples=2) == [pair for pair in pairs if pair[1] == A]  # equal rows stay together
+    with pytest.raises(UserError, match="absent.jsonl: cannot be read"):  # all is read
+        read(first, tmp_path / "absent.jsonl", max_samples=2)
+
+
+def test_the_limit_takes_rows_by_their_hash_and_not_by_their_place(tmp_path):
+    """Two tools in blocks: the first rows are all of one."""
+    blocks = [{"input": f"{tool} {i}"} for tool in ("weather", "alarm") for i in range(500)]
+    shuffled = random.Random(0).sample(blocks, len(blocks))
+    chosen = [row for _, row in read(write_jsonl(tmp_path / "blocks.jsonl", blocks), max_samples=100)]
+    assert len(chosen) == 100 and chosen == [row for row in blocks if row in chosen]
+    assert sum(row["input"].startswith("weather") for row in chosen) == 43
+    other = [row for _, row in read(write_jsonl(tmp_path / "other.jsonl", shuffled), max_samples=100)]
+    assert [row for row in blocks if row in other] == chosen  # whatever the file is called, and in any order
+    more = [row for _, row in read(tmp_path / "blocks.jsonl", max_samples=200)]
+    assert [row for row in more if row in chosen] == chosen
+
+
+def test_broken_lines_are_chosen_as_other_rows_are(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", ['{"input"', A] * 200)
+    broken = [row for _, row in read(path, max_samples=100) if isinstance(row, str)]
+    assert len(broken) == 44  # all of A have one hash
+
+
+def test_the_limit_holds_no_more_rows_than_it_yields(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"input": str(i), "output": "x" * 1000} for i in range(10_000)])
+    tracemalloc.start()
+    assert len(read(path, max_samples=10)) == 10
+    assert tracemalloc.get_traced_memory()[1] < 2**20  # of 10 MB
+    tracemalloc.stop()
 
 
 def test_a_bar_on_a_terminal_changes_no_row(tmp_path, monkeypatch, capsys):

@@ -1,17 +1,20 @@
 """Rows of files, folders and Hugging Face datasets, each with its file:line."""
 
 import contextlib
+import heapq
 import json
 import os
 import re
 import sys
 from functools import partial
-from itertools import chain, count, islice
+from itertools import chain, count
+from operator import itemgetter
 from pathlib import Path
 
 from rich.progress import Progress
 
 from tool_calling.data.literals import explain, read_value
+from tool_calling.files import digest
 from tool_calling.terminal import UserError
 
 ROW_FILES = (".json", ".jsonl")  # what is read of a folder
@@ -188,9 +191,24 @@ def read_source(path: str, tools_path: str | None):
 
 
 def read_rows(paths: list[str], max_samples: int | None = None, tools_path: str | None = None):
-    """Yield the (source, row) pairs of files, folders and Hub datasets, at most `max_samples` in all.
+    """Yield the (source, row) pairs of files, folders and Hub datasets.
 
     What exists as a path is never looked up on the Hub. A broken line is yielded as a ValueError in place of its row.
+    With `max_samples`, all rows are read and so many of them are yielded, in their order: those with the smallest
+    hashes, so that where a row stands does not matter, and a larger number adds rows to those of a smaller one.
     """
-    rows = chain.from_iterable(read_source(path, tools_path) for path in paths)
-    yield from islice(rows, max_samples and min(max_samples, sys.maxsize))
+    pairs = chain.from_iterable(read_source(path, tools_path) for path in paths)
+    if max_samples is None:
+        yield from pairs
+    else:  # holds no more rows than it yields
+        for _, pair in sorted(heapq.nsmallest(max_samples, enumerate(pairs), key=rank), key=itemgetter(0)):
+            yield pair
+
+
+def rank(numbered: tuple[int, tuple]) -> str:
+    """Return the hash by which --max_samples chooses: of the row of (index, (source, row)), of the index if broken."""
+    index, (_, row) = numbered
+    try:
+        return digest(["max_samples", row])
+    except (TypeError, RecursionError):
+        return digest(["max_samples", index])
