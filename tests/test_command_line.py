@@ -16,6 +16,7 @@ from jobs import FINAL_FILES, ROWS, arguments, errors, names
 import train_qwen3_tool_calling as script
 from tool_calling.data.examples import Reading, read_examples
 from tool_calling.engines.hub import load_tokenizer
+from tool_calling.page import SCORE_NAMES
 from tool_calling.run_folder import WRITTEN_BY
 from tool_calling.samples import render_examples, to_sides
 from tool_calling.terminal import UserError
@@ -89,12 +90,10 @@ def test_the_report_holds_what_it_promises(job):
         "train",
     }
     assert list(report["scores"]) == ["base", "adapter", "merged"]
+    shares = {"exact_match", "call_exact", "no_call", "ast_match", "call_precision", "call_recall"}
     for scores in report["scores"].values():
-        assert (
-            set(scores)
-            == {"exact_match", "ast_match", "tool_macro_f1", "call_precision", "call_recall", "broken_json", "n"}
-            and scores["n"] == 6
-        )
+        assert set(scores) == shares | {"tool_macro_f1", "broken_json", "n", "rows", "interval"} and scores["n"] == 6
+        assert set(scores["rows"]) == set(scores["interval"]) == shares
     assert report["per_tool"]["get_weather"]["support"] == 6
     assert report["data"]["train"] == 18 and report["data"]["held_out"] == 6
     assert sum(report["data"]["lengths"]["counts"]) == 18
@@ -109,7 +108,8 @@ def test_the_report_holds_what_it_promises(job):
     assert len(report["failures"]) == round(6 * (1 - report["scores"]["merged"]["exact_match"]))
     lines = result.stdout.splitlines()
     table = lines.index(next(line for line in lines if line.startswith("score ")))
-    assert [line.split()[0] for line in lines[table + 1 : table + 4]] == ["base", "adapter", "merged"]
+    assert lines[table].split()[-3:] == ["base", "adapter", "merged"]
+    assert all(line.startswith(f"{'':<9}{name} ") for line, name in zip(lines[table + 1 :], SCORE_NAMES.values()))
     assert "<html" in (folder / "out" / "report.html").read_text()
 
 

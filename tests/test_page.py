@@ -23,15 +23,21 @@ HOSTILE = '"><script>alert(1)</script><img src=http://evil.example/x onerror=ale
 
 
 def score(exact: float, broken: int) -> dict:
-    return {
+    shares = {
         "exact_match": exact,
+        "call_exact": exact,
+        "no_call": None,
         "ast_match": exact,
-        "tool_macro_f1": 0.9,
         "call_precision": 0.75,
         "call_recall": 0.8,
-        "broken_json": broken,
-        "n": 200,
     }
+    rows = dict.fromkeys(shares, 200) | {"no_call": 0, "call_precision": 200 - broken}
+    intervals = {name: share and [share - 0.1, share + 0.1] for name, share in shares.items()}
+    return shares | {"tool_macro_f1": 0.9, "broken_json": broken, "n": 200, "rows": rows, "interval": intervals}
+
+
+def tool_share(tool: float, exact: float) -> dict:
+    return {"tool": tool, "exact": exact, "interval": {"tool": [0.05, 1.0], "exact": [exact / 2, (1 + exact) / 2]}}
 
 
 def failure(line: int, request: str, expected: str, got: str) -> dict:
@@ -58,9 +64,9 @@ def full_report() -> dict:
         "per_tool": {
             name: {
                 "support": 28,
-                "base": {"tool": 0.1 * i + 0.1, "exact": 0.07 * i},
-                "adapter": {"tool": 1.0, "exact": 0.9},
-                "merged": {"tool": 1.0, "exact": 0.7 + 0.05 * i},
+                "base": tool_share(0.1 * i + 0.1, 0.07 * i),
+                "adapter": tool_share(1.0, 0.9),
+                "merged": tool_share(1.0, 0.7 + 0.05 * i),
             }
             for i, name in enumerate(TOOLS)
         },
@@ -207,7 +213,7 @@ def read_page(report: dict) -> Page:
 
 def test_full_report():
     page = read_page(full_report())
-    assert page.words("h1") == ["25.5 % → 86 % of calls exact"] == page.words("title")
+    assert page.words("h1") == ["25.5 % → 86 % of 200 answers exact"] == page.words("title")
     assert page.words("h2") == [
         "Scores",
         "Learning",
@@ -233,16 +239,35 @@ def test_full_report():
 
 def test_score_table():
     cells = read_page(full_report()).words("td")
-    assert cells[:19] == [
+    exact = ["200", "25.5 %15.5–35.5", "85.5 %75.5–95.5", "86.0 %76.0–96.0"]
+    assert cells[:33] == [
         "",
-        *["25.5 %", "85.5 %", "86.0 %"] * 2,
-        *["90.0 %"] * 3,
-        *["75.0 %"] * 3,
-        *["80.0 %"] * 3,
-        "31",
-        "0",
-        "0",
+        *exact,
+        *exact,
+        *["0", "–", "–", "–"],
+        *exact,
+        *["", "90.0 %", "90.0 %", "90.0 %"],
+        *["", *["75.0 %65.0–85.0"] * 3],
+        *["200", *["80.0 %70.0–90.0"] * 3],
+        *["", "31", "0", "0"],
     ]
+    rows = read_page(full_report()).words("th")[4:12]
+    assert rows == [
+        "exact",
+        "exact, call expected",
+        "no call, none expected",
+        "AST, BFCL-like",
+        "tool macro-F1",
+        "call precision",
+        "call recall",
+        "broken calls",
+    ]
+
+
+def test_the_interval_of_each_tool_is_drawn():
+    page = render_report(full_report())
+    assert "--exact:95.0%; --tool:100.0%;\n    --low:47.5%; --high:97.5%" in page
+    assert 'title="95 % interval: 47.5–97.5 %">95 %<' in page
 
 
 def test_tools_are_listed_from_the_weakest():
@@ -284,16 +309,16 @@ def test_curve():
 
 def test_minimal_report():
     page = read_page(minimal_report())
-    assert page.words("h1") == ["86 % of calls exact"]
+    assert page.words("h1") == ["86 % of 200 answers exact"]
     assert page.words("h2") == ["Scores", "Data", "Settings", "Versions", "Repeat this run"]
 
 
 def test_scores_of_training_rows_are_called_so():
     report = full_report()
-    assert "On the held-out rows." in read_page(report).words("p")
+    assert "On the held-out rows. Small: 95 % interval." in read_page(report).words("p")
     report["data"]["held_out"] = 0
     page = read_page(report)
-    assert "On the training rows." in page.words("p")
+    assert "On the training rows. Small: 95 % interval." in page.words("p")
     assert any(", measured on 200 training rows of " in words for words in page.words("p"))
 
 
@@ -308,7 +333,7 @@ def test_no_failures():
     report = minimal_report()
     report["scores"]["model"]["exact_match"] = 1.0
     page = read_page(report)
-    assert page.words("h1") == ["100 % of calls exact"]
+    assert page.words("h1") == ["100 % of 200 answers exact"]
     assert "Every answer is the expected one." in page.words("p") and "Failures (0)" in page.words("h2")
 
 
@@ -355,7 +380,7 @@ def test_a_worse_model_is_called_worse():
     report = full_report()
     report["scores"]["merged"]["exact_match"] = 0.1
     page = read_page(report)
-    assert page.words("h1") == ["25.5 % → 10 % of calls exact"]
+    assert page.words("h1") == ["25.5 % → 10 % of 200 answers exact"]
     assert "The merged model does worse than the base model." in page.words("p")
 
 

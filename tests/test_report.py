@@ -17,7 +17,7 @@ from tool_calling.report import (
     write_report,
 )
 from tool_calling.samples import Sample
-from tool_calling.scores import Proof
+from tool_calling.scores import Proof, to_shares
 
 SETTINGS = {"model_id": "some/model", "dataset_path": ["a.json", "b.json"], "eval_dataset_path": None}
 DATA = {"train": 8, "held_out": 2, "skipped": 1, "unit": "rows"}
@@ -63,14 +63,16 @@ def test_what_is_known_of_a_run_is_in_its_report(monkeypatch):
         "finished",
         "train",
     ]
-    wrong, right = {"tool": 0.0, "exact": 0.0}, {"tool": 1.0, "exact": 1.0}
-    missed, unsure = {"tool": 1.0, "exact": 0.0}, {"tool": 0.5, "exact": 0.5}
+    wrong, right, missed = (
+        to_shares({"tool": [tool], "exact": [exact]}) for tool, exact in ((False, False), (True, True), (True, False))
+    )
+    sure, unsure = (to_shares({"tool": [True, hit], "exact": [True, hit]}) for hit in (True, False))
     assert report == {
         "scores": proof.scores,
         "per_tool": {
             "get_weather": {"support": 1, "base": wrong, "adapter": right, "merged": right},
             "set_alarm": {"support": 1, "base": wrong, "adapter": missed, "merged": missed},
-            "(no call)": {"support": 2, "base": right, "adapter": unsure, "merged": unsure},
+            "(no call)": {"support": 2, "base": sure, "adapter": unsure, "merged": unsure},
         },
         "confusion": {
             "labels": ["get_weather", "set_alarm", "(no call)", "(broken)"],
@@ -158,10 +160,15 @@ def test_answers_and_scores_are_printed_and_the_report_is_written(tmp_path, caps
         "  before   Hello! ✓",
         "  after    Hi! ✓",
         "",
-        "score                exact     AST  tool F1  calls: precision  recall  broken   rows",
-        "         base        50.0%   50.0%     0.0%            100.0%   50.0%       0      4",
-        "         adapter     50.0%   50.0%   100.0%             66.7%  100.0%       1      4",
-        "         merged      50.0%   50.0%   100.0%             66.7%  100.0%       1      4",
+        "score    share, 95 % interval    rows     base             adapter              merged",
+        "         exact                      4   50.0 % 15.0–85.0    50.0 % 15.0–85.0    50.0 % 15.0–85.0",
+        "         exact, call expected       2    0.0 % 0.0–65.8     50.0 % 9.5–90.5     50.0 % 9.5–90.5",
+        "         no call, none expected     2  100.0 % 34.2–100.0   50.0 % 9.5–90.5     50.0 % 9.5–90.5",
+        "         AST, BFCL-like             4   50.0 % 15.0–85.0    50.0 % 15.0–85.0    50.0 % 15.0–85.0",
+        "         tool macro-F1                   0.0 %             100.0 %             100.0 %",
+        "         call precision                100.0 % 20.7–100.0   66.7 % 20.8–93.9    66.7 % 20.8–93.9",
+        "         call recall                2   50.0 % 9.5–90.5    100.0 % 34.2–100.0  100.0 % 34.2–100.0",
+        "         broken calls                        0                   1                   1",
         f"report   {tmp_path / 'report.html'}",
     ]
 

@@ -16,6 +16,7 @@ from tool_calling.scores import (
     count_confusion,
     count_per_tool,
     count_scores,
+    find_interval,
     score_answer,
 )
 
@@ -119,7 +120,6 @@ EXACT = [  # (name, got, expected): an exact match, which is a BFCL match too
     ("equal calls twice", ROME + OSLO + ROME, ROME + ROME + OSLO),
     ("no call, the same text", ANSWER, ANSWER),
     ("no call, other text", "Which city?", ANSWER),
-    ("no call, empty text", "", ANSWER),
     ("no call, JSON outside of a block", '{"name": "ping", "arguments": {}}', ANSWER),
     ("no call, a closing tag alone", "</tool_call>", ANSWER),
     ("arguments the schema does not list", call("count", a=1, b=2), call("count", b=2, a=1)),
@@ -209,6 +209,8 @@ WRONG = [  # no match; well-formed
     ("a tab is not ignored", call("book", city="Ro\tme"), ROME),
     ("no call where one is expected", ANSWER, ROME),
     ("an empty answer where a call is expected", "", ROME),
+    ("an empty answer where no call is expected", "", ANSWER),
+    ("white space where no call is expected", " \n", ANSWER),
     ("a call where none is expected", ROME, ANSWER),
     ("one call of two", ROME, ROME + OSLO),
     ("a call too many", ROME + OSLO, ROME),
@@ -296,7 +298,7 @@ def test_verdict_names_the_tools(got, expected, verdict):
     ],
 )
 def test_rows_without_tools_compare_texts(got, exact, broken, names):
-    assert score_answer(got, "positive", []) == Verdict(exact, exact, broken, (), names)
+    assert score_answer(got, "positive", []) == Verdict(exact, exact, broken, (), names, text=True)
 
 
 def test_a_broken_expected_answer_is_no_verdict():
@@ -326,53 +328,115 @@ def test_scores():
     # book: 2 hits, 5 expected, 3 called; mode: 0 of 1 and 2; ping: 2 hits, 4 expected, 3 called
     assert count_scores(VERDICTS) == {
         "exact_match": 2 / 10,
+        "call_exact": 1 / 7,
+        "no_call": 1 / 3,
         "ast_match": 3 / 10,
-        "tool_macro_f1": pytest.approx((4 / 8 + 0 + 4 / 7) / 3),
         "call_precision": 6 / 8,
         "call_recall": 6 / 7,
+        "interval": {
+            "exact_match": pytest.approx([0.0567, 0.5098], abs=5e-5),
+            "call_exact": pytest.approx([0.0257, 0.5131], abs=5e-5),
+            "no_call": pytest.approx([0.0615, 0.7923], abs=5e-5),
+            "ast_match": pytest.approx([0.1078, 0.6032], abs=5e-5),
+            "call_precision": pytest.approx([0.4093, 0.9285], abs=5e-5),
+            "call_recall": pytest.approx([0.4869, 0.9743], abs=5e-5),
+        },
+        "tool_macro_f1": pytest.approx((4 / 8 + 0 + 4 / 7) / 3),
         "broken_json": 2,
         "n": 10,
+        "rows": {
+            "exact_match": 10,
+            "call_exact": 7,
+            "no_call": 3,
+            "ast_match": 10,
+            "call_precision": 8,
+            "call_recall": 7,
+        },
     }
 
 
-PERFECT = {
-    "exact_match": 1.0,
-    "ast_match": 1.0,
-    "tool_macro_f1": 1.0,
-    "call_precision": 1.0,
-    "call_recall": 1.0,
-    "broken_json": 0,
-    "n": 1,
-}
+@pytest.mark.parametrize(
+    "hits, rows, low, high",
+    [
+        # z = 1.96, so z² = 3.8415; 8 of 10: (0.8 + 0.1921 ± 1.96 √(0.016 + 0.0096)) / 1.3841
+        (8, 10, 0.4902, 0.9433),
+        (0, 10, 0.0, 0.2775),  # z² / (10 + z²)
+        (10, 10, 0.7225, 1.0),
+        (1, 1, 0.2065, 1.0),
+        (50, 100, 0.4038, 0.5962),
+        (89, 100, 0.8137, 0.9375),
+        (0, 100_000, 0.0, 0.0000384),
+    ],
+)
+def test_intervals_are_wilsons(hits, rows, low, high):
+    interval = find_interval([True] * hits + [False] * (rows - hits))
+    assert interval == pytest.approx([low, high], abs=5e-5)
+    assert 0 <= interval[0] <= hits / rows <= interval[1] <= 1
+
+
+def test_no_row_has_no_interval():
+    assert find_interval([]) is None
+
+
+def test_rows_without_tools_are_no_proof_that_a_model_makes_no_calls():
+    text = Verdict(True, True, False, (), (), text=True)
+    scores = count_scores([text, VERDICTS[8], VERDICTS[0]])
+    assert (scores["no_call"], scores["exact_match"], scores["n"]) == (0.0, 2 / 3, 3)
+    assert scores["rows"] == {
+        "exact_match": 3,
+        "call_exact": 1,
+        "no_call": 1,
+        "ast_match": 3,
+        "call_precision": 2,
+        "call_recall": 1,
+    }
+
+
+def to_plain(scores: dict) -> list:
+    """Return the figures of one model without their rows and intervals."""
+    names = ("exact_match", "call_exact", "no_call", "ast_match", "tool_macro_f1", "call_precision", "call_recall")
+    return [scores[name] for name in (*names, "broken_json", "n")]
 
 
 @pytest.mark.parametrize(
     "verdicts, scores",
     [
-        ([], PERFECT | {"n": 0}),
-        ([VERDICTS[0]], PERFECT),
-        ([VERDICTS[7]], PERFECT),
-        ([VERDICTS[3]], PERFECT | {"exact_match": 0.0, "ast_match": 0.0, "tool_macro_f1": 0.0, "call_recall": 0.0}),
-        ([VERDICTS[8]], PERFECT | {"exact_match": 0.0, "ast_match": 0.0, "call_precision": 0.0}),
-        ([VERDICTS[4]], PERFECT | {"exact_match": 0.0, "ast_match": 0.0, "tool_macro_f1": 0.0, "broken_json": 1}),
+        ([], [None, None, None, None, None, None, None, 0, 0]),
+        ([VERDICTS[0]], [1.0, 1.0, None, 1.0, 1.0, 1.0, 1.0, 0, 1]),
+        ([VERDICTS[7]], [1.0, None, 1.0, 1.0, None, None, None, 0, 1]),
+        ([VERDICTS[3]], [0.0, 0.0, None, 0.0, 0.0, None, 0.0, 0, 1]),
+        ([VERDICTS[8]], [0.0, None, 0.0, 0.0, None, 0.0, None, 0, 1]),
+        ([VERDICTS[4]], [0.0, 0.0, None, 0.0, 0.0, 1.0, 1.0, 1, 1]),
     ],
     ids=["no row", "a right call", "rightly no call", "a call missed", "a needless call", "a broken call"],
 )
-def test_scores_of_one_row(verdicts, scores):
-    assert count_scores(verdicts) == scores
+def test_a_share_of_no_rows_is_none(verdicts, scores):
+    found = count_scores(verdicts)
+    assert to_plain(found) == scores
+    assert {name for name, rows in found["rows"].items() if not rows} == {
+        name for name, interval in found["interval"].items() if interval is None
+    }
 
 
 def test_per_tool():
     perfect = [row._replace(exact=True, got=row.expected, broken=False) for row in VERDICTS]
     table = count_per_tool({"base": VERDICTS, "merged": perfect})
-    right = {"tool": 1.0, "exact": 1.0}
-    assert table == {
-        "book": {"support": 5, "base": {"tool": 2 / 5, "exact": 1 / 5}, "merged": right},
-        "mode": {"support": 1, "base": {"tool": 0.0, "exact": 0.0}, "merged": right},
-        "ping": {"support": 3, "base": {"tool": 2 / 3, "exact": 0.0}, "merged": right},
-        "(no call)": {"support": 3, "base": {"tool": 1 / 3, "exact": 1 / 3}, "merged": right},
+    figures = {
+        label: [row["support"], *((row[model]["tool"], row[model]["exact"]) for model in ("base", "merged"))]
+        for label, row in table.items()
+    }
+    assert figures == {
+        "book": [5, (2 / 5, 1 / 5), (1.0, 1.0)],
+        "mode": [1, (0.0, 0.0), (1.0, 1.0)],
+        "ping": [3, (2 / 3, 0.0), (1.0, 1.0)],
+        "(no call)": [3, (1 / 3, 1 / 3), (1.0, 1.0)],
     }
     assert list(table) == ["book", "mode", "ping", "(no call)"]
+    assert table["book"]["base"]["interval"] == {
+        "tool": pytest.approx([0.1176, 0.7693], abs=5e-5),
+        "exact": pytest.approx([0.0362, 0.6245], abs=5e-5),
+    }
+    right = {"tool": 1.0, "exact": 1.0, "interval": dict.fromkeys(("tool", "exact"), find_interval([True]))}
     assert count_per_tool({"model": VERDICTS[:1]}) == {"book": {"support": 1, "model": right}}
     assert count_per_tool({"model": []}) == {}
 
@@ -441,25 +505,9 @@ def test_a_proof_scores_each_model_on_the_same_samples():
         "base": [Verdict(False, False, False, ("book",), ()), Verdict(True, True, False, (), ())],
         "merged": [Verdict(False, True, False, ("book",), ("book",)), Verdict(False, False, True, (), ())],
     }
-    assert proof.scores == {
-        "base": {
-            "exact_match": 0.5,
-            "ast_match": 0.5,
-            "tool_macro_f1": 0.0,
-            "call_precision": 1.0,
-            "call_recall": 0.0,
-            "broken_json": 0,
-            "n": 2,
-        },
-        "merged": {
-            "exact_match": 0.0,
-            "ast_match": 0.5,
-            "tool_macro_f1": 1.0,
-            "call_precision": 0.5,
-            "call_recall": 1.0,
-            "broken_json": 1,
-            "n": 2,
-        },
+    assert {model: to_plain(scores) for model, scores in proof.scores.items()} == {
+        "base": [0.5, 0.0, 1.0, 0.5, 0.0, None, 0.0, 0, 2],
+        "merged": [0.0, 0.0, 0.0, 0.5, 1.0, 0.5, 1.0, 1, 2],
     }
 
 

@@ -4,6 +4,7 @@ import difflib
 import math
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 from jinja2 import ChainableUndefined, Environment, FileSystemLoader
@@ -12,6 +13,16 @@ from markupsafe import Markup, escape
 from tool_calling.terminal import plural
 
 SHOWN_CHARACTERS = 2000  # of each text; of the rest only the length is shown
+SCORE_NAMES = {
+    "exact_match": "exact",
+    "call_exact": "exact, call expected",
+    "no_call": "no call, none expected",
+    "ast_match": "AST, BFCL-like",
+    "tool_macro_f1": "tool macro-F1",
+    "call_precision": "call precision",
+    "call_recall": "call recall",
+    "broken_json": "broken calls",
+}
 INVISIBLE = r"[\0-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ud800-\udfff\ufffe\uffff]"
 
 
@@ -33,7 +44,7 @@ def render_report(report: dict) -> str:
         "breakable": lambda name: Markup("_<wbr>").join(show_text(name).split("_")),
         "whole": lambda text: Markup(escape(show_text(text, sys.maxsize))),  # it is there to be copied
     }
-    functions = (draw_curve, mark_difference, shade_confusion, show_percent)
+    functions = (draw_curve, list_scores, mark_difference, shade_confusion, show_interval, show_percent)
     page.globals |= {function.__name__: function for function in functions}
     return page.get_template("report.html.jinja").render(report)
 
@@ -62,6 +73,22 @@ def show_number(value: float | None) -> str | None:
 def show_percent(share: float | None, digits: int = 0) -> str | None:
     """Return a share in percent with one decimal, which is left out when 0 unless `digits` asks for it."""
     return f"{100 * share:.1f}".removesuffix("" if digits else ".0") + " %" if share is not None else None
+
+
+def show_interval(interval: list[float] | None) -> str:
+    """Return the ends of the interval of a share in percent."""
+    return "–".join(f"{100 * end:.1f}" for end in interval or ())
+
+
+def list_scores(scores: dict[str, dict]) -> list[tuple[str, str, list[tuple[str, str]]]]:
+    """Return (name, rows, [(value, interval) of each model]) of each score as texts; rows only if all models agree."""
+    lines = []
+    for key, name in SCORE_NAMES.items():
+        rows = {score["rows"].get(key) for score in scores.values()}
+        show = str if key == "broken_json" else partial(show_percent, digits=1)
+        cells = [(show(score[key]) or "–", show_interval(score["interval"].get(key))) for score in scores.values()]
+        lines.append((name, show_number(rows.pop()) or "" if len(rows) == 1 else "", cells))
+    return lines
 
 
 def mark_difference(expected: str, got: str) -> list[Markup]:

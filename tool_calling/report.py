@@ -5,13 +5,14 @@ import subprocess
 import sys
 import time
 from importlib import metadata
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from tool_calling.files import write_file
-from tool_calling.page import render_report
+from tool_calling.page import list_scores, render_report
 from tool_calling.samples import Sample
 from tool_calling.scores import Proof, count_confusion, count_per_tool
 from tool_calling.terminal import cut_text, hide_secrets, say
@@ -42,15 +43,11 @@ def show_answers(proof: Proof) -> None:
 
 
 def show_scores(scores: dict[str, dict]) -> None:
-    """Print one line of scores for each model."""
-    head = f"{'':<9}{'exact':>8}{'AST':>8}{'tool F1':>9}{'calls: precision':>18}{'recall':>8}{'broken':>8}{'rows':>7}"
-    line = (
-        "{exact_match:>8.1%}{ast_match:>8.1%}{tool_macro_f1:>9.1%}{call_precision:>18.1%}{call_recall:>8.1%}"
-        "{broken_json:>8}{n:>7}"
-    )
-    say("score", head)
-    for model, score in scores.items():
-        say("", f"{model:<9}" + line.format(**score))
+    """Print the scores of the models side by side, each share with its 95 % interval."""
+    head = ("share, 95 % interval", "rows", [(model, "") for model in scores])
+    for stage, (name, rows, cells) in zip_longest(["score"], [head, *list_scores(scores)], fillvalue=""):
+        line = f"{name:<23}{rows:>5}" + "".join(f"{value:>9} {interval:<10}" for value, interval in cells)
+        say(stage, line.rstrip())
 
 
 def to_report(settings: dict, command: str, proof: Proof, data: dict, train: dict | None) -> dict:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain, repeat
+from statistics import NormalDist
 from typing import NamedTuple
 
 from jsonschema import Draft3Validator
@@ -17,6 +18,7 @@ from tool_calling.samples import Sample
 NO_CALL, BROKEN = "(no call)", "(broken)"  # labels beside the names of the tools
 MAX_CLASSES = 20  # references without tools that take at most this many values are classes
 IGNORED = re.compile(r"[ ,./\-_*^]")  # what the Berkeley Function-Calling Leaderboard (BFCL) ignores in a string
+Z = NormalDist().inv_cdf(0.975)  # 95 % of a normal distribution are less than Z deviations from its mean
 IS_TYPE = Draft3Validator.TYPE_CHECKER.is_type  # 5.0 is not an integer, as in BFCL; in later drafts it is one
 
 
@@ -28,6 +30,7 @@ class Verdict(NamedTuple):
     broken: bool  # a call that no server could run
     expected: tuple[str, ...]
     got: tuple[str, ...]
+    text: bool = False  # without tools, only the text was compared
 
     @property
     def labels(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -73,25 +76,30 @@ class Proof:
 
 
 def score_answer(got: str, expected: str, tools: list[dict], parser: str = "hermes") -> Verdict:
-    """Compare an answer with its reference, exactly and by BFCL's rules; without tools only the text counts."""
+    """Compare an answer with its reference, exactly and by BFCL's rules; without tools only the text counts.
+
+    Where no call is expected, any text without a call is right; an empty answer is wrong.
+    """
     wanted = read_calls(expected, parser)
     wanted_names = tuple(call["name"] for call in wanted)
     try:
         calls = read_calls(got, parser)
     except (ValueError, RecursionError):  # a model that repeats itself can open a thousand brackets
-        return Verdict(False, False, True, wanted_names, ())
+        return Verdict(False, False, True, wanted_names, (), not tools)
     schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
 
     def fits(call: dict, other: dict) -> bool:
         name = call["name"]
         return name == other["name"] and is_alike(call["arguments"], other["arguments"], schemas.get(name))
 
-    if tools:
+    if not tools:
+        exact = alike = got.strip() == expected.strip()
+    elif not got.strip():
+        exact = alike = False
+    else:
         exact = can_pair(calls, wanted, is_same)
         alike = exact or can_pair(calls, wanted, fits)
-    else:
-        exact = alike = got.strip() == expected.strip()
-    return Verdict(exact, alike, False, wanted_names, tuple(call["name"] for call in calls))
+    return Verdict(exact, alike, False, wanted_names, tuple(call["name"] for call in calls), not tools)
 
 
 def read_calls(text: str, parser: str = "hermes") -> list[dict]:
@@ -162,12 +170,28 @@ def has_alike_arguments(got: dict, expected: dict, schema: dict) -> bool:
     )
 
 
-def mean(values: list[float]) -> float:
-    """Return the mean; of no values it is 1, as nothing is wrong."""
-    return math.fsum(values) / len(values) if values else 1.0
+def mean(values: list[float]) -> float | None:
+    """Return the mean, None of no values."""
+    return math.fsum(values) / len(values) if values else None
 
 
-def macro_f1(rows: list[tuple[tuple, tuple]]) -> float:
+def find_interval(hits: list[bool]) -> list[float] | None:
+    """Return the 95 % interval of a share by Wilson's formula, [low, high]; None of no rows."""
+    if not hits:
+        return None
+    share, spread = mean(hits), Z**2 / len(hits)
+    half = math.sqrt(spread * (share * (1 - share) + spread / 4))
+    low, high = ((share + spread / 2 + sign * half) / (1 + spread) for sign in (-1, 1))
+    return [max(low, 0.0), min(high, 1.0)]  # rounding may pass the ends
+
+
+def to_shares(hits: dict[str, list[bool]]) -> dict:
+    """Return {name: share of the rows that hit, ..., "interval": {name: its find_interval, ...}}."""
+    shares = {name: mean(rows) for name, rows in hits.items()}
+    return shares | {"interval": {name: find_interval(rows) for name, rows in hits.items()}}
+
+
+def macro_f1(rows: list[tuple[tuple, tuple]]) -> float | None:
     """Return the mean F1 over all labels that are expected, given the (expected, got) labels of each row."""
     hits, total = Counter(), Counter()
     for expected, got in rows:
@@ -178,15 +202,24 @@ def macro_f1(rows: list[tuple[tuple, tuple]]) -> float:
 
 
 def count_scores(verdicts: list[Verdict]) -> dict:
-    """Return the scores over all rows; a broken call counts as a call."""
-    return {
-        "exact_match": mean([row.exact for row in verdicts]),
-        "ast_match": mean([row.ast for row in verdicts]),
+    """Return the scores over all rows, with the number of rows and the interval of each share.
+
+    A broken call counts as a call. `no_call` leaves out rows without tools: there a model can hardly err.
+    """
+    calling, made = ([row for row in verdicts if row.expected], [row for row in verdicts if row.got or row.broken])
+    hits = {
+        "exact_match": [row.exact for row in verdicts],
+        "call_exact": [row.exact for row in calling],
+        "no_call": [row.exact for row in verdicts if not row.expected and not row.text],
+        "ast_match": [row.ast for row in verdicts],
+        "call_precision": [bool(row.expected) for row in made],
+        "call_recall": [bool(row.got) or row.broken for row in calling],
+    }
+    return to_shares(hits) | {
         "tool_macro_f1": macro_f1([(row.expected, row.got) for row in verdicts]),
-        "call_precision": mean([bool(row.expected) for row in verdicts if row.got or row.broken]),
-        "call_recall": mean([bool(row.got) or row.broken for row in verdicts if row.expected]),
         "broken_json": sum(row.broken for row in verdicts),
         "n": len(verdicts),
+        "rows": {name: len(rows) for name, rows in hits.items()},
     }
 
 
@@ -197,14 +230,13 @@ def count_classes(pairs: list[tuple[str, str]]) -> float | None:
 
 
 def count_per_tool(verdicts: dict[str, list[Verdict]]) -> dict[str, dict]:
-    """Return {tool: {"support": rows that expect it, model: {"tool": share that calls it, "exact": share}, ...}}."""
+    """Return {tool: {"support": rows that expect it, model: to_shares of "tool" (it is called) and "exact", ...}}."""
     table: dict[str, dict] = {}
     for model, of_model in verdicts.items():
         for label in [*sorted({name for row in of_model for name in row.expected}), NO_CALL]:
             if rows := [row for row in of_model if label in row.labels[0]]:
-                called, exact = [label in row.labels[1] for row in rows], [row.exact for row in rows]
-                models = table.setdefault(label, {"support": len(rows)})
-                models[model] = {"tool": mean(called), "exact": mean(exact)}
+                hits = {"tool": [label in row.labels[1] for row in rows], "exact": [row.exact for row in rows]}
+                table.setdefault(label, {"support": len(rows)})[model] = to_shares(hits)
     return table
 
 

@@ -7,7 +7,19 @@ import yaml
 
 from tool_calling.saving.card import hide_folders, to_card, to_lora_words, to_vllm_command, write_card
 
-SCORES = {"exact_match": 0.5, "ast_match": 0.25, "tool_macro_f1": 1 / 3, "broken_json": 3, "n": 1234}
+SCORES = {
+    "exact_match": 0.5,
+    "call_exact": 0.4,
+    "no_call": 0.6,
+    "ast_match": 0.25,
+    "tool_macro_f1": 1 / 3,
+    "call_precision": 0.75,
+    "call_recall": None,
+    "broken_json": 3,
+    "n": 1234,
+    "rows": {"exact_match": 1234, "call_exact": 1000, "no_call": 234, "ast_match": 1234, "call_recall": 0},
+    "interval": {"exact_match": [0.4567, 0.52345], "call_exact": [0.3, 0.5], "no_call": [0.5, 0.75]},
+}
 SETTINGS = {
     "model_id": "/home/me/Qwen/Qwen3-0.6B/",
     "dataset_path": ["/home/me/a b.jsonl", "data/b.json"],
@@ -49,13 +61,20 @@ tags:
 
 `Qwen3-0.6B` taught to call tools by LoRA of rank 24: 16-bit weights.
 
-| | exact match | AST match | tool macro-F1 | broken JSON | held-out requests |
-|---|---|---|---|---|---|
-| base | 0.0 % | 25.0 % | 33.3 % | 3 | 1234 |
-| merged | 50.0 % | 25.0 % | 33.3 % | 3 | 1234 |
+| | held-out requests | base | merged |
+|---|---|---|---|
+| exact | 1,234 | 0.0 % (45.7–52.3) | 50.0 % (45.7–52.3) |
+| exact, call expected | 1,000 | 40.0 % (30.0–50.0) | 40.0 % (30.0–50.0) |
+| no call, none expected | 234 | 60.0 % (50.0–75.0) | 60.0 % (50.0–75.0) |
+| AST, BFCL-like | 1,234 | 25.0 % | 25.0 % |
+| tool macro-F1 |  | 33.3 % | 33.3 % |
+| call precision |  | 75.0 % | 75.0 % |
+| call recall | 0 | – | – |
+| broken calls |  | 3 | 3 |
 
-Each model wrote its answers greedily. *Exact* compares calls as JSON values, in any order; a request that needs no
-call is right when none is made, and one without tools when the text is the same.
+Each model wrote its answers greedily; in brackets is the 95 % interval of a share. *Exact* compares calls as JSON
+values, in any order; a request that needs no call is right when an answer makes none, and one without tools when the
+text is the same. *AST* is BFCL-like: strings may differ in case and punctuation, and defaults may be left out.
 
 ## Use
 
@@ -139,7 +158,7 @@ def test_a_card_says_what_was_measured_and_trained():
     report["data"]["held_out"] = 0
     report["train"] = {"last_step": 7, "kept_step": 7, "history": []}
     card = to_card(report, False, "x", "vllm")
-    assert "| broken JSON | training requests |\n" in card
+    assert "| | training requests | base | merged |\n" in card
     assert " 0 held out; 7 steps;\nNVIDIA H200, " in card
     assert "|---|---|\n| `max_steps` | 7 |\n| `batch_size` | 2 |\n" in card and "num_epochs" not in card
 

@@ -5,6 +5,7 @@ import yaml
 import train_qwen3_tool_calling as script
 from tool_calling.saving.handover import Serving, hand_over
 from tool_calling.saving.merge import Trained
+from tool_calling.scores import Verdict, count_scores
 
 
 def test_only_the_adapter_is_handed_over(tmp_path, monkeypatch, capsys):
@@ -12,7 +13,7 @@ def test_only_the_adapter_is_handed_over(tmp_path, monkeypatch, capsys):
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
     args = script.parse_args(["--save_method", "lora", "--lora_rank", "24", "--push_to_hub", "me/tools"])
-    row = {"exact_match": 0.5, "ast_match": 0.5, "tool_macro_f1": 0.5, "broken_json": 0, "n": 2}
+    row = count_scores([Verdict(True, True, False, ("a",), ("a",)), Verdict(False, False, False, ("a",), ())])
     report = {
         "args": vars(args),
         "scores": {"base": row, "adapter": row},

@@ -3,13 +3,12 @@
 import re
 import shlex
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from tool_calling.files import write_file
-from tool_calling.page import show_percent
+from tool_calling.page import list_scores
 from tool_calling.run_folder import AGREED
 from tool_calling.terminal import hide_secrets
 
@@ -54,7 +53,7 @@ def to_card(report: dict, adapter: bool, name: str, command: str) -> str:
         str(TEMPLATE),
         report=report,
         name=name,
-        percent=partial(show_percent, digits=1),
+        scores=list_scores(report["scores"]),
         command=command,
         paths=", ".join(f"`{hide_folders(path)}`" for path in args["dataset_path"]),
         losses=[log["loss"] for log in report["train"]["history"] if "loss" in log],  # also from before a resume
