@@ -399,7 +399,7 @@ CASES = {  # name: (row, format, messages, tools)
             {"role": "user", "content": "thanks"},
             {"role": "assistant", "content": "You're welcome."},
         ],
-        [WEATHER, {"type": "function", "function": {"name": "g", "parameters": {}}}],
+        [WEATHER, {"type": "function", "function": {"name": "g", "description": None, "parameters": {}}}],
     ),
     "glaive without functions": (
         {

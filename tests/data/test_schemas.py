@@ -147,6 +147,7 @@ def test_flat_parameters_beside_a_list_of_those_required_are_a_schema():
             "type": "function",
             "function": {
                 "name": "f",
+                "description": None,
                 "parameters": {
                     "type": "object",
                     "properties": {"city": {"type": "string"}, "day": {"type": "integer"}},
@@ -155,7 +156,7 @@ def test_flat_parameters_beside_a_list_of_those_required_are_a_schema():
             },
         }
     ]
-    assert changes["flat parameters -> schema"] == 1 and to_tools(tools) == (tools, {})
+    assert changes["flat parameters -> schema"] == changes["description missing -> null"] == 1 and to_tools(tools) == (tools, {})
     validators, problems = check_tools(tools)
     assert problems == [] and check_call("f", {"city": 5, "zz": 1}, validators) == [
         "arguments.zz is not an argument of this tool",

@@ -15,7 +15,7 @@ import referencing.exceptions
 
 from tool_calling.data.literals import as_list, parse_json, read_value, to_json, unpack
 from tool_calling.data.rows import open_file, read_array, read_text
-from tool_calling.data.schemas import describe, drop_nulls, to_parameters, to_strict
+from tool_calling.data.schemas import describe, to_parameters, to_strict
 from tool_calling.data.special_tokens import find_forbidden
 from tool_calling.processes import handle_signals
 from tool_calling.terminal import SHOWN_PROBLEMS, UserError, list_first, report_problems, shorten
@@ -23,46 +23,123 @@ from tool_calling.terminal import SHOWN_PROBLEMS, UserError, list_first, report_
 CHECK_SECONDS = 2  # the longest that checking a call may take
 BROKEN_TOOL = re.compile(r"""\{\s*["'](?:name|type|function)["']\s*:.*""", re.DOTALL)
 SUBJECTS = {"type", "properties", "patternProperties", "additionalProperties", "$ref", "anyOf", "oneOf", "allOf"}
+# Where tools say what they take: OpenAI, MCP, Anthropic, Gemini, ToolMind, smolagents, API-Bank, Cohere.
+SCHEMA_KEYS = (
+    "parameters",
+    "inputSchema",
+    "input_schema",
+    "parametersJsonSchema",
+    "parameters_json_schema",
+    "arguments",
+    "inputs",
+    "input_parameters",
+    "parameter_definitions",
+)
+WRAPPERS = ("function", "toolSpec")  # of a tool: OpenAI's, Bedrock's
+DECLARATIONS = ("functionDeclarations", "function_declarations")  # of several tools: Gemini's
 NOTES = {"$schema", "$id", "$defs", "definitions", "title", "description", "required"}  # they name no property
+
+
+def unwrap(parameters: object) -> object:
+    """Return a tool's parameters out of JSON text, a list of named ones, or what Vercel and Bedrock put around them."""
+    parameters = unpack(parameters, "the parameters of a tool are")
+    if isinstance(parameters, list) and all(isinstance(part, dict) and "name" in part for part in parameters):
+        return {part["name"]: {key: value for key, value in part.items() if key != "name"} for part in parameters}
+    inner = parameters.get("jsonSchema", parameters.get("json")) if isinstance(parameters, dict) else None
+    alone = isinstance(inner, dict) and isinstance(inner.get("properties"), dict) and len(parameters) == 1
+    return inner if alone else parameters
+
+
+def to_served(given: dict, keys: tuple, flags: tuple, changes: Counter) -> dict:
+    """Return what servers keep of an object, in their order: `keys`, null where missing, and the flags that are set."""
+    served = {key: given.get(key) for key in keys}
+    served |= {key: given[key] for key in flags if isinstance(given.get(key), bool)}
+    changes.update(f"{key} missing -> null" for key in served if key not in given)
+    changes.update(f"{key[:40]} of a tool -> dropped" for key in given if key not in served)
+    if [key for key in given if key in served] != [key for key in served if key in given]:
+        changes["keys of a tool -> order of servers"] += 1
+    return served
+
+
+def to_function(function: dict, changes: Counter) -> dict:
+    """Return a function as vLLM hands it to the chat template.
+
+    Its FunctionDefinition dumps name, description and parameters in this order, null where missing, then strict and
+    defer_loading where they are set. Earlier releases kept what else a tool says, today's drop it; so it is dropped
+    here. SGLang's Function dumps the description before the name, and "strict": false and "defer_loading": null where
+    nothing is said: no list renders alike on both.
+    """
+    place = next((key for key in SCHEMA_KEYS if function.get(key) is not None), "parameters")
+    if place != "parameters":
+        changes[f"{place} -> parameters"] += 1
+        function = {key: value for key, value in function.items() if key != "parameters"}
+        function = {"parameters" if key == place else key: value for key, value in function.items()}
+    parameters, required = unwrap(function.get("parameters")), function.get("required")
+    if isinstance(required, list) and isinstance(parameters, dict):
+        changes["required beside parameters -> inside"] += 1
+        function = {key: value for key, value in function.items() if key != "required"}
+        if isinstance(inner := parameters.get("required") or [], list):
+            parameters = {**parameters, "required": [*inner, *(name for name in required if name not in inner)]}
+    function = to_served(function, ("name", "description", "parameters"), ("strict", "defer_loading"), changes)
+    return {**function, "parameters": to_parameters(parameters, changes)}
 
 
 def to_tool(tool: object, changes: Counter) -> object:
     """Return one tool as {"type": "function", "function": {...}}; anything else than a tool stays as it is."""
-    if not isinstance(tool, dict) or not isinstance(tool.get("function", tool), dict):
+    if not isinstance(tool, dict):
         return tool
-    rest = {key: value for key, value in tool.items() if key != "type"}
-    if "function" not in tool:
-        if "name" not in tool:
-            return tool
+    wrapper = next((key for key in WRAPPERS if tool.get(key) is not None), None)
+    function = tool[wrapper] if wrapper else {key: value for key, value in tool.items() if key != "type"}
+    if not isinstance(function, dict) or "name" not in function:
+        return tool
+    if not wrapper:
         changes["bare function -> tool"] += 1
-        tool = {"type": "function", "function": rest}
-    elif tool.get("type") is None:
+        return {"type": "function", "function": to_function(function, changes)}
+    if tool.get("type") != "function":
         changes["type function added"] += 1
-        tool = {"type": "function", **rest}
-    function = drop_nulls(tool["function"], changes)
-    for key in ("inputSchema", "input_schema"):  # as MCP and Anthropic name them
-        if key in function and "parameters" not in function:
-            changes[f"{key} -> parameters"] += 1
-            function["parameters"] = function.pop(key)
-    if "parameters" in function:
-        function["parameters"] = to_parameters(function["parameters"], changes)
-    return {**tool, "function": function}
+        tool = {"type": "function", **{key: value for key, value in tool.items() if key != "type"}}
+    outer = {key: tool[key] for key in ("required", "defer_loading") if tool.get(key) is not None}
+    function = to_function({**function, **{k: v for k, v in outer.items() if function.get(k) is None}}, changes)
+    tool = {"function" if key == wrapper else key: value for key, value in tool.items() if key != "required"}
+    return to_served({**tool, "function": function}, ("type", "function"), ("defer_loading",), changes)
+
+
+def list_tools(tools: object, changes: Counter) -> object:
+    """Return tools as a list: out of JSON text, of an object by their names (Vercel), of declarations (Gemini)."""
+    if isinstance(tools, str):
+        tools = parse_json(tools, "tools are") if tools.strip() else []
+    if not tools or not isinstance(tools, list | dict):
+        return tools
+    if isinstance(tools, dict) and not is_tool(tools) and all(isinstance(tool, dict) for tool in tools.values()):
+        changes["tools by name -> list"] += 1
+        return [{"name": name, **tool} for name, tool in tools.items()]
+    found = []
+    for index, tool in enumerate(as_list(tools), start=1):
+        tool = unpack(tool, f"tool {index} is")
+        declared = [tool[key] for key in DECLARATIONS if isinstance(tool, dict) and isinstance(tool.get(key), list)]
+        changes.update(["functionDeclarations -> tools"] * len(declared))
+        found += declared[0] if declared else [tool]
+    return found
 
 
 def to_tools(tools: object) -> tuple[object, Counter]:
-    """Return (tools in the OpenAI shape, Counter of what was changed); what is not clear stays for check_tools."""
+    """Return (tools as servers render them, Counter of what was changed); what is not clear stays for check_tools."""
     changes: Counter = Counter()
-    if isinstance(tools, str):
-        tools = parse_json(tools, "tools are") if tools.strip() else []
-    if isinstance(tools, list):
-        tools = [to_tool(unpack(tool, f"tool {index} is"), changes) for index, tool in enumerate(tools, start=1)]
-    return tools, changes
+    tools = list_tools(tools, changes)
+    return [to_tool(tool, changes) for tool in tools] if isinstance(tools, list) else tools, changes
+
+
+def find_bare_tools(tools: list[dict]) -> list[str]:
+    """Return the names of the tools that have no description or no parameters: a model can only guess what they do."""
+    functions = [tool["function"] for tool in tools]
+    return [function["name"] for function in functions if not function["description"] or function["parameters"] is None]
 
 
 def is_tool(value: object) -> bool:
-    """Return whether a value looks like a tool, in the OpenAI shape or bare; a name alone may be anything's."""
+    """Return whether a value looks like a tool, of any shape; a name alone may be anything's."""
     keys = value.keys() if isinstance(value, dict) else {}
-    return "function" in keys or ("name" in keys and not keys.isdisjoint(("parameters", "description")))
+    schemas = ("description", "parameters", "inputSchema", "input_schema")
+    return not keys.isdisjoint((*WRAPPERS, *DECLARATIONS)) or ("name" in keys and not keys.isdisjoint(schemas))
 
 
 def find_tools(text: str) -> tuple[list[dict], str]:
@@ -95,9 +172,12 @@ def take_tools(text: str) -> tuple[list[dict], str]:
 def check_tool(text: str) -> tuple[jsonschema.Draft202012Validator, str | None]:
     """Return (validator of the tool's arguments, its problem or None) for the JSON text of a tool."""
     validator = jsonschema.Draft202012Validator
-    schema = json.loads(text)["function"].get("parameters") or {"type": "object", "properties": {}}
+    function = json.loads(text)["function"]
+    schema = function.get("parameters") or {"type": "object", "properties": {}}
     if problem := find_forbidden(text):
         return validator({}), problem
+    if not isinstance(description := function.get("description"), str | None):
+        return validator({}), f"description must be text, got {shorten(description)}"
     if not isinstance(schema, dict):
         return validator({}), f"parameters must be an object, got {shorten(schema)}"
     strays = [key for key in schema if key not in NOTES]

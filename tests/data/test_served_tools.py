@@ -1,0 +1,169 @@
+"""Tools are trained as servers render them: vLLM's request classes, rebuilt here, give the same text back."""
+
+import json
+import random
+from typing import Any, Literal
+
+import pytest
+from conftest import ALARM, WEATHER
+from format_cases import read
+
+from tool_calling.data.tools import check_tools, find_bare_tools, to_tools
+
+pydantic = pytest.importorskip("pydantic")  # comes with other requirements; only these tests need it
+
+
+class Served(pydantic.BaseModel):
+    """What vLLM's request classes have in common: unknown members are accepted, and fall away when it is dumped.
+
+    The serialisation is rebuilt from the definitions of ChatCompletionToolsParam and FunctionDefinition (vLLM of autumn
+    2026), because vLLM itself needs an environment of its own.
+    """
+
+    model_config = pydantic.ConfigDict(extra="allow")
+
+    @pydantic.model_serializer(mode="wrap")
+    def dump(self, handler):
+        flags = ("strict", "defer_loading")
+        known = {key: value for key, value in handler(self).items() if key in type(self).model_fields}
+        return {key: value for key, value in known.items() if key not in flags or value is not None}
+
+
+class ServedFunction(Served):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+    defer_loading: bool | None = None
+
+
+class ServedTool(Served):
+    type: Literal["function"] = "function"
+    function: ServedFunction
+    defer_loading: bool | None = None
+
+    @pydantic.model_validator(mode="after")
+    def defer(self):
+        if self.defer_loading is not None and self.function.defer_loading is None:
+            self.function.defer_loading = self.defer_loading
+        return self
+
+
+def serve(tools: list[dict]) -> str:
+    """The JSON text of the tools that a request with these gives to the chat template."""
+    return json.dumps([ServedTool.model_validate(tool).model_dump() for tool in tools], ensure_ascii=False)
+
+
+TEXTS = ("", "city", "Zoë 🌧", 'a "b" \\n', "type")
+VALUES = (None, True, 0, 1.5, -1e-7, "é", [], ["a", {"b": [1]}], {}, {"a": {"b": "c"}})
+TYPES = ("string", "integer", "number", "boolean", "object", "array", ["string", "null"])
+EXTRAS = ("annotations", "title", "outputSchema", "_meta", "execution", "icons", "returns", "cache_control")
+
+
+def pick(choose: random.Random, members: dict) -> dict:
+    """Some of the members, in any order."""
+    return {key: members[key] for key in choose.sample([*members], choose.randint(0, len(members)))}
+
+
+def make_parameters(choose: random.Random) -> dict:
+    properties = {}
+    for name in choose.sample(TEXTS, choose.randint(0, 4)):
+        more = {"description": choose.choice(TEXTS), "default": choose.choice(VALUES), "enum": [*VALUES]}
+        properties[name] = {"type": choose.choice(TYPES), **pick(choose, more)}
+    schema = {"type": "object", "properties": properties, "required": [*properties][:2], "additionalProperties": False}
+    return {key: schema[key] for key in choose.sample([*schema], choose.randint(3, 4))} | {"type": "object"}
+
+
+def make_tool(choose: random.Random) -> dict:
+    """A tool as a client may send it: any order, members missing or null, and members that only MCP and others have."""
+    known = {
+        "description": choose.choice((None, *TEXTS)),
+        "parameters": choose.choice((None, {}, make_parameters(choose), make_parameters(choose))),
+        "strict": choose.choice((None, True, False)),
+        "defer_loading": choose.choice((None, True, False)),
+    }
+    extras = {key: choose.choice(VALUES) for key in EXTRAS}
+    function = {"name": choose.choice(TEXTS), **pick(choose, known), **pick(choose, pick(choose, extras))}
+    tool = {"type": "function", "function": {key: function[key] for key in choose.sample([*function], len(function))}}
+    tool |= pick(choose, {"defer_loading": choose.choice((None, True, False)), "cache_control": {"type": "ephemeral"}})
+    return {key: tool[key] for key in choose.sample([*tool], len(tool))}
+
+
+def test_the_tools_are_those_of_vllms_request_objects():
+    for seed in range(1000):
+        choose = random.Random(seed)
+        given = [make_tool(choose) for _ in range(choose.randint(1, 4))]
+        tools, _ = to_tools(given)
+        assert json.dumps(tools, ensure_ascii=False) == serve(given), given
+        assert serve(tools) == serve(given) and to_tools(tools) == (tools, {})
+
+
+def test_the_prompt_is_that_of_the_request(real_tokenizer):
+    given_tools = [dict(reversed(WEATHER.items())), {"type": "function", "function": {"name": "ping", "icons": []}}]
+
+    def render(tools):
+        return real_tokenizer.apply_chat_template([{"role": "user", "content": "é?"}], tools=tools, tokenize=False)
+
+    prompt = render(to_tools(given_tools)[0])
+    assert prompt == render(json.loads(serve(given_tools))) and prompt != render(given_tools)
+    assert (
+        '{"type": "function", "function": {"name": "ping", "description": null, "parameters": null}}\n</tools>' in prompt
+    )
+
+
+PARAMETERS = {"type": "object", "properties": {"zone": {"type": "string"}}, "required": ["zone"]}
+ZONE = {"type": "function", "function": {"name": "get_time", "description": "Time.", "parameters": PARAMETERS}}
+
+
+@pytest.mark.parametrize(
+    "tool, expected, changes",
+    [
+        (ZONE, ZONE, {}),
+        (
+            {"function": dict(reversed(ZONE["function"].items())), "type": "function"},
+            ZONE,
+            {"keys of a tool -> order of servers": 2},
+        ),
+        (
+            {"type": "function", "function": {"name": "ping", "description": "Ping."}},
+            {"type": "function", "function": {"name": "ping", "description": "Ping.", "parameters": None}},
+            {"parameters missing -> null": 1},
+        ),
+        (
+            {"type": "function", "function": {"name": "get_time", "parameters": PARAMETERS}},
+            {"type": "function", "function": {"name": "get_time", "description": None, "parameters": PARAMETERS}},
+            {"description missing -> null": 1},
+        ),
+        (
+            {"type": "function", "function": {"strict": True, **ZONE["function"]}},
+            {"type": "function", "function": {**ZONE["function"], "strict": True}},
+            {"keys of a tool -> order of servers": 1},
+        ),
+        (
+            {**ZONE, "function": {**ZONE["function"], "strict": None, "title": "T", "annotations": {"x": 1}}},
+            ZONE,
+            {"strict of a tool -> dropped": 1, "title of a tool -> dropped": 1, "annotations of a tool -> dropped": 1},
+        ),
+        (
+            {**ZONE, "defer_loading": True, "cache_control": {"type": "ephemeral"}},
+            {**ZONE, "function": {**ZONE["function"], "defer_loading": True}, "defer_loading": True},
+            {"cache_control of a tool -> dropped": 1},
+        ),
+    ],
+)
+def test_a_tool_has_the_keys_of_servers_in_their_order(tool, expected, changes):
+    found, counted = to_tools([tool])
+    assert json.dumps(found) == json.dumps([expected]) and counted == changes
+    assert check_tools(found)[1] == []
+
+
+def test_tools_that_say_nothing_of_themselves_are_found():
+    bare = [{"name": "ping", "description": "Ping."}, {"name": "get_time", "parameters": PARAMETERS}, {"name": "x"}]
+    empty = {"name": "now", "description": "", "parameters": {"type": "object", "properties": {}}}
+    assert find_bare_tools(to_tools([WEATHER, *bare, empty, ALARM])[0]) == ["ping", "get_time", "x", "now"]
+    assert find_bare_tools([]) == []
+
+
+def test_a_description_is_text():
+    row = {"input": "x", "output": {"content": "y"}, "tools": [{"name": "f", "description": ["a"], "parameters": {}}]}
+    assert read(row)[1] == ['tool 1 "f": description must be text, got ["a"]']
