@@ -9,24 +9,20 @@ from itertools import chain, repeat
 from statistics import NormalDist
 from typing import NamedTuple
 
-from jsonschema import Draft3Validator
-
-from tool_calling.data.literals import as_list
 from tool_calling.prompts import parse_calls
 from tool_calling.samples import Sample
 
 NO_CALL, BROKEN = "(no call)", "(broken)"  # labels beside the names of the tools
 MAX_CLASSES = 20  # references without tools that take at most this many values are classes
-IGNORED = re.compile(r"[ ,./\-_*^]")  # what the Berkeley Function-Calling Leaderboard (BFCL) ignores in a string
+IGNORED = re.compile(r"[ ,./\-_*^]")  # in a string, as the Berkeley Function-Calling Leaderboard (BFCL) does
 Z = NormalDist().inv_cdf(0.975)  # 95 % of a normal distribution are less than Z deviations from its mean
-IS_TYPE = Draft3Validator.TYPE_CHECKER.is_type  # 5.0 is not an integer, as in BFCL; in later drafts it is one
 
 
 class Verdict(NamedTuple):
     """How an answer compares with its reference; `expected` and `got` name the tools they call, () is no call."""
 
     exact: bool  # the same calls as JSON values
-    ast: bool  # the same calls by BFCL's rules
+    ast: bool  # the same calls by BFCL-like rules; so is every exact match
     broken: bool  # a call that no server could run
     expected: tuple[str, ...]
     got: tuple[str, ...]
@@ -76,9 +72,12 @@ class Proof:
 
 
 def score_answer(got: str, expected: str, tools: list[dict], parser: str = "hermes") -> Verdict:
-    """Compare an answer with its reference, exactly and by BFCL's rules; without tools only the text counts.
+    """Compare an answer with its reference, exactly and by BFCL-like rules; without tools only the text counts.
 
-    Where no call is expected, any text without a call is right; an empty answer is wrong.
+    Where no call is expected, any text without a call is right; an empty answer is wrong. Unlike BFCL's checker, ours
+    takes defaults from the schema, knows one expected value for each argument, pairs parallel calls in the best way
+    there is (maximum matching) and not one after another, and compares at any depth. 5.0 is the integer 5, as in JSON
+    Schema, and true is never 1.
     """
     wanted = read_calls(expected, parser)
     wanted_names = tuple(call["name"] for call in wanted)
@@ -140,10 +139,10 @@ def is_same(got: object, expected: object) -> bool:
 
 
 def is_alike(got: object, expected: object, schema: object) -> bool:
-    """Say whether two values match by BFCL's rules: types by the schema, strings without case and punctuation."""
+    """Say whether two values match by BFCL-like rules: strings without case and punctuation, defaults by the schema."""
     schema = schema if isinstance(schema, dict) else {}
-    if "type" in schema and not any(IS_TYPE(got, name) for name in as_list(schema["type"])):
-        return False
+    if is_same(got, expected):
+        return True
     if isinstance(got, dict) and isinstance(expected, dict):
         return has_alike_arguments(got, expected, schema)
     if isinstance(got, list) and isinstance(expected, list):
@@ -151,11 +150,12 @@ def is_alike(got: object, expected: object, schema: object) -> bool:
         return len(got) == len(expected) and all(map(is_alike, got, expected, schemas))
     if isinstance(got, str) and isinstance(expected, str):
         got, expected = (IGNORED.sub("", text).lower().replace("'", '"') for text in (got, expected))
-    return is_same(got, expected)
+        return got == expected
+    return False
 
 
 def has_alike_arguments(got: dict, expected: dict, schema: dict) -> bool:
-    """Say whether two objects match by BFCL's rules: no required key is missing; a default may be written or left out.
+    """Say whether two objects match by BFCL-like rules: no required key is missing, a default may be.
 
     An unknown key needs no check of its own: the reference does not have it, and it has no default.
     """
