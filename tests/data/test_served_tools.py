@@ -8,7 +8,8 @@ import pytest
 from conftest import ALARM, WEATHER
 from format_cases import read
 
-from tool_calling.data.tools import check_tools, find_bare_tools, to_tools
+from tool_calling.data.tools import check_call, check_tools, find_bare_tools, read_tools, take_tools, to_tools
+from tool_calling.terminal import UserError
 
 pydantic = pytest.importorskip("pydantic")  # comes with other requirements; only these tests need it
 
@@ -167,3 +168,125 @@ def test_tools_that_say_nothing_of_themselves_are_found():
 def test_a_description_is_text():
     row = {"input": "x", "output": {"content": "y"}, "tools": [{"name": "f", "description": ["a"], "parameters": {}}]}
     assert read(row)[1] == ['tool 1 "f": description must be text, got ["a"]']
+
+
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+ABOUT = {"name": "f", "description": "d"}
+F = {"type": "function", "function": {**ABOUT, "parameters": CITY}}
+G = {"type": "function", "function": {"name": "g", "description": None, "parameters": None}}
+DECLARED = {**ABOUT, "parameters": {"type": "OBJECT", "properties": {"city": {"type": "STRING"}}, "required": ["city"]}}
+
+
+@pytest.mark.parametrize(
+    "tools, expected",
+    [
+        ([{"type": "function", **ABOUT, "parameters": CITY, "strict": None}], [F]),  # OpenAI Responses
+        ([{"type": "function", **ABOUT, "parameters": CITY, "strict": True}, {"type": "function", "name": "g"}], None),
+        ([{**ABOUT, "input_schema": CITY}], [F]),  # Anthropic
+        ([{"type": "custom", **ABOUT, "input_schema": CITY, "cache_control": {"type": "ephemeral"}}], [F]),
+        ([{**ABOUT, "inputSchema": CITY, "title": "F", "annotations": {"readOnlyHint": True}}], [F]),  # MCP
+        ({"tools": [{"outputSchema": CITY, "inputSchema": CITY, **ABOUT}], "nextCursor": "x"}, [F]),
+        ([{"functionDeclarations": [DECLARED, {"name": "g"}]}], [F, G]),  # Gemini
+        ({"function_declarations": [DECLARED]}, [F]),
+        ([{"functionDeclarations": [{**ABOUT, "parametersJsonSchema": CITY, "response": CITY}]}], [F]),
+        ({"f": {"description": "d", "inputSchema": {"jsonSchema": CITY}}, "g": {}}, [F, G]),  # Vercel
+        ({"f": {"description": "d", "parameters": CITY}}, [F]),
+        ([{"type": "function", **ABOUT, "inputSchema": CITY, "providerOptions": {}}], [F]),
+        ([{"toolSpec": {**ABOUT, "inputSchema": {"json": CITY}}}], [F]),  # Bedrock
+        ([{"function": {**ABOUT, "arguments": {"city": {"type": "str"}}}, "type": "function"}], [F]),  # ToolMind
+        ([{**ABOUT, "arguments": {"type": "dict", "properties": {"city": {"type": "str"}}, "required": ["city"]}}], [F]),
+        ([{**ABOUT, "parameters": [{"name": "city", "type": "string", "required": True}]}], [F]),
+        ([{**ABOUT, "parameters": json.dumps(CITY)}], [F]),
+        (F, [F]),  # one alone
+        (json.dumps([json.dumps(F)]), [F]),
+    ],
+)
+def test_tools_of_every_shape_are_the_same_tool(tools, expected):
+    expected = expected or [{**F, "function": {**F["function"], "strict": True}}, G]
+    assert json.dumps(to_tools(tools)[0]) == json.dumps(expected)
+    assert to_tools(expected) == (expected, {}) and check_tools(expected)[1] == []
+
+
+RADIUS = {"type": "dict", "properties": {"radius": {"type": "float"}}}
+
+
+@pytest.mark.parametrize(
+    "tool",
+    [
+        {"type": "function", "function": {"name": "f", "parameters": RADIUS, "required": ["radius"]}},
+        {"type": "function", "function": {"name": "f", "parameters": RADIUS}, "required": ["radius"]},
+        {"name": "f", "parameters": {"radius": {"type": "float"}, "unit": {"type": "str"}}, "required": ["radius"]},
+        {"name": "f", "parameters": {**RADIUS, "required": ["radius"]}, "required": ["radius"]},
+        {"name": "f", "parameters": {**RADIUS, "required": None}, "required": ["radius"]},
+    ],
+)
+def test_required_beside_the_parameters_is_moved_inside(tool):
+    tools, changes = to_tools([tool])
+    assert tools[0]["function"]["parameters"]["required"] == ["radius"] and "required" not in tools[0]
+    assert changes["required beside parameters -> inside"] == 1 and to_tools(tools) == (tools, {})
+    validators, problems = check_tools(tools)
+    assert problems == [] and check_call("f", {"radius": 3}, validators) == []
+    assert check_call("f", {}, validators) == ["arguments.radius is missing"]
+
+
+def test_a_required_null_beside_the_parameters_says_nothing():
+    tools, changes = to_tools([{"name": "f", "parameters": RADIUS, "required": None}])
+    assert tools[0]["function"]["parameters"] == {"type": "object", "properties": {"radius": {"type": "number"}}}
+    assert changes["required of a tool -> dropped"] == 1
+
+
+@pytest.mark.parametrize(
+    "name, text, rest",
+    [
+        ("Kimi", "<|im_system|>tool_declare<|im_middle|>%s<|im_end|>", ""),
+        ("Kimi, spaced", "<|im_system|> tool_declare <|im_middle|>\n%s\n<|im_end|>Be brief.", "Be brief."),
+        ("other tokens stay", "<|im_system|>system<|im_middle|>%s<|im_end|>", "<|im_system|>system<|im_middle|><|im_end|>"),
+        ("text", "Use these: %s\nNothing else.", "Use these: \nNothing else."),
+    ],
+)
+def test_tools_are_taken_out_of_a_text(name, text, rest):
+    for tools in ([F], [{**ABOUT, "inputSchema": CITY}, {"name": "g", "input_schema": {}}], [{"functionDeclarations": []}]):
+        assert take_tools(text % json.dumps(tools)) == (tools, rest)
+
+
+def test_nulls_of_a_table_say_nothing_in_a_tool():
+    """An export of Arrow gives every object the keys of all: `enum`, and the arguments of other tools, are null."""
+    city = {"type": "string", "enum": None, "items": None, "properties": None}
+    given = {"type": "object", "properties": {"city": city, "zone": None, "place": {**city, "type": "object"}}}
+    given["properties"]["place"]["properties"] = {"lat": {"type": "number", "enum": None}, "zone": None}
+    tools, changes = to_tools([{"type": "function", "function": {**ABOUT, "strict": None, "parameters": given}}])
+    place = {"type": "object", "properties": {"lat": {"type": "number"}}}
+    assert tools[0]["function"]["parameters"] == {
+        "type": "object",
+        "properties": {"city": {"type": "string"}, "place": place},
+    }
+    assert changes == {
+        "strict of a tool -> dropped": 1,
+        "property null -> removed": 2,
+        "enum null -> removed": 3,
+        "items null -> removed": 2,
+        "properties null -> removed": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (json.dumps({"f": F["function"]}), [F]),
+        (json.dumps(F), [F]),
+        (json.dumps(F) + "\n" + json.dumps(G), [F, G]),
+        (" [ ] ", []),
+    ],
+)
+def test_a_tools_file_may_have_any_shape(tmp_path, text, expected):
+    path = tmp_path / "tools.json"
+    path.write_text(text)
+    assert read_tools(str(path))[0] == expected
+
+
+def test_a_problem_of_a_declared_tool_names_the_file(tmp_path):
+    path = tmp_path / "tools.json"
+    path.write_text(json.dumps([{"functionDeclarations": [DECLARED, {"name": "g", "parameters": 5}]}]))
+    with pytest.raises(UserError) as error:
+        read_tools(str(path))
+    assert str(error.value).splitlines()[0] == f'{path}: tool 2 "g": parameters must be an object, got 5'

@@ -22,6 +22,8 @@ from tool_calling.terminal import SHOWN_PROBLEMS, UserError, list_first, report_
 
 CHECK_SECONDS = 2  # the longest that checking a call may take
 BROKEN_TOOL = re.compile(r"""\{\s*["'](?:name|type|function)["']\s*:.*""", re.DOTALL)
+# Kimi's declaration, without the tools in it
+EMPTY_DECLARATION = re.compile(r"<\|im_system\|>\s*tool_declare\s*<\|im_middle\|>\s*<\|im_end\|>")
 SUBJECTS = {"type", "properties", "patternProperties", "additionalProperties", "$ref", "anyOf", "oneOf", "allOf"}
 # Where tools say what they take: OpenAI, MCP, Anthropic, Gemini, ToolMind, smolagents, API-Bank, Cohere.
 SCHEMA_KEYS = (
@@ -105,11 +107,13 @@ def to_tool(tool: object, changes: Counter) -> object:
 
 
 def list_tools(tools: object, changes: Counter) -> object:
-    """Return tools as a list: out of JSON text, of an object by their names (Vercel), of declarations (Gemini)."""
+    """Return tools as a list: out of JSON text, an object by their names (Vercel), declarations (Gemini)."""
     if isinstance(tools, str):
         tools = parse_json(tools, "tools are") if tools.strip() else []
     if not tools or not isinstance(tools, list | dict):
         return tools
+    if isinstance(tools, dict) and isinstance(tools.get("tools"), list):
+        tools = tools["tools"]  # as MCP lists them
     if isinstance(tools, dict) and not is_tool(tools) and all(isinstance(tool, dict) for tool in tools.values()):
         changes["tools by name -> list"] += 1
         return [{"name": name, **tool} for name, tool in tools.items()]
@@ -154,7 +158,7 @@ def find_tools(text: str) -> tuple[list[dict], str]:
             continue
         if value and all(map(is_tool, as_list(value))):
             if isinstance(value, list):
-                return value, text[: mark.start()] + text[stop:]
+                return value, EMPTY_DECLARATION.sub("", text[: mark.start()] + text[stop:])
             found.append(value)
             rest, end = rest + text[end : mark.start()], stop
     return found, rest + text[end:]
@@ -266,14 +270,17 @@ def read_tools(path: str) -> tuple[list[dict], Counter]:
     """Return (tools of a JSON file, Counter of what to_tools changed); a broken file or tool is a UserError."""
     with open_file(path) as file:
         text = read_text(file)
-    if not text.lstrip().startswith("["):
+    start = text.lstrip()[:1]
+    if start not in ("[", "{"):
         raise UserError(f'{path}: expected a JSON array of tools, [{{"type": "function", "function": {{...}}}}, ...]')
-    elements = [*read_array(path, text)]
+    found = [*read_array(path, text)]
+    sources, elements = [source for source, _ in found], [element for _, element in found]
     try:
-        tools, changes = to_tools([tool for _, tool in elements])
+        tools, changes = to_tools(elements[0] if start == "{" and len(elements) == 1 else elements)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: {error}") from None
+    sources = sources if len(sources) == len(tools) else [path] * len(tools)  # one element may hold several tools
     problems = check_tools(tools)[1]
-    located = [(elements[int(re.match(r"tool (\d+)", problem)[1]) - 1][0], problem) for problem in problems]
+    located = [(sources[int(re.match(r"tool (\d+)", problem)[1]) - 1], problem) for problem in problems]
     report_problems(located, "error", len(tools), "tool")
     return tools, changes
