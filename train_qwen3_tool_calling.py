@@ -27,6 +27,7 @@ from tool_calling.data.examples import Checked, Reading, check_rows, read_exampl
 from tool_calling.data.formats import FORMATS
 from tool_calling.data.literals import as_list
 from tool_calling.data.messages import is_trained
+from tool_calling.data.rows import split_share
 from tool_calling.data.splits import find_warnings
 from tool_calling.environment import refuse_telemetry, return_pages
 from tool_calling.failures import explain_failure
@@ -45,10 +46,10 @@ from tool_calling.processes import (
 from tool_calling.run_folder import Run, check_final, check_folder, mark_output, read_run, write_run
 from tool_calling.samples import (
     NOT_HELD_OUT,
+    check_shown,
     check_sides,
     choose,
     count_origins,
-    find_shown,
     name_unit,
     render_examples,
     show_rows,
@@ -107,7 +108,8 @@ def build_parser() -> Parser:
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset_path", nargs="+", type=path, default=DATASET_PATH, metavar="PATH",
-        help="JSON or JSONL files, folders of them, or Hugging Face datasets: name[:split]")
+        help="JSON or JSONL files, folders of them, or Hugging Face datasets: name[:split]; at the end of "
+             "each, :0.3 takes a share of its rows, :2 takes them twice")
     add("--format", choices=["auto", *FORMATS], default="auto", help="shape of the rows (auto: each row's own)")
     add("--tools_path", type=path, default=TOOLS_PATH, help="JSON array of tools for rows without their own")
     add("--train_test_split", type=number(float, 0, 1), default=TRAIN_TEST_SPLIT, metavar="SHARE",
@@ -465,7 +467,7 @@ def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.Ex
 
     # Read and check the rows, and what else can be checked before torch is imported.
     examples, held_out, total = read_sides(args)
-    shown = find_shown(args.show_row, [*examples, *held_out])
+    check_shown(args.show_row, [*examples, *held_out])
     thinks = any("reasoning_content" in turn for row in examples for turn in filter(is_trained, row.messages))
     gguf = check_exports(args)
 
@@ -476,7 +478,7 @@ def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.Ex
     trained, tokenizer, config = check_models(args, engine, gguf)
     run = run.with_date(tokenizer)
     samples, held_out = render_sides(args, tokenizer, examples, held_out, run.date)
-    show_rows(tokenizer, [*samples, *held_out] if shown else samples, shown)
+    show_rows(tokenizer, [*samples, *held_out] if args.show_row else samples, args.show_row)
     schedule = plan_run(args, run, samples, engine, config)
 
     # Train; then prove in a fresh process that what was saved does what was trained.
@@ -513,7 +515,7 @@ def to_reading(args: argparse.Namespace) -> Reading:
 def list_inputs(args: argparse.Namespace) -> dict[str, list[str]]:
     """Return what a run reads, by flag: paths and names on the Hub."""
     flags = ("model_id", "merge_model_id", "dataset_path", "eval_dataset_path", "tools_path", "resume_from_checkpoint")
-    return {flag: as_list(getattr(args, flag) or []) for flag in flags}
+    return {flag: [split_share(path)[0] for path in as_list(getattr(args, flag) or [])] for flag in flags}
 
 
 def read_sides(args: argparse.Namespace) -> tuple[list, list, int]:
@@ -678,7 +680,7 @@ def dry_run(args: argparse.Namespace) -> dict:
     sides = [
         check_rows(paths, reading) if paths else Checked() for paths in (args.dataset_path, args.eval_dataset_path)
     ]
-    shown = find_shown(args.show_row, [*sides[0].examples, *sides[1].examples])
+    check_shown(args.show_row, [*sides[0].examples, *sides[1].examples])
 
     from tool_calling.audit import Data, find_model, show_audit, write_audit
     from tool_calling.engines.start import quiet_libraries
@@ -690,10 +692,10 @@ def dry_run(args: argparse.Namespace) -> dict:
     if data.train:
         audit |= audit_run(args, data, config)
     show_audit(audit)
-    if shown and missing:
+    if args.show_row and missing:
         warn("--show_row: without the tokenizer a row cannot be shown as the model sees it")
-    elif shown:
-        show_rows(tokenizer, [sample for group in data.groups for sample in group], shown)
+    elif args.show_row:
+        show_rows(tokenizer, [sample for group in data.groups for sample in group], args.show_row)
     audit = write_audit(audit, vars(args), args.output_dir)
     say("audit", f"{Path(args.output_dir) / 'audit.json'} ({time.perf_counter() - start:.1f} s)")
     report_problems(data.problems, args.on_invalid, data.total)

@@ -17,14 +17,14 @@ from tool_calling.streams import Layout
 VOCABULARY = 61
 ANSWERS = [[5, 6], [7], [8, 9, 10], [11], [12, 13], [14]]
 TRAIN = [
-    Sample(f"rows.jsonl:{i + 1}", [1, 2, 3, 4, 30 + i, 20, *answer], 6) for i, answer in enumerate(ANSWERS * 4)
+    Sample(f"rows.jsonl:{i + 1}", [1, 2, 3, 4, 30 + i, 20, *answer], 6, row=i) for i, answer in enumerate(ANSWERS * 4)
 ]  # 24 rows that share four tokens
 COMPUTE = compute_token_losses
 
 
-def row(prompt: list[int], answer: list[int], source: str = "x:1") -> Sample:
-    """Return a sample of these tokens."""
-    return Sample(source, prompt + answer, len(prompt))
+def row(prompt: list[int], answer: list[int], index: int = 0) -> Sample:
+    """Return a sample of these tokens, of the row with this index."""
+    return Sample(f"x:{index + 1}", prompt + answer, len(prompt), row=index)
 
 
 TOOLS_A, TOOLS_B = list(range(1, 21)), list(range(30, 45))

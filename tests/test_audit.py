@@ -259,7 +259,7 @@ def test_the_plan_is_the_runs(dry):
 
 def test_batches_are_counted_as_the_run_orders_them():
     """Rows of 5, 6, 7 tokens that share 3 of them, two in a stream; the prompt's last token is never shared."""
-    rows = [Sample(f"x:{n}", [1, 2, 3, 10 + n, *range(20, 20 + n), 9], 4 + n - 1) for n in range(3)]
+    rows = [Sample(f"x:{n}", [1, 2, 3, 10 + n, *range(20, 20 + n), 9], 4 + n - 1, row=n) for n in range(3)]
     rows = [row._replace(prompt_length=4) for row in rows]
     schedule = Schedule(rows, 2, 1, Layout(2, lengths=(8, 16)), epochs=2, seed=script.SEED, groups=[[[0], [1], [2]]])
     assert schedule.measure([[0, 1], [2], []]) == [8, 8]  # 5 + 6 - 3 = 8; 7 is filled up to 8
@@ -523,16 +523,16 @@ def test_show_row_beyond_the_end_is_one_line(tmp_path):
 
 
 def test_a_run_shows_the_chosen_row_and_not_the_first_two(tokenizer, capsys):
-    rows = [Sample(f"x:{n}", tokenizer(f"question {n} answer {n}")["input_ids"], 2) for n in (1, 2, 3)]
+    rows = [Sample(f"x:{n}", tokenizer(f"question {n} answer {n}")["input_ids"], 2, row=n - 1) for n in (1, 2, 3)]
     show_rows(tokenizer, rows, None)
     assert [text for text in capsys.readouterr().out.splitlines() if text.startswith("x:")] == [
         f"x:{n}  (2 prompt tokens, {len(rows[n - 1].input_ids) - 2} supervised)" for n in (1, 2)
     ]
-    show_rows(tokenizer, rows, "x:3")
+    show_rows(tokenizer, rows, 3)
     shown = capsys.readouterr().out
     assert shown.count("supervised") == 1 and shown.startswith("\nx:3  (")
-    show_rows(tokenizer, rows, "x:4")
-    assert capsys.readouterr() == ("", "warning: --show_row: x:4 is left out; expected a row without a problem\n")
+    show_rows(tokenizer, rows, 4)
+    assert capsys.readouterr() == ("", "warning: --show_row 4: the row is left out; expected one without a problem\n")
 
 
 @pytest.mark.parametrize("flags", [["--dry_run"], ["--show_row", "1"], ["--resume_from_checkpoint"]])

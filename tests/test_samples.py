@@ -41,7 +41,12 @@ def test_the_bundled_data_renders_without_a_problem(tokenizer):
 
 
 EXAMPLES = [Example(f"x:{i}", [{"role": "user", "content": f"ask {i}"}, says("yes")], []) for i in range(4)]
-GROUPS = [[Sample("x:0", [1], 1), Sample("x:0", [2], 1)], [], [Sample("x:2", [3], 1)], [Sample("x:3", [4], 1)]]
+GROUPS = [
+    [Sample("x:0", [1], 1, row=0), Sample("x:0", [2], 1, row=0)],
+    [],
+    [Sample("x:2", [3], 1, row=2)],
+    [Sample("x:3", [4], 1, row=3)],
+]
 
 
 def test_turns_of_a_row_stay_on_one_side_and_rows_with_problems_are_on_none():
@@ -78,6 +83,8 @@ def test_a_repeated_sample_is_scored_once_and_turns_of_other_rows_are_not_it():
 
 def test_samples_are_counted_by_the_rows_that_they_are_of():
     assert (count_origins(GROUPS[0]), count_origins([*GROUPS[0], *GROUPS[2]]), count_origins([])) == (1, 2, 0)
+    again = [sample._replace(row=1) for sample in GROUPS[3]]  # the same row of the file once more
+    assert count_origins([*GROUPS[3], *again]) == 2 and name_unit([*GROUPS[3], *again]) == "rows"
     assert (name_unit(GROUPS[2], GROUPS[3]), name_unit(GROUPS[2], GROUPS[0]), name_unit([])) == (
         "rows",
         "turns",

@@ -63,7 +63,7 @@ ADAM_EPSILON = 1e-2
 def make_rows(count: int, seed: int) -> list[Sample]:
     """Return random samples whose prompts have a common beginning."""
     numbers = random.Random(seed)
-    return [Sample(f"row:{i}", [*range(20, 40), *numbers.choices(range(300), k=10)], 25) for i in range(count)]
+    return [Sample(f"row:{i}", [*range(20, 40), *numbers.choices(range(300), k=10)], 25, row=i) for i in range(count)]
 
 
 def live(folder: Path, flags: list[str]) -> None:

@@ -11,7 +11,14 @@ import numpy as np
 
 from tool_calling.checkpoints import list_checkpoints
 from tool_calling.data.examples import Checked, Example
-from tool_calling.data.splits import digest_prompt, find_first_answer, find_leaks, find_warnings, list_calls
+from tool_calling.data.splits import (
+    digest_prompts,
+    digest_tools,
+    find_first_answer,
+    find_leaks,
+    find_warnings,
+    list_calls,
+)
 from tool_calling.engines.hub import check_kind, load_config, load_tokenizer
 from tool_calling.estimates import Footprint, Saving
 from tool_calling.files import digest, find_existing, write_file
@@ -62,13 +69,6 @@ def find_model(model_id: str, trust: bool) -> tuple:
         return tokenizer, "", None
     check_kind(config, model_id)
     return tokenizer, "", config
-
-
-def digest_tools(examples: list[Example]) -> list[str]:
-    """Return the digest of each example's tools; most examples share one list, which is digested once."""
-    lists = {id(example.tools): example.tools for example in examples}
-    digests = {key: digest(tools) for key, tools in lists.items()}
-    return [digests[id(example.tools)] for example in examples]
 
 
 def audit_calls(examples: list[Example]) -> dict:
@@ -145,13 +145,13 @@ def drop_ids(message: dict) -> dict:
 def audit_repeats(examples: list[Example], held_out: list[Example]) -> dict:
     """Return pairs of places: equal rows, equal requests with different first answers, requests on both sides."""
     rows, requests, duplicates, conflicts, both = {}, {}, [], [], [*examples, *held_out]
-    for example, tools in zip(both, digest_tools(both)):
+    for example, tools, request in zip(both, digest_tools(both), digest_prompts(both)):
         messages = [*map(drop_ids, example.messages)]
         answer = messages[find_first_answer(example)]
         earlier = rows.setdefault((tools, digest(messages)), example)
-        if earlier is not example:
+        if earlier.source != example.source:  # or it is repeated because the user asked for it
             duplicates.append((earlier.source, example.source))
-        where, expected = requests.setdefault((tools, digest_prompt(example)), (example.source, answer))
+        where, expected = requests.setdefault(request, (example.source, answer))
         if answer != expected:
             conflicts.append((where, example.source))
     return {

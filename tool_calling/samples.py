@@ -30,6 +30,7 @@ class Sample(NamedTuple):
     tools: list[dict] = []
     request: str = ""  # the last user message
     parser: str = "hermes"  # reads the calls of the completion, see parse_calls
+    row: int = 0  # the index of its example, of both sides: a row that is taken twice has two
 
 
 def render_examples(
@@ -57,7 +58,7 @@ def render_examples(
             problems.append((index, describe_length(len(tokens), max_seq_length)))
         request = next((m["content"] for m in reversed(example.messages[:turn]) if m["role"] == "user"), "")
         text = text.removesuffix(tokenizer.eos_token)
-        groups[index].append(Sample(example.source, tokens, len(prompt), text, example.tools, request, parser))
+        groups[index].append(Sample(example.source, tokens, len(prompt), text, example.tools, request, parser, index))
     for index, _ in problems:
         groups[index] = []
     return groups, [(examples[index].source, problem) for index, problem in problems]
@@ -118,7 +119,7 @@ def check_sides(train: list[Sample], held_out: list[Sample], paths: list[str], c
 
 def count_origins(samples: list[Sample]) -> int:
     """Return how many rows the samples come from: a row with several supervised turns makes several samples."""
-    return len({sample.source for sample in samples})
+    return len({sample.row for sample in samples})
 
 
 def name_unit(*sides: list[Sample]) -> str:
@@ -126,18 +127,17 @@ def name_unit(*sides: list[Sample]) -> str:
     return "rows" if all(count_origins(side) == len(side) for side in sides) else "turns"
 
 
-def find_shown(number: int | None, examples: list[Example]) -> str | None:
-    """Return the source of the row that --show_row asks for, or None; UserError if there is no such row."""
+def check_shown(number: int | None, examples: list[Example]) -> None:
+    """Refuse a --show_row beyond the last row."""
     if number and number > len(examples):
         raise UserError(f"--show_row {number}: no such row; expected 1 to {len(examples):,}, the valid rows")
-    return examples[number - 1].source if number else None
 
 
-def show_rows(tokenizer, samples: list[Sample], shown: str | None) -> None:
-    """Print every supervised turn of the row `shown` whole; without it, the first two samples, shortened."""
-    chosen = [sample for sample in samples if sample.source == shown] if shown else samples[:2]
+def show_rows(tokenizer, samples: list[Sample], shown: int | None) -> None:
+    """Print every supervised turn of the row number `shown` whole; without it, the first two samples, shortened."""
+    chosen = [sample for sample in samples if sample.row == shown - 1] if shown else samples[:2]
     if not chosen:
-        warn(f"--show_row: {shown} is left out; expected a row without a problem")
+        warn(f"--show_row {shown}: the row is left out; expected one without a problem")
     for sample in chosen:
         show_row(tokenizer, sample, whole=shown is not None)
 

@@ -22,11 +22,11 @@ def group_samples(samples: list[Sample]) -> list[list[list[int]]]:
     Samples whose prompts share at least half of their tokens are of one group.
     """
     index_of = {id(sample): i for i, sample in enumerate(samples)}
-    groups: list[dict[str, list[int]]] = []
+    groups: list[dict[int, list[int]]] = []
     for sample, shared in to_tree(samples) if samples else []:
         if not groups or shared < sample.prompt_length / 2:
             groups.append({})
-        groups[-1].setdefault(sample.source, []).append(index_of[id(sample)])
+        groups[-1].setdefault(sample.row, []).append(index_of[id(sample)])
     return [list(group.values()) for group in groups]
 
 

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tool_calling.data.examples import to_examples
-from tool_calling.data.rows import match_hub, read_rows
+from tool_calling.data.rows import match_hub, read_rows, split_share
 from tool_calling.data.tools import read_tools
 from tool_calling.terminal import UserError
 
@@ -213,6 +213,52 @@ def test_the_limit_holds_no_more_rows_than_it_yields(tmp_path):
     assert len(read(path, max_samples=10)) == 10
     assert tracemalloc.get_traced_memory()[1] < 2**20  # of 10 MB
     tracemalloc.stop()
+
+
+def test_files_are_mixed_by_shares_and_repetitions(tmp_path, capsys):
+    many = write_jsonl(tmp_path / "many.jsonl", [{"input": str(i)} for i in range(1000)])
+    few = write_jsonl(tmp_path / "few.jsonl", [A, B])
+    whole, twice = read(many), read(few) * 2
+    assert capsys.readouterr().out == ""
+    mixed = read(f"{many}:0.3", f"{few}:2", few)
+    part = mixed[:-6]
+    assert part == [pair for pair in whole if pair in part] and mixed[-6:] == [*twice, *read(few)]
+    assert capsys.readouterr().out.splitlines() == [
+        f"read     {many}:0.3: {len(part)} rows of 1,000",
+        f"read     {few}:2: 4 rows of 2",
+        f"read     {few}: 2 rows of 2",
+    ]
+    assert len(part) == 295
+    assert read(f"{many}:1.3") == [*whole, *part] and read(f"{many}:1") == read(f"{many}:1.0") == whole
+    shuffled = write_jsonl(tmp_path / "shuffled.jsonl", [row for _, row in reversed(whole)])
+    assert [row for _, row in read(f"{shuffled}:.3")] == [row for _, row in reversed(part)]  # by content, not by place
+    assert set(map(str, part)) < set(map(str, read(f"{many}:0.4")))
+    limited = [row for _, row in read(many, max_samples=300)]  # another hash: a share of the share
+    assert sum(row in limited for _, row in part) == 88
+
+
+def test_folders_and_hub_names_are_mixed_as_files_are(tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", [A, B])
+    assert len(read(f"{tmp_path}:3")) == 6
+    assert (split_share("org/name:0.5"), split_share("name:train:2")) == (("org/name", 0.5), ("name:train", 2.0))
+    assert split_share("name:cfg_1:train") == ("name:cfg_1:train", 1)
+    assert match_hub(split_share("org/name:train:0.5")[0]).groups() == ("org/name", None, "train")
+
+
+def test_a_file_that_is_named_like_a_share_is_a_file(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl:2", [A])
+    write_jsonl(tmp_path / "rows.jsonl", [B, C])
+    assert read(path) == [(f"{path}:1", A)] and read(f"{path}:2") == [(f"{path}:1", A)] * 2
+
+
+def test_a_wrong_share_is_one_line(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [A, B])
+    for number in ("0", "0.0", "1001", "99999999999"):
+        expected = "expected a share of its rows, as :0.3, or a repetition up to :1,000"
+        assert error_of(f"{path}:{number}") == f"{path}:{number}: {expected}"
+    assert error_of(f"{path}:0.001") == f"{path}:0.001: takes none of 2 rows; expected a larger share"
+    for number in ("-1", "nan", "1e2", "x"):
+        assert error_of(f"{path}:{number}") == f"{path}:{number}: cannot be read: No such file or directory"
 
 
 def test_a_bar_on_a_terminal_changes_no_row(tmp_path, monkeypatch, capsys):

@@ -2,8 +2,10 @@
 
 import random
 
+import pytest
+from conftest import ALARM, WEATHER
 from tool_calling.data.examples import Example
-from tool_calling.data.splits import split_examples
+from tool_calling.data.splits import digest_prompts, find_first_answer, find_leaks, split_examples
 
 
 def example(request: str, answer: str = "ok") -> Example:
@@ -47,3 +49,40 @@ def test_appended_rows_move_few_others():
 
 def test_nothing_is_held_out_at_zero():
     assert split_examples([example("a"), example("b")], 0.0) == ([example("a"), example("b")], [])
+
+
+def test_the_same_request_with_other_tools_is_another_request():
+    one, other = example("rain?")._replace(tools=[WEATHER]), example("rain?")._replace(source="y:1", tools=[ALARM])
+    assert find_leaks([one], [other]) == [] and len({*digest_prompts([one, other, example("rain?")])}) == 3
+    same = example("rain?", "another answer")._replace(source="y:2", tools=[dict(reversed(WEATHER.items()))])
+    assert find_leaks([one, same, one], [same, other]) == [("y:2", "x:rain?")]  # the first place in training
+
+
+def test_a_row_that_is_taken_twice_stays_on_one_side():
+    examples = [example(f"request {i % 100}") for i in range(200)]
+    train, held_out = split_examples(examples, 0.1)
+    assert (len(train), len(held_out)) == (180, 20) and not requests(train) & requests(held_out)
+
+
+GREETING, ASK, SAYS = ({"role": role, "content": "x"} for role in ("assistant", "user", "assistant"))
+
+
+@pytest.mark.parametrize(
+    "messages, first",
+    [
+        ([ASK, SAYS], 1),
+        ([{"role": "system", "content": "x"}, ASK, SAYS, ASK, SAYS], 2),
+        ([GREETING, ASK, SAYS], 2),
+        ([GREETING], 0),
+        ([GREETING, ASK], 0),
+        ([{"role": "system", "content": "x"}, GREETING], 1),
+    ],
+)
+def test_the_request_ends_at_the_first_answer_to_a_user(messages, first):
+    assert find_first_answer(Example("x:1", messages, [])) == first
+
+
+def test_rows_that_begin_with_a_greeting_are_held_out_by_what_the_user_says():
+    hello = {"role": "assistant", "content": "Hello!"}
+    examples = [Example(f"x:{i}", [hello, *example(f"request {i}").messages], []) for i in range(100)]
+    assert [*map(len, split_examples(examples, 0.1))] == [90, 10]

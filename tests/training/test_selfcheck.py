@@ -42,7 +42,7 @@ def test_the_self_check_passes_and_a_broken_mask_fails_it(model, monkeypatch, ca
 
 
 def test_on_several_devices_a_stream_of_each_length_is_computed_before_training(model):
-    train = [*CASES["one tool set"], row([1, 2], [3], "short:1")]
+    train = [*CASES["one tool set"], row([1, 2], [3], 1)]
     computed = []
     handle = model.get_input_embeddings().register_forward_hook(lambda *given: computed.append(given[1][0].shape[1]))
     try:

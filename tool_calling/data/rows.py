@@ -3,6 +3,7 @@
 import contextlib
 import heapq
 import json
+import math
 import os
 import re
 import sys
@@ -15,7 +16,7 @@ from rich.progress import Progress
 
 from tool_calling.data.literals import explain, read_value
 from tool_calling.files import digest
-from tool_calling.terminal import UserError
+from tool_calling.terminal import UserError, plural, say
 
 ROW_FILES = (".json", ".jsonl")  # what is read of a folder
 NOT_ROWS = ("tools.json", "dataset_info.json", "dataset_infos.json", "state.json", "package.json")
@@ -24,6 +25,8 @@ HUB_NAME = re.compile(
     r"(?P<name>\w[\w.-]*(?:/\w[\w.-]*)?)(?::(?P<config>[\w.+-]+)(?=:))?(?::(?P<split>\w[\w.]*))?", re.ASCII
 )
 FILE_NAME = re.compile(r".*\.(jsonl?|ndjson|csv|tsv|txt|parquet|arrow|ya?ml|gz|zip|zst)", re.IGNORECASE)
+SHARE = re.compile(r"(?P<path>.+):(?P<times>\d+(\.\d*)?|\.\d+)", re.ASCII | re.DOTALL)
+MOST_TIMES = 1000
 BETWEEN = re.compile(r"\s*,?\s*")  # elements of an array
 SHOWN_BYTES = 2**26  # a larger file takes seconds to read: on a terminal a bar is shown
 
@@ -190,25 +193,50 @@ def read_source(path: str, tools_path: str | None):
         yield from chain([first], pairs)
 
 
+def hash_row(purpose: str, index: int, pair: tuple) -> str:
+    """Return the hash by which the row of a (source, row) pair is chosen; of a broken one it is that of its index."""
+    try:
+        return digest([purpose, pair[1]])
+    except (TypeError, RecursionError):
+        return digest([purpose, index])
+
+
+def split_share(path: str) -> tuple[str, float]:
+    """Return (path, how often its rows are taken) of `path[:times]`; a file whose name ends so is a file."""
+    match = SHARE.fullmatch(path)
+    if not match or os.path.exists(path):
+        return path, 1
+    if not 0 < (times := float(match["times"])) <= MOST_TIMES:
+        raise UserError(f"{path}: expected a share of its rows, as :0.3, or a repetition up to :{MOST_TIMES:,}")
+    return match["path"], times
+
+
+def read_share(path: str, tools_path: str | None, shown: bool):
+    """Yield the (source, row) pairs of `path[:times]` so often: those of its last, partial turn are chosen by hash."""
+    (name, times), taken = split_share(path), 0
+    for turns in (times - turn for turn in range(math.ceil(times))):  # that are left
+        for total, pair in enumerate(read_source(name, tools_path), start=1):
+            if turns >= 1 or int(hash_row("share", total, pair)[:12], 16) < turns * 16**12:
+                taken += 1
+                yield pair
+    if not taken:
+        raise UserError(f"{path}: takes none of {plural(total, 'row')}; expected a larger share")
+    if shown:
+        say("read", f"{path}: {plural(taken, 'row')} of {total:,}")
+
+
 def read_rows(paths: list[str], max_samples: int | None = None, tools_path: str | None = None):
-    """Yield the (source, row) pairs of files, folders and Hub datasets.
+    """Yield the (source, row) pairs of files, folders and Hub datasets, each `path[:times]`.
 
     What exists as a path is never looked up on the Hub. A broken line is yielded as a ValueError in place of its row.
     With `max_samples`, all rows are read and so many of them are yielded, in their order: those with the smallest
     hashes, so that where a row stands does not matter, and a larger number adds rows to those of a smaller one.
     """
-    pairs = chain.from_iterable(read_source(path, tools_path) for path in paths)
+    shown = any(split_share(path)[0] != path for path in paths)
+    pairs = chain.from_iterable(read_share(path, tools_path, shown) for path in paths)
     if max_samples is None:
         yield from pairs
     else:  # holds no more rows than it yields
-        for _, pair in sorted(heapq.nsmallest(max_samples, enumerate(pairs), key=rank), key=itemgetter(0)):
+        chosen = heapq.nsmallest(max_samples, enumerate(pairs), key=lambda item: hash_row("max_samples", *item))
+        for _, pair in sorted(chosen, key=itemgetter(0)):
             yield pair
-
-
-def rank(numbered: tuple[int, tuple]) -> str:
-    """Return the hash by which --max_samples chooses: of the row of (index, (source, row)), of the index if broken."""
-    index, (_, row) = numbered
-    try:
-        return digest(["max_samples", row])
-    except (TypeError, RecursionError):
-        return digest(["max_samples", index])

@@ -8,22 +8,33 @@ from tool_calling.files import digest
 
 
 def find_first_answer(example: Example) -> int:
-    """Return the index of the first assistant message."""
-    return next(i for i, message in enumerate(example.messages) if message["role"] == "assistant")
+    """Return the index of the first assistant message after a user's; without one, of the first that there is."""
+    roles = [message["role"] for message in example.messages]
+    return roles.index("assistant", roles.index("user") if "user" in roles[:-1] else 0)
 
 
-def digest_prompt(example: Example) -> str:
-    """Return the digest of the messages before the first answer."""
-    return digest(example.messages[: find_first_answer(example)])
+def digest_tools(examples: list[Example]) -> list[str]:
+    """Return the digest of each example's tools; most examples share one list, which is digested once."""
+    lists = {id(example.tools): example.tools for example in examples}
+    digests = {key: digest(tools) for key, tools in lists.items()}
+    return [digests[id(example.tools)] for example in examples]
+
+
+def digest_prompts(examples: list[Example]) -> list[str]:
+    """Return the digest of each example's request: its tools, and its messages before the first answer."""
+    return [
+        digest([tools, example.messages[: find_first_answer(example)]])
+        for example, tools in zip(examples, digest_tools(examples))
+    ]
 
 
 def split_examples(examples: list[Example], share: float) -> tuple[list[Example], list[Example]]:
-    """Return (training examples, held-out examples), chosen by the hash of the prompt.
+    """Return (training examples, held-out examples), chosen by the hash of the request.
 
-    The rows with the smallest hashes are held out. So their order in the file does not matter, a prompt is never on
+    The rows with the smallest hashes are held out. So their order in the file does not matter, a request is never on
     both sides, and rows appended later move few others to the other side.
     """
-    digests = [digest_prompt(example) for example in examples]
+    digests = digest_prompts(examples)
     wanted, held_out = round(len(examples) * share), set()
     for key, size in sorted(Counter(digests).items()):
         if size <= wanted:
@@ -43,9 +54,10 @@ def list_calls(example: Example) -> list[list[str]]:
 
 
 def find_leaks(examples: list[Example], held_out: list[Example]) -> list[tuple[str, str]]:
-    """Return (source, source in training) of each held-out row whose prompt also occurs in training."""
-    training = {digest_prompt(example): example.source for example in reversed(examples)}
-    return [(example.source, training[key]) for example in held_out if (key := digest_prompt(example)) in training]
+    """Return (source, source in training) of each held-out row whose request also occurs in training."""
+    training = {key: example.source for key, example in reversed([*zip(digest_prompts(examples), examples)])}
+    pairs = zip(digest_prompts(held_out), held_out)
+    return [(example.source, training[key]) for key, example in pairs if key in training]
 
 
 def find_warnings(examples: list[Example], held_out: list[Example]) -> list[str]:
