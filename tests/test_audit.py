@@ -23,7 +23,10 @@ from tool_calling.samples import NOT_HELD_OUT, Sample, show_rows
 from tool_calling.schedule import Schedule
 from tool_calling.streams import Layout
 
-TIMER = {"type": "function", "function": {"name": "set_timer", "parameters": {"type": "object", "properties": {}}}}
+TIMER = {
+    "type": "function",
+    "function": {"name": "set_timer", "description": "T.", "parameters": {"type": "object", "properties": {}}},
+}
 ROME = ("get_weather", {"city": "Rome"})
 ROWS = [
     native("rain in Rome?", ROME),
