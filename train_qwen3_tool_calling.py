@@ -85,7 +85,6 @@ TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"
 
 EVAL_SAMPLES = 200  # held-out samples answered by the base, the adapter and the merged model: +-3 of 100 at 95 %
 EVAL_BATCH_SIZE = 64  # answers generated at once
-MAX_NEW_TOKENS = 256  # longest answer; several calls fit
 
 PROGRAM = sys.argv[0] if __name__ == "__main__" else __file__  # as the command line is shown
 
@@ -189,7 +188,8 @@ def build_parser() -> Parser:
     add("--eval_samples", type=count, default=EVAL_SAMPLES, metavar="N",
         help="held-out rows, chosen by hash, to answer at the end with base, adapter and merged model")
     add("--eval_batch_size", type=count, default=EVAL_BATCH_SIZE, metavar="N", help="answers generated at once")
-    add("--max_new_tokens", type=count, default=MAX_NEW_TOKENS, metavar="N", help="longest answer")
+    add("--max_new_tokens", type=count, metavar="N",
+        help="longest answer (default: as long as the longest reference, and some more)")
     add("--eval_only", metavar="MODEL", help="train nothing: score this model or adapter on the held-out rows")
 
     add = parser.add_argument_group("output").add_argument
@@ -495,7 +495,9 @@ def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.Ex
         if saved is None:  # not the first process
             return None
         trained, facts, layout, before = saved
-        questions = Questions(choose(held_out or samples, args.eval_samples), args.eval_batch_size, args.max_new_tokens)
+        scored = choose(held_out or samples, args.eval_samples)
+        questions = Questions.of(scored, args.eval_batch_size, args.max_new_tokens)
+        args.max_new_tokens = questions.max_new_tokens
         proof = prove(trained, questions, layout, before)
 
     # Report, and hand over.
@@ -758,7 +760,8 @@ def evaluate_only(args: argparse.Namespace, command: str) -> dict:
     if not held_out:
         warn(NOT_HELD_OUT)
     model = load_scored(args.eval_only, base, flag, args.load_in_4bit, args.trust_remote_code)
-    answers = Questions(samples, args.eval_batch_size, args.max_new_tokens).ask(model, tokenizer, args.eval_only)
+    questions = Questions.of(samples, args.eval_batch_size, args.max_new_tokens)
+    answers = questions.ask(model, tokenizer, args.eval_only)
     data = {
         "train": len(samples) - held_out,
         "held_out": held_out,
@@ -768,7 +771,7 @@ def evaluate_only(args: argparse.Namespace, command: str) -> dict:
     mark_output(vars(args), args.output_dir)
     folder = str(Path(args.output_dir) / "eval_only")  # beside the report of a training run, not in its place
     write_run(vars(args), folder)  # repeats this into the same folder
-    args.output_dir = folder
+    args.output_dir, args.max_new_tokens = folder, questions.max_new_tokens
     proof = Proof.of(samples, {"model": {"answers": answers}})
     return finish(args.output_dir, to_report(vars(args), command, proof, data, None), proof)
 

@@ -5,7 +5,7 @@ from conftest import ALARM, WEATHER
 from conversations import CONVERSATIONS, EMPTY_THOUGHT, says, supervised
 
 from tool_calling.data.examples import Example
-from tool_calling.prompts import parse_calls
+from tool_calling.prompts import parse_calls, take_answer
 from tool_calling.samples import Sample, render_examples
 from tool_calling.terminal import UserError
 
@@ -126,3 +126,32 @@ def test_calls_are_parsed_as_servers_do(text, expected):
 def test_broken_json_in_a_call_is_an_error():
     with pytest.raises(ValueError):
         parse_calls('<tool_call>\n{"name": f}\n</tool_call>')
+
+
+CALL = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+DRAFT = f"Maybe {CALL}?"
+PLAIN, THOUGHT, CLOSED = CALL, f"<think>\nWhy.\n</think>\n\n{CALL}", f"Why.\n</think>\n\n{CALL}"  # references
+
+
+@pytest.mark.parametrize(
+    "text, reference, answer",
+    [
+        ("Hello!", PLAIN, "Hello!"),
+        ("", PLAIN, ""),
+        (f"<think>\n\n</think>\n\n{CALL}", PLAIN, CALL),
+        (f" \n<think>{DRAFT}</think>No.", PLAIN, "No."),
+        (f"<think>{DRAFT}", PLAIN, ""),  # cut off while it reasons
+        (f"So <think>x</think> {CALL}", PLAIN, f"So <think>x</think> {CALL}"),  # it does not lead
+        (f"{DRAFT}</think>No.", PLAIN, f"{DRAFT}</think>No."),  # and this was never opened
+        (f"{DRAFT}</think>No.", THOUGHT, f"{DRAFT}</think>No."),
+        (f"<think>{DRAFT}</think>No.", THOUGHT, "No."),
+        ("No.", THOUGHT, "No."),  # a model that answers at once
+        (THOUGHT, THOUGHT, CALL),
+        (CLOSED, CLOSED, CALL),
+        (f"{DRAFT}</think>No.", CLOSED, "No."),  # the prompt has opened it
+        (f"<think>{DRAFT}</think>No.</think>", CLOSED, "No.</think>"),
+        (DRAFT, CLOSED, ""),
+    ],
+)
+def test_reasoning_is_taken_off_as_servers_do(text, reference, answer):
+    assert take_answer(text, reference) == answer

@@ -184,6 +184,15 @@ def test_a_model_that_is_only_scored_is_shown_alone(capsys):
     ]
 
 
+def test_answers_are_shown_without_reasoning(capsys):
+    thought = f"<think>\nRome it is.\n</think>\n\n{ROME}"
+    show_answers(Proof.of([SAMPLES[0]._replace(completion=thought)], {"model": {"answers": [thought]}}))
+    assert capsys.readouterr().out.splitlines()[2:4] == [
+        f"  expected {' '.join(ROME.split())}",
+        f"  after    {' '.join(ROME.split())} ✓",
+    ]
+
+
 def test_the_version_of_what_is_imported_is_named(tmp_path, monkeypatch):
     (tmp_path / "torch-9.9.9.dist-info").mkdir()
     (tmp_path / "torch-9.9.9.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 9.9.9\n")

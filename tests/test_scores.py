@@ -329,6 +329,42 @@ def test_verdict_names_the_tools(got, expected, verdict):
 
 
 @pytest.mark.parametrize(
+    "got, verdict",
+    [
+        (f"<think>\nOslo? {OSLO}\n</think>\n\n{ROME}", (True, True, False, ("book",), ("book",))),
+        (ROME, (True, True, False, ("book",), ("book",))),
+        (f"<think>\n{ROME}\n</think>\n\n{OSLO}", (False, False, False, ("book",), ("book",))),
+        (f"<think>\n{ROME}\n</think>\n\n", (False, False, False, ("book",), ())),
+        (f"<think>\n{ROME}", (False, False, False, ("book",), ())),
+        (f"<think>\n{block('{')}\n</think>\n\n{ROME}", (True, True, False, ("book",), ("book",))),
+        (f"<think>\nRome.\n</think>\n\n{block('{')}", (False, False, True, ("book",), ())),
+    ],
+)
+def test_reasoning_is_no_answer(got, verdict):
+    for reference in (ROME, f"<think>\nThey ask for Rome.\n</think>\n\n{ROME}"):
+        assert score_answer(got, reference, TOOLS) == Verdict(*verdict)
+
+
+@pytest.mark.parametrize(
+    "got, exact, names",
+    [
+        (f"Rome or Oslo? {OSLO}\n</think>\n\n{ROME}", True, ("book",)),
+        (ROME, False, ()),  # it is still reasoning
+        ("", False, ()),
+    ],
+)
+def test_a_prompt_may_open_the_reasoning(got, exact, names):
+    reference = f"They ask for Rome.\n</think>\n\n{ROME}"
+    assert score_answer(got, reference, TOOLS) == Verdict(exact, exact, False, ("book",), names)
+
+
+@pytest.mark.parametrize("got, exact", [("<think>\nNo need.\n</think>\n\nHello!", True), ("<think>\nNo need", False)])
+def test_reasoning_alone_is_an_empty_answer(got, exact):
+    assert score_answer(got, ANSWER, TOOLS) == Verdict(exact, exact, False, (), ())
+    assert score_answer(got, "Hello!", []) == Verdict(exact, exact, False, (), (), text=True)
+
+
+@pytest.mark.parametrize(
     "got, exact, broken, names",
     [
         ("positive", True, False, ()),
@@ -564,10 +600,11 @@ def test_a_proof_reads_calls_as_the_server_of_the_sample_does():
     "tools, completions, score",
     [
         ([], ["yes", "no"], 2 / 3 / 2),  # yes: 1 hit of 1 expected and 2 given; no: none
+        ([], ["<think>\nWhy?\n</think>\n\nyes", "no"], 2 / 3 / 2),
         ([], [str(i) for i in range(21)], None),
         (TOOLS, ["yes", "no"], None),
     ],
-    ids=["classes", "too many classes", "tools"],
+    ids=["classes", "classes with reasoning", "too many classes", "tools"],
 )
 def test_a_proof_without_tools_scores_classes_of_the_model_to_keep(tools, completions, score):
     answers = {"answers": ["yes"] * len(completions)}

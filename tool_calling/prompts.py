@@ -63,6 +63,18 @@ def parse_calls(text: str, parser: str = "hermes") -> list[dict]:
     return [json.loads(closed or unclosed) for closed, unclosed in blocks]
 
 
+def take_answer(text: str, reference: str) -> str:
+    """Return a text without the reasoning before it, as reasoning parsers of servers do.
+
+    Reasoning that never ends leaves no answer. `reference` is the supervised text for the same prompt: if it closes a
+    think block that it does not open, the prompt has opened it.
+    """
+    before, closed, _ = reference.partition("</think>")
+    if (closed and "<think>" not in before) or text.lstrip().startswith("<think>"):
+        return text.partition("</think>")[2].lstrip()
+    return text
+
+
 def render_text(tokenizer, messages: list[dict], date: str | None = None, **options) -> str:
     """Return the text that the chat template makes of messages; ValueError if the template refuses them.
 
@@ -104,7 +116,7 @@ def render_turn(
         if message.get(key, "").strip() not in completion:
             raise ValueError(f"{name}: the chat template leaves out its {key}; remove it, or choose another model")
     try:
-        calls = parse_calls(completion, parser)
+        calls = parse_calls(take_answer(completion, completion), parser)
     except ValueError:
         raise ValueError(f"{name}: would be read as a broken call: {shorten(completion)}") from None
     if calls != [call["function"] for call in message.get("tool_calls", [])]:

@@ -13,6 +13,7 @@ import torch
 
 from tool_calling.files import write_file
 from tool_calling.page import list_scores, render_report
+from tool_calling.prompts import take_answer
 from tool_calling.samples import Sample
 from tool_calling.scores import Proof, count_confusion, count_per_tool
 from tool_calling.terminal import cut_text, hide_secrets, say
@@ -31,13 +32,13 @@ def finish(folder: str | Path, report: dict, proof: Proof) -> dict:
 
 
 def show_answers(proof: Proof) -> None:
-    """Print request, reference, and the answers of the first and the last model for the first samples."""
+    """Print request, reference, and the answers of the first and the last model for the first samples, no reasoning."""
     labels = {proof.first: "before", proof.last: "after"}  # a model alone is only the last
     for index, sample in enumerate(proof.samples[:SHOWN_ROWS]):
         print(f"\n{sample.source}  {cut_text(sample.request)}")
-        print(f"  {'expected':<9}{cut_text(sample.completion)}")
+        print(f"  {'expected':<9}{cut_text(take_answer(sample.completion, sample.completion))}")
         for model, label in labels.items():
-            answer = cut_text(proof.results[model]["answers"][index])
+            answer = cut_text(take_answer(proof.results[model]["answers"][index], sample.completion))
             print(f"  {label:<9}{answer} {'✓' if proof.verdicts[model][index].exact else '✗'}")
     print()
 

@@ -9,7 +9,7 @@ from itertools import chain, repeat
 from statistics import NormalDist
 from typing import NamedTuple
 
-from tool_calling.prompts import parse_calls
+from tool_calling.prompts import parse_calls, take_answer
 from tool_calling.samples import Sample
 
 NO_CALL, BROKEN = "(no call)", "(broken)"  # labels beside the names of the tools
@@ -55,7 +55,8 @@ class Proof:
         }
         scores = {name: count_scores(of_model) for name, of_model in verdicts.items()}
         last = list(results)[-1]
-        classes = count_classes([(row.completion, answer) for row, answer in zip(samples, results[last]["answers"])])
+        pairs = [(row.completion, answer) for row, answer in zip(samples, results[last]["answers"])]
+        classes = count_classes([tuple(take_answer(text, pair[0]) for text in pair) for pair in pairs])
         if classes is not None and not any(sample.tools for sample in samples):
             scores[last]["macro_f1"] = classes
         return cls(samples, results, verdicts, scores)
@@ -74,11 +75,12 @@ class Proof:
 def score_answer(got: str, expected: str, tools: list[dict], parser: str = "hermes") -> Verdict:
     """Compare an answer with its reference, exactly and by BFCL-like rules; without tools only the text counts.
 
-    Where no call is expected, any text without a call is right; an empty answer is wrong. Unlike BFCL's checker, ours
-    takes defaults from the schema, knows one expected value for each argument, pairs parallel calls in the best way
-    there is (maximum matching) and not one after another, and compares at any depth. 5.0 is the integer 5, as in JSON
-    Schema, and true is never 1.
+    Reasoning does not count, nor does a call that is drafted inside it. Where no call is expected, any text without a
+    call is right; an empty answer is wrong. Unlike BFCL's checker, ours takes defaults from the schema, knows one
+    expected value for each argument, pairs parallel calls in the best way there is (maximum matching) and not one after
+    another, and compares at any depth. 5.0 is the integer 5, as in JSON Schema, and true is never 1.
     """
+    got, expected = (take_answer(text, expected) for text in (got, expected))
     wanted = read_calls(expected, parser)
     wanted_names = tuple(call["name"] for call in wanted)
     try:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import train_qwen3_tool_calling as script
 from tool_calling.files import partial_folder
+from tool_calling.samples import Sample
 from tool_calling.saving.merge import Trained
 from tool_calling.saving.proof import Questions, check_merged, check_trained, merge_and_score
 from tool_calling.scores import Proof, Verdict
@@ -33,16 +34,17 @@ def make_trained(base: str, final: str, adapter: str | None, *flags: str) -> Tra
 def test_a_merge_that_went_wrong_keeps_the_adapter_and_no_folder(tmp_path, capsys):
     trained = make_trained("base", str(tmp_path / "final"), "out/adapter")
 
-    def check(merged_loss, merged_exact=0.9, different=0, loss=0.1, rows=100, wrong=0, adapter_exact=0.9):
+    def check(merged_loss, merged_exact=0.9, different=0, loss=0.1, rows=100, wrong=0, adapter_exact=0.9, before=""):
         partial_folder(trained.final).mkdir(exist_ok=True)
-        answers = ["b"] * different + ["a"] * (rows - different)
+        answers = ["b"] * different + [before + "a"] * (rows - different)
         results = {
             "adapter": {"loss": loss, "answers": ["a"] * rows},
             "merged": {"loss": merged_loss, "answers": answers},
         }
         scores = {"adapter": {"exact_match": adapter_exact}, "merged": {"exact_match": merged_exact}}
+        samples = [Sample("x:1", [1, 2], 1, "a")] * rows
         verdicts = [Verdict(exact, exact, False, (), ()) for exact in [False] * wrong + [True] * (rows - wrong)]
-        check_merged(trained, Proof([], results, {"adapter": verdicts}, scores))
+        check_merged(trained, Proof(samples, results, {"adapter": verdicts}, scores))
 
     check(0.119, different=50)  # 4-bit: loss and score decide
     check(8.15, loss=8.0)  # 2 % of a large loss, 0.02 of a small one
@@ -73,12 +75,29 @@ def test_a_merge_that_went_wrong_keeps_the_adapter_and_no_folder(tmp_path, capsy
     check(0.1, different=2)
     with pytest.raises(UserError, match="3.0% of the answers are no longer its exact ones; .* safe in out/adapter$"):
         check(0.1, different=3)  # 16-bit: the same model, the same answers
+    check(0.1, before="<think>\nOther reasons.\n</think>\n\n")
     check(0.1, different=50, wrong=50)  # but not where it knows no answer
     with pytest.raises(UserError, match="3.0% of the answers"):
         check(0.1, different=53, wrong=50)
     check(0.1, merged_exact=0.9 - 1 / 6, different=1, rows=6)
     with pytest.raises(UserError, match="33.3% of the answers"):
         check(0.1, different=2, rows=6)
+
+
+@pytest.mark.parametrize(
+    "lengths, completion, given, limit",
+    [
+        ([20, 30], "Hello!", None, 94),
+        ([20, 200], "Hello!", None, 300),
+        ([20, 200], "<think>\nWhy.\n</think>\n\nHello!", None, 656),
+        ([20, 200], "Hello!", 7, 7),
+    ],
+)
+def test_answers_may_be_as_long_as_the_longest_reference_needs(capsys, lengths, completion, given, limit):
+    samples = [Sample(f"x:{length}", [1] * (1000 + length), 1000, completion) for length in lengths]
+    assert Questions.of(samples, 64, given) == Questions(samples, 64, limit)
+    expected = f"answers  at most {limit} tokens each; the longest reference has {lengths[-1]}\n"
+    assert capsys.readouterr().out == expected
 
 
 def test_a_trained_model_that_comes_back_different_is_refused(capsys):

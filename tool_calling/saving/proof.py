@@ -15,6 +15,7 @@ from tool_calling.engines.losses import measure_loss
 from tool_calling.engines.start import quiet_libraries
 from tool_calling.files import partial_folder, put_in_place
 from tool_calling.fresh import run_fresh
+from tool_calling.prompts import take_answer
 from tool_calling.samples import Sample
 from tool_calling.saving.merge import (
     MERGE_SLACK,
@@ -39,6 +40,15 @@ class Questions:
     samples: list[Sample]
     batch_size: int
     max_new_tokens: int
+
+    @classmethod
+    def of(cls, samples: list[Sample], batch_size: int, max_new_tokens: int | None) -> "Questions":
+        """Return questions whose answers may be as long as the longest reference needs, unless a length is given."""
+        longest = max(len(sample.input_ids) - sample.prompt_length for sample in samples)
+        thinks = any("</think>" in sample.completion for sample in samples)
+        limit = max_new_tokens or (2 * longest + 256 if thinks else longest + max(64, longest // 2))
+        say("answers", f"at most {limit:,} tokens each; the longest reference has {longest:,}")
+        return cls(samples, batch_size, limit)
 
     def ask(self, model, tokenizer, name: str) -> list[str]:
         """Return the greedy answers of a model; `name` is on the progress bar."""
@@ -142,7 +152,11 @@ def check_merged(trained: Trained, proof: Proof) -> None:
     slack = max(MERGE_SLACK, 1 / len(exact))
     # Rounded to whole rows: a difference of two shares can be a little more than the share that it is.
     worse = round((before - after) * len(exact)) / len(exact)
-    different = sum(sure and a != b for sure, a, b in zip(exact, expected["answers"], got["answers"])) / len(exact)
+    answers = [
+        [take_answer(text, sample.completion) for text, sample in zip(result["answers"], proof.samples)]
+        for result in (expected, got)
+    ]
+    different = sum(sure and a != b for sure, a, b in zip(exact, *answers)) / len(exact)
     wrong = is_worse(got["loss"], expected["loss"]) or worse > slack
     found = f"held-out loss {got['loss']:.4f}, adapter {expected['loss']:.4f}; exact {after:.1%}, adapter {before:.1%}"
     if trained.method == "merged_4bit" and math.isfinite(got["loss"]):
