@@ -14,15 +14,14 @@ import argparse
 import contextlib
 import os
 import shlex
-import signal
 import sys
 import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from tool_calling.arguments import GGUF_NAMES, SCHEDULERS, Parser, drop_resume, number, one_of, read_config, to_command
-from tool_calling.checkpoints import find_checkpoint, list_checkpoints
+from tool_calling.arguments import GGUF_NAMES, SCHEDULERS, Parser, drop_resume, number, one_of, pick, read_config
+from tool_calling.checkpoints import find_checkpoint
 from tool_calling.data.examples import Checked, Reading, check_rows, read_examples, write_converted
 from tool_calling.data.formats import FORMATS
 from tool_calling.data.literals import as_list
@@ -30,7 +29,7 @@ from tool_calling.data.messages import is_trained
 from tool_calling.data.rows import split_share
 from tool_calling.data.splits import find_warnings
 from tool_calling.environment import refuse_telemetry, return_pages
-from tool_calling.failures import explain_failure
+from tool_calling.failures import report_failure, report_interrupt
 from tool_calling.files import discard_partial, lock_folder
 from tool_calling.processes import (
     LAUNCHER,
@@ -46,17 +45,21 @@ from tool_calling.processes import (
 from tool_calling.run_folder import Run, check_final, check_folder, mark_output, read_run, write_run
 from tool_calling.samples import (
     NOT_HELD_OUT,
+    Rendering,
     check_shown,
     check_sides,
     choose,
     count_origins,
     name_unit,
     render_examples,
+    render_sides,
     show_rows,
     to_sides,
 )
 from tool_calling.saving.gguf import check_gguf, find_gguf_tools
-from tool_calling.terminal import FlagError, UserError, hide_secrets, report_problems, say, warn
+from tool_calling.terminal import FlagError, UserError, report_problems, say, warn
+
+__all__ = ["FlagError", "Interrupted", "UserError", "main"]  # of a program that imports this file
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Defaults: edit these for a new dataset; each is also a flag
@@ -326,23 +329,15 @@ def load_stock_model(args: argparse.Namespace, lora: dict):
     With --lora_rank 0 it is the base alone, in fp32: late, small updates round to nothing in 16 bits. The trainer's
     autocast computes in 16 bits on CUDA all the same, so only memory is the price. (TRL and Unsloth do so too.)
     """
-    import torch
     from peft import LoraConfig, get_peft_model
 
     from tool_calling.engines.fsdp import split_model
-    from tool_calling.engines.hub import load_config
-    from tool_calling.engines.loading import load_base
+    from tool_calling.engines.loading import load_trainable
 
-    dtype, split = None if args.lora_rank else torch.float32, {}
-    if args.fsdp:  # from the CPU; but quantising there takes minutes, so a 4-bit base is on each GPU whole at first
-        on_gpu = args.load_in_4bit and torch.cuda.is_available()
-        # 4-bit numbers are held as fp32: PyTorch gathers bf16 through fp32, which changes numbers that look like NaN.
-        split = {"place": None if on_gpu else "cpu", "storage": torch.float32}
-        if not args.lora_rank:  # whole, it is held in the type that it was saved in
-            dtype = load_config(args.model_id, trust=args.trust_remote_code).dtype
-    model = load_base(args.model_id, args.load_in_4bit, args.trust_remote_code, dtype, **split)
-    model.config.use_cache = False
-    if args.lora_rank:
+    model = load_trainable(
+        args.model_id, args.load_in_4bit, args.trust_remote_code, whole=not lora["r"], split=args.fsdp
+    )
+    if lora["r"]:
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
     return split_model(model) if args.fsdp else model
 
@@ -404,25 +399,6 @@ def build_run_trainer(args: argparse.Namespace, model, tokenizer, schedule, held
     return trainer
 
 
-def plan_schedule(args: argparse.Namespace, samples: list, engine: str):
-    """Return which samples are computed together in which step: streams as long as the flags allow a padded batch."""
-    from tool_calling.schedule import Schedule
-    from tool_calling.streams import Layout
-
-    schedule = Schedule(
-        samples,
-        args.batch_size,
-        args.gradient_accumulation_steps,
-        Layout(args.batch_size, args.share_prefix),
-        epochs=args.num_epochs,
-        max_steps=args.max_steps,
-        seed=args.seed,
-        devices=count_devices(),
-    )
-    limit = args.batch_size * args.max_seq_length
-    return schedule.fuse(limit, fill=engine == "unsloth") if args.share_prefix else schedule
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The run
 # ----------------------------------------------------------------------------------------------------------------------
@@ -442,7 +418,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     if not is_main() and (args.convert_to or args.dry_run or args.eval_only):
         return None  # the first process does these alone
     if args.convert_to:
-        return write_converted(args.convert_to, args.dataset_path, to_reading(args))
+        return write_converted(args.convert_to, args.dataset_path, pick(Reading, args))
     if not is_main():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     check_folder(args.output_dir, "--output_dir")
@@ -469,7 +445,11 @@ def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.Ex
     examples, held_out, total = read_sides(args)
     check_shown(args.show_row, [*examples, *held_out])
     thinks = any("reasoning_content" in turn for row in examples for turn in filter(is_trained, row.messages))
-    gguf = check_exports(args)
+    gguf = find_gguf_tools(args.save_gguf)
+    if args.push_to_hub:
+        from tool_calling.saving.upload import check_hub
+
+        check_hub(args.push_to_hub)
 
     # Import the engine first, then what is built on it. Render the samples and plan the steps.
     from tool_calling.engines.start import start_engine
@@ -477,7 +457,7 @@ def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.Ex
     engine = start_engine(args.engine, args.share_prefix, args.output_dir, args.seed)
     trained, tokenizer, config = check_models(args, engine, gguf)
     run = run.with_date(tokenizer)
-    samples, held_out = render_sides(args, tokenizer, examples, held_out, run.date)
+    samples, held_out = render_sides(tokenizer, examples, held_out, pick(Rendering, args), run.date)
     show_rows(tokenizer, [*samples, *held_out] if args.show_row else samples, args.show_row)
     schedule = plan_run(args, run, samples, engine, config)
 
@@ -494,7 +474,7 @@ def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.Ex
         saved = train_and_save(args, run, trained, tokenizer, schedule, held_out)
         if saved is None:  # not the first process
             return None
-        trained, facts, layout, before = saved
+        trained, before, facts, layout = saved
         scored = choose(held_out or samples, args.eval_samples)
         questions = Questions.of(scored, args.eval_batch_size, args.max_new_tokens)
         args.max_new_tokens = questions.max_new_tokens
@@ -509,11 +489,6 @@ def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.Ex
     return report
 
 
-def to_reading(args: argparse.Namespace) -> Reading:
-    """Return how rows are read."""
-    return Reading(args.tools_path, args.format, args.max_samples, args.thinking, args.on_invalid)
-
-
 def list_inputs(args: argparse.Namespace) -> dict[str, list[str]]:
     """Return what a run reads, by flag: paths and names on the Hub."""
     flags = ("model_id", "merge_model_id", "dataset_path", "eval_dataset_path", "tools_path", "resume_from_checkpoint")
@@ -522,7 +497,7 @@ def list_inputs(args: argparse.Namespace) -> dict[str, list[str]]:
 
 def read_sides(args: argparse.Namespace) -> tuple[list, list, int]:
     """Return (examples, held-out examples of --eval_dataset_path, number of rows read), and print warnings."""
-    reading = to_reading(args)
+    reading = pick(Reading, args)
     examples, skipped = read_examples(args.dataset_path, reading)
     held_out, more = read_examples(args.eval_dataset_path, reading) if args.eval_dataset_path else ([], 0)
     for warning in find_warnings(examples, held_out):
@@ -530,35 +505,22 @@ def read_sides(args: argparse.Namespace) -> tuple[list, list, int]:
     return examples, held_out, len(examples) + len(held_out) + skipped + more
 
 
-def check_exports(args: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """Return llama.cpp's commands for --save_gguf; refuse an upload that could not be made."""
-    gguf = find_gguf_tools(args.save_gguf)
-    if args.push_to_hub:
-        from tool_calling.saving.upload import check_hub
-
-        check_hub(args.push_to_hub)
-    return gguf
-
-
 def check_models(args: argparse.Namespace, engine: str, gguf: tuple[list[str], list[str]]) -> tuple:
     """Return (what will be Trained, tokenizer, config), after all checks that need no weights."""
     from tool_calling.engines.choices import check_optim, check_report_to
-    from tool_calling.engines.hub import check_dropout, check_merge_base, check_model, check_quantised, load_tokenizer
+    from tool_calling.engines.hub import check_base, check_dropout, load_tokenizer
     from tool_calling.saving.merge import Trained
 
     check_report_to(args.report_to)
     check_optim(choose_optim(args))
-    config = check_model(args.model_id, trust=args.trust_remote_code)
+    config, base = check_base(
+        args.model_id, args.merge_model_id, bool(args.lora_rank), args.save_method != "lora", args.trust_remote_code
+    )
     check_dropout(args.lora_dropout, config, args.model_id)
-    quantised, base = check_quantised(config, args.model_id, bool(args.lora_rank)), args.merge_model_id or args.model_id
-    if args.merge_model_id or quantised and args.save_method != "lora":
-        base = check_merge_base(config, args.model_id, args.merge_model_id, args.trust_remote_code)
     tokenizer = load_tokenizer(args.model_id, args.trust_remote_code)
     if args.save_gguf:
         check_gguf(args.save_gguf, gguf[0], config, tokenizer)
-    trained = Trained(
-        args.model_id, base, config.dtype, engine, args.final_model_dir, args.save_method, vars(args), adapter=None
-    )
+    trained = Trained(args.model_id, base, config.dtype, engine, args.final_model_dir, args.save_method, vars(args))
     return trained, tokenizer, config
 
 
@@ -569,75 +531,35 @@ def choose_optim(args: argparse.Namespace, cuda: bool | None = None) -> str:
     return find_optim(args.optim, whole=not args.lora_rank and not args.fsdp, cuda=cuda)
 
 
-def render_sides(args: argparse.Namespace, tokenizer, examples: list, held_out: list, date: str | None) -> tuple:
-    """Return the training and held-out samples of the valid examples, split here if none are held out yet."""
-    start, both = time.perf_counter(), [*examples, *held_out]
-    groups, problems = render_examples(tokenizer, both, args.max_seq_length, date)
-    report_problems(problems, args.on_invalid, len(both))
-    train, test = to_sides(examples, held_out, groups, args.train_test_split)
-    check_sides(train, test, args.dataset_path, find_choosing(args))
-    if not test:
-        warn(NOT_HELD_OUT)
-    tokens = [len(sample.input_ids) for sample in (*train, *test)]
-    say(
-        "render",
-        f"{len(train):,} training and {len(test):,} held-out samples of {sum(tokens) // len(tokens):,} tokens "
-        f"on average, {max(tokens):,} at most ({time.perf_counter() - start:.1f} s)",
-    )
-    if date:
-        say("", f"the chat template writes the date into prompts: {date}, the day this run began, also when resumed")
-    return train, test
-
-
-def find_choosing(args: argparse.Namespace) -> str | None:
-    """Return the flag that chooses a checkpoint by held-out rows, if one is given."""
-    if args.early_stopping_patience:
-        return "--early_stopping_patience"
-    return "--metric_for_best" if args.metric_for_best else None
-
-
 def plan_run(args: argparse.Namespace, run: Run, samples: list, engine: str, config):
     """Return the schedule of the run, after the checks of what it shares with a former run and of disk space."""
     from tool_calling.engines.hub import can_share, count_parameters
-    from tool_calling.schedule import show_plan
+    from tool_calling.estimates import Saving
+    from tool_calling.schedule import Batching, plan_schedule, show_plan
 
     # A run that went on without sharing goes on without it.
     args.share_prefix = args.share_prefix and run.former.get("share_prefix", True) and can_share(engine, config)
-    schedule, optim = plan_schedule(args, samples, engine), choose_optim(args)
-    run.check_agrees(schedule, optim)
-    saving = to_saving(args)
+    schedule = plan_schedule(samples, pick(Batching, args), fill=engine == "unsloth")
+    run.check_agrees(schedule, choose_optim(args))
+    saving = pick(Saving, args)
     parameters = count_parameters(config, args.lora_rank, args.trust_remote_code, args.target_modules)
     checkpoints = saving.count_checkpoints(schedule.list_saves(args.save_steps), run.first_step)
-    saving.check_disk(parameters, optim, checkpoints)
+    saving.check_disk(parameters, choose_optim(args), checkpoints)
     show_plan(schedule)
     return schedule
-
-
-def to_saving(args: argparse.Namespace):
-    """Return what the run saves."""
-    from tool_calling.estimates import Saving
-
-    return Saving(
-        args.output_dir,
-        args.final_model_dir,
-        args.save_method,
-        args.save_gguf,
-        args.save_total_limit,
-        bool(args.metric_for_best),
-    )
 
 
 def train_and_save(args: argparse.Namespace, run: Run, trained, tokenizer, schedule, held_out: list) -> tuple | None:
     """Load the model, prove that sharing a prefix changes nothing, train, and save what was trained.
 
-    Returns: (trained, facts of the training, the layout it ended with, the held-out loss of fully trained weights);
+    Returns: (trained, the held-out loss of fully trained weights, facts of the training, the layout it ended with);
     None for all processes but the first. The model lives in here alone: merging needs its memory.
     """
-    from tool_calling.engines.device import free_gpu, leave_group, report_gpu
-    from tool_calling.engines.graphs import empty_weights, make_room
+    from tool_calling.engines.device import free_gpu, report_gpu
+    from tool_calling.engines.graphs import make_room
     from tool_calling.engines.loading import warn_of_frozen_experts
-    from tool_calling.saving.merge import round_trained, save_adapter, save_whole
-    from tool_calling.schedule import build_small_batches
+    from tool_calling.saving.merge import keep_trained
+    from tool_calling.schedule import Batching, plan_schedule
     from tool_calling.training.loop import train
     from tool_calling.training.selfcheck import check_sharing
 
@@ -649,28 +571,16 @@ def train_and_save(args: argparse.Namespace, run: Run, trained, tokenizer, sched
     if args.share_prefix and not check_sharing(trainer.model, schedule, engine):
         args.share_prefix = False
         make_room(trainer.model)  # of what the check has recorded
-        schedule = plan_schedule(args, schedule.samples, engine)
+        schedule = plan_schedule(schedule.samples, pick(Batching, args), fill=engine == "unsloth")
         trainer = build_run_trainer(args, model, tokenizer, schedule, held_out, engine)
     run.start(schedule, choose_optim(args))
     facts = train(trainer, run)
     report_gpu()
-
-    layout, whole, before = trainer.layout, None, None
-    if not args.lora_rank:
-        batches = build_small_batches(choose(held_out or schedule.samples, args.eval_samples), layout)
-        whole, before = round_trained(trained, trainer.model, batches)
-    if not leave_group():
-        return None
-    if args.lora_rank:
-        trained = replace(trained, adapter=save_adapter(trainer.model, args.output_dir))
-        say("save", f"adapter: {trained.adapter}")
-    else:
-        save_whole(trained, whole)
-    if engine == "unsloth":
-        empty_weights(trainer.model)
-    del model, trainer, whole
+    scored = choose(held_out or schedule.samples, args.eval_samples)
+    kept, layout = keep_trained(trained, trainer, scored), trainer.layout
+    del model, trainer
     free_gpu()
-    return trained, facts, layout, before
+    return kept and (*kept, facts, layout)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -678,65 +588,35 @@ def train_and_save(args: argparse.Namespace, run: Run, trained, tokenizer, sched
 # ----------------------------------------------------------------------------------------------------------------------
 def dry_run(args: argparse.Namespace) -> dict:
     """Print, write and return what a run would do, without a GPU and without weights; problems of rows come last."""
-    start, reading = time.perf_counter(), to_reading(args)
-    sides = [
-        check_rows(paths, reading) if paths else Checked() for paths in (args.dataset_path, args.eval_dataset_path)
-    ]
+    start, reading = time.perf_counter(), pick(Reading, args)
+    paths = (args.dataset_path, args.eval_dataset_path)
+    sides = [check_rows(side, reading) if side else Checked() for side in paths]
     check_shown(args.show_row, [*sides[0].examples, *sides[1].examples])
 
-    from tool_calling.audit import Data, find_model, show_audit, write_audit
+    from tool_calling.audit import Data, find_model, finish_audit
     from tool_calling.engines.start import quiet_libraries
+    from tool_calling.estimates import Saving
+    from tool_calling.plan import Training, preview_run
+    from tool_calling.schedule import Batching
 
     quiet_libraries()
     tokenizer, missing, config = find_model(args.model_id, args.trust_remote_code)
-    data = Data(sides, tokenizer, missing, args.max_seq_length, args.train_test_split)
+    data = Data(sides, tokenizer, missing, pick(Rendering, args))
     audit = data.audit()
     if data.train:
-        audit |= audit_run(args, data, config)
-    show_audit(audit)
-    if args.show_row and missing:
-        warn("--show_row: without the tokenizer a row cannot be shown as the model sees it")
-    elif args.show_row:
-        show_rows(tokenizer, [sample for group in data.groups for sample in group], args.show_row)
-    audit = write_audit(audit, vars(args), args.output_dir)
+        batching = replace(pick(Batching, args), max_seq_length=data.limit)
+        audit |= preview_run(data.train, config, batching, pick(Saving, args), pick(Training, args))
+    audit = finish_audit(audit, data, args.show_row, vars(args))
     say("audit", f"{Path(args.output_dir) / 'audit.json'} ({time.perf_counter() - start:.1f} s)")
     report_problems(data.problems, args.on_invalid, data.total)
-    check_sides(data.train, data.held_out, args.dataset_path, find_choosing(args))
+    check_sides(data.train, data.held_out, data.rendering)
     return audit
-
-
-def audit_run(args: argparse.Namespace, data, config) -> dict:
-    """Return plan, tokens of an epoch and files of a run on CUDA; with a config also its memory and disk."""
-    from tool_calling.audit import audit_costs, audit_schedule, list_writes
-    from tool_calling.engines.graphs import can_record
-    from tool_calling.engines.hub import can_share, count_parameters
-    from tool_calling.estimates import Footprint
-
-    engine = "transformers" if args.engine == "transformers" else "unsloth"
-    share = args.share_prefix and (config is None or can_share(engine, config))
-    limited = argparse.Namespace(**vars(args) | {"max_seq_length": data.limit, "share_prefix": share})
-    schedule, saving = plan_schedule(limited, data.train, engine), to_saving(args)
-    checkpoints = schedule.list_saves(args.save_steps)
-    audit = audit_schedule(schedule, checkpoints)
-    audit["files"] = list_writes(saving, bool(args.lora_rank), checkpoints)
-    if config is None:
-        return audit
-    footprint = Footprint(
-        config,
-        count_parameters(config, args.lora_rank, args.trust_remote_code, args.target_modules),
-        args.load_in_4bit,
-        choose_optim(args, cuda=True),
-        checkpointing=args.gradient_checkpointing != "off",
-        recorded=engine == "unsloth" and args.cuda_graphs and can_record(schedule, args.lora_dropout),
-        split_over=schedule.devices if args.fsdp else 1,
-    )
-    return audit | audit_costs(footprint, saving, audit["plan"], schedule.layout.lengths)
 
 
 def evaluate_only(args: argparse.Namespace, command: str) -> dict:
     """Score a model or an adapter on --eval_dataset_path, or on the held-out rows of --dataset_path; train nothing."""
     paths = args.eval_dataset_path or args.dataset_path
-    examples, skipped = read_examples(paths, to_reading(args))
+    examples, skipped = read_examples(paths, pick(Reading, args))
     args.engine = "transformers"
 
     from tool_calling.engines.start import start_engine
@@ -781,7 +661,7 @@ def evaluate_only(args: argparse.Namespace, command: str) -> dict:
 # ----------------------------------------------------------------------------------------------------------------------
 def run_command_line() -> int:
     """Run main; return 0, or 1 (2 for flags) with one line per problem, or 128 + the signal that ended the run."""
-    began, argv, code = time.time(), sys.argv[1:], 1
+    began, argv = time.time(), sys.argv[1:]
     for stream in (sys.stdout, sys.stderr):  # not all terminals have every character
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -793,36 +673,12 @@ def run_command_line() -> int:
             except Exception as error:
                 unwrap_interrupt(error)
                 raise
-        return 0
-    except UserError as error:
-        if not is_main():  # the first process has usually found the same, says so, and ends all
-            time.sleep(5)
-        lines, code = str(error).splitlines(), 2 if isinstance(error, FlagError) else 1
     except Interrupted as stop:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more finds the process ending anyway
-        print("\033[?25h" * sys.stdout.isatty(), end="")  # a progress bar that is cut off leaves the cursor hidden
-        if is_main():
-            print(explain_interrupt(args, argv, stop.args[0], began), file=sys.stderr)
-        return 128 + stop.args[0]
-    except (OSError, MemoryError, RuntimeError) as error:
-        if (explained := explain_failure(error)) is None:
-            raise
-        lines = [explained]
-    for line in lines:
-        print(f"error: {hide_secrets(line)}", file=sys.stderr)
-    return code
-
-
-def explain_interrupt(args: argparse.Namespace, argv: list[str], number: int, began: float) -> str:
-    """Return one line: what ended the run that began then (seconds since 1970), and how to go on."""
-    name, marker = signal.Signals(number).name, Path(args.output_dir) / "run.yaml"
-    if args.eval_only or args.dry_run:
-        return f"interrupted by {name}"
-    # run.yaml is written when training starts; before that, checkpoints in the folder are of an earlier run.
-    started = marker.is_file() and marker.stat().st_mtime >= began
-    if started and list_checkpoints(args.output_dir):
-        return f"interrupted by {name}; go on with: {to_command([PROGRAM, *argv], args.output_dir)}"
-    return f"interrupted by {name} before a checkpoint was written; start again with the same command"
+        resumable = [] if args.eval_only or args.dry_run else [PROGRAM, *argv]
+        return report_interrupt(stop.args[0], args.output_dir, resumable, began)
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        return report_failure(error)
+    return 0
 
 
 if __name__ == "__main__":

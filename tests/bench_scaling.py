@@ -18,7 +18,7 @@ from pathlib import Path
 
 from bench_throughput import make_rows, run_in_turn, script, time_steps, wait_for_turn
 
-from tool_calling.arguments import number
+from tool_calling.arguments import number, pick
 from tool_calling.environment import return_pages
 from tool_calling.processes import is_main, leave
 
@@ -52,10 +52,11 @@ def measure(words: list[str], file: Path, steps: int) -> None:
     engine = start_engine(args.engine, args.share_prefix, args.output_dir, args.seed)
     from tool_calling.engines.device import leave_group
     from tool_calling.engines.hub import load_tokenizer
+    from tool_calling.schedule import Batching, plan_schedule
     from tool_calling.training.selfcheck import check_sharing
 
     tokenizer = load_tokenizer(args.model_id)
-    schedule = script.plan_schedule(args, make_rows(args, tokenizer, None), engine)
+    schedule = plan_schedule(make_rows(args, tokenizer, None), pick(Batching, args), fill=engine == "unsloth")
     model = script.load_model(args, engine, schedule)
     loaded = torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else 0.0
     trainer = script.build_run_trainer(args, model, tokenizer, schedule, [], engine)

@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 # ruff: noqa: E402
 import train_qwen3_tool_calling as script
-from tool_calling.arguments import number
-from tool_calling.data.examples import read_examples
+from tool_calling.arguments import number, pick
+from tool_calling.data.examples import Reading, read_examples
 from tool_calling.environment import return_pages
 from tool_calling.processes import is_main
 from tool_calling.samples import Sample, render_examples
@@ -61,7 +61,7 @@ CPU_RECIPES = {
 
 def make_rows(args: argparse.Namespace, tokenizer, tools: int | None) -> list[Sample]:
     """Return the training samples; with `tools`, every row lists that many (renamed copies make up the number)."""
-    examples, _ = read_examples(args.dataset_path, script.to_reading(args))
+    examples, _ = read_examples(args.dataset_path, pick(Reading, args))
     if tools:
         own = examples[0].tools
         copies = [
@@ -236,11 +236,12 @@ def run_recipe(
 
     start_engine(args.engine, args.share_prefix, args.output_dir, args.seed)
     from tool_calling.engines.hub import load_tokenizer
+    from tool_calling.schedule import Batching, plan_schedule
     from tool_calling.training.selfcheck import check_sharing
 
     tokenizer = load_tokenizer(args.model_id)
     samples = make_rows(args, tokenizer, tools)
-    schedule = script.plan_schedule(args, samples, engine)
+    schedule = plan_schedule(samples, pick(Batching, args), fill=engine == "unsloth")
     model = script.load_model(args, engine, schedule)
     wait_for_turn(Path(options.result))
     if kind != SHARED:

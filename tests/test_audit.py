@@ -14,10 +14,10 @@ import yaml
 from conftest import ALARM, ROOT, TINY, WEATHER, native, run_here, run_script, write_jsonl
 
 import train_qwen3_tool_calling as script
-from tool_calling.audit import audit_schedule
 from tool_calling.data.examples import Example
 from tool_calling.data.splits import find_warnings
 from tool_calling.engines.hub import load_tokenizer
+from tool_calling.plan import audit_schedule
 from tool_calling.run_folder import WRITTEN_BY
 from tool_calling.samples import NOT_HELD_OUT, Sample, show_rows
 from tool_calling.schedule import Schedule

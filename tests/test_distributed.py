@@ -19,11 +19,13 @@ from safetensors.numpy import load_file
 from train_small import make_base
 
 import train_qwen3_tool_calling as script
+from tool_calling.arguments import pick
 from tool_calling.checkpoints import list_checkpoints, to_step
 from tool_calling.engines.start import start_engine
 from tool_calling.files import find_damage
 from tool_calling.run_folder import Run
 from tool_calling.samples import Sample
+from tool_calling.schedule import Batching, plan_schedule
 from tool_calling.terminal import FlagError, UserError
 
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", 2]
@@ -174,7 +176,7 @@ def test_another_effective_batch_is_refused(tmp_path, monkeypatch):
     (tmp_path / "checkpoint-3" / "trainer_state.json").write_text('{"global_step": 3}')
     rows = [Sample("row:1", [1, 2, 3], 2)]
     args = script.parse_args(["--batch_size", "2", "--gradient_accumulation_steps", "4"])
-    schedule = script.plan_schedule(args, rows, "transformers")
+    schedule = plan_schedule(rows, pick(Batching, args), fill=False)
     former = vars(args) | {"training_rows": schedule.digest(), "rows_per_step": 16}
     run = Run(tmp_path, vars(args), str(tmp_path / "checkpoint-3"), former)
     with pytest.raises(UserError) as error:
@@ -184,7 +186,7 @@ def test_another_effective_batch_is_refused(tmp_path, monkeypatch):
         f"{tmp_path / 'checkpoint-3'} is from; expected the same"
     )
     monkeypatch.setenv("WORLD_SIZE", "2")
-    run.check_agrees(script.plan_schedule(args, rows, "transformers"), "adamw_torch")
+    run.check_agrees(plan_schedule(rows, pick(Batching, args), fill=False), "adamw_torch")
 
 
 # ---------------------------------------------------------------------------------------------------------------

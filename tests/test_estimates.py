@@ -8,10 +8,12 @@ import pytest
 from conftest import TINY, qwen3_config
 
 import train_qwen3_tool_calling as script
-from tool_calling.audit import list_writes
+from tool_calling.arguments import pick
 from tool_calling.engines.hub import check_model, count_parameters
 from tool_calling.estimates import SMALL_FILES, Footprint, Saving
+from tool_calling.plan import list_writes
 from tool_calling.samples import Sample
+from tool_calling.schedule import Batching, plan_schedule
 from tool_calling.terminal import UserError
 
 WHOLE = 11_475_264  # weights of the embedded base
@@ -89,10 +91,10 @@ def test_disk_and_memory_are_reckoned_for_what_is_trained_and_saved(tmp_path):
     def count(**settings):
         return Saving(out, final, **settings).count_final_bytes(parameters)
 
-    assert count() == 2 * whole and count(method="lora") == 0
-    assert count(method="merged_4bit") == pytest.approx(2 * whole + 0.53 * linear + 2 * parameters["other"], abs=1)
-    assert count(gguf="q8_0") == pytest.approx(3.1 * whole, abs=1)
-    assert count(gguf="f16,q4_k_m") == pytest.approx((2 + 2 + 2 + 1.1) * whole, abs=1)
+    assert count() == 2 * whole and count(save_method="lora") == 0
+    assert count(save_method="merged_4bit") == pytest.approx(2 * whole + 0.53 * linear + 2 * parameters["other"], abs=1)
+    assert count(save_gguf="q8_0") == pytest.approx(3.1 * whole, abs=1)
+    assert count(save_gguf="f16,q4_k_m") == pytest.approx((2 + 2 + 2 + 1.1) * whole, abs=1)
     # weights, gradients and moments in fp32
     memory = Footprint(config, parameters, False, "adamw_torch").estimate(1000)
     assert (memory["base"], memory["adapter"]) == (round(2 * whole / 2**30, 2), round(16 * whole / 2**30, 2))
@@ -137,8 +139,8 @@ def test_checkpoints_on_the_disk_at_once_are_counted():
 
     def count(*flags, first_step=0):
         args = script.parse_args([*flags])
-        saves = script.plan_schedule(args, samples, "transformers").list_saves(args.save_steps)
-        return script.to_saving(args).count_checkpoints(saves, first_step)
+        saves = plan_schedule(samples, pick(Batching, args), fill=False).list_saves(args.save_steps)
+        return pick(Saving, args).count_checkpoints(saves, first_step)
 
     assert count("--num_epochs", "4") == 4
     assert count("--num_epochs", "4", "--save_steps", "3") == 7  # the last step is saved too

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 import train_qwen3_tool_calling as script
+from tool_calling.arguments import pick
 from tool_calling.data.examples import Example
 from tool_calling.engines.answers import find_stop_tokens, generate_answers
 from tool_calling.engines.hub import can_share, check_dropout, check_model, count_parameters, load_tokenizer
@@ -32,6 +33,7 @@ from tool_calling.prompts import find_date, parse_calls
 from tool_calling.run_folder import Run
 from tool_calling.samples import Sample, render_examples
 from tool_calling.saving.merge import Trained, merge_adapter, read_back, save_adapter, save_whole
+from tool_calling.schedule import Batching, plan_schedule
 from tool_calling.scores import read_calls, score_answer
 from tool_calling.streams import count_tokens
 from tool_calling.terminal import UserError
@@ -354,7 +356,7 @@ def to_trained(args, adapter: str | None = None) -> Trained:
 def build_trainer(args):
     """Return the trainer of a run over to_samples, with a model of its own."""
     tokenizer = load_tokenizer(args.model_id)
-    schedule = script.plan_schedule(args, to_samples(tokenizer), "transformers")
+    schedule = plan_schedule(to_samples(tokenizer), pick(Batching, args), fill=False)
     model = script.load_model(args, "transformers", schedule)
     return script.build_run_trainer(args, model, tokenizer, schedule, [], "transformers")
 

@@ -13,8 +13,11 @@ from conftest import ALARM, ROOT, TINY, WEATHER, native, run_script, write_jsonl
 from jobs import FINAL_FILES, ROWS, names
 
 import train_qwen3_tool_calling as script
-from tool_calling.data.examples import read_examples
+from tool_calling.arguments import pick
+from tool_calling.data.examples import Reading, read_examples
 from tool_calling.engines.hub import load_tokenizer
+from tool_calling.samples import Rendering, render_sides
+from tool_calling.schedule import Batching, plan_schedule
 
 try:
     import torch
@@ -126,8 +129,10 @@ GRADIENTS = """
 import sys, weakref
 import torch
 import train_qwen3_tool_calling as script
-from tool_calling.data.examples import read_examples
+from tool_calling.arguments import pick
+from tool_calling.data.examples import Reading, read_examples
 from tool_calling.engines.start import start_engine
+from tool_calling.samples import Rendering, render_sides
 
 args = script.parse_args(sys.argv[1:])
 engine = start_engine(args.engine, args.share_prefix, args.output_dir, args.seed)
@@ -141,8 +146,8 @@ from tool_calling.streams import Layout, build_padded, build_stream
 from tool_calling.training.selfcheck import relative_difference
 
 tokenizer = load_tokenizer(args.model_id)
-examples, _ = read_examples(args.dataset_path, script.to_reading(args))
-train, held_out = script.render_sides(args, tokenizer, examples, [], None)
+examples, _ = read_examples(args.dataset_path, pick(Reading, args))
+train, held_out = render_sides(tokenizer, examples, [], pick(Rendering, args))
 lengths = (1024, 2048)
 schedule = Schedule(train, 8, 1, Layout(8, lengths=lengths))
 model = script.load_model(args, engine, schedule)
@@ -200,7 +205,8 @@ def test_where_the_kernel_cannot_be_compiled_rows_are_padded(folder, monkeypatch
 SHORT_OF_MEMORY = """
 import sys, torch
 import train_qwen3_tool_calling as script
-from tool_calling.data.examples import read_examples
+from tool_calling.arguments import pick
+from tool_calling.data.examples import Reading, read_examples
 from tool_calling.engines.start import start_engine
 from tool_calling.environment import refuse_telemetry, return_pages
 
@@ -220,11 +226,13 @@ if __name__ == "__main__":
     from tool_calling.engines.device import free_gpu
     from tool_calling.engines.hub import load_tokenizer
     from tool_calling.engines.losses import compute_gradient
+    from tool_calling.samples import Rendering, render_sides
+    from tool_calling.schedule import Batching, plan_schedule
 
     tokenizer = load_tokenizer(args.model_id)
-    examples, _ = read_examples(args.dataset_path, script.to_reading(args))
-    train, _ = script.render_sides(args, tokenizer, examples, [], None)
-    schedule = script.plan_schedule(args, train, engine)
+    examples, _ = read_examples(args.dataset_path, pick(Reading, args))
+    train, _ = render_sides(tokenizer, examples, [], pick(Rendering, args))
+    schedule = plan_schedule(train, pick(Batching, args), fill=engine == "unsloth")
     model = script.load_model(args, engine, schedule)
     trainer = script.build_run_trainer(args, model, tokenizer, schedule, [], engine)
     model = trainer.model.train()
@@ -324,9 +332,9 @@ def test_unsloth_on_two_gpus_replays_streams_of_several_lengths(folder):
             *("--batch_size", "1", "--gradient_accumulation_steps", "1", "--train_test_split", "0.25"),
         ]
     )
-    examples, _ = read_examples(args.dataset_path, script.to_reading(args))
-    train, _ = script.render_sides(args, load_tokenizer(MODEL), examples, [], None)
-    assert len(script.plan_schedule(args, train, "unsloth").layout.lengths) > 2
+    examples, _ = read_examples(args.dataset_path, pick(Reading, args))
+    train, _ = render_sides(load_tokenizer(MODEL), examples, [], pick(Rendering, args))
+    assert len(plan_schedule(train, pick(Batching, args), fill=True).layout.lengths) > 2
     output = run_on_two(
         *(folder, "lengths", "--engine", "unsloth", "--dataset_path", folder / "lengths.jsonl"),
         *("--max_steps", "8", "--save_method", "lora"),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from jobs import make_checkpoint, names
 
 import train_qwen3_tool_calling as script
+from tool_calling.arguments import pick
 from tool_calling.engines.choices import find_optim
 from tool_calling.files import find_damage
 from tool_calling.run_folder import (
@@ -25,6 +26,7 @@ from tool_calling.run_folder import (
     write_run,
 )
 from tool_calling.samples import Sample
+from tool_calling.schedule import Batching, plan_schedule
 from tool_calling.terminal import UserError
 
 SAMPLES = [Sample("row:1", [1, 2, 3], 2), Sample("row:2", [4, 5, 6], 1)]
@@ -174,7 +176,7 @@ def plan(flags: dict):
     """Return the schedule of SAMPLES with these settings."""
     args = script.parse_args([])
     vars(args).update(flags)
-    return script.plan_schedule(args, SAMPLES, "transformers")
+    return plan_schedule(SAMPLES, pick(Batching, args), fill=False)
 
 
 def check(run: Run, **changes) -> None:

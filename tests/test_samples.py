@@ -10,7 +10,16 @@ import train_qwen3_tool_calling as script
 from tool_calling.data.examples import Example, to_examples
 from tool_calling.data.rows import read_rows
 from tool_calling.prompts import parse_calls
-from tool_calling.samples import Sample, check_sides, choose, count_origins, name_unit, render_examples, to_sides
+from tool_calling.samples import (
+    Rendering,
+    Sample,
+    check_sides,
+    choose,
+    count_origins,
+    name_unit,
+    render_examples,
+    to_sides,
+)
 from tool_calling.terminal import UserError
 
 
@@ -107,8 +116,12 @@ def test_samples_are_counted_by_the_rows_that_they_are_of():
     ],
 )
 def test_a_run_needs_rows_to_train_on_and_to_choose_by(sides, choosing, message):
+    rendering = Rendering(
+        ["a", "b"], 0.1, 2048, "error", metric_for_best=choosing and "loss", early_stopping_patience=None
+    )
+    assert rendering.choosing == choosing
     if message is None:
-        return check_sides(*sides, ["a", "b"], choosing)
+        return check_sides(*sides, rendering)
     with pytest.raises(UserError) as error:
-        check_sides(*sides, ["a", "b"], choosing)
+        check_sides(*sides, rendering)
     assert str(error.value) == message

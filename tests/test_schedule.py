@@ -7,8 +7,9 @@ import pytest
 from small import row
 
 import train_qwen3_tool_calling as script
+from tool_calling.arguments import pick
 from tool_calling.samples import Sample
-from tool_calling.schedule import Schedule, build_small_batches, choose_lengths, group_samples
+from tool_calling.schedule import Batching, Schedule, build_small_batches, choose_lengths, group_samples, plan_schedule
 from tool_calling.streams import Layout
 
 
@@ -22,7 +23,7 @@ def plan(samples: list[Sample], batch_size: int, steps: int, max_seq_length: int
         *("--seed", "1"),
         *flags,
     ]
-    return script.plan_schedule(script.parse_args(flags), samples, engine)
+    return plan_schedule(samples, pick(Batching, script.parse_args(flags)), fill=engine == "unsloth")
 
 
 def fused(lengths: list[int], shared: int, *flags: int, engine="transformers") -> tuple[Layout, int]:

@@ -14,12 +14,14 @@ from small import TRAIN, make_schedule
 from train_small import make_base
 
 import train_qwen3_tool_calling as script
+from tool_calling.arguments import pick
 from tool_calling.engines import compat, graphs
 from tool_calling.files import lock_folder, partial_folder
 from tool_calling.samples import render_examples
 from tool_calling.saving import proof
 from tool_calling.saving.merge import read_back
 from tool_calling.saving.proof import merge_and_score
+from tool_calling.schedule import Batching, plan_schedule
 from tool_calling.terminal import UserError
 from tool_calling.training import loop, selfcheck
 
@@ -147,7 +149,7 @@ def test_unsloth_records_streams_where_flags_and_steps_allow_it(monkeypatch, fla
     monkeypatch.setattr(graphs, "find_recorded", lambda schedule, config, checkpointing: schedule.layout.lengths)
     monkeypatch.setattr(graphs, "read_streams", lambda model, recorded: noted.append(recorded))
     args = script.parse_args(["--gradient_checkpointing", "on", *flags])
-    schedule = script.plan_schedule(args, TRAIN, "unsloth")
+    schedule = plan_schedule(TRAIN, pick(Batching, args), fill=True)
     assert script.load_model(args, "unsloth", schedule) is model
     assert noted == [(128,) if recorded else ()]
     assert asked[0]["use_safetensors"] and asked[0]["load_in_4bit"] and not asked[0]["trust_remote_code"]

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train_qwen3_tool_calling as script
+from tool_calling.arguments import pick
 from tool_calling.checkpoints import find_checkpoint, list_checkpoints
 from tool_calling.engines.device import leave_group
 from tool_calling.engines.fsdp import held_part
@@ -29,6 +30,7 @@ from tool_calling.processes import is_main, leave
 from tool_calling.run_folder import Run, read_run
 from tool_calling.samples import Sample
 from tool_calling.saving.merge import Trained, round_trained, save_adapter, save_whole
+from tool_calling.schedule import Batching, plan_schedule
 from tool_calling.training.loop import train
 
 
@@ -88,7 +90,10 @@ def live(folder: Path, flags: list[str]) -> None:
     checkpoint = find_checkpoint(args.output_dir, "newest" if list_checkpoints(args.output_dir) else None)
     run = Run(Path(args.output_dir), vars(args), checkpoint, read_run(checkpoint, vars(script.parse_args([]))))
     engine = start_engine(args.engine, args.share_prefix, args.output_dir, args.seed)
-    schedule, held_out = script.plan_schedule(args, make_rows(23, seed=2), engine), make_rows(4, seed=3)
+    schedule, held_out = (
+        plan_schedule(make_rows(23, seed=2), pick(Batching, args), fill=engine == "unsloth"),
+        make_rows(4, seed=3),
+    )
     optim = script.choose_optim(args)
     run.check_agrees(schedule, optim)
     model = script.load_model(args, engine, schedule)

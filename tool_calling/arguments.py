@@ -4,6 +4,7 @@ import argparse
 import math
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import yaml
@@ -112,6 +113,11 @@ def to_words(actions: dict, name: str, node: yaml.Node) -> list[str]:
     if kind != "bool":
         raise FlagError(f"argument {flag}: must be true or false, got {node.value}")
     return [flag] if node.value.lower() in ("true", "yes", "on") else negative  # --no-x, if there is one
+
+
+def pick(kind: type, args):
+    """Return the settings `kind`, a dataclass, with the values of the flags of the same names."""
+    return kind(**{field.name: getattr(args, field.name) for field in fields(kind)})
 
 
 def drop_resume(argv: list[str]) -> list[str]:

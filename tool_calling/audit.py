@@ -1,15 +1,12 @@
 """The dry run: what a run would do, before it is paid for."""
 
 import json
-import shutil
 import sys
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from tool_calling.checkpoints import list_checkpoints
 from tool_calling.data.examples import Checked, Example
 from tool_calling.data.splits import (
     digest_prompts,
@@ -20,12 +17,20 @@ from tool_calling.data.splits import (
     list_calls,
 )
 from tool_calling.engines.hub import check_kind, load_config, load_tokenizer
-from tool_calling.estimates import Footprint, Saving
-from tool_calling.files import digest, find_existing, write_file
+from tool_calling.files import digest, write_file
+from tool_calling.plan import show_run
 from tool_calling.prompts import render_text
 from tool_calling.run_folder import mark_output
-from tool_calling.samples import NOT_HELD_OUT, Sample, count_origins, describe_length, render_examples, to_sides
-from tool_calling.schedule import Schedule
+from tool_calling.samples import (
+    NOT_HELD_OUT,
+    Rendering,
+    Sample,
+    count_origins,
+    describe_length,
+    render_examples,
+    show_rows,
+    to_sides,
+)
 from tool_calling.terminal import UserError, hide_secrets, list_first, plural, say, show_table, warn
 
 LISTED = 1000  # rows that audit.json names for each finding; all are counted
@@ -167,14 +172,14 @@ class Data:
     Args:
         sides: the checked rows of --dataset_path and of --eval_dataset_path.
         missing: why there is no tokenizer, or "".
-        limit: --max_seq_length.
-        share: of the rows that is held out if --eval_dataset_path has none.
     """
 
-    def __init__(self, sides: list[Checked], tokenizer, missing: str, limit: int, share: float):
+    def __init__(self, sides: list[Checked], tokenizer, missing: str, rendering: Rendering):
         self.examples, self.eval_examples = (side.examples for side in sides)
-        self.tokenizer, self.missing, self.share = tokenizer, missing, share
-        self.limit = sys.maxsize if missing else limit  # a limit in tokens says nothing about characters
+        self.tokenizer, self.missing, self.rendering = tokenizer, missing, rendering
+        share = rendering.train_test_split
+        # A limit in tokens says nothing about characters.
+        self.limit = sys.maxsize if missing else rendering.max_seq_length
         self.total = sum(side.total for side in sides)
         both = [*self.examples, *self.eval_examples]
         self.groups, unrendered = render_examples(tokenizer, both, sys.maxsize)
@@ -186,7 +191,7 @@ class Data:
     def audit(self) -> dict:
         """Return what the rows are and call, how long they are, and what is wrong with them."""
         both, bad = [*self.examples, *self.eval_examples], len({source for source, _ in self.problems})
-        unmeasured = self.train and not self.held_out and self.share > 0  # a share of 0 is meant
+        unmeasured = self.train and not self.held_out and self.rendering.train_test_split > 0  # a share of 0 is meant
         return {
             "rows": {
                 "total": self.total,
@@ -205,58 +210,6 @@ class Data:
             "repeats": audit_repeats(self.examples, self.eval_examples),
             "warnings": find_warnings(self.examples, self.eval_examples) + ([NOT_HELD_OUT] if unmeasured else []),
         }
-
-
-def audit_costs(footprint: Footprint, saving: Saving, plan: dict, lengths: tuple[int, ...]) -> dict:
-    """Return the memory and the disk that a run takes, by the plan of audit_schedule and the lengths of its streams."""
-    kept = saving.count_checkpoints(plan["checkpoints"])
-    disk = saving.estimate_disk(footprint.parameters, footprint.optim, kept)
-    free = shutil.disk_usage(find_existing(saving.final_dir)).free
-    return {
-        "memory_gib": footprint.estimate(plan["stream_sizes"]["max"], lengths),
-        "disk_gb": {
-            **{name: round(size / 1e9, 2) for name, size in disk.items()},
-            "free": round(free / 1e9, 1),
-            "checkpoints_kept": kept,
-        },
-    }
-
-
-def audit_schedule(schedule: Schedule, checkpoints: list[int]) -> dict:
-    """Return the steps, streams and checkpoints of a run, and the tokens of its first epoch in three layouts."""
-    sizes, layout = schedule.measure_run(), schedule.layout
-    unfilled = replace(schedule, layout=replace(layout, lengths=(), share_prefix=True))
-    epoch = {
-        "padded": sum_epoch(schedule.padded()),
-        "packed": sum(len(sample.input_ids) for sample in schedule.samples),
-        "shared_prefix": sum_epoch(unfilled),
-    }
-    plan = {
-        "rows_per_step": schedule.rows_per_step,
-        "streams_per_step": schedule.streams_per_step,
-        "steps_per_epoch": schedule.steps_per_epoch,
-        "steps": schedule.steps,
-        "share_prefix": layout.share_prefix,
-        "stream_sizes": {"min": min(sizes), "mean": round(sum(sizes) / len(sizes), 1), "max": max(sizes)},
-        "checkpoints": checkpoints,
-    }
-    return {"epoch": epoch, "plan": plan}
-
-
-def sum_epoch(schedule: Schedule) -> int:
-    """Return how many tokens the first epoch computes."""
-    return sum(schedule.measure(schedule.streams(epoch=0)))
-
-
-def list_writes(saving: Saving, lora: bool, checkpoints: list[int]) -> dict:
-    """Return the paths that a run would write, and those that it would remove or replace."""
-    output = Path(saving.output_dir)
-    names = ["run.yaml", *(f"checkpoint-{step}" for step in checkpoints), *["adapter"] * lora, "report.json"]
-    written = [output / name for name in (*names, "report.html")]
-    written += [Path(saving.final_dir)] if saving.method != "lora" else []
-    earlier = list_checkpoints(output)
-    replaced = [path for path in written if path.exists() and path not in earlier and path.name != "run.yaml"]
-    return {"written": [str(path) for path in written], "replaced": [str(path) for path in (*earlier, *replaced)]}
 
 
 def show_data(audit: dict) -> None:
@@ -298,58 +251,18 @@ def show_data(audit: dict) -> None:
             say("", f"{name}: {where} and {other}")
 
 
-def show_run(audit: dict) -> None:
-    """Print what a run would compute, hold and write."""
-    epoch, plan, unit = audit["epoch"], audit["plan"], audit["unit"]
-    say(
-        "epoch",
-        f"{epoch['padded']:,} {unit} in padded batches, {epoch['packed']:,} packed, "
-        f"{epoch['shared_prefix']:,} with shared prefix ({epoch['padded'] / epoch['shared_prefix']:.1f} times "
-        "fewer than padded)",
-    )
-    name, sizes = "stream" if plan["share_prefix"] else "padded batch", plan["stream_sizes"]
-    span = " to ".join(f"{size:,}" for size in sorted({sizes["min"], sizes["max"]}))
-    say(
-        "plan",
-        f"{plan['steps']:,} steps, {plan['steps_per_epoch']:,} an epoch, of {plan['rows_per_step']:,} rows in "
-        f"{plural(plan['streams_per_step'], name)} of {span} {unit}",
-    )
-    if "memory_gib" in audit:
-        memory, disk = audit["memory_gib"], audit["disk_gb"]
-        graphs = f"; without CUDA graphs {memory['without_graphs']:.2f}" * (memory["without_graphs"] < memory["total"])
-        say(
-            "memory",
-            f"about {memory['total']:.2f} GiB of GPU memory (an estimate): base {memory['base']:.2f}, "
-            f"trained weights and optimizer {memory['adapter']:.2f}, longest {name} "
-            f"{memory['longest_stream']:.2f}{graphs}",
-        )
-        say(
-            "disk",
-            f"{disk['merged_model']:.2f} GB for the final model, {disk['checkpoints']:.2f} GB for "
-            f"{plural(disk['checkpoints_kept'], 'checkpoint')}; {disk['free']:,.1f} GB free",
-        )
-    else:
-        say("memory", "not estimated, nor disk: that takes tokenizer and config.json of the model")
-    written, replaced = audit["files"]["written"], audit["files"]["replaced"]
-    names = {f"checkpoint-{step}" for step in plan["checkpoints"]}
-    say(
-        "writes",
-        ", ".join(
-            [path for path in written if Path(path).name not in names]
-            + [plural(len(plan["checkpoints"]), "checkpoint")]
-        ),
-    )
-    if replaced:
-        say("", f"instead of: {list_first(replaced, SHOWN_PAIRS)}")
-
-
-def show_audit(audit: dict) -> None:
-    """Print the audit, and its warnings."""
+def finish_audit(audit: dict, data: Data, shown: int | None, settings: dict) -> dict:
+    """Print the audit, its warnings and the row `shown`; return what is written to audit.json."""
     show_data(audit)
     if "plan" in audit:
         show_run(audit)
     for warning in audit["warnings"]:
         warn(warning)
+    if shown and data.missing:
+        warn("--show_row: without the tokenizer a row cannot be shown as the model sees it")
+    elif shown:
+        show_rows(data.tokenizer, [sample for group in data.groups for sample in group], shown)
+    return write_audit(audit, settings, settings["output_dir"])
 
 
 def write_audit(audit: dict, settings: dict, folder: str) -> dict:

@@ -15,26 +15,27 @@ FOUR_BIT = 0.53  # bytes of a weight in 4 bits, with the scales of its block
 
 @dataclass(frozen=True)
 class Saving:
-    """What a run saves, and where."""
+    """What a run saves, and where: the flags of the same names."""
 
     output_dir: str
-    final_dir: str
-    method: str = "merged_16bit"  # or merged_4bit, or lora: the adapter alone
-    gguf: str | None = None  # names of GGUF files, separated by commas
-    limit: int | None = None  # checkpoints to keep beside the best; None: all
-    keeps_best: bool = False
+    final_model_dir: str
+    save_method: str = "merged_16bit"
+    save_gguf: str | None = None
+    save_steps: int | None = None
+    save_total_limit: int | None = None
+    metric_for_best: str | None = None
 
     def count_final_bytes(self, parameters: dict[str, int]) -> int:
         """Return the bytes of the final folder at most, also while it is made; 0 if only the adapter is saved."""
         whole = parameters["linear"] + parameters["other"]
         sizes = [2.0]  # bytes per weight
-        if self.method == "merged_4bit":
+        if self.save_method == "merged_4bit":
             sizes.append((FOUR_BIT * parameters["linear"] + 2 * parameters["other"]) / whole)
-        names = self.gguf.split(",") if self.gguf else []
+        names = self.save_gguf.split(",") if self.save_gguf else []
         if not set(names) <= set(CONVERTED_GGUF):
             sizes.append(2)  # the file from which the others are made
         sizes += [{"f32": 4, "f16": 2, "bf16": 2}.get(name, 1.1) for name in names]
-        return 0 if self.method == "lora" else math.ceil(sum(sizes) * whole)
+        return 0 if self.save_method == "lora" else math.ceil(sum(sizes) * whole)
 
     def count_checkpoints(self, saves: list[int], first_step: int = 0) -> int:
         """Return how many new checkpoints are on the disk at once, at most.
@@ -44,7 +45,9 @@ class Saving:
         """
         written = sum(step > first_step for step in saves)
         # A new one is written before the oldest is removed, and the best is kept beside the newest.
-        return min(written, self.limit + 1 + self.keeps_best) if self.limit else written
+        return (
+            min(written, self.save_total_limit + 1 + bool(self.metric_for_best)) if self.save_total_limit else written
+        )
 
     def estimate_disk(self, parameters: dict[str, int], optim: str, checkpoints: int) -> dict[str, int]:
         """Return the bytes of the weights that a run saves at most, without the SMALL_FILES beside each."""
@@ -61,9 +64,9 @@ class Saving:
         kept = ("the adapter and " if lora else "") + plural(checkpoints, "checkpoint")
         small = (1 + checkpoints) * SMALL_FILES
         needs = [("--output_dir", self.output_dir, kept, sizes["adapter"] + sizes["checkpoints"] + small)]
-        if self.method != "lora":
+        if self.save_method != "lora":
             model = f"the {'merged' if lora else 'trained'} model"
-            needs.append(("--final_model_dir", self.final_dir, model, sizes["merged_model"] + SMALL_FILES))
+            needs.append(("--final_model_dir", self.final_model_dir, model, sizes["merged_model"] + SMALL_FILES))
         disks: dict[int, list] = {}
         for need in needs:
             folder = find_existing(need[1])

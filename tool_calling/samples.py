@@ -3,6 +3,8 @@
 import json
 import re
 import sys
+import time
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -15,7 +17,7 @@ from tool_calling.data.special_tokens import find_forbidden
 from tool_calling.data.splits import split_examples
 from tool_calling.files import digest
 from tool_calling.prompts import check_template, find_special_tokens, render_turn
-from tool_calling.terminal import UserError, make_console, warn
+from tool_calling.terminal import UserError, make_console, report_problems, say, warn
 
 NOT_HELD_OUT = "no row is held out: the scores will be those of training rows and say nothing about new requests"
 
@@ -106,13 +108,56 @@ def choose(samples: list[Sample], count: int) -> list[Sample]:
     return [samples[index] for index in sorted(found.values())]
 
 
-def check_sides(train: list[Sample], held_out: list[Sample], paths: list[str], choosing: str | None) -> None:
-    """Refuse a run without a training row, and one with a flag `choosing` a checkpoint by held-out rows without any."""
+@dataclass(frozen=True)
+class Rendering:
+    """Which samples are made of rows, and of which side: the flags of the same names."""
+
+    dataset_path: list[str]
+    train_test_split: float
+    max_seq_length: int
+    on_invalid: str
+    metric_for_best: str | None
+    early_stopping_patience: int | None
+
+    @property
+    def choosing(self) -> str | None:
+        """Return the flag that chooses a checkpoint by held-out rows, if one is given."""
+        if self.early_stopping_patience:
+            return "--early_stopping_patience"
+        return "--metric_for_best" if self.metric_for_best else None
+
+
+def render_sides(
+    tokenizer, examples: list[Example], held_out: list[Example], rendering: Rendering, date: str | None = None
+) -> tuple[list[Sample], list[Sample]]:
+    """Return the training and held-out samples of the valid examples, split here if none are held out yet."""
+    start, both = time.perf_counter(), [*examples, *held_out]
+    groups, problems = render_examples(tokenizer, both, rendering.max_seq_length, date)
+    report_problems(problems, rendering.on_invalid, len(both))
+    train, test = to_sides(examples, held_out, groups, rendering.train_test_split)
+    check_sides(train, test, rendering)
+    if not test:
+        warn(NOT_HELD_OUT)
+    tokens = [len(sample.input_ids) for sample in (*train, *test)]
+    say(
+        "render",
+        f"{len(train):,} training and {len(test):,} held-out samples of {sum(tokens) // len(tokens):,} tokens "
+        f"on average, {max(tokens):,} at most ({time.perf_counter() - start:.1f} s)",
+    )
+    if date:
+        say("", f"the chat template writes the date into prompts: {date}, the day this run began, also when resumed")
+    return train, test
+
+
+def check_sides(train: list[Sample], held_out: list[Sample], rendering: Rendering) -> None:
+    """Refuse a run without a training row, and one that chooses a checkpoint by held-out rows and has none."""
     if not train:
-        raise UserError(f"{' '.join(paths)}: no row is left to train on; lower --train_test_split or add rows")
-    if choosing and not held_out:
         raise UserError(
-            f"{choosing}: no row is held out to choose a checkpoint by; raise --train_test_split or give "
+            f"{' '.join(rendering.dataset_path)}: no row is left to train on; lower --train_test_split or add rows"
+        )
+    if rendering.choosing and not held_out:
+        raise UserError(
+            f"{rendering.choosing}: no row is held out to choose a checkpoint by; raise --train_test_split or give "
             "--eval_dataset_path"
         )
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from tool_calling.processes import count_devices
 from tool_calling.samples import Sample, choose
 from tool_calling.streams import Layout, count_tokens, fill_up, split_rows, to_tree
 from tool_calling.terminal import plural, say
@@ -14,6 +15,19 @@ from tool_calling.terminal import plural, say
 MEASURED_EPOCHS = 50  # a run of more epochs is planned by the streams of so many
 READ_BACK_ROWS = 64  # held-out samples on which the losses of merged model and adapter are compared
 READ_BACK_BATCH = 4  # of them at once: their logits are held, with Qwen3's vocabulary 60 MB for 40 tokens
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How many samples are computed together, and for how long: the flags of the same names."""
+
+    batch_size: int
+    gradient_accumulation_steps: int
+    max_seq_length: int
+    share_prefix: bool
+    num_epochs: int
+    max_steps: int | None
+    seed: int
 
 
 def group_samples(samples: list[Sample]) -> list[list[list[int]]]:
@@ -173,6 +187,25 @@ class Schedule:
         """Return the steps after which a checkpoint is written: each `every` steps (None: each epoch), and the last."""
         every = every or self.steps_per_epoch
         return [*range(every, self.steps, every), self.steps]
+
+
+def plan_schedule(samples: list[Sample], batching: Batching, fill: bool) -> Schedule:
+    """Return which samples are computed together in which step: streams as long as the flags allow a padded batch.
+
+    With `fill`, the streams get a few lengths to be filled up to (see choose_lengths).
+    """
+    schedule = Schedule(
+        samples,
+        batching.batch_size,
+        batching.gradient_accumulation_steps,
+        Layout(batching.batch_size, batching.share_prefix),
+        epochs=batching.num_epochs,
+        max_steps=batching.max_steps,
+        seed=batching.seed,
+        devices=count_devices(),
+    )
+    limit = batching.batch_size * batching.max_seq_length
+    return schedule.fuse(limit, fill) if batching.share_prefix else schedule
 
 
 class StreamSampler:

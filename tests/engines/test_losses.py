@@ -6,8 +6,10 @@ from hypothesis import given, settings
 from small import CASES, ROWS_OF_TOKENS, TRAIN, make_adapted, make_qwen3, row
 
 import train_qwen3_tool_calling as script
+from tool_calling.arguments import pick
 from tool_calling.engines.losses import compute_gradient, compute_token_losses, score_batches, to_metrics
 from tool_calling.samples import Sample
+from tool_calling.schedule import Batching, plan_schedule
 from tool_calling.streams import Layout, build_padded, build_stream
 
 
@@ -94,7 +96,7 @@ def test_held_out_rows_that_share_nothing_make_no_larger_streams_than_training(m
     train = [row([*range(1, 31), i % 8], [9]) for i in range(16)]
     strangers = [row([i, *range(1, 31)], [9]) for i in range(16)]
     flags = ["--batch_size", "2", "--gradient_accumulation_steps", "8", "--max_seq_length", "64"]
-    layout = script.plan_schedule(script.parse_args(flags), train, "transformers").layout
+    layout = plan_schedule(train, pick(Batching, script.parse_args(flags)), fill=False).layout
     assert layout.rows == 16 and layout.limit == 128
     batches = layout.batch(strangers)
     assert [batch["input_ids"].numel() for batch in batches] == [128] * 4

@@ -197,6 +197,15 @@ def check_merge_base(config, model_id: str, merge_model_id: str | None, trust: b
     return merge_model_id
 
 
+def check_base(model_id: str, merge_model_id: str | None, adapter: bool, merged: bool, trust: bool) -> tuple:
+    """Return (config of the model to train, the 16-bit model that its adapter is merged into), after checks of both."""
+    config = check_model(model_id, trust=trust)
+    quantised = check_quantised(config, model_id, adapter)
+    if merge_model_id or (quantised and merged):
+        return config, check_merge_base(config, model_id, merge_model_id, trust)
+    return config, model_id
+
+
 def build_skeleton(config, trust: bool):
     """Return the model that a config describes, on the meta device: shapes of weights without memory."""
     with torch.device("meta"):

@@ -58,6 +58,22 @@ def load_base(
     return model
 
 
+def load_trainable(model_id: str, load_in_4bit: bool, trust: bool, whole: bool, split: bool):
+    """Return a base to train: with `whole` all of its weights, in fp32; with `split`, where split_model expects it.
+
+    A model to be split comes from the CPU. Quantising there takes minutes, so a 4-bit base is on each GPU whole at
+    first. Its numbers are held as fp32: PyTorch gathers bf16 through fp32, which changes numbers that look like NaN.
+    """
+    dtype, options = torch.float32 if whole else None, {}
+    if split:
+        options = {"place": None if load_in_4bit and torch.cuda.is_available() else "cpu", "storage": torch.float32}
+        if whole:  # until it is split, it is held in the type that it was saved in
+            dtype = load_config(model_id, trust=trust).dtype
+    model = load_base(model_id, load_in_4bit, trust, dtype, **options)
+    model.config.use_cache = False
+    return model
+
+
 def load_adapter(model, adapter: str):
     """Return a model with its adapter, each part on the device of the layer that it belongs to.
 

@@ -1,7 +1,7 @@
 """What training leaves on the disk: the adapter, and the merged or fully trained model."""
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -9,14 +9,17 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM
 
 from tool_calling.engines.answers import find_stop_tokens
-from tool_calling.engines.device import free_gpu
+from tool_calling.engines.device import free_gpu, leave_group
 from tool_calling.engines.fsdp import gather_model, held_part, is_split
+from tool_calling.engines.graphs import empty_weights
 from tool_calling.engines.hub import load_config, load_tokenizer
 from tool_calling.engines.loading import find_place, load_adapter, load_base
 from tool_calling.engines.losses import measure_loss
 from tool_calling.files import discard_partial, partial_folder, put_in_place
 from tool_calling.run_folder import write_run
-from tool_calling.terminal import UserError, warn
+from tool_calling.samples import Sample
+from tool_calling.schedule import build_small_batches
+from tool_calling.terminal import UserError, say, warn
 
 MERGE_SLACK = 0.02  # nats per token (a share of losses over 1), and share of the rows, that a merge may cost
 ROUNDED_WEIGHTS = 2**26  # numbers of a weight that are rounded or summed at a time: it takes as much memory again
@@ -45,6 +48,28 @@ class Trained:
 
     def find_place(self, four_bit: bool = False) -> str:
         return find_place(four_bit, self.settings["fsdp"])
+
+
+def keep_trained(trained: Trained, trainer, samples: list[Sample]) -> tuple[Trained, float | None] | None:
+    """Save what a trainer has trained, and free its memory; None in all processes but the first.
+
+    Args:
+        samples: on which the loss of fully trained weights is measured before they are saved.
+    Returns: the same with its adapter's folder, and that loss (None for an adapter).
+    """
+    whole, before = None, None
+    if not trained.settings["lora_rank"]:
+        whole, before = round_trained(trained, trainer.model, build_small_batches(samples, trainer.layout))
+    if not leave_group():
+        return None
+    if whole is None:
+        trained = replace(trained, adapter=save_adapter(trainer.model, trained.settings["output_dir"]))
+        say("save", f"adapter: {trained.adapter}")
+    else:
+        save_whole(trained, whole)
+    if trained.engine == "unsloth":
+        empty_weights(trainer.model)
+    return trained, before
 
 
 def save_adapter(model, output_dir: str) -> str:
