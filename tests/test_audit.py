@@ -252,6 +252,7 @@ def test_the_plan_is_the_runs(dry):
                 out / "checkpoint-2",
                 out / "checkpoint-3",
                 out / "adapter",
+                out / "answers.jsonl",
                 out / "report.json",
                 out / "report.html",
                 final,

@@ -39,6 +39,7 @@ def test_a_run_writes_exactly_these_files(job):
     assert names(folder / "out") == [
         ".lock",
         "adapter",
+        "answers.jsonl",
         "checkpoint-3",
         "checkpoint-6",
         "report.html",
@@ -124,7 +125,9 @@ def test_a_model_and_an_adapter_are_scored_without_training(job, tmp_path):
         result = run_script(*arguments(folder, "--output_dir", tmp_path / name, *flags))
         assert result.returncode == 0, result.stderr
         assert names(tmp_path / name) == ["eval_only", "run.yaml"]  # a report of training there would be kept
-        assert names(tmp_path / name / "eval_only") == ["report.html", "report.json", "run.yaml"]
+        assert names(tmp_path / name / "eval_only") == ["answers.jsonl", "report.html", "report.json", "run.yaml"]
+        answers = [json.loads(line) for line in (tmp_path / name / "eval_only" / "answers.jsonl").open()]
+        assert len(answers) == 6 and {answer["model"] for answer in answers} == {"model"}
         report = json.loads((tmp_path / name / "eval_only" / "report.json").read_text())
         assert report["scores"] == {"model": trained[name]} and "train" not in report
         assert report["data"]["path"] == str(folder / "rows.jsonl") and report["data"]["held_out"] == 6

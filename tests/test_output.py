@@ -37,7 +37,9 @@ def test_full_fine_tuning_writes_the_model_in_the_bases_type_and_no_adapter(full
     folder, result, _ = full
     assert result.returncode == 0, result.stderr
     assert names(folder / "final") == sorted([*FINAL_FILES, "gguf"])
-    assert names(folder / "out") == [".lock", "checkpoint-3", "checkpoint-6", "report.html", "report.json", "run.yaml"]
+    assert names(folder / "out") == [
+        *(".lock", "answers.jsonl", "checkpoint-3", "checkpoint-6", "report.html", "report.json", "run.yaml")
+    ]
     base, trained = load_file(TINY / "model.safetensors"), load_file(folder / "final" / "model.safetensors")
     assert {name: (t.shape, t.dtype) for name, t in trained.items()} == {n: (t.shape, t.dtype) for n, t in base.items()}
     kept = [name for name in base if torch.equal(base[name], trained[name])]

@@ -14,6 +14,7 @@ from tool_calling.report import (
     measure_lengths,
     show_answers,
     to_report,
+    write_answers,
     write_report,
 )
 from tool_calling.samples import Sample
@@ -143,6 +144,7 @@ def test_answers_and_scores_are_printed_and_the_report_is_written(tmp_path, caps
     report = finish(tmp_path, to_report(SETTINGS, "python x.py", proof, DATA, None), proof)
     assert report == json.loads((tmp_path / "report.json").read_text()) and report["scores"] == proof.scores
     assert "<title>" in (tmp_path / "report.html").read_text()
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 3 * len(SAMPLES)
     assert capsys.readouterr().out.splitlines() == [
         "",
         "a.json:1  Rain in Rome?",
@@ -171,6 +173,32 @@ def test_answers_and_scores_are_printed_and_the_report_is_written(tmp_path, caps
         "         broken calls                        0                   1                   1",
         f"report   {tmp_path / 'report.html'}",
     ]
+
+
+def test_every_answer_is_written_for_other_checkers(tmp_path):
+    thought = f"<think>\nWhy {ALARM_AT_6}?\n</think>\n\n{ROME}"
+    nan = '<tool_call>\n{"name": "get_weather", "arguments": {"city": NaN}}\n</tool_call>'
+    results = {"base": {"answers": ["Yes. \ud83d", thought]}, "merged": {"answers": [nan, "<tool_call>{"]}}
+    samples = [SAMPLES[2], SAMPLES[0]._replace(completion=thought, source="a.json:7")]
+    write_answers(tmp_path, Proof.of(samples, results))
+    lines = (tmp_path / "answers.jsonl").read_text().splitlines()
+    hi = {"source": "b.json:3", "request": "Hi", "tools": [WEATHER, ALARM], "expected": "Hello!", "expected_calls": []}
+    rome = {"source": "a.json:7", "request": "Rain in\nRome?", "tools": [WEATHER, ALARM], "expected": thought}
+    rome["expected_calls"] = [{"name": "get_weather", "arguments": {"city": "Rome"}}]
+    right, wrong = ({"exact": hit, "ast": hit, "broken": False} for hit in (True, False))
+    assert [json.loads(line, parse_constant=pytest.fail) for line in lines] == [
+        hi | {"model": "base", "answer": "Yes. \ud83d", "calls": []} | right,
+        rome | {"model": "base", "answer": thought, "calls": rome["expected_calls"]} | right,
+        hi
+        | {"model": "merged", "answer": nan, "calls": [{"name": "get_weather", "arguments": {"city": None}}]}
+        | wrong,
+        rome | {"model": "merged", "answer": "<tool_call>{", "calls": None} | wrong | {"broken": True},
+    ]
+    assert list(json.loads(lines[0])) == [
+        *("source", "model", "request", "tools", "expected", "expected_calls", "answer", "calls", "exact", "ast"),
+        "broken",
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["answers.jsonl"]
 
 
 def test_a_model_that_is_only_scored_is_shown_alone(capsys):

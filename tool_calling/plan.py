@@ -103,8 +103,8 @@ def sum_epoch(schedule: Schedule) -> int:
 def list_writes(saving: Saving, lora: bool, checkpoints: list[int]) -> dict:
     """Return the paths that a run would write, and those that it would remove or replace."""
     output = Path(saving.output_dir)
-    names = ["run.yaml", *(f"checkpoint-{step}" for step in checkpoints), *["adapter"] * lora, "report.json"]
-    written = [output / name for name in (*names, "report.html")]
+    names = ["run.yaml", *(f"checkpoint-{step}" for step in checkpoints), *["adapter"] * lora, "answers.jsonl"]
+    written = [output / name for name in (*names, "report.json", "report.html")]
     written += [Path(saving.final_model_dir)] if saving.save_method != "lora" else []
     earlier = list_checkpoints(output)
     replaced = [path for path in written if path.exists() and path not in earlier and path.name != "run.yaml"]

@@ -1,9 +1,10 @@
-"""The report of a run: on screen, as report.json and as report.html."""
+"""The report of a run: on screen, as report.json and as report.html, and every answer in answers.jsonl."""
 
 import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from itertools import zip_longest
 from pathlib import Path
@@ -11,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tool_calling.files import write_file
+from tool_calling.files import partial_folder, write_file
 from tool_calling.page import list_scores, render_report
 from tool_calling.prompts import take_answer
 from tool_calling.samples import Sample
-from tool_calling.scores import Proof, count_confusion, count_per_tool
+from tool_calling.scores import Proof, count_confusion, count_per_tool, read_calls
 from tool_calling.terminal import cut_text, hide_secrets, say
 
 SHOWN_ROWS = 3  # requests whose answers before and after training are printed
@@ -23,9 +24,10 @@ LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "unsloth")
 
 
 def finish(folder: str | Path, report: dict, proof: Proof) -> dict:
-    """Print the first answers and all scores; write the report into `folder` and return what report.json holds."""
+    """Print the first answers and all scores; write report and answers into `folder`; return what report.json holds."""
     show_answers(proof)
     show_scores(proof.scores)
+    write_answers(folder, proof)
     report = write_report(folder, report)
     say("report", f"{Path(folder) / 'report.html'}")
     return report
@@ -114,10 +116,44 @@ def find_commit() -> str | None:
     return result.stdout.strip() or None
 
 
+def list_answers(proof: Proof) -> Iterator[dict]:
+    """Yield every answer of every model with all that another checker needs; broken calls are None."""
+    for model, result in proof.results.items():
+        for sample, answer, verdict in zip(proof.samples, result["answers"], proof.verdicts[model]):
+            expected, got = (take_answer(text, sample.completion) for text in (sample.completion, answer))
+            yield {
+                "source": sample.source,
+                "model": model,
+                "request": sample.request,
+                "tools": sample.tools,
+                "expected": sample.completion,
+                "expected_calls": read_calls(expected, sample.parser),
+                "answer": answer,
+                "calls": None if verdict.broken else read_calls(got, sample.parser),
+                "exact": verdict.exact,
+                "ast": verdict.ast,
+                "broken": verdict.broken,
+            }
+
+
+def write_answers(folder: str | Path, proof: Proof) -> None:
+    """Write what list_answers yields to answers.jsonl in `folder`, one JSON object a line."""
+    path = Path(folder) / "answers.jsonl"
+    with open(partial_folder(path), "w", encoding="utf-8", errors="backslashreplace") as file:
+        for answer in list_answers(proof):
+            file.write(json.dumps(to_plain(answer), ensure_ascii=False) + "\n")
+    partial_folder(path).replace(path)
+
+
+def to_plain(value: object) -> object:
+    """Return a value as JSON has it, without secrets; NaN, which a norm in fp16 or an answer may hold, is null."""
+    text = hide_secrets(json.dumps(value, ensure_ascii=False, default=str))
+    return json.loads(text, parse_constant=lambda name: None)
+
+
 def write_report(folder: str | Path, report: dict) -> dict:
     """Write report.json and report.html into `folder` and return what report.json holds."""
-    text = hide_secrets(json.dumps(report, ensure_ascii=False, default=str))
-    report = json.loads(text, parse_constant=lambda name: None)  # NaN is not JSON; a norm in fp16 may be NaN
+    report = to_plain(report)
     write_file(Path(folder) / "report.json", json.dumps(report, indent=1, ensure_ascii=False))
     write_file(Path(folder) / "report.html", render_report(report))
     return report
