@@ -102,10 +102,11 @@ def test_a_run_by_steps_is_planned_for_the_epochs_that_it_begins():
 def test_losses_of_saved_models_are_compared_on_few_rows_at_once():
     rows = [row([*range(1, 31), 40 + i], [9]) for i in range(70)]
     for size, expected in ((16, 4), (3, 3)):
-        batches = build_small_batches(rows, Layout(size, lengths=(512,)))
+        batches = build_small_batches(rows, Layout(size, lengths=(512,)), vocabulary=151_936)
         supervised = [int((batch["labels"] != -100).sum()) for batch in batches]
         assert sum(supervised) == 64 and max(supervised) == expected
         assert all(batch["input_ids"].numel() < 512 for batch in batches)  # not filled up to training's length
+    assert len(build_small_batches(rows, Layout(32), vocabulary=4096)) == 2  # whose logits take less
 
 
 @pytest.mark.parametrize(

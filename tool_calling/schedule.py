@@ -14,7 +14,7 @@ from tool_calling.terminal import plural, say
 
 MEASURED_EPOCHS = 50  # a run of more epochs is planned by the streams of so many
 READ_BACK_ROWS = 64  # held-out samples on which the losses of merged model and adapter are compared
-READ_BACK_BATCH = 4  # of them at once: their logits are held, with Qwen3's vocabulary 60 MB for 40 tokens
+READ_BACK_LOGITS = 25_000_000  # held of them at once: 100 MB, with Qwen3's vocabulary those of 4 answers of 40 tokens
 
 
 @dataclass(frozen=True)
@@ -239,9 +239,13 @@ def choose_lengths(sizes: list[int]) -> tuple[int, ...]:
     return tuple(reversed(lengths))
 
 
-def build_small_batches(samples: list[Sample], layout: Layout) -> list[dict]:
-    """Return the batches on which losses of saved models are compared: small, as less memory may be left by then."""
-    small = replace(layout, rows=min(layout.rows, READ_BACK_BATCH), lengths=())
+def build_small_batches(samples: list[Sample], layout: Layout, vocabulary: int) -> list[dict]:
+    """Return the batches on which losses of saved models are compared: small, as less memory may be left by then.
+
+    Args:
+        vocabulary: the logits of each supervised token.
+    """
+    small = replace(layout, rows=min(layout.rows, max(1, READ_BACK_LOGITS // (40 * vocabulary))), lengths=())
     return small.batch(choose(samples, READ_BACK_ROWS))
 
 

@@ -59,7 +59,8 @@ def keep_trained(trained: Trained, trainer, samples: list[Sample]) -> tuple[Trai
     """
     whole, before = None, None
     if not trained.settings["lora_rank"]:
-        whole, before = round_trained(trained, trainer.model, build_small_batches(samples, trainer.layout))
+        batches = build_small_batches(samples, trainer.layout, trainer.model.config.vocab_size)
+        whole, before = round_trained(trained, trainer.model, batches)
     if not leave_group():
         return None
     if whole is None:

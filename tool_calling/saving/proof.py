@@ -103,7 +103,7 @@ def merge_and_score(trained: Trained, questions: Questions, layout: Layout) -> d
     quiet_libraries()
     trust, place, small_place = trained.trust, trained.find_place(), trained.find_place(four_bit=True)
     tokenizer, results = load_tokenizer(trained.model_id, trust), {}
-    batches = build_small_batches(questions.samples, layout)
+    batches = build_small_batches(questions.samples, layout, len(tokenizer))
 
     def score(name, model):
         answers = questions.ask(model, tokenizer, name)
