@@ -4,8 +4,9 @@ import pytest
 from conftest import WEATHER
 from format_cases import read, tool
 
-from tool_calling.data.schemas import parse_type, to_strict
+from tool_calling.data.schemas import parse_type
 from tool_calling.data.tools import check_call, check_tools, to_tools
+from tool_calling.data.validators import to_strict
 
 
 @pytest.mark.parametrize(
@@ -44,6 +45,32 @@ from tool_calling.data.tools import check_call, check_tools, to_tools
         ("", None),
         ("Dict[int, str]", None),
         ("file", None),
+        *((name, {"type": "object"}) for name in ("HashMap", "Hashtable", "Map", "dict (optional)")),
+        *((name, {"type": "array"}) for name in ("ArrayList", "Array", "Queue", "Stack", "java.util.List")),
+        *((name, {"type": "string"}) for name in ("char", "String", "date", "DATE (YYYY-MM-DD)", "date-time", "url")),
+        *((name, {"type": "integer"}) for name in ("long", "byte", "short", "Bigint", "int64")),
+        *((name, {"type": "number"}) for name in ("double", "Float", "BigDecimal", "decimal (optional)")),
+        ("timestamp", {"type": ["string", "number"]}),
+        ("ENUM", {}),
+        ("TIME (24-hour HH:MM)", {"type": "string"}),
+        ("HashSet", {"type": "array", "uniqueItems": True}),
+        ("String[]", {"type": "array", "items": {"type": "string"}}),
+        ("int[][]", {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}}),
+        ("List<String>", {"type": "array", "items": {"type": "string"}}),
+        ("Map<String, Object>", {"type": "object", "additionalProperties": {}}),
+        ("Map<String, Integer>", {"type": "object", "additionalProperties": {"type": "integer"}}),
+        (
+            "HashMap<String, String[]>",
+            {"type": "object", "additionalProperties": {"type": "array", "items": {"type": "string"}}},
+        ),
+        ("Record<string, number>", {"type": "object", "additionalProperties": {"type": "number"}}),
+        ("java.util.List<java.lang.String>", {"type": "array", "items": {"type": "string"}}),
+        ("List<Object>", {"type": "array", "items": {}}),
+        ("string | null", {"type": ["string", "null"]}),
+        ("int or float", {"type": ["integer", "number"]}),
+        ("Literal['a', 'b']", {"enum": ["a", "b"]}),
+        ("int" + "[]" * 100_000, None),
+        ("a" + " " * 100_000 + "(", None),
     ],
 )
 def test_a_type_is_read_only_where_it_is_clear(text, expected):
@@ -99,44 +126,42 @@ def test_types_are_replaced_only_where_a_schema_stands_and_every_change_is_count
 
 
 @pytest.mark.parametrize(
-    "given, expected, change",
+    "schema, passing, failing",
     [
-        ({"type": "STRING", "nullable": True}, {"type": ["string", "null"]}, "nullable -> type null"),
-        ({"type": ["integer", "null"], "nullable": True}, {"type": ["integer", "null"]}, "nullable -> type null"),
-        ({"type": "string", "nullable": False}, {"type": "string"}, "nullable false -> removed"),
-        ({"enum": [1], "nullable": True}, {"enum": [1], "nullable": True}, None),  # without a type it says nothing
-        ({"minimum": 0, "exclusiveMinimum": True}, {"exclusiveMinimum": 0}, "exclusiveMinimum true -> number"),
-        ({"maximum": 9, "exclusiveMaximum": False}, {"maximum": 9}, "exclusiveMaximum without effect -> removed"),
-        ({"exclusiveMinimum": True}, {}, "exclusiveMinimum without effect -> removed"),
-        ({"exclusiveMaximum": 9}, {"exclusiveMaximum": 9}, None),
-        (
-            {"type": "Union[int, List[str]]", "nullable": True},
-            {"anyOf": [{"type": "integer"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]},
-            "nullable -> type null",
-        ),
-        (
-            {"anyOf": [{"type": "string"}], "nullable": True},
-            {"anyOf": [{"type": "string"}, {"type": "null"}]},
-            "nullable -> type null",
-        ),
-        (
-            {"type": "object", "properties": {"a": {"type": "string"}, "b": None}},
-            {"type": "object", "properties": {"a": {"type": "string"}}},
-            "property null -> removed",
-        ),
-        ({"type": "array", "items": []}, {"type": "array"}, "items of a tuple -> prefixItems"),
+        ({"type": "string", "nullable": True}, ["a", None], [1]),
+        ({"type": ["integer", "null"], "nullable": True}, [1, None], ["a"]),
+        ({"type": "string", "nullable": False}, ["a"], [None]),
+        ({"enum": [1], "nullable": True}, [1], [None]),  # without a type it says nothing
+        ({"type": "string", "enum": ["a"], "nullable": True}, ["a"], [None]),  # null would stand among the values
+        ({"minimum": 0, "exclusiveMinimum": True}, [1], [0, -1]),
+        ({"minimum": 0, "exclusiveMinimum": False}, [0], [-1]),
+        ({"maximum": 9, "exclusiveMaximum": False}, [9], [10]),
+        ({"maximum": 9, "exclusiveMaximum": True}, [8], [9]),
+        ({"exclusiveMinimum": True}, [-1], []),
+        ({"exclusiveMaximum": 9}, [8], [9]),
+        ({"anyOf": [{"type": "integer"}, {"type": "array"}], "nullable": True}, [1, [], None], ["a"]),
+        ({"type": "array", "items": []}, [[], [1, "a"]], [1]),
         (
             {"items": [{"type": "number"}, {"type": "number", "nullable": True}], "additionalItems": False},
-            {"prefixItems": [{"type": "number"}, {"type": ["number", "null"]}], "items": False},
-            "items of a tuple -> prefixItems",
+            [[1], [1, None]],
+            [[None], [1, 2, 3]],
         ),
+        ({"items": [{"type": "number"}], "additionalItems": {"type": "string"}}, [[1, "a"]], [[1, 2], ["a"]]),
+        ({"$schema": "http://json-schema.org/draft-04/schema#", "minimum": 0, "exclusiveMinimum": True}, [1], [0]),
+        ({"type": "object", "properties": {"a": {"type": "string", "nullable": True}}}, [{"a": None}], [{"b": 1}]),
     ],
 )
-def test_schemas_of_openapi_and_earlier_drafts_are_read_as_they_are_meant(given, expected, change):
-    tools, changes = to_tools([tool({"nullable": given})])  # which is a parameter's name here
-    assert tools == [tool({"nullable": expected})] and (changes[change] == 1 if change else not changes)
-    assert to_tools(tools) == (tools, {})
-    assert check_tools(tools)[1] == []
+def test_schemas_of_openapi_and_earlier_drafts_are_rendered_as_written_and_applied_as_meant(schema, passing, failing):
+    given = [tool({"nullable": schema}, ["nullable"])]  # which is a parameter's name here
+    tools, changes = to_tools(given)
+    assert (tools, changes) == (given, {})
+    validators, problems = check_tools(tools)
+    assert problems == []
+    for value in [*passing, *failing]:
+        refused = check_call("f", {"nullable": [value]}, check_tools([tool({"nullable": {"items": schema}})])[0])
+        assert bool(refused) == (value in failing), value
+        if value is not None:  # which a required argument may always be
+            assert bool(check_call("f", {"nullable": value}, validators)) == (value in failing), value
 
 
 def test_flat_parameters_beside_a_list_of_those_required_are_a_schema():
@@ -315,3 +340,31 @@ def test_null_properties_are_dropped_and_counted():
     tools, changes = to_tools([tool({"a": {"type": "string", "title": None}, "b": None, "c": None})])
     assert tools == [tool({"a": {"type": "string"}})]
     assert changes == {"title null -> removed": 1, "property null -> removed": 2}
+
+
+def test_a_default_is_a_legal_value_of_whatever_type():
+    """Of optional and of required arguments, at every depth; `true` is no 1, and another value is as wrong as ever."""
+    inner = {"type": "object", "properties": {"n": {"type": "integer", "default": "1"}}}
+    one = {"anyOf": [{"type": "number"}, {"type": "boolean"}], "enum": [2], "default": 1}
+    properties = {"a": {"type": "string", "default": None}, "b": {"type": "number", "default": "1.0"}, "c": inner, "d": one}
+    validators, problems = check_tools([tool(properties, ["b"])])
+    assert problems == []
+    assert check_call("f", {"a": None, "b": "1.0", "c": {"n": "1"}, "d": 1}, validators) == []
+    assert check_call("f", {"a": 1, "b": "2.0", "c": {"n": "2"}, "d": True}, validators) == [
+        "arguments.a must be a string, got 1",
+        'arguments.b must be a number, got "2.0"',
+        'arguments.c.n must be an integer, got "2"',
+        "arguments.d must be one of 2, got true",
+    ]
+
+
+def test_an_empty_list_of_properties_is_a_free_object_but_for_the_tool_itself():
+    free = {"type": "object", "properties": {}}
+    shut = {**free, "additionalProperties": False}
+    validators, problems = check_tools([tool({"free": free, "shut": shut, "many": {"type": "array", "items": free}})])
+    assert problems == [] and check_call("f", {"free": {"x": {"y": 1}}, "many": [{"z": 1}]}, validators) == []
+    assert check_call("f", {"shut": {"x": 1}}, validators) == ["arguments.shut.x is not an argument of this tool"]
+    for parameters in (free, {}, None, {"properties": {}}):
+        validators, _ = check_tools(to_tools([{"name": "f", "parameters": parameters}])[0])
+        assert check_call("f", {}, validators) == []
+        assert check_call("f", {"x": 1}, validators) == ["arguments.x is not an argument of this tool"]

@@ -2,13 +2,14 @@
 
 import json
 import time
+from collections import Counter
 
 import pytest
 from conftest import WEATHER, native
 from format_cases import MOBILE_TOOL, read
 
 from tool_calling.data.examples import to_examples
-from tool_calling.data.tools import limit_time, read_tools
+from tool_calling.data.tools import check_call, check_tools, limit_time, read_tools, settle_arguments
 from tool_calling.terminal import UserError
 
 
@@ -134,3 +135,84 @@ def test_only_computing_counts_as_time():
     with pytest.raises(TimeoutError), limit_time(0.1):
         while True:
             pass
+
+
+LEFT_OUT, DROPPED, KEPT = (
+    "null of an optional argument left out",
+    "null of no argument dropped",
+    "null of a required argument kept",
+)
+TEXT, YEAR = {"type": "string"}, {"type": "integer"}
+REMIND = {"type": "object", "properties": {"text": TEXT, "year": YEAR, "place": TEXT}, "required": ["text", "year"]}
+PLACE = {"type": "object", "properties": {"lat": {"type": "number"}, "lon": {"type": "number"}}, "required": ["lat"]}
+
+
+def one(schema: dict, *required: str, **more) -> dict:
+    """A schema with one property, x."""
+    return {"type": "object", "properties": {"x": schema}, "required": list(required), **more}
+
+
+@pytest.mark.parametrize(
+    "schema, arguments, settled, counts",
+    [
+        (REMIND, {"text": "a", "year": None, "place": None}, {"text": "a", "year": None}, {LEFT_OUT: 1, KEPT: 1}),
+        (REMIND, {"text": "a", "year": 2027, "place": None}, {"text": "a", "year": 2027}, {LEFT_OUT: 1}),
+        (REMIND, {"text": "a", "year": "2028"}, {"text": "a", "year": "2028"}, {}),
+        (REMIND, {"text": None, "year": None}, {"text": None, "year": None}, {KEPT: 2}),
+        (REMIND, {"text": "a", "year": 1, "zone": None, "unit": None}, {"text": "a", "year": 1}, {DROPPED: 2}),
+        (one({"type": ["string", "null"]}), {"x": None}, {"x": None}, {}),  # what the schema allows stays
+        (one({"type": "string", "nullable": True}), {"x": None}, {"x": None}, {}),
+        (one({"type": "string", "default": None}), {"x": None}, {"x": None}, {}),
+        (one({"anyOf": [TEXT, {"type": "null"}]}), {"x": None}, {"x": None}, {}),
+        (one({}), {"x": None}, {"x": None}, {}),
+        (one({"enum": ["c", "f"]}), {"x": None}, {}, {LEFT_OUT: 1}),
+        (one({"enum": ["c", "f"]}, "x"), {"x": None}, {"x": None}, {KEPT: 1}),
+        (one({"anyOf": [TEXT, YEAR]}), {"x": None}, {}, {LEFT_OUT: 1}),
+        (one(PLACE), {"x": {"lat": 1, "lon": None, "z": None}}, {"x": {"lat": 1}}, {LEFT_OUT: 1, DROPPED: 1}),
+        (one(PLACE), {"x": {"lat": None, "lon": 1}}, {"x": {"lat": None, "lon": 1}}, {KEPT: 1}),
+        (one({"anyOf": [PLACE, {"type": "null"}]}), {"x": {"lat": 1, "lon": None}}, {"x": {"lat": 1}}, {LEFT_OUT: 1}),
+        (one({"$ref": "#/$defs/P"}, **{"$defs": {"P": PLACE}}), {"x": {"lat": 1, "z": None}}, {"x": {"lat": 1}}, {DROPPED: 1}),
+        (
+            one({"allOf": [PLACE, {"properties": {"name": {"type": ["string", "null"]}}}]}),
+            {"x": {"lat": 1, "lon": None, "name": None, "z": None}},
+            {"x": {"lat": 1, "name": None}},
+            {LEFT_OUT: 1, DROPPED: 1},
+        ),
+        (
+            one({"type": "array", "items": PLACE}),
+            {"x": [{"lat": 1, "lon": None}, {"lat": 2, "lon": 3}, {"lat": 4, "q": None}]},
+            {"x": [{"lat": 1}, {"lat": 2, "lon": 3}, {"lat": 4}]},
+            {LEFT_OUT: 1, DROPPED: 1},
+        ),
+        (one({"type": "array", "items": TEXT}), {"x": ["a", None]}, {"x": ["a", None]}, {}),  # an item is no argument
+        (one({"type": "object"}), {"x": {"a": None}}, {"x": {"a": None}}, {}),  # a free object
+        (one({"type": "object", "additionalProperties": TEXT}), {"x": {"a": None, "b": "c"}}, {"x": {"b": "c"}}, {LEFT_OUT: 1}),
+        ({"type": "object", "properties": {}}, {"a": None}, {}, {DROPPED: 1}),
+        (None, {"a": None, "b": 1}, {"b": 1}, {DROPPED: 1}),
+        ({"type": "file"}, {"a": None}, {"a": None}, {}),  # a schema that cannot be used is named by check_tools
+        (one({"$ref": "https://example.invalid/x"}), {"x": 1, "y": None}, {"x": 1, "y": None}, {}),
+    ],
+)
+def test_nulls_that_stand_for_nothing_go_and_required_ones_stay(schema, arguments, settled, counts):
+    changes, before = Counter(), json.dumps(arguments)
+    assert settle_arguments(arguments, schema, changes) == settled and changes == counts
+    assert json.dumps(arguments) == before and settle_arguments(settled, schema, Counter()) == settled
+
+
+def test_a_required_null_is_no_problem_and_other_wrong_types_are():
+    validators, problems = check_tools([tool(REMIND), tool(one({"anyOf": [PLACE, TEXT]}), "g")])
+    assert problems == []
+    assert check_call("f", {"text": None, "year": None}, validators) == []
+    assert check_call("g", {"x": {"lat": None}}, validators) == []
+    assert check_call("f", {"text": "a", "year": "2028"}, validators) == ['arguments.year must be an integer, got "2028"']
+    assert check_call("f", {"text": "a", "year": 1, "place": None}, validators) == [
+        "arguments.place must be a string, got null"
+    ]
+    assert check_call("f", {"text": "a"}, validators) == ["arguments.year is missing"]
+
+
+def test_settling_a_null_beside_a_pattern_that_takes_years_is_quick():
+    start = time.monotonic()
+    schema = {"type": "object", "properties": {**SLOW["function"]["parameters"]["properties"], "y": TEXT}}
+    assert settle_arguments({**EVIL, "y": None}, schema, Counter()) == EVIL
+    assert time.monotonic() - start < 1

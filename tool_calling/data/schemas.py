@@ -1,4 +1,4 @@
-"""Schemas of arguments: foreign types and dialects in, JSON Schema 2020-12 out."""
+"""Schemas of arguments: foreign types in, JSON Schema out; its dialects stay as they are, as servers render them."""
 
 import ast
 import re
@@ -9,29 +9,33 @@ from tool_calling.data.literals import as_list, parse_python
 from tool_calling.terminal import shorten
 
 # fmt: off
-TYPES = {  # a type as Python, Java or Gemini writes it, in lower case: JSON Schema's
-    "str": "string", "string": "string",
-    "int": "integer", "integer": "integer", "long": "integer",
-    "float": "number", "double": "number", "number": "number",
-    "bool": "boolean", "boolean": "boolean",
-    "dict": "object", "object": "object",
-    "list": "array", "tuple": "array", "array": "array",
-    "none": "null", "nonetype": "null", "null": "null",
-}
-TYPE_NAMES = {  # in messages
-    "integer": "an integer", "number": "a number", "string": "a string", "boolean": "true or false",
-    "array": "an array", "object": "an object",
+TYPES = {  # what Python, Java, TypeScript, databases and Gemini call a type, in lower case: JSON Schema's name
+    name: kind
+    for kind, names in {
+        "string": "str string text char character varchar bytes binary date datetime date-time time uuid url uri email",
+        "integer": "int integer long short byte bigint biginteger int8 int16 int32 int64 uint uint8 uint32 uint64",
+        "number": "float double number decimal bigdecimal numeric real float32 float64",
+        "boolean": "bool boolean",
+        "object": "dict object map hashmap hashtable linkedhashmap treemap record mapping struct",
+        "array": "list tuple array arraylist linkedlist queue deque stack vector sequence iterable collection ndarray",
+        "null": "none nonetype null",
+    }.items()
+    for name in names.split()
 }
 # fmt: on
 PLAIN_TYPES = {name: {"type": kind} for name, kind in TYPES.items()}
-PLAIN_TYPES |= {"any": {}, "set": {"type": "array", "uniqueItems": True}}
+PLAIN_TYPES |= {name: {"type": "array", "uniqueItems": True} for name in ("set", "hashset", "frozenset")}
+PLAIN_TYPES |= {"any": {}, "enum": {}, "timestamp": {"type": ["string", "number"]}}  # as text, or since 1970
 OPTIONAL = re.compile(r"(?:,\s*)?\(?\boptional\)?\s*$", re.IGNORECASE)  # the end of "str, optional"
+NOTE = re.compile(r"(?<=\w)\s*\([^()]*\)\s*$")  # the end of "DATE (YYYY-MM-DD)"
+PACKAGE = re.compile(r"\b(?:[A-Za-z_]\w*\.)+(?=\w)")  # the start of "java.util.List"
+ARRAY = re.compile(r"([\w.]+(?:\[[^\[\]]+\])?)\[\]")  # "int[]"
+BRACKETS = str.maketrans("<>", "[]")  # List<String>
 OPTIONAL_MARKS = (OPTIONAL, re.compile(r"^\s*(?:typing\.)?optional\[", re.IGNORECASE))
 # Keywords of JSON Schema whose value is a schema, a list of schemas, or an object of named ones.
-SINGLE = ("items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames")
-LISTED = ("anyOf", "oneOf", "allOf", "prefixItems")
+SINGLE = ("items", "additionalItems", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames")
+LISTED = ("anyOf", "oneOf", "allOf", "prefixItems", "items")  # until 2019-09, `items` too
 NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-COMBINED = ("allOf", "anyOf", "oneOf", "then", "else")  # parts of one value's schema
 
 
 def map_schemas(schema: dict, change: Callable[[object, str], object]) -> dict:
@@ -69,31 +73,39 @@ def to_type(node: ast.expr) -> dict | None:
         case _:
             return None
     name = name.lower()
+    if name == "literal" and all(isinstance(part, ast.Constant) for part in parts):
+        return {"enum": [part.value for part in parts]}
     if name == "tuple" and [*map(ast.unparse, parts[1:])] == ["..."]:
         name, parts = "list", parts[:1]
-    schemas = [*map(to_type, parts)]
+    # Inside of another type, an object is anything, as in Map<String, Object>.
+    schemas = [{} if isinstance(part, ast.Name) and part.id.lower() == "object" else to_type(part) for part in parts]
     if None in schemas:
         return None
+    kind = PLAIN_TYPES.get(name, {})
     match name, schemas:
-        case "list" | "array", [item]:
-            return {"type": "array", "items": item}
-        case "set", [item]:
-            return {"type": "array", "items": item, "uniqueItems": True}
-        case "dict", [{"type": "string"}, value]:
-            return {"type": "object", "additionalProperties": value}
         case "tuple", [_, *_]:
             return {"type": "array", "prefixItems": schemas, "minItems": len(schemas), "maxItems": len(schemas)}
         case "optional", [item]:
             return to_union([item, {"type": "null"}])
         case "union", [_, *_]:
             return to_union(schemas)
+        case _, [item] if kind.get("type") == "array":
+            return {"type": "array", "items": item, **kind}
+        case _, [{"type": "string"}, value] if kind.get("type") == "object":
+            return {"type": "object", "additionalProperties": value}
     return None
 
 
 def parse_type(text: str) -> dict | None:
-    """Return the schema of a type as Python or upper case writes it, None if its meaning is not clear."""
+    """Return the schema of a type as any of TYPES' languages writes it, None if its meaning is not clear."""
+    text = NOTE.sub("", OPTIONAL.sub("", text[:500]))  # a longer one is none
+    if plain := PLAIN_TYPES.get(text.strip().lower()):
+        return plain
+    text = PACKAGE.sub("", text.translate(BRACKETS).replace(" or ", " | "))
+    while (wrapped := ARRAY.sub(r"list[\1]", text)) != text:  # from inside to outside
+        text = wrapped
     try:
-        return to_type(parse_python(OPTIONAL.sub("", text).replace("typing.", "")))
+        return to_type(parse_python(text))
     except ValueError:
         return None
 
@@ -122,35 +134,6 @@ def replace_type(schema: dict, changes: Counter) -> dict:
     return {k: v for key, value in schema.items() for k, v in (new if key == "type" else {key: value}).items()}
 
 
-def replace_dialect(schema: dict, changes: Counter) -> dict:
-    """Return the schema with what OpenAPI 3.0 and earlier drafts write otherwise in the words of today's JSON Schema.
-
-    OpenAPI's `nullable` counts beside a type or alternatives (https://spec.openapis.org/oas/v3.0.3#schema-object).
-    Until Draft 4 a flag made a bound exclusive, and until 2019-09 the items of a tuple stood in `items`.
-    """
-    schema, kinds, choices = dict(schema), as_list(schema["type"]) if "type" in schema else [], schema.get("anyOf")
-    if isinstance(nullable := schema.get("nullable"), bool) and (kinds or isinstance(choices, list) or not nullable):
-        del schema["nullable"]
-        if nullable and kinds:
-            schema["type"] = [*kinds, *["null"] * ("null" not in kinds)]
-        elif nullable:
-            schema["anyOf"] = [*choices, {"type": "null"}]
-        changes["nullable -> type null" if nullable else "nullable false -> removed"] += 1
-    for bound, flag in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):
-        if isinstance(schema.get(flag), bool):
-            exclusive = schema.pop(flag) and bound in schema
-            if exclusive:
-                schema[flag] = schema.pop(bound)
-            changes[f"{flag} {'true -> number' if exclusive else 'without effect -> removed'}"] += 1
-    if isinstance(schema.get("items"), list) and "prefixItems" not in schema:
-        if items := schema.pop("items"):
-            schema["prefixItems"] = items
-        if isinstance(schema.get("additionalItems"), dict | bool):
-            schema["items"] = schema.pop("additionalItems")
-        changes["items of a tuple -> prefixItems"] += 1
-    return schema
-
-
 def drop_mark(schema: object) -> object:
     """Return a property's schema without a `required` of its own."""
     marked = isinstance(schema, dict) and isinstance(schema.get("required"), bool)
@@ -175,7 +158,7 @@ def to_schema(schema: object, changes: Counter) -> object:
     """Return a JSON Schema in which foreign types and dialects are replaced at every place that holds a schema."""
     if not isinstance(schema, dict):
         return schema
-    for step in (drop_nulls, replace_type, replace_dialect, list_required):
+    for step in (drop_nulls, replace_type, list_required):
         schema = step(schema, changes)
     parts = [part for key in NAMED if isinstance(schema.get(key), dict) for part in schema[key].values()]
     changes.update(["property null -> removed"] * parts.count(None))
@@ -210,69 +193,3 @@ def to_parameters(parameters: object, changes: Counter) -> object:
         properties = {name: drop_mark(value) for name, value in flat.items()}
         parameters = {"type": "object", "properties": properties, "required": required}
     return to_schema(parameters, changes)
-
-
-def names_properties(schema: object) -> bool:
-    """Return whether a schema lists properties, by itself or by what it is combined of."""
-    return isinstance(schema, dict) and (
-        not schema.keys().isdisjoint(("properties", "$ref"))
-        or any(names_properties(part) for key in COMBINED for part in as_list(schema.get(key)))
-    )
-
-
-def to_strict(schema: object, whole: bool = True) -> object:
-    """Return the schema with unknown arguments refused wherever `properties` are listed and nothing else is said.
-
-    A definition or an alternative is not the `whole` schema of a value: what is unknown is decided where these are
-    combined, by `unevaluatedProperties`, which knows what each of them has let pass
-    (https://json-schema.org/draft/2020-12/json-schema-core#section-11.3). So what names no property says that it lets
-    any pass, but for a part that only chooses among properties beside it, as {"required": ["a"]} does.
-    """
-
-    def to_part(part: object, key: str) -> object:
-        asks = key in ("not", "if", "contains", "propertyNames")  # and lets nothing pass
-        if asks or part is True and key in ("items", "additionalProperties"):
-            return part
-        return to_strict(part, whole=key not in (*COMBINED, "$defs", "definitions", "dependentSchemas"))
-
-    if schema is True:
-        return {"additionalProperties": True}
-    if not isinstance(schema, dict):
-        return schema
-    strict = map_schemas(schema, to_part)
-    if schema.keys() & {"additionalProperties", "unevaluatedProperties"}:
-        return strict
-    if names_properties(schema) and "patternProperties" not in schema:
-        combined = schema.keys() & {*COMBINED, "$ref", "if", "dependentSchemas"}
-        word = "unevaluatedProperties" if combined else "additionalProperties"  # which is faster
-        return {**strict, word: False} if whole else strict
-    if (
-        whole
-        or "patternProperties" in schema
-        or "object" in as_list(schema.get("type"))
-        or schema.keys().isdisjoint((*COMBINED, "if", "not", "required"))
-    ):
-        strict["additionalProperties"] = True
-    return strict
-
-
-def describe(error) -> str:
-    """Return a jsonschema ValidationError as `arguments.time.hour must be an integer, got "7"`."""
-    path = "arguments" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.absolute_path)
-    wanted, got = error.validator_value, f", got {shorten(error.instance)}"
-    match error.validator:
-        case "type":
-            return f"{path} must be {' or '.join(TYPE_NAMES.get(name, name) for name in as_list(wanted))}{got}"
-        case "enum":
-            return f"{path} must be one of {', '.join(map(shorten, wanted))}{got}"
-        case "required":
-            return f"{path}.{error.message.rsplit(' is a required', 1)[0][1:-1]} is missing"
-        case "additionalProperties" | "unevaluatedProperties" if wanted is False:
-            unknown = next((name for name in error.instance if repr(name) in error.message), "")
-            return f"{path}.{unknown} is not an argument of this tool"
-        case "anyOf" | "oneOf":  # as {...} or null: what is wrong with the only one of the value's type
-            within = [part for part in error.context if part.relative_schema_path]  # `false` has none
-            inner = [part for part in within if part.validator != "type" or part.relative_path]
-            if len({part.relative_schema_path[0] for part in inner}) == 1:
-                return describe(inner[0])
-    return f"{path}: {error.message if len(error.message) < 200 else f'{error.validator} is not met'}"

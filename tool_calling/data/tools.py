@@ -1,13 +1,15 @@
 """Tool lists of any shape in the OpenAI shape, and each call against its own tool's schema."""
 
 import contextlib
+import copy
 import difflib
 import json
 import re
 import signal
 import threading
 from collections import Counter
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import getitem
 
 import jsonschema
 import referencing
@@ -15,8 +17,11 @@ import referencing.exceptions
 
 from tool_calling.data.literals import as_list, parse_json, read_value, to_json, unpack
 from tool_calling.data.rows import open_file, read_array, read_text
-from tool_calling.data.schemas import describe, to_parameters, to_strict
+from tool_calling.data.schemas import to_parameters
 from tool_calling.data.special_tokens import find_forbidden
+from tool_calling.data.validators import (
+    NullValidator, StrictNullValidator, Validator, describe, find_nulls, list_errors, to_validator,
+)
 from tool_calling.processes import handle_signals
 from tool_calling.terminal import SHOWN_PROBLEMS, UserError, list_first, report_problems, shorten
 
@@ -39,6 +44,7 @@ SCHEMA_KEYS = (
 )
 WRAPPERS = ("function", "toolSpec")  # of a tool: OpenAI's, Bedrock's
 DECLARATIONS = ("functionDeclarations", "function_declarations")  # of several tools: Gemini's
+NO_ARGUMENTS = {"type": "object", "properties": {}}
 NOTES = {"$schema", "$id", "$defs", "definitions", "title", "description", "required"}  # they name no property
 
 
@@ -173,30 +179,27 @@ def take_tools(text: str) -> tuple[list[dict], str]:
 
 
 @lru_cache(maxsize=20_000)  # rows share tools: checking one takes longer than checking a row's calls
-def check_tool(text: str) -> tuple[jsonschema.Draft202012Validator, str | None]:
+def check_tool(text: str) -> tuple[Validator, str | None]:
     """Return (validator of the tool's arguments, its problem or None) for the JSON text of a tool."""
-    validator = jsonschema.Draft202012Validator
-    function = json.loads(text)["function"]
-    schema = function.get("parameters") or {"type": "object", "properties": {}}
+    function, nothing = json.loads(text)["function"], to_validator({})
+    schema = function.get("parameters") or NO_ARGUMENTS
     if problem := find_forbidden(text):
-        return validator({}), problem
+        return nothing, problem
     if not isinstance(description := function.get("description"), str | None):
-        return validator({}), f"description must be text, got {shorten(description)}"
+        return nothing, f"description must be text, got {shorten(description)}"
     if not isinstance(schema, dict):
-        return validator({}), f"parameters must be an object, got {shorten(schema)}"
+        return nothing, f"parameters must be an object, got {shorten(schema)}"
     strays = [key for key in schema if key not in NOTES]
     if strays and SUBJECTS.isdisjoint(schema):  # valid JSON Schema, by which any call would pass
         expected = '{"type": "object", "properties": {...}}'
-        return validator({}), f"parameters.{strays[0]} is not a keyword of JSON Schema; expected {expected}"
+        return nothing, f"parameters.{strays[0]} is not a keyword of JSON Schema; expected {expected}"
     try:
-        validator.check_schema(schema, format_checker=validator.FORMAT_CHECKER)
-        # An empty registry: a $ref to elsewhere is a problem, never a download.
-        return validator(to_strict(schema), registry=referencing.Registry()), None
+        return to_validator(schema), None
     except jsonschema.SchemaError as error:
         path = ".".join(["parameters", *map(str, error.absolute_path)])
-        return validator({}), f"{path} is not valid JSON Schema: {error.message[:200]}"
+        return nothing, f"{path} is not valid JSON Schema: {error.message[:200]}"
     except Exception as error:  # a schema is a small program in the data: it can break the library in many ways
-        return validator({}), f"parameters cannot be used as JSON Schema: {error}"[:300]
+        return nothing, f"parameters cannot be used as JSON Schema: {error}"[:300]
 
 
 def check_tools(tools: object) -> tuple[dict, list[str]]:
@@ -248,7 +251,7 @@ def check_call(name: str, arguments: dict, validators: dict) -> list[str]:
         return [validators[name]]
     try:
         with limit_time(CHECK_SECONDS):
-            errors = sorted(validators[name].iter_errors(arguments), key=lambda error: error.json_path)
+            return [*map(describe, list_errors(validators[name], arguments))]
     except TimeoutError:
         advice = "simplify its patterns or alternatives"
         validators[name] = f"its tool's schema takes over {CHECK_SECONDS} s to apply; {advice}"
@@ -257,13 +260,43 @@ def check_call(name: str, arguments: dict, validators: dict) -> list[str]:
         return [f"its tool's schema refers to {error.ref}, which is not inside that schema"]
     except Exception as error:  # as in check_tool
         return [f"its tool's schema cannot be applied: {type(error).__name__}: {error}"[:300]]
-    # A part that fails inside a value lets none of its properties pass: these are then not unknown.
-    failed = [error.json_path for error in errors if error.validator != "unevaluatedProperties"]
-    return [
-        describe(error)
-        for error in errors
-        if error.validator != "unevaluatedProperties" or not any(path.startswith(error.json_path) for path in failed)
-    ]
+
+
+@lru_cache(maxsize=20_000)
+def build_null_validators(text: str) -> tuple[NullValidator, StrictNullValidator]:
+    """Return what refuses the nulls that are to go, and what refuses required ones too, for a schema's JSON text."""
+    schema = json.loads(text) or NO_ARGUMENTS
+    return to_validator(schema, NullValidator), to_validator(schema, StrictNullValidator)
+
+
+def holds_null(value: object) -> bool:
+    """Return whether a null stands anywhere in a value."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return value is None or any(map(holds_null, inner))
+
+
+def settle_arguments(arguments: dict, schema: object, changes: Counter) -> dict:
+    """Return a call's arguments without the nulls that stand for nothing by the schema of its tool, counted.
+
+    Models write null for "not given", and tables fill objects up with the keys of others. A null goes where the schema
+    refuses it or does not know its key. One of a required argument stays, and check_call accepts it.
+    """
+    if not holds_null(arguments):
+        return arguments
+    settled, counts = copy.deepcopy(arguments), Counter()
+    try:
+        with limit_time(CHECK_SECONDS):
+            validator, strict = build_null_validators(to_json(schema))
+            while found := find_nulls(list_errors(validator, settled)):  # without one, more may be known of the others
+                for (*path, name), known in found.items():
+                    del reduce(getitem, path, settled)[name]
+                    counts["null of an optional argument left out" if known else "null of no argument dropped"] += 1
+            kept = find_nulls(list_errors(strict, settled))
+    except Exception:  # as in check_tool; check_call says what is wrong
+        return arguments
+    counts["null of a required argument kept"] += len(kept)
+    changes.update(+counts)
+    return settled
 
 
 def read_tools(path: str) -> tuple[list[dict], Counter]:
