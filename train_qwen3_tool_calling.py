@@ -110,8 +110,8 @@ def build_parser() -> Parser:
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset_path", nargs="+", type=path, default=DATASET_PATH, metavar="PATH",
-        help="JSON or JSONL files, folders of them, or Hugging Face datasets: name[:split]; at the end of "
-             "each, :0.3 takes a share of its rows, :2 takes them twice")
+        help="JSON, JSONL, CSV or Parquet files, folders of them, or Hugging Face datasets: name[:split]; at the end "
+             "of each, :0.3 takes a share of its rows, :2 takes them twice")
     add("--format", choices=["auto", *FORMATS], default="auto", help="shape of the rows (auto: each row's own)")
     add("--tools_path", type=path, default=TOOLS_PATH, help="JSON array of tools for rows without their own")
     add("--train_test_split", type=number(float, 0, 1), default=TRAIN_TEST_SPLIT, metavar="SHARE",

@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, native, run_script
 
-from tool_calling.data.hub_rows import drop_null_columns
-
 
 class RefusingHub(BaseHTTPRequestHandler):
     """A Hub on this machine that knows no dataset but one, and that one is gated."""
@@ -29,37 +27,6 @@ class RefusingHub(BaseHTTPRequestHandler):
 
     def log_message(self, *arguments):
         """Keep the test's output clean."""
-
-
-def test_only_the_nulls_of_columns_are_dropped():
-    from datasets import Features, Json, List, Value
-
-    text = Value("string")
-    features = Features(
-        {
-            "input": text,
-            "system": text,
-            "raw": Json(),
-            "tags": List(text),
-            "turns": List({"a": text}),
-            "output": {"content": text, "call": {"name": text, "arguments": {"x": text, "y": text}}},
-        }
-    )
-    row = {
-        "input": "i",
-        "system": None,
-        "raw": {"kept": None},
-        "tags": ["t", None],
-        "turns": [{"a": None}, {"a": "b"}],
-        "output": {"content": None, "call": {"name": "f", "arguments": {"x": None, "y": None}}},
-    }
-    assert drop_null_columns(row, features) == {
-        "input": "i",
-        "raw": {"kept": None},
-        "tags": ["t", None],
-        "turns": [{}, {"a": "b"}],
-        "output": {"call": {"name": "f", "arguments": {}}},
-    }
 
 
 def run_reader(*paths: str, **environment: str) -> subprocess.CompletedProcess:

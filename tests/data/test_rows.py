@@ -146,25 +146,94 @@ def test_what_follows_an_array_is_not_lost(tmp_path):
     assert error_of(path) == f"{path}:1: more follows the ] of the array; expected the end of the file"
 
 
-def test_a_table_of_text_is_named_and_rows_under_its_name_are_read(tmp_path):
-    path = tmp_path / "rows.csv"
-    path.write_text('\ufeffinput,output\n"x","y"\n')
-    assert error_of(path) == f"{path}: is a table of text; expected JSON or JSONL: convert it first"
-    path.write_text('\ufeff {"a": 1}\n')
-    assert list(read_rows([str(path)])) == [(f"{path}:1", {"a": 1})]
-
-
 def test_files_that_are_no_text_are_one_line(tmp_path):
-    pipe, packed, zipped = tmp_path / "pipe.jsonl", tmp_path / "rows.jsonl.gz", tmp_path / "rows.zip"
+    pipe, image, zipped, packed = (tmp_path / name for name in ("a.jsonl", "b.parquet", "c.zip", "d.jsonl"))
     os.mkfifo(pipe)
-    packed.write_bytes(gzip.compress(b'{"a": 1}'))
+    image.write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 100)
     zipped.write_bytes(b"PK\x03\x04rest")
-    assert error_of(pipe) == f"{pipe}: is not a regular file; expected JSON or JSONL"
-    assert error_of(packed) == f"{packed}: is gzip; expected JSON or JSONL: unpack or convert it first"
-    assert error_of(zipped) == f"{zipped}: is zip; expected JSON or JSONL: unpack or convert it first"
+    packed.write_bytes(b"\x28\xb5\x2f\xfdrest")
+    kinds = "JSON, JSONL, CSV or Parquet"
+    assert error_of(pipe) == f"{pipe}: is not a regular file; expected {kinds}"
+    assert error_of(image) == f"{image}: is not Parquet, as its name says; expected {kinds}"
+    assert error_of(zipped) == f"{zipped}: is zip; expected {kinds}, or gzip: unpack it first"
+    assert error_of(packed) == f"{packed}: is zstd; expected {kinds}, or gzip: unpack it first"
     with pytest.raises(UserError) as error:
         read_tools(str(tmp_path))
-    assert str(error.value) == f"{tmp_path}: is not a regular file; expected JSON or JSONL"
+    assert str(error.value) == f"{tmp_path}: is not a regular file; expected {kinds}"
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.json"])  # what a file begins with counts, not its name
+def test_gzip_is_unpacked(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(b'{"a": 1}\n') + gzip.compress(b'\n{"a": 2}\n{"a"'))
+    cut = "not valid JSON: Expecting ':' delimiter" + EXPECTED_LINE
+    assert read(path) == [(f"{path}:1", {"a": 1}), (f"{path}:3", {"a": 2}), (f"{path}:4", cut)]
+    path.write_bytes(gzip.compress(b'[{"a": 1},\n{"a": 2}]'))
+    assert read(path) == [(f"{path}:1", {"a": 1}), (f"{path}:2", {"a": 2})]
+    path.write_bytes(gzip.compress(b"[{]"))
+    assert error_of(path).startswith(f"{path}:1: not valid JSON: ")
+
+
+@pytest.mark.parametrize("layout", ["[%s]", "%s"])
+def test_broken_gzip_is_one_line(tmp_path, layout):
+    path, rows = tmp_path / "rows.json.gz", ",\n".join(json.dumps({"a": str(i)}) for i in range(1000))
+    whole = gzip.compress((layout % rows).encode())
+    path.write_bytes(whole[: len(whole) // 2])
+    expected = "Compressed file ended before the end-of-stream marker was reached"
+    assert error_of(path) == f"{path}: cannot be unpacked: {expected}"
+    path.write_bytes(whole[:200] + bytes(200) + whole[400:])
+    assert error_of(path).startswith(f"{path}: cannot be unpacked: ")
+    path.write_bytes(gzip.compress(b""))
+    assert error_of(path) == f"{path}: is empty; expected a JSON array of rows, or one JSON object a line"
+
+
+CSV = (
+    '\ufeffid,messages,tools,note\r\n1,"[{""role"": ""user"", ""content"": ""a\nb""}]",[],\r\n\r\n'
+    "2,\"[{'role': 'user', 'content': \"\"it's\"\", 'n': None}]\",[],\u2028x\r\n3,[]\r\n4,[],,[f(x='1')]\r\n"
+)
+CSV_ROWS = [
+    (2, {"id": "1", "messages": '[{"role": "user", "content": "a\nb"}]', "tools": "[]"}),
+    (5, {"id": "2", "messages": '[{"role": "user", "content": "it\'s", "n": null}]', "tools": "[]", "note": "\u2028x"}),
+    (6, "has 2 cells; the header has 4"),
+    (7, {"id": "4", "messages": "[]", "note": "[f(x='1')]"}),
+]
+
+
+def test_a_table_of_text_gives_its_cells_as_text(tmp_path):
+    """Empty cells are no values, lines are those of the file, and what Python has written is read as JSON."""
+    path = tmp_path / "rows.csv"
+    path.write_bytes(CSV.encode())
+    assert read(path) == [(f"{path}:{line}", row) for line, row in CSV_ROWS]
+    packed = tmp_path / "rows.CSV.gz"
+    packed.write_bytes(gzip.compress(CSV.encode()))
+    assert read(packed) == [(f"{packed}:{line}", row) for line, row in CSV_ROWS]
+    for name, text in (("rows.tsv", "input\toutput\n;a,\t;b,\n"), ("rows.csv", "input;output\n,a\t;,b\t\n")):
+        (tmp_path / name).write_text(text)
+        separator = text[5]
+        assert read(tmp_path / name) == [
+            (f"{tmp_path / name}:2", dict(zip(("input", "output"), text.splitlines()[1].split(separator))))
+        ]
+    path.write_text('\ufeff {"a": 1}\n')  # rows under its name are read
+    assert read(path) == [(f"{path}:1", {"a": 1})]
+
+
+@pytest.mark.parametrize(
+    "content, problem",
+    [
+        (b"a,b\n1,2\n", ': has the columns "a", "b"; expected those of a format, as "messages" and "tools"'),
+        (b"messages,messages\n[],[]\n", ': two columns are called "messages"; expected one'),
+        (b"messages\n", ": holds no rows"),
+        (b'messages,x\n"[]",1\n"[]', ":3: not valid CSV: unexpected end of data"),
+        (b'messages,x\n"[]"y,1\n', ":2: not valid CSV: ',' expected after '\"'"),
+        (b"messages,x\n[],1\ncaf\xe9,2\n", ":3: not UTF-8 text (byte 3)"),
+        ("messages\n[]\n".encode("utf-16"), ": not UTF-8 text (byte 0); save it as UTF-8 JSON or JSONL"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", ":1: not UTF-8 text (byte 0)"),
+    ],
+)
+def test_a_broken_table_of_text_is_one_line(tmp_path, content, problem):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(content)
+    assert error_of(path) == f"{path}{problem}"
 
 
 def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path):
@@ -448,7 +517,9 @@ def test_the_tools_of_the_run_are_no_rows_of_a_folder(tmp_path):
 
 def test_a_folder_without_rows_is_one_line(tmp_path):
     (tmp_path / "tools.json").write_text("[]")
-    assert error_of(tmp_path) == f"{tmp_path}: holds no .json or .jsonl file of rows; expected at least one"
+    assert error_of(tmp_path) == f"{tmp_path}: holds no file of rows; " + (
+        "expected .json, .jsonl, .csv, .tsv (also .gz) or .parquet"
+    )
     (tmp_path / "rows.jsonl").write_text("")
     assert error_of(tmp_path) == (
         f"{tmp_path}/rows.jsonl: is empty; expected a JSON array of rows, or one JSON object a line"

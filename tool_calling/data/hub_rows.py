@@ -6,26 +6,8 @@ from pathlib import Path
 import datasets
 import huggingface_hub
 
+from tool_calling.data.tables import BATCH_ROWS, to_rows
 from tool_calling.terminal import UserError
-
-
-def drop_null_columns(value: object, feature: object) -> object:
-    """Return a value of a table without the keys whose value is null; one that JSON cannot hold is a ValueError.
-
-    A table has the same columns in every row: the arguments of one tool appear as nulls in the calls of all others, and
-    would be trained as arguments. Only columns are treated so. An object whose keys were all null stays as {}, because
-    empty arguments look the same; a null in a list, or in a column that keeps JSON text, was in the data and stays.
-    """
-    if isinstance(value, dict) and isinstance(feature, dict):
-        return {key: drop_null_columns(inner, feature[key]) for key, inner in value.items() if inner is not None}
-    if isinstance(value, list) and hasattr(feature, "feature"):
-        return [drop_null_columns(inner, feature.feature) for inner in value]
-    if not isinstance(value, str | int | float | list | dict | None):
-        raise ValueError(
-            f"holds the {type(value).__name__} {str(value)[:40]}; expected text or another JSON value "
-            "(a table may have made dates of texts: name the dataset's own file instead)"
-        )
-    return value
 
 
 def load_hub(name: str, config: str | None):
@@ -57,12 +39,5 @@ def read_hub(name: str, config: str | None, split: str | None):
     if split not in splits:
         expected = " or ".join(f"{whole}:{found}" for found in splits)
         raise UserError(f'{whole}: has no split "{split}"; expected {expected}')
-    table = splits[split]
-    for index, row in enumerate(table):
-        # No format reads a whole column of images or dates; such a value inside an object is a problem.
-        columns = {key: value for key, value in row.items() if isinstance(value, str | int | float | list | dict)}
-        try:
-            row = drop_null_columns(columns, table.features)
-        except ValueError as error:
-            row = error
-        yield f"{whole}:{split}[{index}]", row
+    parts = splits[split].with_format("arrow").iter(BATCH_ROWS)
+    yield from to_rows((batch for part in parts for batch in part.to_batches()), f"{whole}:{split}")

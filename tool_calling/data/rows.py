@@ -1,12 +1,15 @@
 """Rows of files, folders and Hugging Face datasets, each with its file:line."""
 
 import contextlib
+import csv
+import gzip
 import heapq
 import json
 import math
 import os
 import re
 import sys
+import zlib
 from functools import partial
 from itertools import chain, count
 from operator import itemgetter
@@ -14,13 +17,19 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from tool_calling.data.literals import explain, read_value
+from tool_calling.data.literals import explain, parse_literal, read_value
 from tool_calling.files import digest
-from tool_calling.terminal import UserError, plural, say
+from tool_calling.terminal import UserError, list_first, plural, say, shorten
 
-ROW_FILES = (".json", ".jsonl")  # what is read of a folder
+ROW_FILES = re.compile(r".*\.((jsonl?|csv|tsv)(\.gz)?|parquet)", re.IGNORECASE | re.DOTALL)  # what is read of a folder
+ROW_KINDS = "JSON, JSONL, CSV or Parquet"
 NOT_ROWS = ("tools.json", "dataset_info.json", "dataset_infos.json", "state.json", "package.json")
-PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"PAR1": "parquet"}  # by first bytes
+PACKED = {b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zX": "xz"}  # by first bytes
+COLUMNS = {  # a table without any of these is not one of rows
+    *("messages", "conversations", "conversation", "prompt", "completion", "input", "output", "query", "answers", "chat"),
+    *("question", "answer", "instruction", "response", "contents"),
+}
+PYTHON_VALUE = re.compile(r"\s*[\[{]+\s*'")  # as pandas writes a list or a dict into a cell
 HUB_NAME = re.compile(
     r"(?P<name>\w[\w.-]*(?:/\w[\w.-]*)?)(?::(?P<config>[\w.+-]+)(?=:))?(?::(?P<split>\w[\w.]*))?", re.ASCII
 )
@@ -28,28 +37,34 @@ FILE_NAME = re.compile(r".*\.(jsonl?|ndjson|csv|tsv|txt|parquet|arrow|ya?ml|gz|z
 SHARE = re.compile(r"(?P<path>.+):(?P<times>\d+(\.\d*)?|\.\d+)", re.ASCII | re.DOTALL)
 MOST_TIMES = 1000
 BETWEEN = re.compile(r"\s*,?\s*")  # elements of an array
+SHOWN_COLUMNS = 8
 SHOWN_BYTES = 2**26  # a larger file takes seconds to read: on a terminal a bar is shown
 
 
 @contextlib.contextmanager
 def open_file(path: str):
-    """Yield a regular file opened for its bytes; one that cannot be read, is packed or plainly not UTF-8: UserError."""
+    """Yield a regular file opened for its bytes, unpacked if it is gzip; one that cannot be read is a UserError."""
     try:
         if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would wait for its writer
-            raise UserError(f"{path}: is not a regular file; expected JSON or JSONL")
-        with open(path, "rb") as file:
-            start = file.read(4)
-            if kind := next((kind for mark, kind in PACKED.items() if start.startswith(mark)), None):
-                raise UserError(f"{path}: is {kind}; expected JSON or JSONL: unpack or convert it first")
-            if wide := re.search(rb"[\0\xfe\xff]", start):  # UTF-16, or no text at all
-                raise UserError(f"{path}: not UTF-8 text (byte {wide.start()}); save it as UTF-8 JSON or JSONL")
-            first = start.lstrip(b"\xef\xbb\xbf \r\n\t")[:1]
-            if path.lower().endswith((".csv", ".tsv")) and first not in (b"", b"{", b"["):
-                raise UserError(f"{path}: is a table of text; expected JSON or JSONL: convert it first")
+            raise UserError(f"{path}: is not a regular file; expected {ROW_KINDS}")
+        with open(path, "rb") as raw, show_reading(raw) as file:
+            packed = file.read(2) == b"\x1f\x8b"
             file.seek(0)
-            yield file
+            yield gzip.GzipFile(fileobj=file) if packed else file
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: cannot be unpacked: {error}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def check_start(path: str, start: bytes) -> None:
+    """Refuse a file that is packed, no text, or not what its name says."""
+    if kind := next((kind for mark, kind in PACKED.items() if start.startswith(mark)), None):
+        raise UserError(f"{path}: is {kind}; expected {ROW_KINDS}, or gzip: unpack it first")
+    if path.lower().endswith(".parquet") and start:
+        raise UserError(f"{path}: is not Parquet, as its name says; expected {ROW_KINDS}")
+    if wide := re.search(rb"[\0\xfe\xff]", start):  # UTF-16, or no text at all
+        raise UserError(f"{path}: not UTF-8 text (byte {wide.start()}); save it as UTF-8 JSON or JSONL")
 
 
 def read_text(file) -> str:
@@ -125,28 +140,86 @@ def show_reading(file):
             yield bar.wrap_file(file, size, description="read")
 
 
-def read_file(path: str):
-    """Yield the (file:line, row) pairs of a JSON or JSONL file; the first character that is not blank decides which.
+def check_columns(path: str, names: list[str]) -> None:
+    """Refuse a table with columns of the same name, and one that has none of COLUMNS."""
+    if len({*names}) < len(names):
+        raise UserError(f'{path}: two columns are called "{max(names, key=names.count)}"; expected one')
+    if COLUMNS.isdisjoint(names):
+        expected = 'expected those of a format, as "messages" and "tools"'
+        raise UserError(f"{path}: has the columns {list_first(map(shorten, names), SHOWN_COLUMNS)}; {expected}")
+
+
+def read_cell(cell: str) -> str:
+    """Return a cell with a Python list or dict in it as JSON text, which the formats read; any other as it is."""
+    if PYTHON_VALUE.match(cell):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.dumps(parse_literal(cell, "a cell is"), ensure_ascii=False)
+    return cell
+
+
+def read_csv(path: str, file):
+    """Yield (file:line, {column: text}) of an open CSV or TSV file with a header; an empty cell is no value."""
+    first = file.readline()
+    file.seek(0)
+    csv.field_size_limit(2**31 - 1)
+    try:
+        cells = csv.reader(
+            (line.decode("utf-8-sig" if not number else "utf-8") for number, line in enumerate(file)),
+            delimiter=max(",\t;", key=lambda mark: first.count(mark.encode())),
+            strict=True,
+        )
+        header = next(cells)
+        check_columns(path, header)
+        line = cells.line_num + 1
+        for row in cells:
+            source, line = f"{path}:{line}", cells.line_num + 1
+            if len(row) == len(header):
+                yield source, {name: read_cell(cell) for name, cell in zip(header, row) if name and cell}
+            elif row:  # a blank line has no cell
+                yield source, ValueError(f"has {plural(len(row), 'cell')}; the header has {len(header):,}")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}:{cells.line_num + 1}: not UTF-8 text (byte {error.start})") from None
+    except csv.Error as error:
+        raise UserError(f"{path}:{cells.line_num}: not valid CSV: {error}") from None
+
+
+def read_json(path: str, file):
+    """Yield (file:line, row) of an open JSON or JSONL file; the first character that is not blank decides which.
 
     JSONL is read line by line, so that its size does not matter. An array, and objects that go on over several lines,
     are read whole.
     """
-    with open_file(path) as file, show_reading(file) as file:
+    lines = (line.removeprefix(b"\xef\xbb\xbf").lstrip() for line in iter(partial(file.readline, 2**16), b""))
+    first, second = next(filter(None, lines), b""), next(filter(None, lines), b"")
+    file.seek(0)
+    if not first or first.startswith(b"["):
+        return read_array(path, read_text(file))
+    if is_unfinished(first):
+        objects = read_array(path, read_text(file))
+        try:
+            return chain([next(objects)], objects)
+        except UserError:  # a line that was cut is one bad row, and the others can be read
+            if second and not second.startswith(b"{"):  # no row follows: the mistake is inside an object
+                raise
+            file.seek(0)
+    return read_lines(path, file)
+
+
+def read_file(path: str):
+    """Yield the (source, row) pairs of a file; what it begins with says what it is, and for text its name."""
+    with open_file(path) as file:
         before = os.fstat(file.fileno())
-        lines = (line.removeprefix(b"\xef\xbb\xbf").lstrip() for line in iter(partial(file.readline, 2**16), b""))
-        first, second = next(filter(None, lines), b""), next(filter(None, lines), b"")
+        start = file.read(4)
         file.seek(0)
-        pairs = read_lines(path, file)
-        if not first or first.startswith(b"["):
-            pairs = read_array(path, read_text(file))
-        elif is_unfinished(first):
-            objects = read_array(path, read_text(file))
-            try:
-                pairs = chain([next(objects)], objects)
-            except UserError:  # a line that was cut is one bad row, and the others can be read
-                if second and not second.startswith(b"{"):  # no row follows: the mistake is inside an object
-                    raise
-                file.seek(0)
+        if start == b"PAR1":
+            from tool_calling.data.tables import read_parquet  # here, because its library takes a while to import
+
+            pairs = read_parquet(path, check_columns)
+        else:
+            check_start(path, start)
+            first = start.lstrip(b"\xef\xbb\xbf \r\n\t")[:1]
+            is_table = re.search(r"\.[ct]sv(\.gz)?$", path, re.IGNORECASE) and first not in (b"", b"{", b"[")
+            pairs = (read_csv if is_table else read_json)(path, file)
         yield from pairs
         after = os.fstat(file.fileno())
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
@@ -154,19 +227,19 @@ def read_file(path: str):
 
 
 def find_files(folder: str, tools_path: str | None) -> list[str]:
-    """Return the .json and .jsonl files in a folder and its folders, sorted, but no hidden ones, NOT_ROWS or tools."""
+    """Return the ROW_FILES in a folder and its folders, sorted, but no hidden ones, NOT_ROWS or tools."""
     tools = tools_path and Path(tools_path).resolve()
     found = [
         str(path)
         for path in sorted(Path(folder).rglob("*"))
-        if path.suffix.lower() in ROW_FILES
+        if ROW_FILES.fullmatch(path.name)
         and path.name not in NOT_ROWS
         and not path.is_dir()
         and path.resolve() != tools
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
     if not found:
-        raise UserError(f"{folder}: holds no .json or .jsonl file of rows; expected at least one")
+        raise UserError(f"{folder}: holds no file of rows; expected .json, .jsonl, .csv, .tsv (also .gz) or .parquet")
     return found
 
 
