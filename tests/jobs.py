@@ -29,6 +29,7 @@ FINAL_FILES = [
     "run.yaml",
     "tokenizer.json",
     "tokenizer_config.json",
+    "tools.json",
 ]
 # One thread: the same sums in the same order, and no fight for the cores.
 ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

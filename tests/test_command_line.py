@@ -15,6 +15,7 @@ from jobs import FINAL_FILES, ROWS, arguments, errors, names
 
 import train_qwen3_tool_calling as script
 from tool_calling.data.examples import Reading, read_examples
+from tool_calling.data.tools import to_tools
 from tool_calling.engines.hub import load_tokenizer
 from tool_calling.page import SCORE_NAMES
 from tool_calling.run_folder import WRITTEN_BY
@@ -54,6 +55,7 @@ def test_a_run_writes_exactly_these_files(job):
     ):
         card = (model / "README.md").read_text()
         assert yaml.safe_load(card.split("---\n")[1])["library_name"] == library and served in card
+        assert json.loads((model / "tools.json").read_text()) == to_tools([WEATHER, ALARM])[0]
 
 
 @pytest.mark.slow

@@ -66,7 +66,8 @@ def test_full_fine_tuning_is_checked_and_proven(full):
     assert lines[-2:] == [
         f"done     trained model: {folder / 'final'}",
         f"serve    vllm serve {folder / 'final'} --enable-auto-tool-choice --tool-call-parser hermes "
-        """--default-chat-template-kwargs '{"enable_thinking": false}'""",
+        """--default-chat-template-kwargs '{"enable_thinking": false}'"""
+        f"  # requests send the tools in {folder / 'final'}/tools.json",
     ]
     assert result.stderr == "warning: no row without a call: the model will forget to refuse\n"
 

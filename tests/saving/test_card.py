@@ -193,6 +193,14 @@ def test_a_card_is_written_with_the_command_that_serves_its_folder(tmp_path, fol
     assert f"library_name: {'peft' if folder == 'adapter' else 'transformers'}\n" in card
 
 
+@pytest.mark.parametrize("there, shown", [(True, "  # requests send the tools in tools.json"), (False, "")])
+def test_a_card_names_the_file_of_the_tools(tmp_path, there, shown):
+    if there:
+        (tmp_path / "tools.json").write_text("[]")
+    write_card(tmp_path, make_report(), lambda words: f"serve {words}")
+    assert f"```bash\nserve {tmp_path.name}{shown}\n```\n" in (tmp_path / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     "family, parser, thinks, expected",
     [

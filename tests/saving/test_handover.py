@@ -12,6 +12,7 @@ def test_only_the_adapter_is_handed_over(tmp_path, monkeypatch, capsys):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
+    (adapter / "tools.json").write_text("[]")
     args = script.parse_args(["--save_method", "lora", "--lora_rank", "24", "--push_to_hub", "me/tools"])
     row = count_scores([Verdict(True, True, False, ("a",), ("a",)), Verdict(False, False, False, ("a",), ())])
     report = {
@@ -35,7 +36,7 @@ def test_only_the_adapter_is_handed_over(tmp_path, monkeypatch, capsys):
     trained = Trained(base, base, None, "transformers", args.final_model_dir, "lora", vars(args), str(adapter))
     hand_over(report, trained, None, ([], []), Serving("qwen3", "hermes", True))
     assert pushed == [("me/tools", str(adapter))]
-    assert sorted(path.name for path in adapter.iterdir()) == ["README.md", "adapter_config.json"]
+    assert sorted(path.name for path in adapter.iterdir()) == ["README.md", "adapter_config.json", "tools.json"]
     card = (adapter / "README.md").read_text()
     assert yaml.safe_load(card.split("---\n")[1])["library_name"] == "peft"
     assert "`Qwen/Qwen3-0.6B` taught to call tools by LoRA of rank 24: the adapter alone." in card
@@ -45,9 +46,9 @@ def test_only_the_adapter_is_handed_over(tmp_path, monkeypatch, capsys):
         "vllm serve Qwen/Qwen3-0.6B --enable-lora --max-lora-rank 32 --lora-modules tools={} "
         "--enable-auto-tool-choice --tool-call-parser hermes --reasoning-parser qwen3"
     )
-    assert served.format("me/tools") in card
+    assert f"\n{served.format('me/tools')}  # requests send the tools in tools.json\n" in card
     assert capsys.readouterr().out.splitlines() == [
         "push     address",
         f"done     adapter: {adapter}",
-        "serve    " + served.format(adapter),
+        f"serve    {served.format(adapter)}  # requests send the tools in {adapter}/tools.json",
     ]

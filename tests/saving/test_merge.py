@@ -1,18 +1,22 @@
 """The merged and the fully trained model: rounded so that sums are kept, and refused if nothing changed."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import ALARM, TINY, WEATHER
 from jobs import names
 from peft import LoraConfig, PeftModel, get_peft_model
 from small import make_trainer
 from transformers import AutoModelForCausalLM
 
 import train_qwen3_tool_calling as script
+from tool_calling.samples import Sample
 from tool_calling.saving.merge import (
     Trained,
+    collect_tools,
     merge_adapter,
     refuse_unchanged,
     round_at_random,
@@ -99,7 +103,8 @@ def test_training_that_16_bits_do_not_hold_is_warned_of(tmp_path, tokenizer, mon
     monkeypatch.setattr("tool_calling.engines.losses.score_batches", lambda *_: torch.tensor([next(losses), 10, 0, 1]))
     model = make_trainer(tmp_path, tokenizer, "--lora_rank", "0").model
     whole, loss = round_trained(trained(tmp_path, torch.bfloat16), model, [])
-    save_whole(trained(tmp_path), whole)
+    save_whole(replace(trained(tmp_path), tools=(ALARM, WEATHER)), whole)
+    assert json.loads((tmp_path / ".final.partial" / "tools.json").read_text()) == [ALARM, WEATHER]
     assert loss == pytest.approx(0.2)
     assert capsys.readouterr().err.startswith(
         "warning: torch.bfloat16 holds less than training changed: held-out loss 0.2000, in 32 bits 0.1000; train "
@@ -117,3 +122,26 @@ def test_weights_are_summed_in_pieces(monkeypatch):
     monkeypatch.setattr("tool_calling.saving.merge.ROUNDED_WEIGHTS", 4)
     assert sum_weights(model) == pytest.approx(whole)
     assert whole["weight"] == pytest.approx(model.weight.double().sum().item())
+
+
+OTHER_ALARM = {"type": "function", "function": ALARM["function"] | {"description": "Ring."}}
+
+
+@pytest.mark.parametrize(
+    "lists, tools, said",
+    [
+        ([[WEATHER, ALARM], [WEATHER, ALARM]], (WEATHER, ALARM), ""),
+        ([[ALARM], [], [WEATHER, ALARM]], (ALARM, WEATHER), ""),
+        ([[WEATHER, ALARM], [ALARM, WEATHER]], (WEATHER, ALARM), ""),
+        ([[], []], (), ""),
+        (
+            [[ALARM], [WEATHER, ALARM], [WEATHER, OTHER_ALARM], [WEATHER, ALARM]],
+            (),
+            'tools    no tools.json: the rows bring 3 lists, and "set_alarm" is not the same in all of them\n',
+        ),
+    ],
+    ids=["one list", "several lists", "other order", "no tools", "two tools of one name"],
+)
+def test_the_tools_of_training_are_those_that_a_client_sends(capsys, lists, tools, said):
+    assert collect_tools([Sample("x:1", [1, 2], 1, "a", of_row) for of_row in lists]) == tools
+    assert capsys.readouterr().out == said

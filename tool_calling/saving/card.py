@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from tool_calling.files import write_file
 from tool_calling.page import list_scores
-from tool_calling.run_folder import AGREED
+from tool_calling.run_folder import AGREED, TOOLS
 from tool_calling.terminal import hide_secrets
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -25,6 +25,11 @@ def to_vllm_command(model_type: str, model: str, parser: str, thinks: bool) -> s
         return command
     no_thoughts = """--default-chat-template-kwargs '{"enable_thinking": false}'"""
     return f"{command} {'--reasoning-parser qwen3' if thinks else no_thoughts}"
+
+
+def name_tools(folder: str | Path, shown: str = TOOLS) -> str:
+    """Return a shell's comment for the command that serves `folder`: where its tools are, if it has any."""
+    return f"  # requests send the tools in {shown}" if (Path(folder) / TOOLS).is_file() else ""
 
 
 def to_lora_words(base: str, adapter: str, rank: int) -> str:
@@ -73,4 +78,4 @@ def write_card(folder: str | Path, report: dict, serve: Callable[[str], str]) ->
     name = uploaded or Path(folder).resolve().name
     base = hide_folders(args["model_id"].rstrip("/"))
     words = to_lora_words(base, name, args["lora_rank"]) if adapter else shlex.quote(name)
-    write_file(Path(folder) / "README.md", to_card(report, adapter, name, serve(words)))
+    write_file(Path(folder) / "README.md", to_card(report, adapter, name, serve(words) + name_tools(folder)))

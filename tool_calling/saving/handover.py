@@ -3,7 +3,8 @@
 import shlex
 from dataclasses import dataclass
 
-from tool_calling.saving.card import to_lora_words, to_vllm_command, write_card
+from tool_calling.run_folder import TOOLS
+from tool_calling.saving.card import name_tools, to_lora_words, to_vllm_command, write_card
 from tool_calling.saving.gguf import write_gguf
 from tool_calling.saving.merge import Trained
 from tool_calling.saving.upload import push_folder
@@ -46,4 +47,4 @@ def hand_over(
     words = shlex.quote(result)
     if trained.method == "lora":
         words = to_lora_words(trained.model_id, result, settings["lora_rank"])
-    say("serve", serving.to_command(words))
+    say("serve", serving.to_command(words) + name_tools(result, f"{result}/{TOOLS}"))

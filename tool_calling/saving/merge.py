@@ -1,7 +1,9 @@
 """What training leaves on the disk: the adapter, and the merged or fully trained model."""
 
+import json
 import shutil
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -15,8 +17,8 @@ from tool_calling.engines.graphs import empty_weights
 from tool_calling.engines.hub import load_config, load_tokenizer
 from tool_calling.engines.loading import find_place, load_adapter, load_base
 from tool_calling.engines.losses import measure_loss
-from tool_calling.files import discard_partial, partial_folder, put_in_place
-from tool_calling.run_folder import write_run
+from tool_calling.files import discard_partial, partial_folder, put_in_place, write_file
+from tool_calling.run_folder import TOOLS, write_run
 from tool_calling.samples import Sample
 from tool_calling.schedule import build_small_batches
 from tool_calling.terminal import UserError, say, warn
@@ -37,6 +39,7 @@ class Trained:
     method: str  # merged_16bit, merged_4bit, or lora: the adapter alone is kept
     settings: dict  # of the run: load_in_4bit, trust_remote_code, seed, fsdp, and all that run.yaml repeats
     adapter: str | None = None  # its folder; None if all weights were trained
+    tools: tuple[dict, ...] = ()  # with which it was trained; empty if that is no one list
 
     @property
     def trust(self) -> bool:
@@ -63,8 +66,10 @@ def keep_trained(trained: Trained, trainer, samples: list[Sample]) -> tuple[Trai
         whole, before = round_trained(trained, trainer.model, batches)
     if not leave_group():
         return None
+    trained = replace(trained, tools=collect_tools(trainer.schedule.samples))
     if whole is None:
-        trained = replace(trained, adapter=save_adapter(trainer.model, trained.settings["output_dir"]))
+        adapter = save_adapter(trainer.model, trained.settings["output_dir"], trained.tools)
+        trained = replace(trained, adapter=adapter)
         say("save", f"adapter: {trained.adapter}")
     else:
         save_whole(trained, whole)
@@ -73,18 +78,37 @@ def keep_trained(trained: Trained, trainer, samples: list[Sample]) -> tuple[Trai
     return trained, before
 
 
-def save_adapter(model, output_dir: str) -> str:
-    """Save the LoRA weights to `output_dir`/adapter and return that path."""
+def collect_tools(samples: list[Sample]) -> tuple[dict, ...]:
+    """Return the tools of all samples in the order in which they first appear; none if two of one name differ."""
+    found: dict[str, dict] = {}
+    for tool in chain.from_iterable(sample.tools for sample in samples):
+        name = tool["function"]["name"]
+        if found.setdefault(name, tool) != tool:
+            lists = len({json.dumps(sample.tools) for sample in samples})
+            say("tools", f'no {TOOLS}: the rows bring {lists:,} lists, and "{name}" is not the same in all of them')
+            return ()
+    return tuple(found.values())
+
+
+def write_tools(folder: str | Path, tools: tuple[dict, ...]) -> None:
+    """Write the tools that a model was trained with into its folder, as a client sends them."""
+    if tools:
+        write_file(Path(folder) / TOOLS, json.dumps(tools, indent=1, ensure_ascii=False) + "\n")
+
+
+def save_adapter(model, output_dir: str, tools: tuple[dict, ...] = ()) -> str:
+    """Save the LoRA weights, and the tools they were trained with, to `output_dir`/adapter and return that path."""
     adapter = str(Path(output_dir) / "adapter")
     with discard_partial(adapter) as folder:
         model.save_pretrained(folder)
         (Path(folder) / "README.md").unlink(missing_ok=True)  # PEFT's empty form; a card with scores comes later
+        write_tools(folder, tools)
         put_in_place(adapter)
     return adapter
 
 
 def save_whole(trained: Trained, model) -> Path:
-    """Save a model with its tokenizer and the run's settings; return its folder, not yet the final one."""
+    """Save a model with its tokenizer, its tools and the run's settings; return its folder, not yet the final one."""
     folder = partial_folder(trained.final)
     shutil.rmtree(folder, ignore_errors=True)
     model.config.use_cache = True  # off only in training
@@ -92,6 +116,7 @@ def save_whole(trained: Trained, model) -> Path:
     model.generation_config.eos_token_id = find_stop_tokens(model, tokenizer)
     model.save_pretrained(folder, save_original_format=True)
     tokenizer.save_pretrained(folder)
+    write_tools(folder, trained.tools)
     write_run(trained.settings, folder)
     return folder
 
