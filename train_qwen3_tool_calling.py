@@ -66,7 +66,7 @@ __all__ = ["FlagError", "Interrupted", "UserError", "main"]  # of a program that
 # ----------------------------------------------------------------------------------------------------------------------
 MODEL_ID = "Qwen/Qwen3-0.6B"  # the smallest Qwen3: enough for tens of tools, trains on any GPU
 DATASET_PATH = "data/synthetic_finetune_dataset.json"
-TOOLS_PATH = "data/tools.json"  # for rows that bring no tools of their own
+TOOLS_PATH = "data/tools.json"  # for native rows; a path that the user names serves all rows without tools
 OUTPUT_DIR = "outputs/qwen3_tool_calling_unsloth"  # checkpoints and the adapter
 FINAL_MODEL_DIR = "models/qwen3_tool_calling_merged"  # the model to serve
 
@@ -113,13 +113,16 @@ def build_parser() -> Parser:
         help="JSON, JSONL, CSV or Parquet files, folders of them, or Hugging Face datasets: name[:split]; at the end "
              "of each, :0.3 takes a share of its rows, :2 takes them twice")
     add("--format", choices=["auto", *FORMATS], default="auto", help="shape of the rows (auto: each row's own)")
-    add("--tools_path", type=path, default=TOOLS_PATH, help="JSON array of tools for rows without their own")
+    add("--tools_path", type=path, metavar="PATH",
+        help="JSON array of tools for all rows without their own; the default serves native rows only "
+             f"(default: {TOOLS_PATH})")
     add("--train_test_split", type=number(float, 0, 1), default=TRAIN_TEST_SPLIT, metavar="SHARE",
         help="share of the rows to hold out")
     add("--max_samples", type=count, metavar="N", help="use N rows, chosen by hash after all are read (default: all)")
     add("--max_seq_length", type=count, default=MAX_SEQ_LENGTH, metavar="TOKENS",
         help="longest sample; a longer one is a problem, it is never cut")
-    add("--on_invalid", choices=["error", "skip"], default="error", help="what to do with a row that has a problem")
+    add("--on_invalid", choices=["error", "skip", "keep"], default="error",
+        help="a row with a problem: end the run, skip the row, or keep it if only a schema refuses its calls")
     add("--thinking", choices=["auto", "on", "off"], default="auto",
         help="train answers with reasoning: auto: those that have some, on: all must, off: drop it")
     add("--eval_dataset_path", nargs="+", type=path, metavar="PATH",
@@ -418,7 +421,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     if not is_main() and (args.convert_to or args.dry_run or args.eval_only):
         return None  # the first process does these alone
     if args.convert_to:
-        return write_converted(args.convert_to, args.dataset_path, pick(Reading, args))
+        return write_converted(args.convert_to, args.dataset_path, to_reading(args))
     if not is_main():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     check_folder(args.output_dir, "--output_dir")
@@ -489,6 +492,12 @@ def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.Ex
     return report
 
 
+def to_reading(args: argparse.Namespace) -> Reading:
+    """Return how rows are read: a --tools_path that is given serves all rows without tools, its default native ones."""
+    path, named = args.tools_path or TOOLS_PATH, args.tools_path is not None
+    return Reading(path, args.format, args.max_samples, args.thinking, args.on_invalid, named)
+
+
 def list_inputs(args: argparse.Namespace) -> dict[str, list[str]]:
     """Return what a run reads, by flag: paths and names on the Hub."""
     flags = ("model_id", "merge_model_id", "dataset_path", "eval_dataset_path", "tools_path", "resume_from_checkpoint")
@@ -497,7 +506,7 @@ def list_inputs(args: argparse.Namespace) -> dict[str, list[str]]:
 
 def read_sides(args: argparse.Namespace) -> tuple[list, list, int]:
     """Return (examples, held-out examples of --eval_dataset_path, number of rows read), and print warnings."""
-    reading = pick(Reading, args)
+    reading = to_reading(args)
     examples, skipped = read_examples(args.dataset_path, reading)
     held_out, more = read_examples(args.eval_dataset_path, reading) if args.eval_dataset_path else ([], 0)
     for warning in find_warnings(examples, held_out):
@@ -588,7 +597,7 @@ def train_and_save(args: argparse.Namespace, run: Run, trained, tokenizer, sched
 # ----------------------------------------------------------------------------------------------------------------------
 def dry_run(args: argparse.Namespace) -> dict:
     """Print, write and return what a run would do, without a GPU and without weights; problems of rows come last."""
-    start, reading = time.perf_counter(), pick(Reading, args)
+    start, reading = time.perf_counter(), to_reading(args)
     paths = (args.dataset_path, args.eval_dataset_path)
     sides = [check_rows(side, reading) if side else Checked() for side in paths]
     check_shown(args.show_row, [*sides[0].examples, *sides[1].examples])
@@ -616,7 +625,7 @@ def dry_run(args: argparse.Namespace) -> dict:
 def evaluate_only(args: argparse.Namespace, command: str) -> dict:
     """Score a model or an adapter on --eval_dataset_path, or on the held-out rows of --dataset_path; train nothing."""
     paths = args.eval_dataset_path or args.dataset_path
-    examples, skipped = read_examples(paths, pick(Reading, args))
+    examples, skipped = read_examples(paths, to_reading(args))
     args.engine = "transformers"
 
     from tool_calling.engines.start import start_engine

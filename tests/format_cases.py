@@ -5,7 +5,7 @@ from pathlib import Path
 
 from conftest import ROOT, WEATHER, native
 
-from tool_calling.data.examples import to_examples
+from tool_calling.data.examples import Reading, to_examples
 
 PARAMETERS = WEATHER["function"]["parameters"]
 BARE = WEATHER["function"]
@@ -45,7 +45,7 @@ def calls(*cities: str, **more) -> dict:
 
 def read(row, name: str = "auto", tools_path: str = "no/such/tools.json"):
     """Return (the example or None, problems, changes) of one row."""
-    checked = to_examples([("x:1", row)], tools_path, name)
+    checked = to_examples([("x:1", row)], Reading(tools_path, name))
     assert checked.total == 1 and bool(checked.examples) != bool(checked.problems)
     assert all(source == "x:1" for source, _ in checked.problems)
     return (checked.examples or [None])[0], [problem for _, problem in checked.problems], dict(checked.changes)

@@ -5,7 +5,7 @@ import json
 
 from conftest import TINY, WEATHER, native, run_script, write_jsonl
 
-from tool_calling.data.examples import to_examples
+from tool_calling.data.examples import Reading, to_examples
 from tool_calling.page import render_report
 
 
@@ -63,7 +63,7 @@ def test_nothing_from_the_data_is_run(tmp_path):
         ),
     ]
     (tmp_path / "tools.json").write_text(json.dumps([WEATHER]))
-    checked = to_examples([(f"x:{i}", row) for i, row in enumerate(rows, 1)], str(tmp_path / "tools.json"))
+    checked = to_examples([(f"x:{i}", row) for i, row in enumerate(rows, 1)], Reading(str(tmp_path / "tools.json")))
     assert [source for source, _ in checked.problems] == ["x:1", "x:2", "x:3"] and len(
         checked.examples
     ) == 1  # the last is a text

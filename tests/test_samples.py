@@ -7,7 +7,7 @@ from conftest import ROOT, WEATHER
 from conversations import ASK, CONVERSATIONS, says, supervised
 
 import train_qwen3_tool_calling as script
-from tool_calling.data.examples import Example, to_examples
+from tool_calling.data.examples import Example, Reading, to_examples
 from tool_calling.data.rows import read_rows
 from tool_calling.prompts import parse_calls
 from tool_calling.samples import (
@@ -39,7 +39,7 @@ def test_a_sample_over_the_limit_is_a_problem_and_is_not_cut(tokenizer):
 @pytest.mark.slow
 def test_the_bundled_data_renders_without_a_problem(tokenizer):
     rows = list(read_rows([str(ROOT / "data" / "synthetic_finetune_dataset.json")]))
-    checked = to_examples(rows, str(ROOT / "data" / "tools.json"))
+    checked = to_examples(rows, Reading(str(ROOT / "data" / "tools.json")))
     assert checked.problems == [] and len(checked.examples) == checked.total == 2000
     groups, problems = render_examples(tokenizer, checked.examples, script.MAX_SEQ_LENGTH)
     assert problems == []

@@ -7,9 +7,9 @@ import time
 
 import pytest
 from conftest import ALARM, ROOT, WEATHER, native, run_script, write_jsonl
-from format_cases import BARE, CALL, CASES, USER, YES, read, sharegpt, write_many
+from format_cases import CALL, CASES, USER, YES, read, sharegpt, write_many
 
-from tool_calling.data.examples import Example, Reading, check_rows, read_examples, to_examples, to_row
+from tool_calling.data.examples import Reading, check_rows, read_examples, to_examples, to_row
 from tool_calling.data.rows import read_rows
 from tool_calling.terminal import UserError
 
@@ -24,7 +24,7 @@ def calling(name: str, arguments: object) -> dict:
 
 
 def read_path(path: str, tools_path: str):
-    checked = to_examples(read_rows([path]), tools_path)
+    checked = to_examples(read_rows([path]), Reading(tools_path))
     return checked.examples, checked.problems
 
 
@@ -136,7 +136,7 @@ def test_openai_rows_keep_turns_replies_and_their_own_tools(tmp_path, tools_path
         (native("x", ("set_alarm", {"time": "6", "place": {}})), 'call 1 "set_alarm": arguments.place.room is missing'),
         (
             {"input": "x", "output": {"function_call": {"name": "set_alarm"}}},
-            'a call must be {"name": "...", "arguments": {...}}, got {"name": "set_alarm"}',
+            'call 1 "set_alarm": arguments.time is missing',
         ),
         (
             {"input": "x", "output": {"function_call": {"name": "set_alarm", "arguments": "{time: 6}"}}},
@@ -153,13 +153,14 @@ def test_openai_rows_keep_turns_replies_and_their_own_tools(tmp_path, tools_path
         (
             {"prompt": "x"},
             'no known format; expected an object with "messages"; "conversations"; "input" and "output"; '
-            '"query" and "answers"; "chat"; "question" and "answer"; "prompt" and "completion"; '
+            '"query" and "answers"; "chat"; "contents"; "question" and "answer"; "prompt" and "completion"; '
             'got {"prompt": "x"}',
         ),
         (
             {"data": [{"input": "x"}]},
             'no known format; expected an object with "messages"; "conversations"; "input" and '
-            '"output"; "query" and "answers"; "chat"; "question" and "answer"; "prompt" and "completion"; got {"data": '
+            '"output"; "query" and "answers"; "chat"; "contents"; "question" and "answer"; "prompt" and '
+            '"completion"; got {"data": '
             '[{"input": "x"}]}; if its "data" are the rows, give that list alone',
         ),
         ('"text"', 'a row must be an object, got "text"'),
@@ -185,15 +186,16 @@ def test_openai_rows_keep_turns_replies_and_their_own_tools(tmp_path, tools_path
         ({"messages": "x"}, '"messages" must be a list of objects, got "x"'),
         (
             {"messages": [{"role": "assistant", "content": "y"}]},
-            'message 1 has the role "assistant"; expected system or user',
+            "message 1 answers nothing; expected a message of the system or user before it",
         ),
         ({"messages": [USER, USER]}, 'message 2 has the role "user"; expected assistant'),
         (
-            {"messages": [USER, calling("set_alarm", {"time": "6"}), USER]},
+            {"messages": [USER, calling("set_alarm", {"time": "6"}), USER], "tools": [ALARM]},
             'message 3 has the role "user"; expected tool',
         ),
         (
             {
+                "tools": [ALARM],
                 "messages": [
                     USER,
                     {
@@ -205,19 +207,20 @@ def test_openai_rows_keep_turns_replies_and_their_own_tools(tmp_path, tools_path
                     },
                     {"role": "tool", "tool_call_id": "c2", "content": "ok"},
                     {"role": "assistant", "content": "done"},
-                ]
+                ],
             },
             'message 4 has the role "assistant"; expected tool; 1 of its calls still wait for their reply',
         ),
         (
             {
+                "tools": [ALARM],
                 "messages": [
                     USER,
                     calling("set_alarm", {"time": "6"}),
                     {"role": "tool", "content": "ok"},
                     {"role": "tool", "content": "ok"},
                     {"role": "assistant", "content": "done"},
-                ]
+                ],
             },
             'message 4 has the role "tool"; expected assistant',
         ),
@@ -261,7 +264,7 @@ def test_rows_without_tools_are_plain_conversations(tmp_path):
 
 def test_rows_without_tools_need_the_tools_file():
     with pytest.raises(UserError) as error:
-        read({"messages": [USER, YES]})
+        read(native("rain in Rome?", content="Yes."))
     assert str(error.value) == "x:1: has no tools of its own, and --tools_path no/such/tools.json does not exist"
 
 
@@ -277,7 +280,7 @@ def test_changes_are_counted_once_per_list_of_tools_and_shown(tmp_path, capsys):
 
 def test_keys_that_no_format_has_are_named(tmp_path, capsys):
     turn = {"role": "assistant", "content": "I look.", "tool_call": [json.loads(CALL)], "audio": None, "refusal": ""}
-    rows = [{"messages": [USER, turn, USER, turn], "id": number, "available_tools": [BARE]} for number in range(2)]
+    rows = [{"messages": [USER, turn, USER, turn], "id": number, "mood": "good"} for number in range(2)]
     rows += [
         {"prompt": [USER], "completion": [turn], "id": 2},
         {"messages": json.dumps([USER, turn]), "id": 3},
@@ -287,7 +290,7 @@ def test_keys_that_no_format_has_are_named(tmp_path, capsys):
     assert len(read_examples([path], Reading(str(ROOT / "data" / "tools.json")))[0]) == 6
     assert capsys.readouterr().out.splitlines()[0] == (
         'read     not read, as the format has no such key: "tool_call" of 6 turns, "function_cals" of 1 output, "id" '
-        'of 6 rows, "available_tools" of 2 rows'
+        'of 6 rows, "mood" of 2 rows'
     )
 
 
@@ -305,8 +308,8 @@ def test_convert_to_writes_a_new_file_and_trains_nothing(tmp_path, tools_path):
     result = run_script(*flags)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == f"write    {len(rows):,} rows: {target}"
-    before = to_examples(read_rows([path]), tools_path).examples
-    after = to_examples(read_rows([str(target)]), "no/such/tools.json").examples
+    before = to_examples(read_rows([path]), Reading(tools_path, named_tools=True)).examples
+    after = to_examples(read_rows([str(target)]), Reading("no/such/tools.json")).examples
     assert [example[1:3] for example in after] == [example[1:3] for example in before]
     assert [file.name for file in target.parent.iterdir()] == ["openai.jsonl"]
     result = run_script(*flags)
@@ -349,7 +352,7 @@ def test_a_hundred_thousand_rows_fit_into_a_gibibyte(tmp_path):
     path = write_many(tmp_path / "rows.jsonl", 100_000)
     code = (
         "import re, sys, tool_calling.data.examples as s\nfrom tool_calling.data.rows import read_rows\n"
-        "c = s.to_examples(read_rows([sys.argv[1]]), 'data/tools.json')\n"
+        "c = s.to_examples(read_rows([sys.argv[1]]), s.Reading('data/tools.json'))\n"
         "peak = re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]\n"
         "print(len(c.examples), len(c.problems), c.total, peak)\n"
     )

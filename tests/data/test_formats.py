@@ -10,14 +10,9 @@ from format_cases import BARE, CALL, CASES, TOOLS, USER, YES, calls, read, share
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tool_calling.data.examples import Checked, Example, to_examples, to_row
-from tool_calling.data.formats import FORMATS, split_tags
-from tool_calling.terminal import shorten
-
-CALL_AS_TEXT = (
-    "message 2 (assistant): content is a call as text, {}; expected it in a form that is read as a call, such "
-    'as "tool_calls"'
-)
+from tool_calling.data.examples import Checked, Example, Reading, to_examples, to_row
+from tool_calling.data.formats import FORMATS
+from tool_calling.data.literals import split_tags
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -26,23 +21,25 @@ def test_a_row_becomes_its_exact_example(name, tools_path):
     example, problems, _ = read(row, tools_path=tools_path)
     assert problems == []
     expected = json.loads(open(tools_path).read()) if tools is None else tools
-    assert example == Example("x:1", messages, expected, found)
+    assert example._replace(syntax="", filled=False) == Example("x:1", messages, expected, found)
     assert json.dumps(example.tools) == json.dumps(expected)  # the order of keys too: the model sees it
     by_name, problems, _ = read(row, found, tools_path)
     assert (by_name, problems) == (example, [])
 
 
 def test_the_formats_of_the_flag_are_those_of_the_table():
-    assert {found for _, found, _, _ in CASES.values()} == set(FORMATS)
+    assert {found for _, found, _, _ in CASES.values()} == set(FORMATS) - {"responses", "gemini"}
 
 
 def test_rows_of_every_format_may_be_mixed_and_converting_twice_changes_nothing(tools_path):
     rows = [(f"x:{i}", row) for i, (row, *_) in enumerate(CASES.values(), start=1)]
-    checked = to_examples(rows, tools_path)
+    checked = to_examples(rows, Reading(tools_path))
     assert checked.problems == [] and len(checked.examples) == checked.total == len(CASES)
     lines = [(example.source, json.loads(json.dumps(to_row(example)))) for example in checked.examples]
-    again = to_examples(lines, "no/such/tools.json")
-    assert again == Checked([example._replace(format="openai") for example in checked.examples], total=len(CASES))
+    again = to_examples(lines, Reading("no/such/tools.json"))
+    assert again == Checked(
+        [example._replace(format="openai", syntax="", filled=False) for example in checked.examples], total=len(CASES)
+    )
 
 
 @pytest.mark.parametrize(
@@ -78,12 +75,6 @@ def test_rows_of_every_format_may_be_mixed_and_converting_twice_changes_nothing(
             "auto",
             {"tools": TOOLS, "messages": [USER, YES, {"role": "tool_call", "content": CALL, "weight": 0}]},
             "a turn of calls follows one with another thought or weight; expected the same",
-        ),
-        (
-            "openai",
-            {"tools": TOOLS, "messages": [USER, {**YES, "content": f"<tool_call>{CALL}</tool_call>"}]},
-            "message 2 (assistant): holds the special token <tool_call>, which would forge a turn; remove it, or read "
-            "it as a call with --format hermes",
         ),
         ("auto", {"messages": [USER, {**YES, "weight": 0.5}]}, "weight must be 0 or 1, got 0.5"),
         (
@@ -121,42 +112,6 @@ def test_rows_of_every_format_may_be_mixed_and_converting_twice_changes_nothing(
             "auto",
             {"question": "rain?", "answer": "Yes.", "response": "No."},
             'the row holds "answer" and "response"; expected one of them',
-        ),
-        (
-            "auto",
-            {"input": "rain?", "output": f'{{"function_call": {CALL}}}'},
-            CALL_AS_TEXT.format(shorten(f'{{"function_call": {CALL}}}', 40)),
-        ),
-        (
-            "auto",
-            {"query": "rain?", "answer": f"[{CALL}]", "tools": TOOLS},
-            CALL_AS_TEXT.format(shorten(f"[{CALL}]", 40)),
-        ),
-        (
-            "auto",
-            {"messages": [USER, {**YES, "content": CALL}], "tools": TOOLS},
-            CALL_AS_TEXT.format(shorten(CALL, 40)),
-        ),
-        (
-            "auto",
-            {"messages": [USER, {**YES, "content": f"```json\n{CALL}\n```"}], "tools": TOOLS},
-            CALL_AS_TEXT.format(shorten(f"```json\n{CALL}\n```", 40)),
-        ),
-        ("auto", sharegpt(("human", "rain?"), ("gpt", CALL), tools=TOOLS), CALL_AS_TEXT.format(shorten(CALL, 40))),
-        (
-            "auto",
-            {"input": "rain?", "output": {"content": CALL}, "tools": TOOLS},
-            CALL_AS_TEXT.format(shorten(CALL, 40)),
-        ),
-        (
-            "auto",
-            {"messages": [USER, {**YES, "content": f"<functioncall> {CALL}"}], "tools": TOOLS},
-            CALL_AS_TEXT.format(shorten(f"<functioncall> {CALL}", 40)),
-        ),
-        (
-            "auto",
-            {"messages": [USER, {**YES, "content": f"[TOOL_CALLS] [{CALL}]"}], "tools": TOOLS},
-            CALL_AS_TEXT.format(shorten(f"[TOOL_CALLS] [{CALL}]", 40)),
         ),
         (
             "auto",
@@ -301,7 +256,11 @@ def test_rows_of_every_format_may_be_mixed_and_converting_twice_changes_nothing(
                 "tools": TOOLS,
                 "conversations": [
                     {"from": "human", "value": "x"},
-                    {"from": "gpt", "value": f"<tool_call>{CALL}</tool_call>", "tool_calls": [json.loads(CALL)]},
+                    {
+                        "from": "gpt",
+                        "value": f"<tool_call>{CALL}</tool_call>",
+                        "tool_calls": calls("Oslo")["tool_calls"],
+                    },
                 ],
             },
             "a turn holds tool_calls and <tool_call>; expected one of them",
@@ -377,7 +336,7 @@ def test_a_named_format_says_which_of_two_conversations_is_read():
         "conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}],
         "tools": [],
     }
-    checked = to_examples([("x:1", row)], "no/such/tools.json", "openai")
+    checked = to_examples([("x:1", row)], Reading("no/such/tools.json", "openai"))
     assert checked.examples[0].messages == [USER, YES] and set(checked.unread) == {("row", "conversations")}
     assert "expected one of them" in read(row, "hermes")[1][0]
 
@@ -392,13 +351,13 @@ def test_a_named_format_says_which_of_two_conversations_is_read():
     ],
 )
 def test_keys_of_another_format_are_named_too(row, unread):
-    checked = to_examples([("x:1", {**row, "tools": []})], "no/such/tools.json")
+    checked = to_examples([("x:1", {**row, "tools": []})], Reading("no/such/tools.json"))
     assert sorted(checked.unread) == unread
 
 
 def test_what_the_formats_read_is_known():
     rows = [("x:1", row) for row, *_ in CASES.values()]
-    checked = to_examples(rows, str(ROOT / "data" / "tools.json"))
+    checked = to_examples(rows, Reading(str(ROOT / "data" / "tools.json")))
     assert set(checked.unread) == {("row", key) for key in ("id", "category", "metadata", "parallel_tool_calls")}
 
 
@@ -613,13 +572,15 @@ ROW = CALLING | st.fixed_dictionaries(
 @given(rows=st.lists(JSON | ROW, min_size=1, max_size=4), name=st.sampled_from(["auto", "auto", *FORMATS]))
 def test_arbitrary_json_is_an_example_or_a_located_problem(tools_path, rows, name):
     rows = [(f"x:{line}", row) for line, row in enumerate(rows, start=1)]
-    checked = to_examples(rows, tools_path, name)
+    checked = to_examples(rows, Reading(tools_path, name))
     valid, broken = {example.source for example in checked.examples}, {source for source, _ in checked.problems}
     assert checked.total == len(rows) and not valid & broken and valid | broken == {source for source, _ in rows}
     assert all(problem and "\n" not in problem and len(problem) < 800 for _, problem in checked.problems)
-    again = to_examples([(example.source, to_row(example)) for example in checked.examples], tools_path)
+    again = to_examples([(example.source, to_row(example)) for example in checked.examples], Reading(tools_path))
     assert again.problems == []
-    assert json.dumps(again.examples) == json.dumps([e._replace(format="openai") for e in checked.examples])
+    assert json.dumps(again.examples) == json.dumps(
+        [e._replace(format="openai", syntax="", filled=False) for e in checked.examples]
+    )
 
 
 @pytest.mark.parametrize("text", ["[" * 900 + "]" * 900, '{"items": ' * 300 + "{}" + "}" * 300])

@@ -1,14 +1,21 @@
 """Messages: replies answer calls, reasoning and text are read from every place, weight 0 is not trained."""
 
 import json
+from collections import Counter
 
 import pytest
 from conftest import ROOT
 from format_cases import CALL, REPLY, TOOLS, USER, YES, parts, read
 from format_cases import calls as called
 
-from tool_calling.data.messages import join_text, list_unread, to_message
+from tool_calling.data.turns import join_text, list_unread, read_turn
 from tool_calling.samples import render_examples
+
+
+def to_message(turn: dict) -> dict:
+    """The one message of a turn."""
+    [message] = read_turn(turn, Counter())
+    return message
 
 
 def replied(call_ids: list, reply_ids: list) -> dict:

@@ -14,7 +14,7 @@ from format_cases import USER, write_many
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tool_calling.data.examples import to_examples
+from tool_calling.data.examples import Reading, to_examples
 from tool_calling.data.rows import match_hub, read_rows, split_share
 from tool_calling.data.tools import read_tools
 from tool_calling.terminal import UserError
@@ -448,7 +448,7 @@ def test_a_hostile_line_is_a_located_problem_and_its_neighbours_are_read(tmp_pat
     path = tmp_path / "rows.jsonl"
     good = json.dumps(GOOD).encode()
     path.write_bytes(b"\xef\xbb\xbf" + good + b"\r\n" + line + b"\r\n" + good + b"\r\n")
-    checked = to_examples(read_rows([str(path)]), str(tmp_path / "tools.json"))
+    checked = to_examples(read_rows([str(path)]), Reading(str(tmp_path / "tools.json")))
     examples, problems = checked.examples, checked.problems
     assert checked.total == 3 and [example.source for example in examples][:: 2 - bool(problems)] == [
         f"{path}:1",

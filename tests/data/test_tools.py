@@ -8,7 +8,7 @@ import pytest
 from conftest import WEATHER, native
 from format_cases import MOBILE_TOOL, read
 
-from tool_calling.data.examples import to_examples
+from tool_calling.data.examples import Reading, to_examples
 from tool_calling.data.tools import check_call, check_tools, limit_time, read_tools, settle_arguments
 from tool_calling.terminal import UserError
 
@@ -51,7 +51,7 @@ def row(arguments: object, *tools: dict, name: str = "f", request: str = "go") -
 
 
 def problems_of(*rows: dict) -> list[str]:
-    checked = to_examples([(f"x:{i}", row) for i, row in enumerate(rows, 1)], "no/tools.json")
+    checked = to_examples([(f"x:{i}", row) for i, row in enumerate(rows, 1)], Reading("no/tools.json"))
     assert checked.total == len(rows) == len(checked.examples) + len({source for source, _ in checked.problems})
     return [f"{source}: {problem}" for source, problem in checked.problems]
 

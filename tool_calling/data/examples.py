@@ -8,14 +8,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from tool_calling.data.formats import convert
-from tool_calling.data.messages import check_calls, check_roles, check_text, is_trained
+from tool_calling.data.formats import FORMATS, convert
+from tool_calling.data.messages import check_calls, check_roles, check_text, cut_tail, is_trained, settle_turns
 from tool_calling.data.rows import read_rows
-from tool_calling.data.tools import check_tools, read_tools, to_tools
+from tool_calling.data.syntaxes import READ_AS, read_calls
+from tool_calling.data.tools import check_tools, read_tools, settle_arguments, to_tools
 from tool_calling.files import write_file
 from tool_calling.terminal import UserError, list_first, plural, report_problems, say, shorten
 
-SHOWN_CHANGES = 8  # how many kinds of change to tools, and keys that are not read, are named on screen
+SHOWN_CHANGES = 8  # how many kinds of change, and keys that are not read, are named on screen
+REFUSED = {  # what a problem of a call says: its kind
+    " is missing": "argument missing",
+    " is not an argument of this tool": "argument unknown",
+    " must be one of ": "value not among the choices",
+    " must be ": "argument of another type",
+}
 
 
 class Example(NamedTuple):
@@ -25,6 +32,8 @@ class Example(NamedTuple):
     messages: list[dict]
     tools: list[dict]
     format: str = "openai"  # of the row it came from
+    syntax: str = ""  # of the calls that stood in its texts
+    filled: bool = False  # whether its tools are those of --tools_path
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,7 @@ class Reading:
     max_samples: int | None = None
     thinking: str = "auto"
     on_invalid: str = "error"
+    named_tools: bool = False  # whether the user named tools_path: then it serves rows of every format
 
 
 @dataclass
@@ -45,7 +55,10 @@ class Checked:
     examples: list[Example] = field(default_factory=list)  # of the valid rows
     problems: list[tuple[str, str]] = field(default_factory=list)  # (source, problem); a row may have several
     total: int = 0
-    changes: Counter = field(default_factory=Counter)  # {what was normalised in a list of tools: how often}
+    changes: Counter = field(default_factory=Counter)  # {what was normalised: how often}; in a list of tools once
+    first: dict[str, str] = field(default_factory=dict)  # {what was normalised in a row: the first such source}
+    kept: Counter = field(default_factory=Counter)  # {kind of call that its schema refuses: how many are trained}
+    filled: int = 0  # rows of other formats than native with the tools of --tools_path
     unread: Counter = field(default_factory=Counter)  # {(place, key) that holds something and is not read: how often}
 
 
@@ -53,34 +66,97 @@ def to_row(example: Example) -> dict:
     """Return the example as an OpenAI row with arguments as JSON text; reading it gives the same example again."""
     messages = copy.deepcopy(example.messages)
     for call in (call["function"] for message in messages for call in message.get("tool_calls", [])):
-        call["arguments"] = json.dumps(call["arguments"], ensure_ascii=False)
+        if not isinstance(call["arguments"], str):  # one of a wrong turn may be no JSON
+            call["arguments"] = json.dumps(call["arguments"], ensure_ascii=False)
     return {"messages": messages, "tools": example.tools}
 
 
-def to_examples(rows, tools_path: str, name: str = "auto") -> Checked:
-    """Convert and check every (source, row); one without tools of its own gets those of `tools_path`."""
-    checked, seen = Checked(), {}  # most rows share their tools: convert and check each list once
-    for checked.total, (source, row) in enumerate(rows, start=1):
+class Toolbox(NamedTuple):
+    """A list of tools in the OpenAI shape, checked, with what its calls are read and settled by."""
+
+    tools: list[dict]
+    validators: dict
+    problems: list[str]
+    schemas: dict[str, object]
+
+
+def to_toolbox(tools: object) -> Toolbox:
+    """Return the toolbox of a list of tools in the OpenAI shape."""
+    validators, problems = check_tools(tools)
+    functions = [] if problems else [tool["function"] for tool in tools]
+    return Toolbox(tools, validators, problems, {function["name"]: function.get("parameters") for function in functions})
+
+
+class Reader:
+    """Rows to examples. Most rows share their tools, so each list is converted and checked once."""
+
+    def __init__(self, reading: Reading):
+        self.reading, self.checked = reading, Checked()
+        self.boxes: dict[str, Toolbox] = {}
+
+    def find_tools(self, source: str, format: str, tools: object) -> tuple[Toolbox, bool]:
+        """Return the tools of a row, and whether they are those of --tools_path.
+
+        That file serves rows of the native format, which has no place for tools; others if the user names it.
+        """
+        filled = tools is None and (format == "native" or self.reading.named_tools)
+        key = "filled" if filled else json.dumps([] if tools is None else tools)
+        if key not in self.boxes:
+            path = self.reading.tools_path
+            if filled and not Path(path).exists():
+                raise UserError(f"{source}: has no tools of its own, and --tools_path {path} does not exist")
+            tools, changes = read_tools(path) if filled else to_tools([] if tools is None else tools)
+            self.boxes[key] = to_toolbox(tools)
+            self.checked.changes += changes
+        return self.boxes[key], filled
+
+    def read(self, source: str, row: object) -> list[str]:
+        """Keep the example of a row, or return its problems."""
+        checked, name = self.checked, self.reading.format
+        format, messages, tools, unread, changes = convert(row, name)
+        checked.unread.update(unread)
+        box, filled = self.find_tools(source, format, tools)
+        if not box.problems:
+            messages = read_calls(messages, box.tools, changes, FORMATS[name].syntax if name in FORMATS else None)
+        messages = settle_turns(messages, changes)
+        for call in (call["function"] for message in messages for call in message.get("tool_calls", ())):
+            if isinstance(call["arguments"], dict) and call["name"] in box.schemas:
+                call["arguments"] = settle_arguments(call["arguments"], box.schemas[call["name"]], changes)
+        problems = box.problems + check_roles(messages) + check_text(messages)
+        messages = cut_tail(messages, changes)
+        unknown, refused = check_calls(messages, box.validators)
+        kept = refused if self.reading.on_invalid == "keep" and not problems and not unknown else []
+        problems = problems + unknown + (refused if not kept else [])
+        if problems:
+            return problems
+        syntax = "+".join(change.removeprefix(READ_AS) for change in changes if change.startswith(READ_AS))
+        checked.examples.append(Example(source, messages, box.tools, format, syntax, filled))
+        checked.kept.update(map(to_kind, kept))
+        checked.filled += filled and format != "native"  # which has no other place for tools
+        for change in +changes:
+            checked.first.setdefault(change, source)
+        checked.changes.update(+changes)
+        return []
+
+
+def to_examples(rows, reading: Reading) -> Checked:
+    """Convert and check every (source, row)."""
+    reader = Reader(reading)
+    for reader.checked.total, (source, row) in enumerate(rows, start=1):
         try:
-            found_format, messages, tools, unread = convert(row, name)
-            checked.unread.update(unread)
-            key = json.dumps(tools)
-            if key not in seen:
-                if tools is None and not Path(tools_path).exists():
-                    raise UserError(f"{source}: has no tools of its own, and --tools_path {tools_path} does not exist")
-                tools, changes = read_tools(tools_path) if tools is None else to_tools(tools)
-                seen[key] = tools, *check_tools(tools)
-                checked.changes += changes
-            tools, validators, problems = seen[key]
-            problems = problems + check_roles(messages) + check_text(messages) + check_calls(messages, validators)
+            problems = reader.read(source, row)
         except ValueError as error:
             problems = [str(error)]
         except RecursionError:
             problems = ["is nested too deeply; expected a few hundred levels at most"]
-        checked.problems += [(source, " ".join(problem.splitlines())) for problem in problems]
-        if not problems:
-            checked.examples.append(Example(source, messages, tools, found_format))
-    return checked
+        reader.checked.problems += [(source, " ".join(problem.splitlines())) for problem in problems]
+    return reader.checked
+
+
+def to_kind(problem: str) -> str:
+    """Return of which kind it is that a schema refuses a call."""
+    kinds = (kind for mark, kind in REFUSED.items() if mark in problem)
+    return next(kinds, "another rule of the schema")
 
 
 def apply_thinking(checked: Checked, thinking: str) -> None:
@@ -103,14 +179,21 @@ def apply_thinking(checked: Checked, thinking: str) -> None:
 def check_rows(paths: list[str], reading: Reading) -> Checked:
     """Read, convert and check the rows of files, folders and Hub datasets; no valid row is a UserError."""
     rows = read_rows(paths, reading.max_samples, reading.tools_path)
-    checked = to_examples(rows, reading.tools_path, reading.format)
+    checked = to_examples(rows, reading)
     apply_thinking(checked, reading.thinking)
     if not checked.examples:
         report_problems(checked.problems, reading.on_invalid, checked.total)
         raise UserError(f"{' '.join(paths)}: no valid row is left")
-    if checked.changes:
-        counts = (f"{change} {count:,}".replace("->", "→") for change, count in checked.changes.most_common())
-        say("read", f"tools normalised: {list_first(counts, SHOWN_CHANGES)}")
+    for what, changes in (
+        ("tools normalised", [pair for pair in checked.changes.most_common() if pair[0] not in checked.first]),
+        ("rows normalised", [pair for pair in checked.changes.most_common() if pair[0] in checked.first]),
+        ("calls kept that their schemas refuse", checked.kept.most_common()),
+    ):
+        if changes:
+            counts = (f"{change} {count:,}".replace("->", "→") for change, count in changes)
+            say("read", f"{what}: {list_first(counts, SHOWN_CHANGES if what[0] == 't' else len(changes))}")
+    if reading.named_tools and checked.filled:
+        say("read", f"tools of {reading.tools_path} given to {plural(checked.filled, 'row')} without their own")
     if checked.unread:
         found = sorted(checked.unread.items(), key=lambda item: (item[0][0] == "row", -item[1]))  # columns are many
         counts = (f"{shorten(key)} of {plural(count, place)}" for (place, key), count in found)

@@ -121,3 +121,15 @@ def to_json(value: object) -> str:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except ValueError:
         raise ValueError("holds NaN or Infinity; expected a number that JSON has") from None
+
+
+def split_between(text: str, opening: str, closing: str) -> list[str]:
+    """Return a text cut at what stands between two marks: every other piece is what stood inside."""
+    done, end, rest = text.rpartition(closing)  # no mark closes in the rest: searching it at each would be slow
+    *cut, last = re.split(f"{re.escape(opening)}(.*?){re.escape(closing)}", done + end, flags=re.DOTALL)
+    return [*cut, last + rest]
+
+
+def split_tags(text: str, tag: str) -> list[str]:
+    """Return a text cut at <tag>...</tag>: every other piece is what stood inside."""
+    return split_between(text, f"<{tag}>", f"</{tag}>")

@@ -1,179 +1,135 @@
-"""Messages as a chat template reads them, and the checks of a conversation."""
+"""Messages of a conversation: whole answers of consecutive turns, one reply a message, and the checks of both."""
 
-import re
+from collections import Counter
 
-from tool_calling.data.literals import as_list, parse_literal, to_json, unpack
+from tool_calling.data.literals import split_tags, to_json
 from tool_calling.data.special_tokens import find_forbidden
 from tool_calling.data.tools import check_call
 from tool_calling.terminal import shorten
 
-# fmt: off
-ROLES = {  # a role as other formats name it: OpenAI's; "calls" is a turn that holds nothing but calls
-    "human": "user", "gpt": "assistant", "model": "assistant", "developer": "system",
-    "observation": "tool", "tool_response": "tool", "function": "tool", "function-response": "tool",
-    "function_call": "calls", "function-call": "calls", "tool_call": "calls",
-}
 NEXT_ROLES = {  # who may speak after whom; here "calls" is an assistant's turn that waits for replies
-    "start": ("system", "user"), "system": ("user",), "user": ("assistant",), "assistant": ("user",),
-    "calls": ("tool",), "tool": ("tool", "assistant"),
+    "start": ("system", "user", "assistant"),
+    "system": ("user", "assistant"),
+    "user": ("assistant",),
+    "assistant": ("user",),
+    "calls": ("tool",),
+    "tool": ("tool", "assistant"),
 }
-# fmt: on
-CALL_KEYS = ("tool_calls", "function_calls", "function_call")
-THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")
-TURN_KEYS = {"role", "from", "content", "value", "name", "weight", "tool_call_id", *CALL_KEYS, *THOUGHT_KEYS}
-TALK_KEYS = ("messages", "conversations", "prompt", "completion")  # of a row, for a list of turns
-TEXT_PART = {"type", "text", "annotations", "cache_control"}  # a part of content with other keys says more than a text
-KIND_NAMES = {list: "a list of objects", dict: "an object", str: "text"}
-UNREAD_CALL = re.compile(r"<functioncall>|\[TOOL_CALLS\]")  # as other models write one, in an answer
-CODE_FENCE = re.compile(r"```\w*\n(.*)```", re.DOTALL)
-
-
-def to_role(role: object) -> object:
-    """Return a role as OpenAI names it; an unknown one stays as it is."""
-    return ROLES.get(role, role) if isinstance(role, str) else role
-
-
-def take(row: dict, key: str, kind: type):
-    """Return row[key], which for a list may be JSON text; ValueError if it is missing or of another kind."""
-    if key not in row:
-        raise ValueError(f'"{key}" is missing; expected {KIND_NAMES[kind]}')
-    value = unpack(row[key], f'"{key}" is') if kind is list else row[key]
-    if not isinstance(value, kind) or (kind is list and not all(isinstance(item, dict) for item in value)):
-        raise ValueError(f'"{key}" must be {KIND_NAMES[kind]}, got {shorten(value)}')
-    return value
-
-
-def to_tool_call(call: object) -> dict:
-    """Return a call in the OpenAI shape with its arguments as a dict; ValueError says what is wrong with it."""
-    inner = call.get("function", call) if isinstance(call, dict) else call
-    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or "arguments" not in inner:
-        raise ValueError(f'a call must be {{"name": "...", "arguments": {{...}}}}, got {shorten(inner)}')
-    name = inner["name"]
-    arguments = unpack(inner["arguments"], f"call {shorten(name)}: arguments are")
-    if not isinstance(arguments, dict):
-        raise ValueError(f"call {shorten(name)}: arguments must be an object, got {shorten(arguments)}")
-    call_id = {"id": call["id"]} if isinstance(call.get("id"), str) and call["id"] else {}
-    return {**call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-def is_text_part(part: object) -> bool:
-    """Return whether a part of a message's content holds nothing but text."""
-    is_text = isinstance(part, dict) and isinstance(part.get("text"), str) and part.get("type", "text") == "text"
-    return is_text and part.keys() <= TEXT_PART
-
-
-def join_text(content: object) -> object:
-    """Return content as text where it is text, nothing, or a list of text parts; other content stays as it is."""
-    if content and isinstance(content, list) and all(map(is_text_part, content)):
-        return "".join(part["text"] for part in content)
-    return "" if content is None else content
-
-
-def split_thought(message: dict, content: object) -> tuple[str, object]:
-    """Return (thought, content) of an assistant message: the thought from its own key or from a leading think block."""
-    thoughts = [join_text(message.get(key) or "") for key in THOUGHT_KEYS]
-    if wrong := [thought for thought in thoughts if not isinstance(thought, str)]:
-        raise ValueError(f"reasoning must be text, got {shorten(wrong[0])}")
-    if block := re.match(r"\s*<think>(.*?)</think>\s*", content, re.DOTALL) if isinstance(content, str) else None:
-        thoughts.append(block[1].strip())
-        content = content[block.end() :]
-    thoughts = [thought for thought in thoughts if thought.strip()]
-    if len({*map(str.strip, thoughts)}) > 1:
-        raise ValueError("a message has two different thoughts, in its reasoning or in its <think> block; expected one")
-    return thoughts[0] if thoughts else "", content
-
-
-def find_calls(message: dict) -> list:
-    """Return the calls under the one of CALL_KEYS that a message has, [] if none; a `function_call` is a single one."""
-    given = [key for key in CALL_KEYS if message.get(key)]
-    if not given:
-        return []
-    if len(given) > 1:
-        raise ValueError(f"a message holds {given[0]} and {given[1]}; expected one of them")
-    calls = unpack(message[given[0]], f"{given[0]} is")
-    calls = [calls] if given == ["function_call"] else calls
-    if not isinstance(calls, list):
-        raise ValueError(f"{given[0]} must be a list, got {shorten(calls)}")
-    return calls
-
-
-def to_message(message: dict) -> dict:
-    """Return a message with only what a chat template reads, its ids, and weight 0 if it is not to be trained."""
-    role, content = to_role(message.get("role")), join_text(message.get("content"))
-    if role == "tool":
-        call_id = message.get("tool_call_id")
-        replied = {"tool_call_id": call_id} if isinstance(call_id, str) and call_id else {}
-        return {"role": role, **replied, "content": content}
-    if role not in ("assistant", "calls"):
-        return {"role": role, "content": content}
-    if message.get("weight") not in (None, 0, 1):
-        raise ValueError(f"weight must be 0 or 1, got {shorten(message['weight'])}")
-    (thought, content), calls = split_thought(message, content), find_calls(message)
-    if role == "calls":
-        if calls and content:
-            raise ValueError("a turn of calls holds calls in content and in another key; expected one of them")
-        calls = as_list(parse_literal(content, "a turn of calls is") if isinstance(content, str) else content)
-        content = ""
-    parts = {"reasoning_content": thought, "tool_calls": [*map(to_tool_call, calls)]}
-    parts = {key: part for key, part in parts.items() if part}
-    return {"role": role, "content": content, **parts, **({"weight": 0} if message.get("weight") == 0 else {})}
-
-
-def to_messages(turns: list[dict]) -> list[dict]:
-    """Return the messages of a conversation; turns of calls join those right before them, and the text there."""
-    messages: list[dict] = []
-    for message in map(to_message, turns):
-        if message["role"] == "calls":
-            message["role"] = "assistant"
-            if messages and messages[-1]["role"] == "assistant":
-                before = messages.pop()
-                thoughts = {turn.get("reasoning_content", "").strip() for turn in (before, message)} - {""}
-                if len(thoughts) > 1 or before.get("weight") != message.get("weight"):
-                    raise ValueError("a turn of calls follows one with another thought or weight; expected the same")
-                calls = [*before.get("tool_calls", []), *message.get("tool_calls", [])]
-                message = {**message, **before, "tool_calls": calls}
-        messages.append(message)
-    return messages
-
-
-def list_unread(row: dict, keys: set[str]) -> list[tuple[str, str]]:
-    """Return (place, key) of what holds something and is not read, in a row of which `keys` are read and its turns."""
-    places = [("row", row, {*keys, "tools", "functions", "system"})]
-    places += [("output", row["output"], TURN_KEYS)] if "output" in keys and "output" in row else []
-    places += [("turn", turn, TURN_KEYS) for key in TALK_KEYS if key in keys for turn in as_list(row.get(key))]
-    return [
-        (place, key)
-        for place, holder, known in places
-        if isinstance(holder, dict)
-        for key, value in holder.items()
-        if key not in known and value not in (None, "", [], {})
-    ]
-
-
-def add_system(row: dict, turns: list[dict]) -> list[dict]:
-    """Return the turns with the row's `system` in front, if it has one that they do not begin with."""
-    system, first = row.get("system"), turns[0] if turns else {}
-    said = first.get("role") in ("system", "developer") and first.get("content") == system
-    return [{"role": "system", "content": system}, *turns] if system and not said else turns
 
 
 def is_trained(message: dict) -> bool:
-    """Return whether a message is a supervised answer: to_message keeps no weight but 0."""
+    """Return whether a message is a supervised answer: no weight but 0 is kept."""
     return message["role"] == "assistant" and "weight" not in message
+
+
+def settle_turns(messages: list[dict], changes: Counter) -> list[dict]:
+    """Return the messages with consecutive ones of the assistant as one, and one for each reply of a tool.
+
+    An answer before any message has no prompt that a server could render: it is context.
+    """
+    messages = split_replies(join_turns(messages, changes), changes)
+    if messages and is_trained(messages[0]):
+        changes["greeting before any message -> not trained"] += 1
+        messages[0] = {**messages[0], "weight": 0}
+    return messages
+
+
+def join_turns(messages: list[dict], changes: Counter) -> list[dict]:
+    """Return the messages with consecutive ones of the assistant as one: their texts and calls in order."""
+    joined: list[dict] = []
+    for message in messages:
+        role = message["role"]
+        if role in ("assistant", "calls", "item"):
+            before = joined[-1] if joined and joined[-1]["role"] == "assistant" else None
+            if before and is_joined(before, message):
+                if role == "assistant":  # else the format itself writes them one by one
+                    changes["consecutive assistant turns joined"] += 1
+                message = join_two(joined.pop(), message)
+            elif role != "assistant":
+                message = {**message, "role": "assistant"}
+        joined.append(message)
+    return joined
+
+
+def is_joined(before: dict, message: dict) -> bool:
+    """Return whether a message goes on with the one before; text after calls does not: their replies are missing."""
+    late = "tool_calls" in before and "tool_calls" not in message
+    return not late and isinstance(before["content"], str) and isinstance(message["content"], str)
+
+
+def join_two(first: dict, second: dict) -> dict:
+    """Return two messages of the assistant as one; ValueError if their thoughts or weights differ."""
+    thoughts = {message.get("reasoning_content", "").strip() for message in (first, second)} - {""}
+    if len(thoughts) > 1 or first.get("weight") != second.get("weight"):
+        noun = "a turn of calls" if second["role"] == "calls" else "an assistant's turn"
+        raise ValueError(f"{noun} follows one with another thought or weight; expected the same")
+    content = "\n\n".join(text for text in (first["content"], second["content"]) if text.strip())
+    calls = [*first.get("tool_calls", []), *second.get("tool_calls", [])]
+    return {**second, **first, "content": content, **({"tool_calls": calls} if calls else {})}
+
+
+def split_replies(messages: list[dict], changes: Counter) -> list[dict]:
+    """Return the messages with one for each reply of a tool: of joined ones, and of those that a user's turn holds."""
+    split: list[dict] = []
+    waiting = 0  # calls without a reply
+    for message in messages:
+        role, content, pieces = message["role"], message["content"], None
+        if role in ("user", "tool") and isinstance(content, str) and split and split[-1]["role"] in ("assistant", "tool"):
+            pieces = cut_replies(content, role, waiting)
+        if pieces is None:
+            waiting = len(message.get("tool_calls", ())) if role == "assistant" else waiting - (role == "tool")
+            split.append(message)
+            continue
+        if role == "user":
+            changes["reply of a tool in a user's turn -> tool turn"] += 1
+        elif len(pieces) > 1:
+            changes["joined replies of tools split"] += 1
+        waiting -= len(pieces)
+        ids = {"tool_call_id": message["tool_call_id"]} if "tool_call_id" in message and len(pieces) == 1 else {}
+        split += [{"role": "tool", **ids, "content": piece} for piece in pieces]
+    return split
+
+
+def cut_replies(content: str, role: str, waiting: int) -> list[str] | None:
+    """Return the replies that a text holds between tags; None if it is one as it stands, or something else."""
+    if role == "user" and waiting and content.startswith("Observation:"):
+        return [content.removeprefix("Observation:").strip()]
+    if "tool_response>" not in content:
+        return None
+    cut = split_tags(content, "tool_response")
+    if len(cut) > 1 and not "".join(cut[::2]).strip():
+        return [reply.strip() for reply in cut[1::2]]
+    text = content.strip().removeprefix("<tool_response>").removesuffix("</tool_response>")
+    first, *others = map(str.strip, text.split("</tool_response>"))
+    pieces = [first, *(piece.removeprefix("<tool_response>").strip() for piece in others)]
+    whole = all(piece.startswith("<tool_response>") for piece in others)
+    whole = whole and not any("tool_response>" in piece for piece in pieces)
+    return pieces if role == "tool" and whole and len(pieces) == waiting else None
+
+
+def cut_tail(messages: list[dict], changes: Counter) -> list[dict]:
+    """Return the messages up to the last of the assistant: nothing after it is trained, or read for what is."""
+    end = len(messages)
+    while end and messages[end - 1]["role"] != "assistant":
+        end -= 1
+    if 0 < end < len(messages):
+        changes["tail without an answer cut"] += 1
+        return messages[:end]
+    return messages
 
 
 def check_roles(messages: list[dict]) -> list[str]:
     """Return what is wrong with the order of the roles, with replies to calls, or with what there is to train.
 
     Where calls and replies have ids, each reply answers an open call and none stays open. Where they have none, one
-    reply may stand for several parallel calls.
+    reply may stand for several parallel calls. A user may speak before the replies are answered.
     """
     state, waiting, by_id = "start", [], True  # waiting: ids (or None) of the calls without a reply
     for index, message in enumerate(messages, start=1):
         role, allowed = message["role"], NEXT_ROLES[state]
         if state == "tool" and (by_id or not waiting):
             allowed = ("tool",) if waiting else ("assistant",)
-        if role not in allowed:
+        if role not in allowed and not (role == "user" and state == "tool" and not (by_id and waiting)):
             reason = f"; {len(waiting)} of its calls still wait for their reply" if waiting and state == "tool" else ""
             return [f"message {index} has the role {shorten(role)}; expected {' or '.join(allowed)}{reason}"]
         if role == "assistant":
@@ -185,33 +141,17 @@ def check_roles(messages: list[dict]) -> list[str]:
                 return [f"message {index} answers call {shorten(message['tool_call_id'])}, which is not open"]
             waiting.remove(message["tool_call_id"] if by_id else waiting[0])
         state = "calls" if role == "assistant" and waiting else role
-    if not messages or messages[-1]["role"] != "assistant":
+    if all(message["role"] != "assistant" for message in messages):
         return ["the last message must be the assistant's: it is what is trained"]
+    if len(messages) == 1:
+        return ["message 1 answers nothing; expected a message of the system or user before it"]
     if not any(map(is_trained, messages)):
         return ["no turn is trained; every weight is 0"]
     return []
 
 
-def is_call(found: object) -> bool:
-    """Return whether a JSON value is a call, or a message that holds some."""
-    if not isinstance(found, dict):
-        return False
-    bare = isinstance(found.get("name"), str) and isinstance(found.get("arguments"), dict | str)
-    return bare or any(found.get(key) for key in ("function_call", "function_calls", "tool_calls"))
-
-
-def is_call_text(text: str) -> bool:
-    """Return whether an answer is the JSON of a call, of several, or of a message with some, or a foreign call."""
-    fence = CODE_FENCE.fullmatch(text.strip())
-    try:
-        found = as_list(unpack(fence[1] if fence else text, "it is"))
-    except (ValueError, RecursionError):
-        found = []
-    return any(map(is_call, found)) or bool(UNREAD_CALL.search(text))
-
-
 def check_text(messages: list[dict]) -> list[str]:
-    """Return the problems of contents: one that is not text, empty or a call as text, or holds a special token."""
+    """Return the problems of contents: one that is not text, or is empty, or holds a special token."""
     problems = []
     for index, message in enumerate(messages, start=1):
         name, content = f"message {index} ({message['role']}):", message["content"]
@@ -220,22 +160,24 @@ def check_text(messages: list[dict]) -> list[str]:
             continue
         if not content.strip() and message["role"] != "tool" and not message.get("tool_calls"):
             problems.append(f"{name} content is empty")
-        if is_trained(message) and is_call_text(content):
-            expected = 'expected it in a form that is read as a call, such as "tool_calls"'
-            problems.append(f"{name} content is a call as text, {shorten(content, 40)}; {expected}")
         calls = to_json(message["tool_calls"]) if "tool_calls" in message else ""
         for text in (content, message.get("reasoning_content", ""), calls):
             if problem := find_forbidden(text):
-                tagged = text is content and message["role"] == "assistant" and re.search(r"</tool_?call>", text, re.I)
-                problems.append(f"{name} {problem}{', or read it as a call with --format hermes' if tagged else ''}")
+                problems.append(f"{name} {problem}")
     return problems
 
 
-def check_calls(messages: list[dict], validators: dict) -> list[str]:
-    """Return the problems of all calls of the conversation by the schemas of their tools."""
-    calls = [call["function"] for message in messages for call in message.get("tool_calls", [])]
-    return [
-        f"call {index} {shorten(call['name'])}: {problem}"
-        for index, call in enumerate(calls, start=1)
-        for problem in check_call(call["name"], call["arguments"], validators)
-    ]
+def check_calls(messages: list[dict], validators: dict) -> tuple[list[str], list[str]]:
+    """Return (calls of tools that the row does not have, calls that the schema of their tool refuses), as problems.
+
+    Calls of turns that are not trained are context: they may be as wrong as they were.
+    """
+    calls = [(call["function"], is_trained(message)) for message in messages for call in message.get("tool_calls", [])]
+    trained = [(index, call) for index, (call, is_supervised) in enumerate(calls, start=1) if is_supervised]
+    if trained and not validators:
+        return [f"the row calls {shorten(trained[0][1]['name'])} and has no tools; give them with \"tools\" or --tools_path"], []
+    unknown, refused = [], []
+    for index, call in trained:
+        found = check_call(call["name"], call["arguments"], validators)
+        (refused if call["name"] in validators else unknown).extend(f"call {index} {shorten(call['name'])}: {p}" for p in found)
+    return unknown, refused

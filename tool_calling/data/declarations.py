@@ -1,0 +1,216 @@
+"""Tools that a row brings: under its keys, in its turns, or declared in a system text, and the words around these."""
+
+import json
+import re
+from collections import Counter
+from functools import lru_cache
+from typing import NamedTuple
+
+from tool_calling.data.literals import as_list, parse_literal, split_between, split_tags, unpack
+from tool_calling.data.tools import DECLARATIONS, WRAPPERS, find_tools, take_tools, to_tools
+from tool_calling.data.turns import TOOL_KEYS
+
+SCHEMA_KEYS = ("parameters", "input_schema", "inputSchema")
+DECLARED = {  # what opens and closes a list of tools in a text
+    "<tools>": "</tools>",
+    "<|im_system|>tool_declare<|im_middle|>": "<|im_end|>",  # Kimi
+    "[AVAILABLE_TOOLS]": "[/AVAILABLE_TOOLS]",  # Mistral
+    "<|tool_list_start|>": "<|tool_list_end|>",  # LFM
+    "<available_tools>": "</available_tools>",
+}
+HINT = re.compile("|".join(map(re.escape, (*DECLARED, "tool_call>", "TOOLCALL>", '"name"'))))
+TOOL_SET = {*TOOL_KEYS}
+NO_TOOLS = (None, [], "", "[]", {})
+CUT = "\0"  # stands for what was cut out of a text
+# Sentences of Hermes, Qwen, ToolACE and Glaive that tell how to write a call: the chat template has its own.
+BOILERPLATE = re.compile(
+    r"""\#\ Tools\s*$|You\ (?:are\ provided\ with\ function\ signatures|may\ call\ one\ or\ more\ functions)
+    |You\ are\ an\ expert\ in\ composing\ functions|You\ are\ given\ a\ question\ and\ a\ set\ of\ possible\ functions
+    |Based\ on\ the\ question,\ you\ will\ need\ to\ make\ one\ or\ more\ function
+    |If\ none\ of\ the\ functions?\ can\ be\ used|If\ the\ given\ question\ lacks\ the\ parameters
+    |You\ should\ only\ return\ the\ function\ calls?|You\ SHOULD\ NOT\ include\ any\ other\ text
+    |Here\ (?:is\ a\ list\ of|are\ the\ available)\ (?:functions|tools)|NO\ other\ text\ MUST\ be\ included
+    |(?:Should|If)\ you\ decide\ to\ (?:return|invoke)\ |Put\ it\ in\ the\ format\ of\ |Don'?t\ make\ assumptions
+    |For\ each\ function\ call,?\ return\ a\ json\ object|Each\ (?:function\ )?call\ should\ be\ enclosed
+    |Use\ the\ following\ (?:pydantic\ model\ )?json\ schema|\{\s*['"](?:title|properties|name|type)['"]\s*:
+    |You\ are\ a\ helpful\ assistant\ with\ access\ to\ the\ following\ functions|Use\ them\ if\ required
+    |SYSTEM:\s*$|-$|.*\[func\w*\(""",
+    re.VERBOSE | re.IGNORECASE,
+)
+TAG = re.compile(r"</?(?:tools|tool_call|TOOLCALL)>|" + CUT)
+SENTENCE_END = re.compile(r"((?<=[.!?])[ \t]+|\n)")
+
+
+class Declaration(NamedTuple):
+    """What a system text says about tools."""
+
+    tools: list | None
+    text: str  # without them, and without what tells how to call
+    dropped: int  # characters, without those of the tools themselves
+    tagged: bool  # whether marks told of tools or calls, not just a list
+
+
+def looks_like_tool(value: object) -> bool:
+    """Return whether a value is plainly a tool: it has a name, and a schema or the key `function`."""
+    if not isinstance(value, dict):
+        return False
+    for key in (*WRAPPERS, *DECLARATIONS):
+        if isinstance(value.get(key), dict | list):
+            return "name" in value[key] or key in DECLARATIONS
+    return "name" in value and any(map(value.get, SCHEMA_KEYS))
+
+
+def list_tools(value: object) -> bool:
+    """Return whether a value plainly is a list of tools, or JSON text of one."""
+    if isinstance(value, str):
+        schemas = (*SCHEMA_KEYS, *DECLARATIONS, '"function"')
+        return '"name"' in value and any(key in value for key in schemas) and is_tool_text(value)
+    return isinstance(value, list) and bool(value) and all(map(looks_like_tool, map(unpack_tool, value)))
+
+
+def unpack_tool(tool: object) -> object:
+    """Return a tool that may be JSON text."""
+    try:
+        return unpack(tool, "it is")
+    except (ValueError, RecursionError):
+        return tool
+
+
+@lru_cache(maxsize=1000)  # rows share their tools
+def is_tool_text(text: str) -> bool:
+    """Return whether a text is the JSON of a list of tools."""
+    found = unpack_tool(text)
+    return isinstance(found, list) and list_tools(found)
+
+
+@lru_cache(maxsize=1000)
+def is_same(first: str, second: str) -> bool:
+    """Return whether two lists of tools as JSON text are the same in the OpenAI shape."""
+    try:
+        one, other = (to_tools(json.loads(text))[0] for text in (first, second))
+    except (ValueError, RecursionError):
+        return False
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+
+
+def find_beside(row: dict, turns: list[dict], read: set[str]) -> tuple[object, set[str]]:
+    """Return (the tools that stand beside a row's texts or None, the keys of the row that hold them).
+
+    Any key that holds a list of tools counts, also one inside an object or of a turn. ValueError if two lists differ.
+    """
+    places = [(key, row[key], key) for key in TOOL_KEYS if key not in read and row.get(key) is not None]
+    for key, value in row.items():
+        if key not in read and key not in TOOL_KEYS and isinstance(value, list | str | dict):
+            inner = {f"{key}.{name}": one for name, one in value.items()} if isinstance(value, dict) else {key: value}
+            places += [(place, one, key) for place, one in inner.items() if list_tools(one)]
+    for turn in turns:
+        for key in turn.keys() & TOOL_SET:
+            if list_tools(turn[key]):
+                places.append((f"{key} of a turn", turn[key], ""))
+    if len(places) == 1:
+        return places[0][1], {places[0][2]}
+    some = [found for found in places if found[1] not in NO_TOOLS]
+    some = [found for found in some if found[0] in ("tools", "functions") or list_tools(found[1])] or some
+    for place, tools, _ in some[1:]:
+        if not is_same(json.dumps(some[0][1]), json.dumps(tools)):
+            raise ValueError(f'the row has tools in "{some[0][0]}" and others in "{place}"; expected one list of tools')
+    chosen = some or places
+    return (chosen[0][1] if chosen else None), {key for _, _, key in chosen}
+
+
+@lru_cache(maxsize=1000)  # rows share their system texts
+def read_declaration(text: str) -> Declaration:
+    """Return what a system text says about tools, between marks or as a JSON list.
+
+    Cut are the tools, the sentences around them, those with a tag for calls, and those of BOILERPLATE. A cut ends with
+    its sentence. ValueError if the tools cannot be read.
+    """
+    tools, rest, size = None, text, 0
+    for opening, closing in DECLARED.items():
+        cut = split_between(rest, opening, closing) if opening in rest else [rest]
+        for inside in filter(str.strip, cut[1::2]):
+            tools = [*(tools or []), *parse_tools(inside, opening)]
+            size += len(inside)
+        rest = CUT.join(cut[::2])
+    tagged = tools is not None
+    if not tagged and '"name"' in rest and any(f'"{key}"' in rest for key in (*SCHEMA_KEYS, "function")):
+        found, left = find_tools(rest)
+        if found and any(map(looks_like_tool, found)):
+            tools, left = take_tools(rest)
+            size += len(rest) - len(left)
+            rest = mark_cut(rest, left)
+    speaks = "tool_call>" in text or "TOOLCALL>" in text
+    if tools is None and not speaks:
+        return Declaration(None, text, 0, False)
+    for tag in ("tool_call", "TOOLCALL"):
+        rest = CUT.join(split_tags(rest, tag)[::2])
+    kept = keep_sentences(rest, tools is not None)
+    return Declaration(tools, kept, max(len(text) - len(kept) - size, 0), tagged or speaks)
+
+
+def mark_cut(text: str, left: str) -> str:
+    """Return what is left of a text, with CUT where it first lacks something."""
+    begin = next((index for index, (one, other) in enumerate(zip(text, left)) if one != other), len(left))
+    return left[:begin] + CUT + left[begin:]
+
+
+def parse_tools(text: str, opening: str) -> list:
+    """Return the tools between two marks: JSON, or a Python literal."""
+    found, rest = find_tools(text)
+    if rest.strip(" \n\t\r,"):  # not all of it is JSON
+        return as_list(parse_literal(text, f"the text inside {opening} is"))
+    return found
+
+
+def keep_sentences(text: str, declares: bool) -> str:
+    """Return the sentences of a text that do not tell how to call, with the blanks between them."""
+    pieces = SENTENCE_END.split(text)
+    kept, gap, cut = [], "", False
+    for sentence, blank in zip(pieces[::2], [*pieces[1::2], ""]):
+        if TAG.search(sentence) or (declares and BOILERPLATE.match(sentence.strip())):
+            cut = True
+        elif sentence.strip() or not cut:
+            kept += [("\n" if "\n" in gap else " " if gap else "") if cut else gap, sentence]
+            gap, cut = "", False
+        gap += blank
+    return "".join(kept).strip()
+
+
+def take_declarations(messages: list[dict], beside: object, changes: Counter) -> tuple[list[dict], object, str]:
+    """Return (messages without declarations of tools, the tools declared or None, "tags", "list" or "" for how).
+
+    A row with structured calls keeps its system texts as they are, save for one that is nothing but a declaration. A
+    list without marks is one only where no other tools stand beside the row.
+    """
+    structured = any("tool_calls" in message or message["role"] == "calls" for message in messages)
+    kept, tools, how, named = [], None, "", beside not in NO_TOOLS
+    for message in messages:
+        content = message["content"]
+        if message["role"] != "system" or not isinstance(content, str) or not HINT.search(content):
+            kept.append(message)
+            continue
+        try:
+            found = read_declaration(content)
+        except ValueError:
+            if not named:
+                raise
+            found = Declaration(None, content, 0, False)
+        mine = found.tagged or (found.tools is not None and (not named or is_same_list(beside, found.tools)))
+        if mine and found.tools is not None:
+            if tools is not None and not is_same_list(tools, found.tools):
+                raise ValueError("two system texts declare other tools; expected one list of tools")
+            tools = found.tools
+        how = how or ("" if structured or not mine else "tags" if found.tagged else "list")
+        if not mine or (structured and found.text):
+            kept.append(message)
+            continue
+        what = "system text that only declares tools dropped" if structured else "system text on calls cut: characters"
+        changes[what] += 1 if structured else found.dropped
+        kept += [{**message, "content": found.text}] if found.text else []
+    return kept, tools, how
+
+
+def is_same_list(one: object, other: object) -> bool:
+    """Return whether two lists of tools are the same in the OpenAI shape."""
+    one, other = (unpack_tool(tools) for tools in (one, other))
+    return is_same(json.dumps(one), json.dumps(other))

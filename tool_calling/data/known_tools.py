@@ -1,0 +1,79 @@
+"""The tools of a row as calls in a text need them: patterns of their names, and the types of their parameters."""
+
+import re
+from functools import lru_cache
+from typing import NamedTuple
+
+from tool_calling.data.literals import as_list, parse_literal
+
+NAME_KEYS = ("name", "tool", "tool_name", "function", "function_name", "action", "recipient_name")
+ARGUMENT_KEYS = ("arguments", "parameters", "args", "input", "action_input", "tool_input", "kwargs", "tool_arguments")
+
+
+class Known(NamedTuple):
+    """The tools that an answer may call: their parameters, and patterns of their names."""
+
+    schemas: dict[str, dict]
+    name: re.Pattern | None  # any of the names
+    call: re.Pattern | None  # a line, or a list in brackets, that begins with a call
+    more: re.Pattern | None  # the next call on that line
+    unread: re.Pattern | None  # a call in a syntax that is not known
+
+
+@lru_cache(maxsize=2000)
+def compile_names(names: tuple[str, ...]) -> tuple[re.Pattern, ...]:
+    """Return the patterns of Known."""
+    one = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+    name = rf"(?<!\w)(?:{one})(?!\w)"
+    call = rf"(?:^|(?<=\[))[ \t]*(?:print\()?(?:default_api\.|functions\.)?(?P<name>{one})[ \t]*\("
+    key = "|".join(NAME_KEYS)
+    unread = (
+        rf"""(?<![\w])(?:{one})["'`>]?:?\d*\s*(?:<[^<>\n]{{1,40}}>\s*)*(?:```\w*\s*)?\{{\s*["'}}]"""  # f{"a": 1}
+        rf"""|<(?:{one})[\s>/]|<\w+[= ][^<>\n]{{0,40}}["'=](?:{one})["']?>"""  # <f>, <call name="f">
+        rf"""|["'](?:{key})["']\s*:\s*["'](?:{one})["']\s*,\s*["'](?:{"|".join(ARGUMENT_KEYS)})["']\s*:"""
+        rf"""|^[ \t]*Action[ \t]*:[ \t]*(?:{one})(?!\w)"""
+        rf"""|^[ \t]*\w+[ \t]*=[ \t]*(?:await[ \t]+)?(?:{one})\("""  # a = f(1), in code
+    )
+    more = rf"[ \t]*[,;][ \t]*(?P<name>{one})[ \t]*\("
+    return tuple(re.compile(pattern, re.MULTILINE) for pattern in (name, call, more, unread))
+
+
+def to_known(tools: list[dict]) -> Known:
+    """Return what a list of tools in the OpenAI shape says about calls in text; tools that are none are left out."""
+    functions = [tool.get("function") for tool in tools if isinstance(tool, dict)]
+    functions = [function for function in functions if isinstance(function, dict)]
+    named = {function["name"]: function for function in functions if isinstance(function.get("name"), str)}
+    schemas = {name: function.get("parameters") for name, function in named.items() if name.strip()}
+    schemas = {name: schema if isinstance(schema, dict) else {} for name, schema in schemas.items()}
+    return Known(schemas, *(compile_names(tuple(schemas)) if schemas else (None,) * 4))
+
+
+def list_kinds(schema: object) -> list[str]:
+    """Return the types that a schema names, itself or in its alternatives."""
+    if not isinstance(schema, dict):
+        return []
+    kinds = [kind for kind in as_list(schema.get("type")) if isinstance(kind, str)]
+    parts = [part for key in ("anyOf", "oneOf") for part in as_list(schema.get(key)) if isinstance(part, dict)]
+    return kinds + [kind for part in parts for kind in as_list(part.get("type")) if isinstance(kind, str)]
+
+
+def to_typed(text: str, schema: object) -> object:
+    """Return the value that a text stands for by its parameter's schema; the text itself where it may be one."""
+    kinds = list_kinds(schema)
+    if "null" in kinds and text.strip() in ("null", "None"):
+        return None
+    if "string" in kinds or (not kinds and text.lstrip()[:1] not in ("[", "{")):
+        return text
+    try:
+        return parse_literal(text.strip(), "it is")
+    except (ValueError, RecursionError):
+        return text  # which its schema then refuses
+
+
+def type_arguments(name: str, texts: dict[str, str], known: Known) -> dict:
+    """Return {"name", "arguments"} of a call whose values are texts."""
+    properties = known.schemas.get(name, {}).get("properties")
+    properties = properties if isinstance(properties, dict) else {}
+    return {"name": name, "arguments": {key: to_typed(text, properties.get(key)) for key, text in texts.items()}}
+
+

@@ -1,0 +1,377 @@
+"""Calls that stand in the text of an answer; SYNTAXES is the one place to add a way of writing them."""
+
+import contextlib
+import re
+from collections import Counter
+from collections.abc import Callable
+from functools import lru_cache
+from itertools import islice
+from typing import NamedTuple
+
+from tool_calling.data.known_tools import ARGUMENT_KEYS, NAME_KEYS, Known, to_known, type_arguments
+from tool_calling.data.literals import (
+    TOKEN,
+    as_list,
+    parse_json,
+    parse_literal,
+    read_value,
+    split_at_commas,
+    split_tags,
+)
+from tool_calling.data.turns import to_tool_call
+from tool_calling.terminal import shorten
+
+Found = tuple[str, list]  # the text without its calls, and the calls
+READ_AS = "calls read from text as "  # in the count of what was normalised
+TRIES = 100  # how many brackets of a text are tried as the start of JSON: each may cost a look at all that follows
+LIST_KEYS = ("tool_calls", "function_calls", "function_call", "calls")
+BRACKET_CALLS = re.compile(r"\s*\[[^\[\](){}]+\(.*\)\s*\]\s*", re.DOTALL)  # [Name(x=1), Other()]
+KEYED_CALL = re.compile(r"\s*\[\s*[\w.]+\(\s*(?:\)|\w+\s*=)")  # a call even where no tools are known
+ANY_CALL = re.compile(r"\s*\[(?:\s*[\w.]+\(|[^\[\](){}]+\(\s*(?:\)|\w+\s*=))")
+CODE_FENCE = re.compile(r"```\w*\n(.*)```", re.DOTALL)
+EMPTY_FENCE = re.compile(r"```\w*\s*```")
+GLAIVE_CALL = re.compile(r"""\s*\{\s*"name"\s*:\s*("[^"]*")\s*,\s*"arguments"\s*:\s*'(.*)'\s*\}\s*""", re.DOTALL)
+FUNCTION = re.compile(r"""<function=([^<>\n]+)>|<invoke name=["']([^<>"'\n]+)["']>""")
+PARAMETER = re.compile(r"""<parameter=([^<>\n]+)>|<parameter name=["']([^<>"'\n]+)["'][^<>\n]*>""")
+ARGUMENT_KEY = re.compile(r"<arg_key>([^<>\n]*)</arg_key>\s*<arg_value>")
+ACTION = re.compile(r"^[ \t]*Action[ \t]*:[ \t]*([^\n]+)\n\s*Action[ \t]*Input[ \t]*:[ \t]*", re.MULTILINE)
+LINE_END = re.compile(r"[ \t]*\)?[ \t]*[;,]?[ \t]*(?=\n|$|```)")  # after a call that stands alone
+BETWEEN = re.compile(r"[\s,;]*")  # JSON values
+
+
+def cut_blocks(text: str, opening: re.Pattern, closing: Callable[[re.Match], str]) -> tuple[str, list[tuple[str, str]]]:
+    """Return (the text outside, [(what the opening names, inside)]); ValueError for an opening that is not closed."""
+    outside, blocks, position = [], [], 0
+    for start in opening.finditer(text):
+        if start.start() < position:
+            continue
+        end = text.find(closing(start), start.end())
+        if end < 0:
+            raise ValueError(f"a turn has {start[0]} without {closing(start)}; expected both")
+        outside.append(text[position : start.start()])
+        blocks.append((start[start.lastindex], text[start.end() : end]))
+        position = end + len(closing(start))
+    return "".join([*outside, text[position:]]), blocks
+
+
+def to_value_text(text: str) -> str:
+    """Return the text of a parameter without the line breaks that its tags stand on."""
+    return text.removeprefix("\n").removesuffix("\n")
+
+
+def parse_functions(text: str, known: Known) -> Found:
+    """<function=f><parameter=k>v</parameter></function>, as Qwen3-Coder writes it, or <invoke name="f">, as Claude."""
+    rest, blocks = cut_blocks(text, FUNCTION, lambda start: "</function>" if start[0][1] == "f" else "</invoke>")
+    calls = []
+    for name, inside in blocks:
+        if inside.lstrip().startswith("{"):  # Llama's <function=f>{...}</function>
+            calls.append({"name": name.strip(), "arguments": parse_literal(inside, "the text inside <function> is")})
+            continue
+        between, pairs = cut_blocks(inside, PARAMETER, lambda _: "</parameter>")
+        if between.strip() or len(dict(pairs)) < len(pairs):
+            raise ValueError(f"a call must hold each <parameter> once and nothing else, got {shorten(inside)}")
+        texts = {key.strip(): to_value_text(value) for key, value in pairs}
+        calls.append(type_arguments(name.strip(), texts, known))
+    for tag in ("<tool_call>", "</tool_call>", "<function_calls>", "</function_calls>"):
+        rest = rest.replace(tag, "")
+    return rest.strip(), calls
+
+
+def parse_inside(text: str, tag: str, known: Known) -> list:
+    """Return the calls between <tool_call> tags: JSON, or what Qwen3-Coder or GLM write there."""
+    if FUNCTION.search(text):
+        return parse_functions(text, known)[1]
+    if "<arg_key>" in text:
+        name, pairs = cut_blocks(text, ARGUMENT_KEY, lambda _: "</arg_value>")
+        return [type_arguments(name.strip(), dict(pairs), known)]
+    return as_list(parse_literal(text, f"the text inside <{tag}> is"))
+
+
+def parse_hermes(text: str, known: Known) -> Found:
+    """<tool_call>{...}</tool_call>, or a list of calls in <TOOLCALL>"""
+    tag = "TOOLCALL" if "<TOOLCALL>" in text else "tool_call"
+    cut = split_tags(text, tag)
+    if any(f"<{tag}>" in outside for outside in cut[::2]):
+        raise ValueError(f"a turn has <{tag}> without </{tag}>; expected both")
+    calls = [call for inside in cut[1::2] for call in parse_inside(inside, tag, known)]
+    return "\n".join(map(str.strip, cut[::2])).strip(), calls
+
+
+def parse_glaive_call(text: str) -> object:
+    """Return the call of a Glaive turn, whose arguments are JSON between single quotes."""
+    quoted = GLAIVE_CALL.fullmatch(text)
+    if not quoted:
+        return parse_literal(text, "the text after <functioncall> is")
+    return {"name": parse_json(quoted[1], "the name of a call is"), "arguments": quoted[2].replace("\\'", "'")}
+
+
+def parse_glaive(text: str, known: Known) -> Found:
+    """<functioncall> {"name": "f", "arguments": '{...}'}"""
+    content, *calls = text.split("<functioncall>")
+    return content.strip(), [parse_glaive_call(call.replace("<|endoftext|>", "")) for call in calls]
+
+
+def parse_mistral(text: str, known: Known) -> Found:
+    """[TOOL_CALLS] [{...}], or [TOOL_CALLS]f[ARGS]{...} for each call"""
+    content, *parts = text.split("[TOOL_CALLS]")
+    calls = []
+    for part in parts:
+        name, found, arguments = part.removesuffix("</s>").partition("[ARGS]")
+        value = parse_literal(arguments if found else name, "the text after [TOOL_CALLS] is")
+        calls += [{"name": name.strip(), "arguments": value}] if found else as_list(value)
+    return content.strip(), calls
+
+
+def parse_llama(text: str, known: Known) -> Found:
+    """<|python_tag|>{"name": "f", "parameters": {...}}; several with ; between them, or f.call(x=1)"""
+    content, _, code = text.partition("<|python_tag|>")
+    code = code.strip().removesuffix("<|eom_id|>").removesuffix("<|eot_id|>").strip()
+    found = parse_json_calls(code, known) or parse_python(code.replace(".call(", "("), known)
+    if not found or found[0]:
+        raise ValueError(f"the text after <|python_tag|> is neither JSON nor calls: {shorten(code)}")
+    return content.strip(), found[1]
+
+
+def parse_react(text: str, known: Known) -> Found | None:
+    """Action: f, then a line Action Input: {...}, as ReAct agents write them"""
+    starts, rest, calls, position = [*ACTION.finditer(text)], "", [], 0
+    for start, after in zip(starts, [*starts[1:], None]):
+        name = start[1].strip().strip("`[]")
+        tail = text[start.end() : after.start() if after else len(text)]
+        lead = len(tail) - len(tail.removeprefix("```json").removeprefix("```").lstrip())
+        try:
+            arguments, stop = read_value(tail, lead)
+        except (ValueError, RecursionError):
+            stop = tail.find("\n") if "\n" in tail else len(tail)
+            names = known.schemas.get(name, {}).get("properties")
+            if not isinstance(names, dict) or len(names) != 1 or tail.startswith(("{", "[")):
+                raise ValueError(f"the text after Action Input: is not JSON: {shorten(tail[:stop])}") from None
+            arguments = type_arguments(name, {next(iter(names)): tail[:stop].strip().strip('"')}, known)["arguments"]
+        if name not in known.schemas and not isinstance(arguments, dict):
+            return None
+        calls.append({"name": name, "arguments": arguments})
+        rest += text[position : start.start()]
+        position = start.end() + stop
+    rest = (rest + text[position:].removeprefix("\n```")).strip().removesuffix("Observation:").strip()
+    if calls and re.search(r"^[ \t]*Observation:", rest, re.MULTILINE):
+        raise ValueError('an answer holds the "Observation:" to its own call; expected a turn of its own for it')
+    return (rest, calls) if calls else None
+
+
+def to_call(found: object, known: Known, whole: bool) -> list:
+    """Return the calls that a JSON value is, or a message with some; [] if it is none.
+
+    Where it is the `whole` answer, the name need not be a known tool's.
+    """
+    if not isinstance(found, dict):
+        return []
+    given = next((found[key] for key in LIST_KEYS if found.get(key)), None)
+    if given is not None and isinstance(given, dict | list):
+        calls = [to_call(call, known, whole) for call in as_list(given)]
+        return [call for made in calls for call in made] if all(calls) else []
+    if isinstance(found.get("function"), dict):
+        return to_call({"id": found.get("id"), **found["function"]}, known, whole)
+    key = next((key for key in NAME_KEYS if isinstance(found.get(key), str)), None)
+    if key is None or "description" in found:
+        return []
+    name, given = found[key], [key for key in ARGUMENT_KEYS if key in found]
+    arguments = found[given[0]] if given else None
+    if isinstance(arguments, dict) and isinstance(arguments.get("properties"), dict) and "type" in arguments:
+        return []  # a tool, not a call of it
+    is_call = name in known.schemas and (given or (whole and found.keys() <= {key, "id", "type"}))
+    if whole and key == "name" and isinstance(arguments, dict | str):
+        is_call = is_call or given[0] == "arguments" or (known.schemas and found.keys() == {key, "parameters"})
+    if not is_call or not isinstance(arguments, dict | str | None):
+        return []
+    call_id = {"id": found["id"]} if isinstance(found.get("id"), str) else {}
+    return [{**call_id, "name": name, "arguments": arguments}]
+
+
+def read_values(text: str) -> list:
+    """Return the JSON values that a text consists of, with blanks, commas or semicolons between; or a Python one."""
+    values, position = [], 0
+    try:
+        while position < len(text):
+            value, position = read_value(text, position)
+            values.append(value)
+            position = BETWEEN.match(text, position).end()
+    except (ValueError, RecursionError):
+        values = []
+        if text[:1] in ("{", "[") and len(text) < 100_000:
+            with contextlib.suppress(ValueError, RecursionError):
+                values = [parse_literal(text, "it is")]
+    return values
+
+
+def parse_json_calls(text: str, known: Known) -> Found | None:
+    """{"name": "f", "arguments" or "parameters": {...}}, a list of them, or a message with some; alone, fenced, or
+    inside a text if the tool is known"""
+    whole = text.strip()
+    fence = CODE_FENCE.fullmatch(whole)
+    whole = fence[1].strip() if fence else whole
+    if whole.startswith(("{", "[")):
+        values = [item for value in read_values(whole) for item in as_list(value)]
+        calls = [to_call(value, known, True) for value in values]
+        if calls and all(calls):
+            content = values[0].get("content") if len(values) == 1 else ""
+            return content.strip() if isinstance(content, str) else "", [call for made in calls for call in made]
+    if not known.name or not known.name.search(text):
+        return None
+    rest, found, position = "", [], 0
+    for mark in islice(re.finditer(r"[\[{]", text), TRIES):
+        if mark.start() < position:
+            continue
+        try:
+            value, stop = read_value(text, mark.start())
+        except (ValueError, RecursionError):
+            continue
+        calls = [to_call(item, known, False) for item in as_list(value)]
+        if calls and all(calls):
+            found += [call for made in calls for call in made]
+            rest, position = rest + text[position : mark.start()], stop
+    return (EMPTY_FENCE.sub("", rest + text[position:]).strip(), found) if found else None
+
+
+def parse_bracket_calls(text: str) -> list[dict]:
+    """Return the calls of `[Name of a/tool(a="X", n=3), other()]`; ValueError if a part of it is anything else."""
+    calls = []
+    for part in split_at_commas(text.strip()[1:-1].strip().removesuffix(",")):
+        name, bracket, inner = part.partition("(")
+        name, arguments = name.strip(), {}
+        if not name or not bracket or not inner.endswith(")"):
+            raise ValueError(f"expected calls like [name(key=value)], got {shorten(part)}")
+        call, inner = f"call {shorten(name)}:", inner[:-1].strip().removesuffix(",")
+        for pair in split_at_commas(inner) if inner else []:
+            key, equals, value = pair.partition("=")
+            key = key.strip()
+            if not equals or not key or key in arguments:
+                raise ValueError(f"{call} expected arguments like key=value, each key once, got {shorten(pair)}")
+            arguments[key] = parse_literal(value, f"{call} {key} is")
+        calls.append({"name": name, "arguments": arguments})
+    return calls
+
+
+def parse_toolace(text: str, known: Known) -> Found | None:
+    """[f(x='1'), g()]"""
+    if not text.lstrip().startswith("[") or not BRACKET_CALLS.fullmatch(text):
+        return None
+    is_call = (ANY_CALL if known.schemas else KEYED_CALL).match(text)
+    return ("", parse_bracket_calls(text)) if is_call else None
+
+
+def find_close(text: str, position: int) -> int:
+    """Return where the bracket at `position` closes, behind it; ValueError if it does not."""
+    depth = 0
+    for token in TOKEN.finditer(text, position):
+        depth += (token[0] in "([{") - (token[0] in ")]}")
+        if not depth:
+            return token.end()
+    raise ValueError(f"unpaired quote or bracket in {shorten(text[position:])}")
+
+
+def parse_python(text: str, known: Known) -> Found | None:
+    """f(x='1') alone on its line, in a block of code too, or [f(x='1')] inside a text"""
+    rest, found, position = "", [], 0
+    for start in known.call.finditer(text) if known.call else ():
+        begin, calls = start.start(), ""
+        if begin < position:
+            continue
+        if begin and text[begin - 1] == "[":
+            begin -= 1
+            end = find_close(text, begin)
+            calls = text[begin:end]
+        else:
+            call, parts = start, []
+            while call:
+                end = find_close(text, call.end() - 1)
+                parts.append(call["name"] + text[call.end() - 1 : end])
+                call = known.more.match(text, end)
+            tail = LINE_END.match(text, end)
+            if not tail:  # talk about it
+                continue
+            calls, end = f"[{', '.join(parts)}]", tail.end()
+        found += parse_bracket_calls(calls)
+        rest, position = rest + text[position:begin], end
+    return (EMPTY_FENCE.sub("", rest + text[position:]).strip(), found) if found else None
+
+
+class Syntax(NamedTuple):
+    """A way of writing calls in a text: what a text must hold for it, and its parser (None: no call in it)."""
+
+    marks: tuple[str, ...]
+    parse: Callable[[str, Known], Found | None]
+
+
+SYNTAXES = {  # the first that finds calls
+    "hermes": Syntax(("<tool_call>", "<TOOLCALL>"), parse_hermes),
+    "qwen3_coder": Syntax(("<function=", "<invoke "), parse_functions),
+    "glaive": Syntax(("<functioncall>",), parse_glaive),
+    "mistral": Syntax(("[TOOL_CALLS]",), parse_mistral),
+    "llama": Syntax(("<|python_tag|>",), parse_llama),
+    "react": Syntax(("Action",), parse_react),
+    "toolace": Syntax(("[",), parse_toolace),
+    "json": Syntax(("{",), parse_json_calls),
+    "python": Syntax(("(",), parse_python),
+}
+
+
+def find_calls(text: str, known: Known, only: str | None) -> tuple[str, str, list] | None:
+    """Return (syntax, the text without its calls, calls) of an answer, None if it calls nothing.
+
+    ValueError if a call is broken, or if a known tool is called in a syntax that is not known.
+    """
+    for name, syntax in SYNTAXES.items():
+        if only in (None, name) and any(mark in text for mark in syntax.marks):
+            found = syntax.parse(text, known)
+            if found and found[1]:
+                return name, *found
+    if known.name and known.name.search(text) and (unread := known.unread.search(text)):
+        called = known.name.search(unread[0]) or known.name.search(text)
+        expected = 'expected it in a syntax that is read, such as "tool_calls"'
+        raise ValueError(f"an answer calls {shorten(called[0])} as text, {shorten(text, 40)}; {expected}")
+    return None
+
+
+def read_message(message: dict, known: Known, changes: Counter, only: str | None) -> dict:
+    """Return an assistant's message with the calls out of its text."""
+    content, trained = message["content"], "weight" not in message
+    try:
+        found = find_calls(content, known, only) if content.strip() else None
+        if message["role"] == "calls" and not found:
+            calls = as_list(parse_literal(content, "a turn of calls is"))
+            found = "calls", "", calls
+        if not found:
+            return message
+        name, text, calls = found
+        calls = [to_tool_call(call, changes, trained) for call in calls]
+    except (ValueError, RecursionError):
+        if trained:
+            raise
+        return message  # a wrong turn: context, as it stands
+    given = message.get("tool_calls")
+    if given and [call["function"] for call in given] != [call["function"] for call in calls]:
+        raise ValueError(f"a turn holds tool_calls and {SYNTAXES[name].marks[0]}; expected one of them")
+    if message["role"] != "calls" or name not in ("calls", "json"):
+        changes[f"{READ_AS}{name}"] += 1
+    return {**message, "content": text, "tool_calls": given or calls}
+
+
+def read_calls(messages: list[dict], tools: list[dict], changes: Counter, syntax: str | None = None) -> list[dict]:
+    """Return the messages with all calls of the assistant in `tool_calls`, in the named syntax or in any.
+
+    An answer in which a tool of its own row is called is read if its syntax is known, else a ValueError; talk about a
+    tool is no call. Answers of weight 0 stay text where they cannot be read.
+    """
+    known, read = None, []
+    for index, message in enumerate(messages, start=1):
+        content = message["content"]
+        open_ = message["role"] == "calls" and "tool_calls" not in message
+        answer = message["role"] in ("assistant", "item") and isinstance(content, str)
+        marked = answer and ("[" in content or "{" in content or "(" in content or "<" in content or "Action" in content)
+        if marked and "tool_calls" in message:
+            marked = "<tool_call>" in content or "<TOOLCALL>" in content
+        if isinstance(content, str) and (open_ or marked):
+            known = known or to_known(tools)
+            message = read_message(message, known, changes, syntax)
+        read.append(message)
+    return read
