@@ -1,6 +1,7 @@
 """Tools: read from a file or a row, and each call checked against its own tool, in bounded time."""
 
 import json
+import random
 import time
 from collections import Counter
 
@@ -216,3 +217,40 @@ def test_settling_a_null_beside_a_pattern_that_takes_years_is_quick():
     schema = {"type": "object", "properties": {**SLOW["function"]["parameters"]["properties"], "y": TEXT}}
     assert settle_arguments({**EVIL, "y": None}, schema, Counter()) == EVIL
     assert time.monotonic() - start < 1
+
+
+def draw_schema(choose: random.Random, depth: int) -> dict:
+    """Any schema of a few properties, combined in any way."""
+    leaves = [TEXT, {"type": ["string", "null"]}, {"type": "string", "default": None}, {"enum": ["a", 1]}, {"$ref": "#/$defs/P"}]
+    if depth == 0 or choose.random() < 0.4:
+        return choose.choice(leaves)
+    parts = [draw_schema(choose, depth - 1) for _ in range(3)]
+    names = choose.sample("abc", choose.randint(0, 3))
+    whole = {"type": "object", "properties": dict(zip(names, parts)), "required": names[:1]}
+    return choose.choice([whole, whole, {"type": "array", "items": parts[0]}, {choose.choice(["anyOf", "allOf", "oneOf"]): parts}])
+
+
+def draw_arguments(choose: random.Random, depth: int) -> object:
+    if depth == 0 or choose.random() < 0.5:
+        return choose.choice([None, None, "a", 1])
+    if choose.random() < 0.2:
+        return [draw_arguments(choose, depth - 1)]
+    return {name: draw_arguments(choose, depth - 1) for name in choose.sample("abcd", 3)}
+
+
+def test_settling_any_arguments_by_any_schema_makes_no_problem_and_settles_them():
+    settled_rows = 0
+    for seed in range(200):
+        choose = random.Random(seed)
+        defs = {"P": draw_schema(choose, 1) | {"title": "P"}} if choose.random() < 0.5 else {"P": TEXT}
+        names = choose.sample("abc", 2)
+        schema = {"type": "object", "properties": {name: draw_schema(choose, 3) for name in names}, "$defs": defs}
+        schema["required"] = names[:1]
+        validators, problems = check_tools([tool(schema)])
+        assert problems == []
+        arguments = {name: draw_arguments(choose, 3) for name in "abcd"}
+        settled, again = settle_arguments(arguments, schema, Counter()), Counter()
+        assert settle_arguments(settled, schema, again) == settled and LEFT_OUT not in again and DROPPED not in again
+        assert check_call("f", arguments, validators) or not check_call("f", settled, validators), (schema, arguments)
+        settled_rows += settled != arguments
+    assert settled_rows > 100

@@ -51,7 +51,7 @@ NOTES = {"$schema", "$id", "$defs", "definitions", "title", "description", "requ
 def unwrap(parameters: object) -> object:
     """Return a tool's parameters out of JSON text, a list of named ones, or what Vercel and Bedrock put around them."""
     parameters = unpack(parameters, "the parameters of a tool are")
-    if isinstance(parameters, list) and all(isinstance(part, dict) and "name" in part for part in parameters):
+    if isinstance(parameters, list) and all(isinstance(part, dict) and isinstance(part.get("name"), str) for part in parameters):
         return {part["name"]: {key: value for key, value in part.items() if key != "name"} for part in parameters}
     inner = parameters.get("jsonSchema", parameters.get("json")) if isinstance(parameters, dict) else None
     alone = isinstance(inner, dict) and isinstance(inner.get("properties"), dict) and len(parameters) == 1
@@ -181,7 +181,7 @@ def take_tools(text: str) -> tuple[list[dict], str]:
 @lru_cache(maxsize=20_000)  # rows share tools: checking one takes longer than checking a row's calls
 def check_tool(text: str) -> tuple[Validator, str | None]:
     """Return (validator of the tool's arguments, its problem or None) for the JSON text of a tool."""
-    function, nothing = json.loads(text)["function"], to_validator({})
+    function, nothing = json.loads(text)["function"], Validator({})
     schema = function.get("parameters") or NO_ARGUMENTS
     if problem := find_forbidden(text):
         return nothing, problem
@@ -194,7 +194,9 @@ def check_tool(text: str) -> tuple[Validator, str | None]:
         expected = '{"type": "object", "properties": {...}}'
         return nothing, f"parameters.{strays[0]} is not a keyword of JSON Schema; expected {expected}"
     try:
-        return to_validator(schema), None
+        validator = to_validator(schema)
+        validator.check_schema(validator.schema, format_checker=validator.FORMAT_CHECKER)
+        return validator, None
     except jsonschema.SchemaError as error:
         path = ".".join(["parameters", *map(str, error.absolute_path)])
         return nothing, f"{path} is not valid JSON Schema: {error.message[:200]}"
@@ -262,7 +264,7 @@ def check_call(name: str, arguments: dict, validators: dict) -> list[str]:
         return [f"its tool's schema cannot be applied: {type(error).__name__}: {error}"[:300]]
 
 
-@lru_cache(maxsize=20_000)
+@lru_cache(maxsize=2_000)
 def build_null_validators(text: str) -> tuple[NullValidator, StrictNullValidator]:
     """Return what refuses the nulls that are to go, and what refuses required ones too, for a schema's JSON text."""
     schema = json.loads(text) or NO_ARGUMENTS

@@ -19,17 +19,17 @@ TYPE_NAMES = {  # in messages
 # fmt: on
 
 
-def is_default(value: object, schema: object) -> bool:
-    """Return whether a value is the default of its schema; one of another type is legal too, as null often is."""
-    has_it = isinstance(schema, dict) and "default" in schema and value == schema["default"]
-    return has_it and to_json(value) == to_json(schema["default"])  # 1 is neither true nor 1.0
-
-
 def check_properties(validator, properties: dict, instance: object, schema: dict) -> Iterator:
-    """Yield what JSON Schema's `properties` yields, but nothing for a value that is its schema's own default."""
+    """Yield what JSON Schema's `properties` yields, but nothing for a value that is the default of its schema.
+
+    A default may be of another type than its schema says, as null often is.
+    """
     for name, part in properties.items() if isinstance(instance, dict) else ():
-        if name in instance and not is_default(instance[name], part):
-            yield from validator.descend(instance[name], part, path=name, schema_path=name)
+        if name in instance:
+            value = instance[name]
+            has_default = isinstance(part, dict) and "default" in part and part["default"] == value
+            if not has_default or to_json(part["default"]) != to_json(value):  # 1 is neither true nor 1.0
+                yield from validator.descend(value, part, path=name, schema_path=name)
 
 
 def check_given(validator, properties: dict, instance: object, schema: dict) -> Iterator:
@@ -52,13 +52,11 @@ StrictNullValidator = extend(NullValidator, {"properties": check_properties})  #
 
 
 def to_validator(schema: dict, kind: type = Validator):
-    """Return the validator of arguments by a schema; it may raise a SchemaError, or anything else."""
+    """Return the validator of arguments by a schema, which its check_schema has not seen yet."""
     if schema.get("properties") == {} and MORE.isdisjoint(schema) and "patternProperties" not in schema:
         schema = {"additionalProperties": False, **schema}  # a tool without arguments
-    strict = to_strict(schema)
-    kind.check_schema(strict, format_checker=kind.FORMAT_CHECKER)
     # An empty registry: a $ref to elsewhere is a problem, never a download.
-    return kind(strict, registry=referencing.Registry())
+    return kind(to_strict(schema), registry=referencing.Registry())
 
 
 def read_dialect(schema: dict) -> dict:
