@@ -315,10 +315,10 @@ def test_minimal_report():
 
 def test_scores_of_training_rows_are_called_so():
     report = full_report()
-    assert "On the held-out rows. Small: 95 % interval." in read_page(report).words("p")
+    assert "On the held-out rows. Below each share: its 95 % interval." in read_page(report).words("p")
     report["data"]["held_out"] = 0
     page = read_page(report)
-    assert "On the training rows. Small: 95 % interval." in page.words("p")
+    assert "On the training rows. Below each share: its 95 % interval." in page.words("p")
     assert any(", measured on 200 training rows of " in words for words in page.words("p"))
 
 

@@ -155,3 +155,15 @@ PLAIN, THOUGHT, CLOSED = CALL, f"<think>\nWhy.\n</think>\n\n{CALL}", f"Why.\n</t
 )
 def test_reasoning_is_taken_off_as_servers_do(text, reference, answer):
     assert take_answer(text, reference) == answer
+
+
+def test_a_template_that_opens_the_reasoning_itself_is_trained_and_scored(tokenizer, monkeypatch):
+    closed = "'<think>\\n\\n</think>\\n\\n' if enable_thinking is defined and enable_thinking is false"
+    assert closed in tokenizer.chat_template
+    monkeypatch.setattr(tokenizer, "chat_template", tokenizer.chat_template.replace(closed, "'<think>\\n'"))
+    (sample,) = render(tokenizer, CONVERSATIONS["thinking"])
+    assert tokenizer.decode(sample.input_ids[: sample.prompt_length]).endswith("<|im_start|>assistant\n<think>\n")
+    rome = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+    assert sample.completion == f"The user asks for Rome.\n</think>\n\n{rome}"
+    assert take_answer(f"Oslo? No.</think>{rome}", sample.completion) == rome
+    assert take_answer(rome, sample.completion) == ""  # the server takes it for reasoning
