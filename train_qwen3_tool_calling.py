@@ -44,17 +44,14 @@ from tool_calling.processes import (
 )
 from tool_calling.run_folder import Run, check_final, check_folder, mark_output, read_run, write_run
 from tool_calling.samples import (
-    NOT_HELD_OUT,
     Rendering,
     check_shown,
     check_sides,
     choose,
     count_origins,
     name_unit,
-    render_examples,
     render_sides,
     show_rows,
-    to_sides,
 )
 from tool_calling.saving.gguf import check_gguf, find_gguf_tools
 from tool_calling.terminal import FlagError, UserError, report_problems, say, warn
@@ -624,45 +621,22 @@ def dry_run(args: argparse.Namespace) -> dict:
 
 def evaluate_only(args: argparse.Namespace, command: str) -> dict:
     """Score a model or an adapter on --eval_dataset_path, or on the held-out rows of --dataset_path; train nothing."""
-    paths = args.eval_dataset_path or args.dataset_path
-    examples, skipped = read_examples(paths, to_reading(args))
+    examples, skipped = read_examples(args.eval_dataset_path or args.dataset_path, to_reading(args))
     args.engine = "transformers"
 
     from tool_calling.engines.start import start_engine
 
     start_engine(args.engine, args.share_prefix, args.output_dir, args.seed)
-    from tool_calling.engines.hub import check_model, find_base, load_tokenizer
     from tool_calling.report import finish, to_report
-    from tool_calling.saving.proof import Questions, load_scored
-    from tool_calling.scores import Proof
+    from tool_calling.saving.evaluation import Evaluation
 
-    base, flag = find_base(args.eval_only)
-    check_model(base, flag, args.trust_remote_code)
-    tokenizer = load_tokenizer(base, args.trust_remote_code, flag)
-    groups, problems = render_examples(tokenizer, examples, args.max_seq_length)
-    report_problems(problems, args.on_invalid, len(groups))
-    sides = to_sides(*(([], examples) if args.eval_dataset_path else (examples, [])), groups, args.train_test_split)
-    samples = choose(sides[1] or sides[0], args.eval_samples)
-    if not samples:
-        raise UserError(f"{' '.join(paths)}: no row is left to score; add rows")
-    held_out = len(samples) if sides[1] else 0
-    if not held_out:
-        warn(NOT_HELD_OUT)
-    model = load_scored(args.eval_only, base, flag, args.load_in_4bit, args.trust_remote_code)
-    questions = Questions.of(samples, args.eval_batch_size, args.max_new_tokens)
-    answers = questions.ask(model, tokenizer, args.eval_only)
-    data = {
-        "train": len(samples) - held_out,
-        "held_out": held_out,
-        "skipped": skipped + groups.count([]),
-        "unit": name_unit(samples),
-    }
+    proof, data, longest = pick(Evaluation, args).run(examples, pick(Rendering, args))
+    data["skipped"] += skipped
     mark_output(vars(args), args.output_dir)
     folder = str(Path(args.output_dir) / "eval_only")  # beside the report of a training run, not in its place
     write_run(vars(args), folder)  # repeats this into the same folder
-    args.output_dir, args.max_new_tokens = folder, questions.max_new_tokens
-    proof = Proof.of(samples, {"model": {"answers": answers}})
-    return finish(args.output_dir, to_report(vars(args), command, proof, data, None), proof)
+    args.output_dir, args.max_new_tokens = folder, longest
+    return finish(folder, to_report(vars(args), command, proof, data, None), proof)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

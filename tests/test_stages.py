@@ -18,7 +18,7 @@ from tool_calling.arguments import pick
 from tool_calling.engines import compat, graphs
 from tool_calling.files import lock_folder, partial_folder
 from tool_calling.samples import render_examples
-from tool_calling.saving import proof
+from tool_calling.saving import evaluation, proof
 from tool_calling.saving.merge import read_back
 from tool_calling.saving.proof import merge_and_score
 from tool_calling.schedule import Batching, plan_schedule
@@ -184,7 +184,7 @@ def test_what_is_scored_alone_and_in_how_many_bits(job, tmp_path, monkeypatch):
         rendered.append([example.source for example in examples])
         return render(tokenizer, examples, *more)
 
-    monkeypatch.setattr(script, "render_examples", note)
+    monkeypatch.setattr(evaluation, "render_examples", note)
     for model, more, four_bit in (
         (adapter, [], True),
         (adapter, ["--no-load_in_4bit"], False),

@@ -98,7 +98,8 @@ def to_tool_call(call: object, changes: Counter, trained: bool = True) -> dict:
 def is_text_part(part: object) -> bool:
     """Return whether a part of a message's content holds nothing but text."""
     is_text = isinstance(part, dict) and isinstance(part.get("text"), str) and not part.get("thought")
-    is_text = is_text and PARTS.get(part.get("type") or "text", "")[:2] == ("text", "text")
+    kind = part.get("type") or "text" if is_text else None
+    is_text = isinstance(kind, str) and PARTS.get(kind, "")[:2] == ("text", "text")
     return is_text and all(key in TEXT_PART or value is None for key, value in part.items())
 
 
