@@ -25,9 +25,8 @@ from tool_calling.checkpoints import find_checkpoint
 from tool_calling.data.examples import Checked, Reading, check_rows, read_examples, write_converted
 from tool_calling.data.formats import FORMATS
 from tool_calling.data.literals import as_list
-from tool_calling.data.messages import is_trained
 from tool_calling.data.rows import split_share
-from tool_calling.data.splits import find_warnings
+from tool_calling.data.splits import find_warnings, is_thinking
 from tool_calling.environment import refuse_telemetry, return_pages
 from tool_calling.failures import report_failure, report_interrupt
 from tool_calling.files import discard_partial, lock_folder
@@ -444,7 +443,7 @@ def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.Ex
     # Read and check the rows, and what else can be checked before torch is imported.
     examples, held_out, total = read_sides(args)
     check_shown(args.show_row, [*examples, *held_out])
-    thinks = any("reasoning_content" in turn for row in examples for turn in filter(is_trained, row.messages))
+    thinks = is_thinking(examples)
     gguf = find_gguf_tools(args.save_gguf)
     if args.push_to_hub:
         from tool_calling.saving.upload import check_hub

@@ -1,6 +1,7 @@
 """--dry_run and --show_row: the audit of hand-made files, through the real command line."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -217,7 +218,7 @@ def test_tokens_are_counted_part_by_part(dry, tokenizer):
         "all": spread([sum(size) for size in sizes]),
     }
     longest = max(map(sum, sizes))
-    assert found["length"] == {"max_seq_length": 2048, "smallest": longest, "too_long": []}
+    assert found["length"] == {"max_seq_length": 2048, "smallest": longest, "too_long": [], "turns_too_long": 0}
     assert line(result, "length") == (
         f"length   0 rows over --max_seq_length 2,048; the smallest that loses nothing is {longest}"
     )
@@ -378,10 +379,15 @@ def test_rows_that_are_too_long_are_named(tmp_path, dry):
     smallest = dry[1]["length"]["smallest"]
     found, result = audit(tmp_path, "--max_seq_length", smallest - 1)
     where = f"{tmp_path}/rows.jsonl:5"  # the parallel calls
-    assert found["length"] == {"max_seq_length": smallest - 1, "smallest": smallest, "too_long": [[where, smallest]]}
+    assert found["length"] == {
+        "max_seq_length": smallest - 1,
+        "smallest": smallest,
+        "too_long": [[where, smallest]],
+        "turns_too_long": 1,
+    }
     assert found["rows"]["training"] == 5 and found["rows"]["with_problems"] == 1
     assert line(result, "length") == (
-        f"length   1 row over --max_seq_length {smallest - 1}: {where} ({smallest}); "
+        f"length   1 row over --max_seq_length {smallest - 1}, in 1 answer: {where} ({smallest}); "
         f"the smallest that loses nothing is {smallest}"
     )
     assert result.returncode == 1 and result.stderr.splitlines()[0] == (
@@ -393,6 +399,41 @@ def test_rows_that_are_too_long_are_named(tmp_path, dry):
     assert result.stderr.splitlines()[-1] == (
         f"error: {tmp_path}/rows.jsonl: no row is left to train on; lower --train_test_split or add rows"
     )
+
+
+def test_only_the_answers_that_do_not_fit_are_left_out(tmp_path):
+    """A trace of thirteen calls whose last two are over the limit."""
+    calls = [{"function": {"name": "get_weather", "arguments": {"city": f"Town {i}"}}} for i in range(13)]
+    turns = [[{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "x " * 50}] for call in calls]
+    trace = {"messages": [{"role": "user", "content": "Weather?"}, *sum(turns, [])[:-1]], "tools": [WEATHER]}
+    whole, _ = audit(tmp_path, rows=[trace, *ROWS])
+    limit = whole["length"]["smallest"] - 200  # more than a turn takes, less than two do
+    found, result = audit(tmp_path, "--max_seq_length", limit, "--on_invalid", "skip", rows=[trace, *ROWS])
+    path, size = f"{tmp_path}/rows.jsonl:1", whole["length"]["smallest"]
+    assert found["length"] == {
+        "max_seq_length": limit,
+        "smallest": size,
+        "too_long": [[path, size]],
+        "turns_too_long": 2,
+    }
+    assert found["rows"] == {"total": 7, "valid": 7, "with_problems": 0, "training": 7, "held_out": 0}
+    assert result.returncode == 0 and found["plan"]["steps"] == 3 * math.ceil((11 + 6) / 8)
+    problem = f"{size:,} tokens; --max_seq_length is {limit:,} and no answer is ever cut"
+    assert f"skipped: {path}: answer 13 of 13: {problem}\n" in result.stderr
+    assert result.stderr.count(f"skipped: {path}: answer ") == 2
+    assert line(result, "skip") == "skip     2 problems in 1 of 7 rows, named above"
+    _, result = audit(tmp_path, "--max_seq_length", limit, rows=[trace, *ROWS])
+    assert result.returncode == 1 and result.stderr.splitlines()[-1] == (
+        "error: 2 problems in 1 of 7 rows; fix them or skip these rows with --on_invalid skip"
+    )
+
+
+def test_rows_that_are_taken_twice_are_no_duplicates(tmp_path):
+    path = write_jsonl(tmp_path / "twice.jsonl", [ROWS[5], ROWS[1], native("?", ("nobody", {}))])
+    found, result = audit(tmp_path, "--dataset_path", f"{path}:2", "--on_invalid", "skip")
+    assert found["rows"] == {"total": 6, "valid": 4, "with_problems": 2, "training": 4, "held_out": 0}
+    assert found["repeats"]["duplicates"] == {"count": 0, "rows": []}
+    assert found["problems"]["count"] == 1 and result.stdout.startswith(f"read     {path}:2: 6 rows of 3\n")
 
 
 def test_a_model_never_shown_a_refusal_is_warned_of(tmp_path):

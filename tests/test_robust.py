@@ -91,7 +91,7 @@ def test_secrets_are_written_nowhere(tmp_path, monkeypatch, capsys):
     write_audit({"problems": ["holds hf_abcdefghij"]}, settings, str(tmp_path))
     assert "hf_abcdefghij" not in (tmp_path / "audit.json").read_text()
     assert capsys.readouterr() == (
-        "read     from https://hub.example/x\nskip     1 of 1 row, named above\n",
+        "read     from https://hub.example/x\nskip     1 problem in 1 of 1 row, named above\n",
         "warning: $HF_TOKEN in https://hub.example/x\nskipped: x:1: holds $HF_TOKEN\n",
     )
     report = json.loads((tmp_path / "report.json").read_text())

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from conftest import ROOT, WEATHER
-from conversations import ASK, CONVERSATIONS, says, supervised
+from conversations import ASK, CONVERSATIONS, REPLY, calls, says, supervised
 
 import train_qwen3_tool_calling as script
 from tool_calling.data.examples import Example, Reading, to_examples
@@ -34,6 +34,21 @@ def test_a_sample_over_the_limit_is_a_problem_and_is_not_cut(tokenizer):
     groups, problems = render_examples(tokenizer, examples, length - 1)
     assert problems == [("x:2", f"{length:,} tokens; --max_seq_length is {length - 1:,} and no answer is ever cut")]
     assert len(groups[0]) == 1 and groups[1] == []
+
+
+def test_of_a_conversation_only_the_answers_over_the_limit_are_left_out(tokenizer):
+    trace = [ASK, *[turn for i in range(4) for turn in (calls(f"Town {i}"), REPLY)], says("Done.")]
+    whole = render_examples(tokenizer, [Example("x:1", trace, [WEATHER])], 4096)[0][0]
+    sizes = [len(sample.input_ids) for sample in whole]
+    assert len(sizes) == 5 and sizes == sorted(sizes)
+    (kept,), problems = render_examples(tokenizer, [Example("x:1", trace, [WEATHER])], sizes[2])
+    assert kept == whole[:3]
+    assert problems == [
+        ("x:1", f"answer {n} of 5: {sizes[n - 1]:,} tokens; --max_seq_length is {sizes[2]:,} and no answer is ever cut")
+        for n in (4, 5)
+    ]
+    (kept,), problems = render_examples(tokenizer, [Example("x:1", trace, [WEATHER])], 9)
+    assert kept == [] and len(problems) == 5
 
 
 @pytest.mark.slow

@@ -151,7 +151,7 @@ def test_the_first_20_problems_are_listed(count, more):
 
 
 def test_every_skipped_row_is_named(capsys):
-    report_problems([(f"a:{i}", "empty") for i in range(25)], "skip", 1000)
+    report_problems([(f"a:{i}", "empty") for i in (*range(25), 3)], "skip", 1000)  # a row that is taken twice: once
     out, err = capsys.readouterr()
-    assert out == "skip     25 of 1,000 rows, named above\n"
+    assert out == "skip     25 problems in 25 of 1,000 rows, named above\n"
     assert err == "".join(f"skipped: a:{i}: empty\n" for i in range(25))

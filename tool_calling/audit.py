@@ -26,7 +26,7 @@ from tool_calling.samples import (
     Rendering,
     Sample,
     count_origins,
-    describe_length,
+    drop_long,
     render_examples,
     show_rows,
     to_sides,
@@ -127,12 +127,15 @@ def audit_sizes(tokenizer, examples: list[Example], groups: list[list[Sample]]) 
     return {name: summarise(values) for name, values in parts.items()} if turns else {}
 
 
-def audit_lengths(examples: list[Example], groups: list[list[Sample]], limit: int) -> tuple[list, dict]:
-    """Return (groups without those that are too long, which these are and the smallest limit that loses none)."""
-    longest = [max((len(turn.input_ids) for turn in group), default=0) for group in groups]
-    too_long = [(example.source, size) for example, size in zip(examples, longest) if size > limit]
-    kept = [group if size <= limit else [] for group, size in zip(groups, longest)]
-    return kept, {"max_seq_length": limit, "smallest": max(longest), "too_long": too_long}
+def audit_lengths(groups: list[list[Sample]], limit: int, turns: int) -> dict:
+    """Return the smallest limit that loses no turn, and the rows with turns over `limit`, which are `turns`."""
+    longest = [(group[0].source, max(len(turn.input_ids) for turn in group)) for group in groups if group]
+    return {
+        "max_seq_length": limit,
+        "smallest": max((size for _, size in longest), default=0),
+        "too_long": [(source, size) for source, size in longest if size > limit],
+        "turns_too_long": turns,
+    }
 
 
 def list_some(found: list) -> dict:
@@ -183,20 +186,20 @@ class Data:
         self.total = sum(side.total for side in sides)
         both = [*self.examples, *self.eval_examples]
         self.groups, unrendered = render_examples(tokenizer, both, sys.maxsize)
-        kept, self.lengths = audit_lengths(both, self.groups, self.limit)
-        too_long = [(source, describe_length(size, self.limit)) for source, size in self.lengths["too_long"]]
-        self.problems = [*sides[0].problems, *sides[1].problems, *unrendered, *too_long]
-        self.train, self.held_out = to_sides(self.examples, self.eval_examples, kept, share)
+        self.kept, too_long = drop_long(self.groups, self.limit)
+        self.lengths = audit_lengths(self.groups, self.limit, len(too_long))
+        self.problems = [*dict.fromkeys([*sides[0].problems, *sides[1].problems, *unrendered, *too_long])]
+        self.train, self.held_out = to_sides(self.examples, self.eval_examples, self.kept, share)
 
     def audit(self) -> dict:
         """Return what the rows are and call, how long they are, and what is wrong with them."""
-        both, bad = [*self.examples, *self.eval_examples], len({source for source, _ in self.problems})
+        both, valid = [*self.examples, *self.eval_examples], sum(map(bool, self.kept))
         unmeasured = self.train and not self.held_out and self.rendering.train_test_split > 0  # a share of 0 is meant
         return {
             "rows": {
                 "total": self.total,
-                "valid": self.total - bad,
-                "with_problems": bad,
+                "valid": valid,
+                "with_problems": self.total - valid,
                 "training": count_origins(self.train),
                 "held_out": count_origins(self.held_out),
             },
@@ -241,8 +244,8 @@ def show_data(audit: dict) -> None:
         say(
             "length",
             f"{plural(len(long), 'row')} over --max_seq_length {length['max_seq_length']:,}"
-            f"{': ' * bool(long)}"
-            f"{list_first(long, SHOWN_PAIRS)}; the smallest that loses nothing is {length['smallest']:,}",
+            + f", in {plural(length['turns_too_long'], 'answer')}: " * bool(long)
+            + f"{list_first(long, SHOWN_PAIRS)}; the smallest that loses nothing is {length['smallest']:,}",
         )
     found = {name: audit["repeats"][key] for key, name in REPEATS.items()}
     say("repeats", ", ".join(f"{pairs['count']:,} {name}" for name, pairs in found.items()))

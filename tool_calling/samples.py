@@ -38,7 +38,10 @@ class Sample(NamedTuple):
 def render_examples(
     tokenizer, examples: list[Example], max_seq_length: int, date: str | None = None
 ) -> tuple[list[list[Sample]], list[tuple[str, str]]]:
-    """Return ([samples of example 0, ...], [(source, problem), ...]); an example with a problem has no samples."""
+    """Return ([samples of example 0, ...], [(source, problem), ...]).
+
+    An example with a problem has no samples; of one with answers over `max_seq_length` only these are left out.
+    """
     turns, problems = [], []
     parser, special = check_template(tokenizer, examples), find_special_tokens(tokenizer)
     for index, example in enumerate(track(examples, "render", transient=True, disable=not sys.stdout.isatty())):
@@ -56,14 +59,24 @@ def render_examples(
     groups: list[list[Sample]] = [[] for _ in examples]
     for (index, turn, _, text), prompt, completion in zip(turns, prompts, completions):
         example, tokens = examples[index], prompt + completion
-        if len(tokens) > max_seq_length:
-            problems.append((index, describe_length(len(tokens), max_seq_length)))
         request = next((m["content"] for m in reversed(example.messages[:turn]) if m["role"] == "user"), "")
         text = text.removesuffix(tokenizer.eos_token)
         groups[index].append(Sample(example.source, tokens, len(prompt), text, example.tools, request, parser, index))
     for index, _ in problems:
         groups[index] = []
-    return groups, [(examples[index].source, problem) for index, problem in problems]
+    kept, too_long = drop_long(groups, max_seq_length)
+    return kept, [*((examples[index].source, problem) for index, problem in problems), *too_long]
+
+
+def drop_long(groups: list[list[Sample]], limit: int) -> tuple[list[list[Sample]], list[tuple[str, str]]]:
+    """Return (groups without the samples over `limit` tokens, their problems); the other turns of a row stay."""
+    problems = [
+        (sample.source, f"answer {number} of {len(group)}: " * (len(group) > 1) + describe_length(size, limit))
+        for group in groups
+        for number, sample in enumerate(group, start=1)
+        if (size := len(sample.input_ids)) > limit
+    ]
+    return [[sample for sample in group if len(sample.input_ids) <= limit] for group in groups], problems
 
 
 def check_special_tokens(example: Example, special: re.Pattern | None) -> None:

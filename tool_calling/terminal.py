@@ -103,12 +103,12 @@ def report_problems(problems: list[tuple[str, str]], on_invalid: str, total: int
     """Raise a UserError that lists the problems, pairs of source and text; if on_invalid is "skip", warn of each."""
     if not problems:
         return
-    lines = [f"{source}: {problem}" for source, problem in problems]
+    lines = [f"{source}: {problem}" for source, problem in dict.fromkeys(problems)]  # of a repeated row: once
     share = f"{len({source for source, _ in problems}):,} of {plural(total, noun)}"
     if on_invalid == "skip":
         for line in lines:
             warn(line, "skipped")
-        say("skip", f"{share}, named above")
+        say("skip", f"{plural(len(lines), 'problem')} in {share}, named above")
         return
     more = f", the first {SHOWN_PROBLEMS} above" if len(lines) > SHOWN_PROBLEMS else ""
     advice = "; fix them or skip these rows with --on_invalid skip" if noun == "row" else ""

@@ -5,7 +5,7 @@ import random
 import pytest
 from conftest import ALARM, WEATHER
 from tool_calling.data.examples import Example
-from tool_calling.data.splits import digest_prompts, find_first_answer, find_leaks, split_examples
+from tool_calling.data.splits import digest_prompts, find_first_answer, find_leaks, find_warnings, is_thinking, split_examples
 
 
 def example(request: str, answer: str = "ok") -> Example:
@@ -86,3 +86,22 @@ def test_rows_that_begin_with_a_greeting_are_held_out_by_what_the_user_says():
     hello = {"role": "assistant", "content": "Hello!"}
     examples = [Example(f"x:{i}", [hello, *example(f"request {i}").messages], []) for i in range(100)]
     assert [*map(len, split_examples(examples, 0.1))] == [90, 10]
+
+
+def thinking(count: int, total: int) -> list[Example]:
+    """Rows of which `count` have reasoning in a trained answer, and each in a turn of weight 0."""
+    dropped = {"role": "assistant", "content": "x", "reasoning_content": "Hm.", "weight": 0}
+    rows = [[ASK, dropped, ASK, {**SAYS, "reasoning_content": "Hm."} if i < count else SAYS] for i in range(total)]
+    return [Example(f"x:{i}", messages, []) for i, messages in enumerate(rows)]
+
+
+@pytest.mark.parametrize(
+    "count, served", [(0, None), (1, "without"), (19, "without"), (20, "with"), (39, "with"), (40, None)]
+)
+def test_a_mix_of_reasoning_is_counted_and_served_as_most_rows_are_trained(count, served):
+    examples = thinking(count, 40)
+    assert is_thinking(examples) == (count >= 20)
+    assert find_warnings(examples, []) == [
+        f"{count} of 40 rows have reasoning: the model is served {served} it, as most rows are trained; --thinking off "
+        "drops it, --thinking on requires it"
+    ] * (served is not None)

@@ -53,6 +53,16 @@ def list_calls(example: Example) -> list[list[str]]:
     return [names for names in turns if names]
 
 
+def count_thinking(examples: list[Example]) -> int:
+    """Return how many rows have a trained answer with reasoning."""
+    return sum(any("reasoning_content" in turn for turn in filter(is_trained, row.messages)) for row in examples)
+
+
+def is_thinking(examples: list[Example]) -> bool:
+    """Return whether most rows are trained with reasoning: so the model is then served."""
+    return 2 * count_thinking(examples) >= len(examples) > 0
+
+
 def find_leaks(examples: list[Example], held_out: list[Example]) -> list[tuple[str, str]]:
     """Return (source, source in training) of each held-out row whose request also occurs in training."""
     training = {key: example.source for key, example in reversed([*zip(digest_prompts(examples), examples)])}
@@ -65,6 +75,12 @@ def find_warnings(examples: list[Example], held_out: list[Example]) -> list[str]
     found = []
     if any(example.tools for example in examples) and all(map(list_calls, examples)):
         found.append("no row without a call: the model will forget to refuse")
+    if 0 < (count := count_thinking(examples)) < len(examples):
+        served = "with" if is_thinking(examples) else "without"
+        found.append(
+            f"{count:,} of {len(examples):,} rows have reasoning: the model is served {served} it, as most rows are "
+            "trained; --thinking off drops it, --thinking on requires it"
+        )
     if leaks := find_leaks(examples, held_out):
         count = f"{len(leaks):,} of {len(held_out):,} held-out rows also occur in training"
         row, twin = leaks[0]
