@@ -6,7 +6,7 @@ from format_cases import read, tool
 
 from tool_calling.data.schemas import parse_type
 from tool_calling.data.tools import check_call, check_tools, to_tools
-from tool_calling.data.validators import to_strict
+from tool_calling.data.validators import Validator, is_plain, to_strict
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,10 @@ def test_flat_parameters_beside_a_list_of_those_required_are_a_schema():
             },
         }
     ]
-    assert changes["flat parameters -> schema"] == changes["description missing -> null"] == 1 and to_tools(tools) == (tools, {})
+    assert changes["flat parameters -> schema"] == changes["description missing -> null"] == 1 and to_tools(tools) == (
+        tools,
+        {},
+    )
     validators, problems = check_tools(tools)
     assert problems == [] and check_call("f", {"city": 5, "zz": 1}, validators) == [
         "arguments.zz is not an argument of this tool",
@@ -346,7 +349,12 @@ def test_a_default_is_a_legal_value_of_whatever_type():
     """Of optional and of required arguments, at every depth; `true` is no 1, and another value is as wrong as ever."""
     inner = {"type": "object", "properties": {"n": {"type": "integer", "default": "1"}}}
     one = {"anyOf": [{"type": "number"}, {"type": "boolean"}], "enum": [2], "default": 1}
-    properties = {"a": {"type": "string", "default": None}, "b": {"type": "number", "default": "1.0"}, "c": inner, "d": one}
+    properties = {
+        "a": {"type": "string", "default": None},
+        "b": {"type": "number", "default": "1.0"},
+        "c": inner,
+        "d": one,
+    }
     validators, problems = check_tools([tool(properties, ["b"])])
     assert problems == []
     assert check_call("f", {"a": None, "b": "1.0", "c": {"n": "1"}, "d": 1}, validators) == []
@@ -368,3 +376,28 @@ def test_an_empty_list_of_properties_is_a_free_object_but_for_the_tool_itself():
         validators, _ = check_tools(to_tools([{"name": "f", "parameters": parameters}])[0])
         assert check_call("f", {}, validators) == []
         assert check_call("f", {"x": 1}, validators) == ["arguments.x is not an argument of this tool"]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "file"},
+        {"type": ["file"]},
+        {"required": ["a", "a"]},
+        {"required": [1]},
+        {"minimum": True},
+        {"maximum": "9"},
+        {"enum": {"a": 1}},
+        {"description": 5},
+        {"items": 5},
+        {"properties": {"b": 5}},
+        {"additionalProperties": "no"},
+        {"pattern": "("},
+    ],
+)
+def test_a_schema_that_is_valid_at_a_glance_is_valid(part):
+    fine = {"type": "string", "title": "t", "enum": [], "default": {}, "minimum": 1.5, "examples": [1]}
+    whole = {"type": "object", "properties": {"a": fine, "b": {"items": fine}}, "required": ["a"]}
+    assert is_plain(whole) and Validator.check_schema(whole) is None
+    assert not is_plain({**whole, "properties": {"a": {**fine, **part}}})
+    assert check_tools([tool({"a": {**fine, **part}})])[1] != []

@@ -108,7 +108,8 @@ def test_the_prompt_is_that_of_the_request(real_tokenizer):
     prompt = render(to_tools(given_tools)[0])
     assert prompt == render(json.loads(serve(given_tools))) and prompt != render(given_tools)
     assert (
-        '{"type": "function", "function": {"name": "ping", "description": null, "parameters": null}}\n</tools>' in prompt
+        '{"type": "function", "function": {"name": "ping", "description": null, "parameters": null}}\n</tools>'
+        in prompt
     )
 
 
@@ -194,7 +195,10 @@ DECLARED = {**ABOUT, "parameters": {"type": "OBJECT", "properties": {"city": {"t
         ([{"type": "function", **ABOUT, "inputSchema": CITY, "providerOptions": {}}], [F]),
         ([{"toolSpec": {**ABOUT, "inputSchema": {"json": CITY}}}], [F]),  # Bedrock
         ([{"function": {**ABOUT, "arguments": {"city": {"type": "str"}}}, "type": "function"}], [F]),  # ToolMind
-        ([{**ABOUT, "arguments": {"type": "dict", "properties": {"city": {"type": "str"}}, "required": ["city"]}}], [F]),
+        (
+            [{**ABOUT, "arguments": {"type": "dict", "properties": {"city": {"type": "str"}}, "required": ["city"]}}],
+            [F],
+        ),
         ([{**ABOUT, "parameters": [{"name": "city", "type": "string", "required": True}]}], [F]),
         ([{**ABOUT, "parameters": json.dumps(CITY)}], [F]),
         (F, [F]),  # one alone
@@ -240,12 +244,20 @@ def test_a_required_null_beside_the_parameters_says_nothing():
     [
         ("Kimi", "<|im_system|>tool_declare<|im_middle|>%s<|im_end|>", ""),
         ("Kimi, spaced", "<|im_system|> tool_declare <|im_middle|>\n%s\n<|im_end|>Be brief.", "Be brief."),
-        ("other tokens stay", "<|im_system|>system<|im_middle|>%s<|im_end|>", "<|im_system|>system<|im_middle|><|im_end|>"),
+        (
+            "other tokens stay",
+            "<|im_system|>system<|im_middle|>%s<|im_end|>",
+            "<|im_system|>system<|im_middle|><|im_end|>",
+        ),
         ("text", "Use these: %s\nNothing else.", "Use these: \nNothing else."),
     ],
 )
 def test_tools_are_taken_out_of_a_text(name, text, rest):
-    for tools in ([F], [{**ABOUT, "inputSchema": CITY}, {"name": "g", "input_schema": {}}], [{"functionDeclarations": []}]):
+    for tools in (
+        [F],
+        [{**ABOUT, "inputSchema": CITY}, {"name": "g", "input_schema": {}}],
+        [{"functionDeclarations": []}],
+    ):
         assert take_tools(text % json.dumps(tools)) == (tools, rest)
 
 

@@ -172,7 +172,12 @@ def one(schema: dict, *required: str, **more) -> dict:
         (one(PLACE), {"x": {"lat": 1, "lon": None, "z": None}}, {"x": {"lat": 1}}, {LEFT_OUT: 1, DROPPED: 1}),
         (one(PLACE), {"x": {"lat": None, "lon": 1}}, {"x": {"lat": None, "lon": 1}}, {KEPT: 1}),
         (one({"anyOf": [PLACE, {"type": "null"}]}), {"x": {"lat": 1, "lon": None}}, {"x": {"lat": 1}}, {LEFT_OUT: 1}),
-        (one({"$ref": "#/$defs/P"}, **{"$defs": {"P": PLACE}}), {"x": {"lat": 1, "z": None}}, {"x": {"lat": 1}}, {DROPPED: 1}),
+        (
+            one({"$ref": "#/$defs/P"}, **{"$defs": {"P": PLACE}}),
+            {"x": {"lat": 1, "z": None}},
+            {"x": {"lat": 1}},
+            {DROPPED: 1},
+        ),
         (
             one({"allOf": [PLACE, {"properties": {"name": {"type": ["string", "null"]}}}]}),
             {"x": {"lat": 1, "lon": None, "name": None, "z": None}},
@@ -187,7 +192,12 @@ def one(schema: dict, *required: str, **more) -> dict:
         ),
         (one({"type": "array", "items": TEXT}), {"x": ["a", None]}, {"x": ["a", None]}, {}),  # an item is no argument
         (one({"type": "object"}), {"x": {"a": None}}, {"x": {"a": None}}, {}),  # a free object
-        (one({"type": "object", "additionalProperties": TEXT}), {"x": {"a": None, "b": "c"}}, {"x": {"b": "c"}}, {LEFT_OUT: 1}),
+        (
+            one({"type": "object", "additionalProperties": TEXT}),
+            {"x": {"a": None, "b": "c"}},
+            {"x": {"b": "c"}},
+            {LEFT_OUT: 1},
+        ),
         ({"type": "object", "properties": {}}, {"a": None}, {}, {DROPPED: 1}),
         (None, {"a": None, "b": 1}, {"b": 1}, {DROPPED: 1}),
         ({"type": "file"}, {"a": None}, {"a": None}, {}),  # a schema that cannot be used is named by check_tools
@@ -205,7 +215,9 @@ def test_a_required_null_is_no_problem_and_other_wrong_types_are():
     assert problems == []
     assert check_call("f", {"text": None, "year": None}, validators) == []
     assert check_call("g", {"x": {"lat": None}}, validators) == []
-    assert check_call("f", {"text": "a", "year": "2028"}, validators) == ['arguments.year must be an integer, got "2028"']
+    assert check_call("f", {"text": "a", "year": "2028"}, validators) == [
+        'arguments.year must be an integer, got "2028"'
+    ]
     assert check_call("f", {"text": "a", "year": 1, "place": None}, validators) == [
         "arguments.place must be a string, got null"
     ]
@@ -221,13 +233,21 @@ def test_settling_a_null_beside_a_pattern_that_takes_years_is_quick():
 
 def draw_schema(choose: random.Random, depth: int) -> dict:
     """Any schema of a few properties, combined in any way."""
-    leaves = [TEXT, {"type": ["string", "null"]}, {"type": "string", "default": None}, {"enum": ["a", 1]}, {"$ref": "#/$defs/P"}]
+    leaves = [
+        TEXT,
+        {"type": ["string", "null"]},
+        {"type": "string", "default": None},
+        {"enum": ["a", 1]},
+        {"$ref": "#/$defs/P"},
+    ]
     if depth == 0 or choose.random() < 0.4:
         return choose.choice(leaves)
     parts = [draw_schema(choose, depth - 1) for _ in range(3)]
     names = choose.sample("abc", choose.randint(0, 3))
     whole = {"type": "object", "properties": dict(zip(names, parts)), "required": names[:1]}
-    return choose.choice([whole, whole, {"type": "array", "items": parts[0]}, {choose.choice(["anyOf", "allOf", "oneOf"]): parts}])
+    return choose.choice(
+        [whole, whole, {"type": "array", "items": parts[0]}, {choose.choice(["anyOf", "allOf", "oneOf"]): parts}]
+    )
 
 
 def draw_arguments(choose: random.Random, depth: int) -> object:

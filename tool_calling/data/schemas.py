@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable
 
 from tool_calling.data.literals import as_list, parse_python
-from tool_calling.terminal import shorten
 
 # fmt: off
 TYPES = {  # what Python, Java, TypeScript, databases and Gemini call a type, in lower case: JSON Schema's name

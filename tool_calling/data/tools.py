@@ -20,7 +20,14 @@ from tool_calling.data.rows import open_file, read_array, read_text
 from tool_calling.data.schemas import to_parameters
 from tool_calling.data.special_tokens import find_forbidden
 from tool_calling.data.validators import (
-    NullValidator, StrictNullValidator, Validator, describe, find_nulls, list_errors, to_validator,
+    NullValidator,
+    StrictNullValidator,
+    Validator,
+    describe,
+    find_nulls,
+    is_plain,
+    list_errors,
+    to_validator,
 )
 from tool_calling.processes import handle_signals
 from tool_calling.terminal import SHOWN_PROBLEMS, UserError, list_first, report_problems, shorten
@@ -38,10 +45,8 @@ SCHEMA_KEYS = (
     "parametersJsonSchema",
     "parameters_json_schema",
     "arguments",
-    "inputs",
-    "input_parameters",
-    "parameter_definitions",
 )
+SCHEMA_KEYS += ("inputs", "input_parameters", "parameter_definitions")
 WRAPPERS = ("function", "toolSpec")  # of a tool: OpenAI's, Bedrock's
 DECLARATIONS = ("functionDeclarations", "function_declarations")  # of several tools: Gemini's
 NO_ARGUMENTS = {"type": "object", "properties": {}}
@@ -51,7 +56,9 @@ NOTES = {"$schema", "$id", "$defs", "definitions", "title", "description", "requ
 def unwrap(parameters: object) -> object:
     """Return a tool's parameters out of JSON text, a list of named ones, or what Vercel and Bedrock put around them."""
     parameters = unpack(parameters, "the parameters of a tool are")
-    if isinstance(parameters, list) and all(isinstance(part, dict) and isinstance(part.get("name"), str) for part in parameters):
+    if isinstance(parameters, list) and all(
+        isinstance(part, dict) and isinstance(part.get("name"), str) for part in parameters
+    ):
         return {part["name"]: {key: value for key, value in part.items() if key != "name"} for part in parameters}
     inner = parameters.get("jsonSchema", parameters.get("json")) if isinstance(parameters, dict) else None
     alone = isinstance(inner, dict) and isinstance(inner.get("properties"), dict) and len(parameters) == 1
@@ -195,7 +202,8 @@ def check_tool(text: str) -> tuple[Validator, str | None]:
         return nothing, f"parameters.{strays[0]} is not a keyword of JSON Schema; expected {expected}"
     try:
         validator = to_validator(schema)
-        validator.check_schema(validator.schema, format_checker=validator.FORMAT_CHECKER)
+        if not is_plain(validator.schema):
+            validator.check_schema(validator.schema, format_checker=validator.FORMAT_CHECKER)
         return validator, None
     except jsonschema.SchemaError as error:
         path = ".".join(["parameters", *map(str, error.absolute_path)])

@@ -59,6 +59,28 @@ def to_validator(schema: dict, kind: type = Validator):
     return kind(to_strict(schema), registry=referencing.Registry())
 
 
+def is_plain(schema: object) -> bool:
+    """Return whether a schema is valid at a glance: asking JSON Schema's own schema takes a hundred times as long."""
+
+    def fits(key: str, value: object) -> bool:
+        match key, value:
+            case ("description" | "title", str()) | ("default", _) | ("enum" | "examples", list()):
+                return True
+            case "minimum" | "maximum", int() | float():
+                return not isinstance(value, bool)
+            case "type", str():
+                return value == "null" or value in TYPE_NAMES
+            case "required", list():
+                return all(isinstance(name, str) for name in value) and len({*value}) == len(value)
+            case "properties", dict():
+                return all(map(is_plain, value.values()))
+            case "items" | "additionalProperties", _:
+                return is_plain(value)
+        return False
+
+    return isinstance(schema, bool) or (isinstance(schema, dict) and all(fits(*pair) for pair in schema.items()))
+
+
 def read_dialect(schema: dict) -> dict:
     """Return the schema with what OpenAPI 3.0 and earlier drafts write otherwise in the words of today's JSON Schema.
 
