@@ -447,13 +447,13 @@ def test_scores():
     ],
 )
 def test_intervals_are_wilsons(hits, rows, low, high):
-    interval = find_interval([True] * hits + [False] * (rows - hits))
+    interval = find_interval(hits, rows)
     assert interval == pytest.approx([low, high], abs=5e-5)
     assert 0 <= interval[0] <= hits / rows <= interval[1] <= 1
 
 
 def test_no_row_has_no_interval():
-    assert find_interval([]) is None
+    assert find_interval(0, 0) is None
 
 
 def test_rows_without_tools_are_no_proof_that_a_model_makes_no_calls():
@@ -514,7 +514,7 @@ def test_per_tool():
         "tool": pytest.approx([0.1176, 0.7693], abs=5e-5),
         "exact": pytest.approx([0.0362, 0.6245], abs=5e-5),
     }
-    right = {"tool": 1.0, "exact": 1.0, "interval": dict.fromkeys(("tool", "exact"), find_interval([True]))}
+    right = {"tool": 1.0, "exact": 1.0, "interval": dict.fromkeys(("tool", "exact"), find_interval(1, 1))}
     assert count_per_tool({"model": VERDICTS[:1]}) == {"book": {"support": 1, "model": right}}
     assert count_per_tool({"model": []}) == {}
 

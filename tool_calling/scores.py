@@ -177,11 +177,11 @@ def mean(values: list[float]) -> float | None:
     return math.fsum(values) / len(values) if values else None
 
 
-def find_interval(hits: list[bool]) -> list[float] | None:
-    """Return the 95 % interval of a share by Wilson's formula, [low, high]; None of no rows."""
-    if not hits:
+def find_interval(hits: float, rows: float) -> list[float] | None:
+    """Return the 95 % interval of the share `hits` / `rows` by Wilson's formula, [low, high]; None of no rows."""
+    if not rows:
         return None
-    share, spread = mean(hits), Z**2 / len(hits)
+    share, spread = hits / rows, Z**2 / rows
     half = math.sqrt(spread * (share * (1 - share) + spread / 4))
     low, high = ((share + spread / 2 + sign * half) / (1 + spread) for sign in (-1, 1))
     return [max(low, 0.0), min(high, 1.0)]  # rounding may pass the ends
@@ -190,7 +190,7 @@ def find_interval(hits: list[bool]) -> list[float] | None:
 def to_shares(hits: dict[str, list[bool]]) -> dict:
     """Return {name: share of the rows that hit, ..., "interval": {name: its find_interval, ...}}."""
     shares = {name: mean(rows) for name, rows in hits.items()}
-    return shares | {"interval": {name: find_interval(rows) for name, rows in hits.items()}}
+    return shares | {"interval": {name: find_interval(sum(rows), len(rows)) for name, rows in hits.items()}}
 
 
 def macro_f1(rows: list[tuple[tuple, tuple]]) -> float | None:

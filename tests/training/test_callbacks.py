@@ -6,10 +6,12 @@ import signal
 from types import SimpleNamespace
 
 import pytest
+import torch
 from jobs import STOPPING, make_checkpoint
 from transformers import TrainerState, TrainingArguments
 
-from tool_calling.training.callbacks import Stopper
+from tool_calling.engines.losses import to_metrics
+from tool_calling.training.callbacks import ProgressBar, Stopper
 
 
 @pytest.mark.parametrize("decide", ["on_step_end", "on_evaluate", "on_epoch_end"])
@@ -36,3 +38,19 @@ def test_where_the_best_checkpoint_is_gone_the_best_is_sought_anew(tmp_path, cap
         warning = "warning: the best checkpoint, of step 2, is gone: the search for the best starts anew\n"
         assert capsys.readouterr().err == ("" if there else warning)
         shutil.rmtree(best, ignore_errors=True)
+
+
+def test_a_share_of_held_out_rows_is_shown_with_its_interval(capsys):
+    state, metrics = (
+        SimpleNamespace(global_step=57, max_steps=57, epoch=1.0),
+        to_metrics(torch.tensor([2.0, 40, 8, 10])),
+    )
+    assert metrics == {"loss": 0.05, "exact_match": 0.8} | {
+        "exact_low": pytest.approx(0.4902, abs=5e-5),
+        "exact_high": pytest.approx(0.9433, abs=5e-5),
+    }
+    metrics = {f"eval_{name}": value for name, value in metrics.items()}
+    ProgressBar().on_evaluate(None, state, None, metrics)
+    assert capsys.readouterr().out == (
+        "         step    57 of 57  epoch 1: held-out loss 0.0500, exact match 80.0 % (49.0–94.3)\n"
+    )

@@ -6,6 +6,7 @@ from torch.nn.functional import cross_entropy
 from tool_calling.engines.attention import to_attention_mask, to_key_blocks
 from tool_calling.engines.device import autocast
 from tool_calling.engines.fsdp import held_part
+from tool_calling.scores import find_interval
 from tool_calling.streams import IGNORED
 
 COMPARED_NUMBERS = 2**27  # of a larger gradient every n-th number is compared: half a GiB each time it is held
@@ -65,9 +66,13 @@ def to_device(batch: dict, model) -> dict:
 
 
 def to_metrics(sums) -> dict:
-    """Return the mean loss in nats per supervised token, and the share of samples that greedy decoding reproduces."""
+    """Return the mean loss in nats per supervised token, and the share of samples that greedy decoding reproduces.
+
+    `exact_low` and `exact_high` are the ends of the 95 % interval of that share.
+    """
     loss, tokens, exact, samples = sums.tolist()
-    return {"loss": loss / tokens, "exact_match": exact / samples}
+    low, high = find_interval(exact, samples)
+    return {"loss": loss / tokens, "exact_match": exact / samples, "exact_low": low, "exact_high": high}
 
 
 def measure_loss(model, batches: list[dict], engine: str) -> float:

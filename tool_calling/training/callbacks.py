@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 from tool_calling.checkpoints import find_best
+from tool_calling.page import show_interval, show_percent
 from tool_calling.processes import count_devices, is_main, raise_interrupted
 from tool_calling.terminal import say, warn
 
@@ -35,7 +36,9 @@ class ProgressBar(TrainerCallback):
             self.logged = step
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        held_out = f"held-out loss {metrics['eval_loss']:.4f}, exact match {metrics['eval_exact_match']:.1%}"
+        interval = show_interval([metrics["eval_exact_low"], metrics["eval_exact_high"]])
+        exact = f"{show_percent(metrics['eval_exact_match'], 1)} ({interval})"
+        held_out = f"held-out loss {metrics['eval_loss']:.4f}, exact match {exact}"
         say("", f"step {state.global_step:>5,} of {state.max_steps:,}  epoch {state.epoch:.3g}: {held_out}")
 
     def on_train_end(self, args, state, control, **kwargs):
