@@ -5,7 +5,7 @@ import random
 from typing import Any, Literal
 
 import pytest
-from conftest import ALARM, WEATHER
+from conftest import ALARM, WEATHER, run_here, write_jsonl
 from format_cases import read
 
 from tool_calling.data.tools import check_call, check_tools, find_bare_tools, read_tools, take_tools, to_tools
@@ -302,3 +302,32 @@ def test_a_problem_of_a_declared_tool_names_the_file(tmp_path):
     with pytest.raises(UserError) as error:
         read_tools(str(path))
     assert str(error.value).splitlines()[0] == f'{path}: tool 2 "g": parameters must be an object, got 5'
+
+
+def dry_run(tmp_path, *rows: dict) -> str:
+    """What is said on stderr of rows that are read."""
+    path = write_jsonl(tmp_path / "rows.jsonl", list(rows))
+    return run_here("--convert_to", tmp_path / "out.jsonl", "--dataset_path", path).stderr.replace(str(tmp_path), "")
+
+
+def test_what_tools_and_nulls_leave_open_is_warned_of_once(tmp_path):
+    ping = {"type": "function", "function": {"name": "ping", "description": "Ping."}}
+    row = {"input": "go", "output": {"content": "Yes."}, "tools": [WEATHER]}
+    call = {
+        "input": "go",
+        "output": {"function_call": {"name": "get_weather", "arguments": {"city": None, "days": None}}},
+    }
+    said = dry_run(
+        tmp_path,
+        row,
+        {**row, "tools": [WEATHER, ping]},
+        {**call, "tools": [WEATHER, ping]},
+        {**call, "tools": [ALARM, WEATHER]},
+    )
+    assert said.splitlines() == [
+        "warning: 2 nulls of required arguments trained as written; the first is in /rows.jsonl:3",
+        "warning: 1 tool without a description or without parameters: ping; the first is in /rows.jsonl:2: "
+        "a model can only guess what they do",
+    ]
+    (tmp_path / "out.jsonl").unlink()
+    assert dry_run(tmp_path, row) == ""

@@ -12,9 +12,9 @@ from tool_calling.data.formats import FORMATS, convert
 from tool_calling.data.messages import check_calls, check_roles, check_text, cut_tail, is_trained, settle_turns
 from tool_calling.data.rows import read_rows
 from tool_calling.data.syntaxes import READ_AS, read_calls
-from tool_calling.data.tools import check_tools, read_tools, settle_arguments, to_tools
+from tool_calling.data.tools import KEPT_NULL, check_tools, find_bare_tools, read_tools, settle_arguments, to_tools
 from tool_calling.files import write_file
-from tool_calling.terminal import UserError, list_first, plural, report_problems, say, shorten
+from tool_calling.terminal import UserError, list_first, plural, report_problems, say, shorten, warn
 
 SHOWN_CHANGES = 8  # how many kinds of change, and keys that are not read, are named on screen
 REFUSED = {  # what a problem of a call says: its kind
@@ -176,6 +176,24 @@ def apply_thinking(checked: Checked, thinking: str) -> None:
         checked.problems += problems
 
 
+def find_doubts(checked: Checked) -> list[str]:
+    """Return what a user should know of the valid rows: nulls that are trained, and tools that say too little."""
+    found, lists, bare = [], {}, {}
+    if count := checked.changes[KEPT_NULL]:
+        what = f"{plural(count, 'null')} of required arguments trained as written"
+        found.append(f"{what}; the first is in {checked.first[KEPT_NULL]}")
+    for example in checked.examples:  # most share their tools
+        lists.setdefault(id(example.tools), example)
+    for example in lists.values():
+        for name in find_bare_tools(example.tools):
+            bare.setdefault(name, example.source)
+    if bare:
+        what = f"{plural(len(bare), 'tool')} without a description or without parameters"
+        first = f"the first is in {next(iter(bare.values()))}"
+        found.append(f"{what}: {list_first(bare, SHOWN_CHANGES)}; {first}: a model can only guess what they do")
+    return found
+
+
 def check_rows(paths: list[str], reading: Reading) -> Checked:
     """Read, convert and check the rows of files, folders and Hub datasets; no valid row is a UserError."""
     rows = read_rows(paths, reading.max_samples, reading.tools_path)
@@ -198,6 +216,8 @@ def check_rows(paths: list[str], reading: Reading) -> Checked:
         found = sorted(checked.unread.items(), key=lambda item: (item[0][0] == "row", -item[1]))  # columns are many
         counts = (f"{shorten(key)} of {plural(count, place)}" for (place, key), count in found)
         say("read", f"not read, as the format has no such key: {list_first(counts, SHOWN_CHANGES)}")
+    for doubt in find_doubts(checked):
+        warn(doubt)
     return checked
 
 

@@ -32,6 +32,7 @@ from tool_calling.data.validators import (
 from tool_calling.processes import handle_signals
 from tool_calling.terminal import SHOWN_PROBLEMS, UserError, list_first, report_problems, shorten
 
+KEPT_NULL = "null of a required argument kept"
 CHECK_SECONDS = 2  # the longest that checking a call may take
 BROKEN_TOOL = re.compile(r"""\{\s*["'](?:name|type|function)["']\s*:.*""", re.DOTALL)
 # Kimi's declaration, without the tools in it
@@ -304,7 +305,7 @@ def settle_arguments(arguments: dict, schema: object, changes: Counter) -> dict:
             kept = find_nulls(list_errors(strict, settled))
     except Exception:  # as in check_tool; check_call says what is wrong
         return arguments
-    counts["null of a required argument kept"] += len(kept)
+    counts[KEPT_NULL] += len(kept)
     changes.update(+counts)
     return settled
 
