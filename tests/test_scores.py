@@ -456,6 +456,13 @@ def test_no_row_has_no_interval():
     assert find_interval(0, 0) is None
 
 
+def test_an_empty_answer_is_no_refusal():
+    verdict = score_answer(" ", ANSWER, TOOLS)
+    assert verdict == Verdict(False, False, False, (), ()) and verdict.labels == (("(no call)",), ("(empty)",))
+    assert count_per_tool({"model": [verdict]})["(no call)"]["model"]["tool"] == 0.0
+    assert score_answer("", "positive", []).labels == (("(no call)",), ("(no call)",))
+
+
 def test_rows_without_tools_are_no_proof_that_a_model_makes_no_calls():
     text = Verdict(True, True, False, (), (), text=True)
     scores = count_scores([text, VERDICTS[8], VERDICTS[0]])
@@ -536,17 +543,20 @@ def test_confusion():
 @pytest.mark.parametrize(
     "expected, got, broken, labels, counts",
     [
+        ((), (), None, ["(no call)"], [[1]]),  # exact
         (("a",), ("a",), False, ["a"], [[1]]),
         (("a",), ("a", "z"), False, ["a"], [[1]]),  # a call too many is left out
         (("a", "b"), ("b", "z"), False, ["a", "b", "z"], [[0, 0, 1], [0, 1, 0], [0, 0, 0]]),
         (("b", "a"), (), True, ["a", "b", "(broken)"], [[0, 0, 1], [0, 0, 1], [0, 0, 0]]),
-        ((), (), False, ["(no call)"], [[1]]),
+        ((), (), False, ["(no call)", "(empty)"], [[0, 1], [0, 0]]),
+        (("a",), (), False, ["a", "(no call)"], [[0, 1], [0, 0]]),
         ((), ("z", "z"), False, ["z", "(no call)"], [[0, 0], [2, 0]]),
         ((), (), True, ["(no call)", "(broken)"], [[0, 1], [0, 0]]),
     ],
 )
 def test_confusion_of_one_row(expected, got, broken, labels, counts):
-    verdict = Verdict(False, False, broken, expected, got)
+    right = broken is None
+    verdict = Verdict(right, right, bool(broken), expected, got)
     assert count_confusion([verdict]) == {"labels": labels, "counts": counts}
 
 

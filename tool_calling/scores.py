@@ -12,7 +12,7 @@ from typing import NamedTuple
 from tool_calling.prompts import parse_calls, take_answer
 from tool_calling.samples import Sample
 
-NO_CALL, BROKEN = "(no call)", "(broken)"  # labels beside the names of the tools
+NO_CALL, EMPTY, BROKEN = "(no call)", "(empty)", "(broken)"  # labels beside the names of the tools
 MAX_CLASSES = 20  # references without tools that take at most this many values are classes
 IGNORED = re.compile(r"[ ,./\-_*^]")  # in a string, as the Berkeley Function-Calling Leaderboard (BFCL) does
 Z = NormalDist().inv_cdf(0.975)  # 95 % of a normal distribution are less than Z deviations from its mean
@@ -31,7 +31,8 @@ class Verdict(NamedTuple):
     @property
     def labels(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Return (expected, got) with a label where no tool is called."""
-        return self.expected or (NO_CALL,), self.got or (BROKEN if self.broken else NO_CALL,)
+        empty = not (self.expected or self.exact or self.text)  # any other text is right where no call is expected
+        return self.expected or (NO_CALL,), self.got or (BROKEN if self.broken else EMPTY if empty else NO_CALL,)
 
 
 @dataclass(frozen=True)
@@ -255,7 +256,7 @@ def pair_labels(row: Verdict) -> list[tuple[str, str]]:
 def count_confusion(verdicts: list[Verdict]) -> dict[str, list]:
     """Return {"labels": [...], "counts": [[...], ...]}: how often label i was expected and label j given."""
     pairs = Counter(pair for row in verdicts for pair in pair_labels(row))
-    special = [label for label in (NO_CALL, BROKEN) if any(label in pair for pair in pairs)]
+    special = [label for label in (NO_CALL, EMPTY, BROKEN) if any(label in pair for pair in pairs)]
     expected = {wanted for wanted, _ in pairs}.difference(special)
     others = {got for _, got in pairs}.difference(special, expected)
     labels = [*sorted(expected), *sorted(others), *special]
