@@ -45,3 +45,11 @@ CONVERSATIONS = {
 
 def supervised(tokenizer, sample: Sample) -> str:
     return tokenizer.decode(sample.input_ids[sample.prompt_length :])
+
+
+GREETING = [  # some templates refuse it
+    {"role": "system", "content": "You are a weather line."},
+    says("Hi! How can I help?"),
+    {"role": "user", "content": "rain in Rome?"},
+    calls("Rome"),
+]

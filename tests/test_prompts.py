@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import ALARM, WEATHER
-from conversations import CONVERSATIONS, EMPTY_THOUGHT, says, supervised
+from conversations import CONVERSATIONS, EMPTY_THOUGHT, GREETING, says, supervised
 
 from tool_calling.data.examples import Example
 from tool_calling.prompts import parse_calls, take_answer
@@ -33,6 +33,14 @@ def test_the_supervised_text_is_exact(tokenizer):
     ]
 
 
+def test_a_greeting_is_the_whole_answer_after_its_serving_prompt(tokenizer):
+    """Stock Qwen3 renders no think block into an answer before the first user message, but serves one."""
+    greeting, call = render(tokenizer, GREETING)
+    assert supervised(tokenizer, greeting) == "Hi! How can I help?<|im_end|>"
+    for sample in (greeting, call):
+        assert tokenizer.decode(sample.input_ids[: sample.prompt_length]).endswith(EMPTY_THOUGHT)
+
+
 def test_a_turn_before_a_tool_reply_stands_on_the_serving_prompt(tokenizer):
     """Stock Qwen3 drops the empty think block there when it renders the whole conversation at once."""
     first, _ = render(tokenizer, CONVERSATIONS["tool reply"])
@@ -42,10 +50,9 @@ def test_a_turn_before_a_tool_reply_stands_on_the_serving_prompt(tokenizer):
 
 
 @pytest.mark.parametrize("which", ["tokenizer", "real_tokenizer"])
-@pytest.mark.parametrize("name", CONVERSATIONS)
-def test_every_turn_is_trained_as_served(request, which, name):
+@pytest.mark.parametrize("messages", [*CONVERSATIONS.values(), GREETING], ids=[*CONVERSATIONS, "a greeting"])
+def test_every_turn_is_trained_as_served(request, which, messages):
     tokenizer = request.getfixturevalue(which)
-    messages = CONVERSATIONS[name]
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     samples = render(tokenizer, messages)
     assert len(samples) == len(turns)

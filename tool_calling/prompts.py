@@ -12,6 +12,7 @@ from tool_calling.data.special_tokens import SPECIAL_TOKEN
 from tool_calling.terminal import UserError, shorten
 
 PARSERS = ("hermes", "llama3_json")  # as vLLM's --tool-call-parser names them
+EMPTY_THOUGHT = "<think>\n\n</think>\n\n"  # of a turn served without thinking
 PROBE_FUNCTION = {
     "name": "probe_tool",
     "description": "Probe.",
@@ -106,12 +107,14 @@ def render_turn(
         whole = render(example.messages[: turn + 1])
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    if not whole.startswith(prompt):
+    # Before the first user message Qwen3's template writes no empty think block into the answer, but into the prompt.
+    start = len(prompt if whole.startswith(prompt) else prompt.removesuffix(EMPTY_THOUGHT))
+    if whole[:start] != prompt[:start]:
         raise ValueError(f"{name}: the chat template does not render this answer after its serving prompt")
     end = whole.rfind(tokenizer.eos_token)
-    if end < len(prompt):
+    if end < start:
         raise ValueError(f"{name}: the chat template does not end this answer with {tokenizer.eos_token}")
-    completion = whole[len(prompt) : end]
+    completion = whole[start:end]
     for key in ("reasoning_content", "content"):
         if message.get(key, "").strip() not in completion:
             raise ValueError(f"{name}: the chat template leaves out its {key}; remove it, or choose another model")
