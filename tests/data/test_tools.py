@@ -11,6 +11,7 @@ from format_cases import MOBILE_TOOL, read
 
 from tool_calling.data.examples import Reading, to_examples
 from tool_calling.data.tools import check_call, check_tools, limit_time, read_tools, settle_arguments
+from tool_calling.data.validators import Validator, fits
 from tool_calling.terminal import UserError
 
 
@@ -273,4 +274,44 @@ def test_settling_any_arguments_by_any_schema_makes_no_problem_and_settles_them(
         assert settle_arguments(settled, schema, again) == settled and LEFT_OUT not in again and DROPPED not in again
         assert check_call("f", arguments, validators) or not check_call("f", settled, validators), (schema, arguments)
         settled_rows += settled != arguments
+        for given in (arguments, settled):
+            assert not fits(given, validators["f"].schema) or validators["f"].is_valid(given)
     assert settled_rows > 100
+
+
+@pytest.mark.parametrize(
+    "value, schema, expected",
+    [
+        ("a", {"type": "string", "description": "d", "default": 1}, True),
+        ("a", {"type": "string", "enum": ["a", "b"]}, True),
+        (1, {"type": "integer", "minimum": 1, "maximum": 1}, True),
+        (1, {"type": "number"}, True),
+        (None, {"type": "null"}, True),
+        ({"x": ["a"]}, one({"type": "array", "items": TEXT}, "x", additionalProperties=False), True),
+        ({"y": 1}, {"additionalProperties": True}, True),
+        ({"a": {"b": 1}}, {}, True),
+        ("c", {"type": "string", "enum": ["a", "b"]}, False),
+        (True, {"type": "integer"}, False),
+        (0, {"type": "boolean"}, False),
+        (0, {"minimum": 1}, False),
+        (2.5, {"maximum": 2}, False),
+        (5.5, {"type": "integer"}, False),
+        (None, {"type": "string"}, False),
+        ({"x": "a", "y": 1}, one(TEXT, additionalProperties=False), False),
+        ({}, one(TEXT, "x"), False),
+        ({"x": [1]}, one({"type": "array", "items": TEXT}), False),
+        ([{"x": 1}], {"items": one(TEXT)}, False),
+        (1, False, False),
+    ],
+)
+def test_what_is_valid_at_a_glance_is_valid(value, schema, expected):
+    assert fits(value, schema) is Validator(schema).is_valid(value) is expected
+
+
+@pytest.mark.parametrize(
+    "value, schema",
+    [("a", {"pattern": "^a"}), (5.0, {"type": "integer"}), (1, {"enum": [1]}), ("a", {"anyOf": [TEXT]})],
+)
+def test_what_needs_a_closer_look_is_left_to_the_validator(value, schema):
+    assert Validator(schema).is_valid(value) and not fits(value, schema)
+    assert check_call("f", {"x": value}, check_tools([tool(one(schema))])[0]) == []

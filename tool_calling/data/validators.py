@@ -16,7 +16,31 @@ TYPE_NAMES = {  # in messages
     "integer": "an integer", "number": "a number", "string": "a string", "boolean": "true or false",
     "array": "an array", "object": "an object",
 }
+PYTHON_TYPES = {  # of values that have a type at a glance: 5.0 may be an integer too
+    "integer": {int}, "number": {int, float}, "string": {str}, "boolean": {bool}, "array": {list}, "object": {dict},
+    "null": {type(None)},
+}
 # fmt: on
+NOTES = {"description", "title", "default", "examples"}  # refuse no value
+PLAIN = {*NOTES, "type", "enum", "minimum", "maximum", "required", "properties", "items", "additionalProperties"}
+
+
+def fits(value: object, schema: object) -> bool:
+    """Return whether a value is valid at a glance; if not, the validator decides, which takes ten times as long."""
+    if isinstance(schema, bool) or not PLAIN.issuperset(schema):
+        return schema is True
+    kind, choices = schema.get("type"), schema.get("enum")
+    if kind is not None and (not isinstance(kind, str) or type(value) not in PYTHON_TYPES[kind]):
+        return False
+    if choices is not None and (not isinstance(value, str) or value not in choices):
+        return False
+    if isinstance(value, int | float):
+        return schema.get("minimum", value) <= value <= schema.get("maximum", value)
+    if isinstance(value, dict):
+        known, other = schema.get("properties", {}), schema.get("additionalProperties", True)
+        given = all(fits(inner, known.get(name, other)) for name, inner in value.items())
+        return given and value.keys() >= {*schema.get("required", ())}
+    return not isinstance(value, list) or all(fits(item, schema.get("items", True)) for item in value)
 
 
 def check_properties(validator, properties: dict, instance: object, schema: dict) -> Iterator:
@@ -62,14 +86,14 @@ def to_validator(schema: dict, kind: type = Validator):
 def is_plain(schema: object) -> bool:
     """Return whether a schema is valid at a glance: asking JSON Schema's own schema takes a hundred times as long."""
 
-    def fits(key: str, value: object) -> bool:
+    def is_fine(key: str, value: object) -> bool:
         match key, value:
             case ("description" | "title", str()) | ("default", _) | ("enum" | "examples", list()):
                 return True
             case "minimum" | "maximum", int() | float():
                 return not isinstance(value, bool)
             case "type", str():
-                return value == "null" or value in TYPE_NAMES
+                return value in PYTHON_TYPES
             case "required", list():
                 return all(isinstance(name, str) for name in value) and len({*value}) == len(value)
             case "properties", dict():
@@ -78,7 +102,7 @@ def is_plain(schema: object) -> bool:
                 return is_plain(value)
         return False
 
-    return isinstance(schema, bool) or (isinstance(schema, dict) and all(fits(*pair) for pair in schema.items()))
+    return isinstance(schema, bool) or (isinstance(schema, dict) and all(is_fine(*pair) for pair in schema.items()))
 
 
 def read_dialect(schema: dict) -> dict:
