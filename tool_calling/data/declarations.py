@@ -20,6 +20,7 @@ DECLARED = {  # what opens and closes a list of tools in a text
 }
 HINT = re.compile("|".join(map(re.escape, (*DECLARED, "tool_call>", "TOOLCALL>", '"name"'))))
 TOOL_SET = {*TOOL_KEYS}
+DECLARING = {"tools", "functions", "tool_declare", "tool_definitions", "function_list"}  # roles
 NO_TOOLS = (None, [], "", "[]", {})
 CUT = "\0"  # stands for what was cut out of a text
 # Sentences of Hermes, Qwen, ToolACE and Glaive that tell how to write a call: the chat template has its own.
@@ -93,18 +94,28 @@ def is_same(first: str, second: str) -> bool:
     return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
 
 
+def is_declaring(turn: dict) -> bool:
+    """Return whether a turn is nothing but a list of tools."""
+    role = turn.get("role", turn.get("from"))
+    declares = isinstance(role, str) and role in DECLARING
+    return declares and list_tools(turn.get("content", turn.get("value")))
+
+
 def find_beside(row: dict, turns: list[dict], read: set[str]) -> tuple[object, set[str]]:
     """Return (the tools that stand beside a row's texts or None, the keys of the row that hold them).
 
     Any key that holds a list of tools counts, also one inside an object or of a turn. ValueError if two lists differ.
     """
-    places = [(key, row[key], key) for key in TOOL_KEYS if key not in read and row.get(key) is not None]
+    keys = () if TOOL_SET.isdisjoint(row) else TOOL_KEYS
+    places = [(key, row[key], key) for key in keys if key not in read and row.get(key) is not None]
     for key, value in row.items():
-        if key not in read and key not in TOOL_KEYS and isinstance(value, list | str | dict):
+        if key not in read and key not in TOOL_SET and isinstance(value, list | str | dict):
             inner = {f"{key}.{name}": one for name, one in value.items()} if isinstance(value, dict) else {key: value}
             places += [(place, one, key) for place, one in inner.items() if list_tools(one)]
     for turn in turns:
-        for key in turn.keys() & TOOL_SET:
+        if is_declaring(turn):
+            places.append(("a turn of tools", turn.get("content", turn.get("value")), ""))
+        for key in () if TOOL_SET.isdisjoint(turn) else sorted(turn.keys() & TOOL_SET):
             if list_tools(turn[key]):
                 places.append((f"{key} of a turn", turn[key], ""))
     if len(places) == 1:
@@ -204,8 +215,10 @@ def take_declarations(messages: list[dict], beside: object, changes: Counter) ->
         if not mine or (structured and found.text):
             kept.append(message)
             continue
-        what = "system text that only declares tools dropped" if structured else "system text on calls cut: characters"
-        changes[what] += 1 if structured else found.dropped
+        if structured:
+            changes["system text that only declares tools dropped"] += 1
+        elif found.dropped:
+            changes["system text on calls cut: characters"] += found.dropped
         kept += [{**message, "content": found.text}] if found.text else []
     return kept, tools, how
 

@@ -84,7 +84,9 @@ def to_toolbox(tools: object) -> Toolbox:
     """Return the toolbox of a list of tools in the OpenAI shape."""
     validators, problems = check_tools(tools)
     functions = [] if problems else [tool["function"] for tool in tools]
-    return Toolbox(tools, validators, problems, {function["name"]: function.get("parameters") for function in functions})
+    return Toolbox(
+        tools, validators, problems, {function["name"]: function.get("parameters") for function in functions}
+    )
 
 
 class Reader:
@@ -114,7 +116,8 @@ class Reader:
         """Keep the example of a row, or return its problems."""
         checked, name = self.checked, self.reading.format
         format, messages, tools, unread, changes = convert(row, name)
-        checked.unread.update(unread)
+        if unread:
+            checked.unread.update(unread)
         box, filled = self.find_tools(source, format, tools)
         if not box.problems:
             messages = read_calls(messages, box.tools, changes, FORMATS[name].syntax if name in FORMATS else None)
@@ -129,13 +132,16 @@ class Reader:
         problems = problems + unknown + (refused if not kept else [])
         if problems:
             return problems
-        syntax = "+".join(change.removeprefix(READ_AS) for change in changes if change.startswith(READ_AS))
+        read_as = (change.removeprefix(READ_AS) for change in changes if change.startswith(READ_AS))
+        syntax = "+".join(read_as) if changes else ""
         checked.examples.append(Example(source, messages, box.tools, format, syntax, filled))
-        checked.kept.update(map(to_kind, kept))
+        if kept:
+            checked.kept.update(map(to_kind, kept))
         checked.filled += filled and format != "native"  # which has no other place for tools
-        for change in +changes:
-            checked.first.setdefault(change, source)
-        checked.changes.update(+changes)
+        if changes:
+            for change in changes:
+                checked.first.setdefault(change, source)
+            checked.changes.update(changes)
         return []
 
 

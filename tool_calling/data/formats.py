@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from tool_calling.data.containers import CONTAINERS, SHAREGPT_KEYS, unpack_turns
-from tool_calling.data.declarations import NO_TOOLS, find_beside, take_declarations
+from tool_calling.data.declarations import NO_TOOLS, find_beside, is_declaring, take_declarations
 from tool_calling.data.syntaxes import BRACKET_CALLS
 from tool_calling.data.turns import list_unread, spread_flags, to_messages, unwrap
 from tool_calling.terminal import shorten
@@ -69,6 +69,7 @@ FORMATS = {  # of those in a row's container the first that fits
     "alpaca": Format(("alpaca",)),
 }
 # fmt: on
+TALKS = {"messages", *SHAREGPT_KEYS}
 SHAPES = (
     '"messages"; "conversations"; "input" and "output"; "query" and "answers"; "chat"; "contents"; '
     '"question" and "answer"; "prompt" and "completion"'
@@ -87,7 +88,7 @@ class Conversation(NamedTuple):
 
 def choose_container(row: dict, name: str) -> str:
     """Return the container of a row: the one that fits, among those of the named format."""
-    talks = [key for key in ("messages", *SHAREGPT_KEYS) if isinstance(row.get(key), list) and row[key]]
+    talks = [key for key in row if key in TALKS and row[key] and isinstance(row[key], list)]
     if name in ("auto", "hermes", "toolace") and len(talks) > 1 and not isinstance(row.get("output"), dict):
         raise ValueError(f'the row holds "{talks[0]}" and "{talks[1]}"; expected one of them')
     if name != "auto":
@@ -111,8 +112,8 @@ def convert(row: object, name: str = "auto") -> Conversation:
     where, changes = choose_container(row, name), Counter()
     container = CONTAINERS[where]
     turns = spread_flags(row, container.read(row))
-    messages = to_messages(turns, changes)
     beside, keys = find_beside(row, turns, container.keys)
+    messages = to_messages([turn for turn in turns if not is_declaring(turn)], changes)
     messages, declared, how = take_declarations(messages, beside, changes)
     tools = declared if beside in NO_TOOLS and declared else beside
     if name == "auto":

@@ -31,6 +31,7 @@ def compile_names(names: tuple[str, ...]) -> tuple[re.Pattern, ...]:
         rf"""(?<![\w])(?:{one})["'`>]?:?\d*\s*(?:<[^<>\n]{{1,40}}>\s*)*(?:```\w*\s*)?\{{\s*["'}}]"""  # f{"a": 1}
         rf"""|<(?:{one})[\s>/]|<\w+[= ][^<>\n]{{0,40}}["'=](?:{one})["']?>"""  # <f>, <call name="f">
         rf"""|["'](?:{key})["']\s*:\s*["'](?:{one})["']\s*,\s*["'](?:{"|".join(ARGUMENT_KEYS)})["']\s*:"""
+        rf"""|\bto=[\w.]{{0,40}}(?:{one})(?!\w)"""  # Harmony
         rf"""|^[ \t]*Action[ \t]*:[ \t]*(?:{one})(?!\w)"""
         rf"""|^[ \t]*\w+[ \t]*=[ \t]*(?:await[ \t]+)?(?:{one})\("""  # a = f(1), in code
     )
@@ -75,5 +76,3 @@ def type_arguments(name: str, texts: dict[str, str], known: Known) -> dict:
     properties = known.schemas.get(name, {}).get("properties")
     properties = properties if isinstance(properties, dict) else {}
     return {"name": name, "arguments": {key: to_typed(text, properties.get(key)) for key, text in texts.items()}}
-
-

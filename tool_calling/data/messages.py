@@ -5,6 +5,7 @@ from collections import Counter
 from tool_calling.data.literals import split_tags, to_json
 from tool_calling.data.special_tokens import find_forbidden
 from tool_calling.data.tools import check_call
+from tool_calling.data.turns import set_calls
 from tool_calling.terminal import shorten
 
 NEXT_ROLES = {  # who may speak after whom; here "calls" is an assistant's turn that waits for replies
@@ -63,9 +64,11 @@ def join_two(first: dict, second: dict) -> dict:
     if len(thoughts) > 1 or first.get("weight") != second.get("weight"):
         noun = "a turn of calls" if second["role"] == "calls" else "an assistant's turn"
         raise ValueError(f"{noun} follows one with another thought or weight; expected the same")
+    weight = {"weight": 0} if "weight" in first else {}
     content = "\n\n".join(text for text in (first["content"], second["content"]) if text.strip())
     calls = [*first.get("tool_calls", []), *second.get("tool_calls", [])]
-    return {**second, **first, "content": content, **({"tool_calls": calls} if calls else {})}
+    thought = {"reasoning_content": thoughts.pop()} if thoughts else {}
+    return set_calls({"role": "assistant", "content": "", **thought, **weight}, content, calls)
 
 
 def split_replies(messages: list[dict], changes: Counter) -> list[dict]:
@@ -74,7 +77,12 @@ def split_replies(messages: list[dict], changes: Counter) -> list[dict]:
     waiting = 0  # calls without a reply
     for message in messages:
         role, content, pieces = message["role"], message["content"], None
-        if role in ("user", "tool") and isinstance(content, str) and split and split[-1]["role"] in ("assistant", "tool"):
+        if (
+            role in ("user", "tool")
+            and isinstance(content, str)
+            and split
+            and split[-1]["role"] in ("assistant", "tool")
+        ):
             pieces = cut_replies(content, role, waiting)
         if pieces is None:
             waiting = len(message.get("tool_calls", ())) if role == "assistant" else waiting - (role == "tool")
@@ -175,9 +183,13 @@ def check_calls(messages: list[dict], validators: dict) -> tuple[list[str], list
     calls = [(call["function"], is_trained(message)) for message in messages for call in message.get("tool_calls", [])]
     trained = [(index, call) for index, (call, is_supervised) in enumerate(calls, start=1) if is_supervised]
     if trained and not validators:
-        return [f"the row calls {shorten(trained[0][1]['name'])} and has no tools; give them with \"tools\" or --tools_path"], []
+        return [
+            f'the row calls {shorten(trained[0][1]["name"])} and has no tools; give them with "tools" or --tools_path'
+        ], []
     unknown, refused = [], []
     for index, call in trained:
         found = check_call(call["name"], call["arguments"], validators)
-        (refused if call["name"] in validators else unknown).extend(f"call {index} {shorten(call['name'])}: {p}" for p in found)
+        (refused if call["name"] in validators else unknown).extend(
+            f"call {index} {shorten(call['name'])}: {p}" for p in found
+        )
     return unknown, refused

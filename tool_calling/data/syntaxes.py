@@ -18,7 +18,7 @@ from tool_calling.data.literals import (
     split_at_commas,
     split_tags,
 )
-from tool_calling.data.turns import to_tool_call
+from tool_calling.data.turns import set_calls, to_tool_call
 from tool_calling.terminal import shorten
 
 Found = tuple[str, list]  # the text without its calls, and the calls
@@ -353,7 +353,7 @@ def read_message(message: dict, known: Known, changes: Counter, only: str | None
         raise ValueError(f"a turn holds tool_calls and {SYNTAXES[name].marks[0]}; expected one of them")
     if message["role"] != "calls" or name not in ("calls", "json"):
         changes[f"{READ_AS}{name}"] += 1
-    return {**message, "content": text, "tool_calls": given or calls}
+    return set_calls(message, text, given or calls)
 
 
 def read_calls(messages: list[dict], tools: list[dict], changes: Counter, syntax: str | None = None) -> list[dict]:
@@ -363,15 +363,19 @@ def read_calls(messages: list[dict], tools: list[dict], changes: Counter, syntax
     tool is no call. Answers of weight 0 stay text where they cannot be read.
     """
     known, read = None, []
-    for index, message in enumerate(messages, start=1):
-        content = message["content"]
-        open_ = message["role"] == "calls" and "tool_calls" not in message
-        answer = message["role"] in ("assistant", "item") and isinstance(content, str)
-        marked = answer and ("[" in content or "{" in content or "(" in content or "<" in content or "Action" in content)
-        if marked and "tool_calls" in message:
-            marked = "<tool_call>" in content or "<TOOLCALL>" in content
-        if isinstance(content, str) and (open_ or marked):
+    for message in messages:
+        if may_call(message):
             known = known or to_known(tools)
             message = read_message(message, known, changes, syntax)
         read.append(message)
     return read
+
+
+def may_call(message: dict) -> bool:
+    """Return whether a message's text is to be read for calls: cheaply, as most texts hold none."""
+    role, content = message["role"], message["content"]
+    if role not in ("assistant", "item", "calls") or not isinstance(content, str):
+        return False
+    if "tool_calls" in message:
+        return "<tool_call>" in content or "<TOOLCALL>" in content
+    return role == "calls" or any(mark in content for mark in ("{", "[", "(", "<", "Action"))

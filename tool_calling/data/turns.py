@@ -29,6 +29,7 @@ TOOL_KEYS += ("tool_list", "function_list", "tool_schemas", "toolDefinitions", "
 TOOL_KEYS += ("functionDeclarations", "function_declarations")
 CALL_KEYS = ("tool_calls", "function_calls", "function_call")
 THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")
+CALL_SET, THOUGHT_SET = {*CALL_KEYS}, {*THOUGHT_KEYS}
 ID_KEYS = ("id", "call_id", "tool_call_id", "tool_use_id", "toolCallId")
 NAME_KEYS = ("name", "toolName", "tool_name")
 ARGUMENT_KEYS = ("arguments", "args", "input", "parameters")
@@ -46,6 +47,7 @@ TURN_KEYS |= {"arguments", "output", "summary", *TOOL_KEYS}
 TALK_KEYS = ("messages", "conversations", "conversation", "dialogue", "dialog", "turns", "trajectory")
 TALK_KEYS += ("prompt", "completion", "input", "output", "contents")  # of a row, for a list of turns
 TEXT_PART = {"type", "text", "annotations", "cache_control", "citations", "logprobs", "thought", "thoughtSignature"}
+SYSTEM_KEYS = ("system", "instructions", "systemInstruction", "system_instruction")  # of a row
 KIND_NAMES = {list: "a list of objects", dict: "an object", str: "text"}
 
 
@@ -84,12 +86,12 @@ def to_tool_call(call: object, changes: Counter, trained: bool = True) -> dict:
         changes["call without arguments -> {}"] += 1
         arguments = {}
     try:
-        arguments = unpack(arguments, f"call {shorten(name)}: arguments are")
+        arguments = unpack(arguments, "arguments are")
         if not isinstance(arguments, dict):
-            raise ValueError(f"call {shorten(name)}: arguments must be an object, got {shorten(arguments)}")
-    except ValueError:
+            raise ValueError(f"arguments must be an object, got {shorten(arguments)}")
+    except ValueError as error:
         if trained or not isinstance(arguments, str):
-            raise
+            raise ValueError(f"call {shorten(name)}: {error}") from None
     call_id = first_of(call, ID_KEYS)
     call_id = {"id": call_id} if isinstance(call_id, str) and call_id else {}
     return {**call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
@@ -175,6 +177,8 @@ def join_thought(value: object) -> object:
 
 def split_thought(message: dict, content: object) -> tuple[str, object]:
     """Return (thought, content) of an assistant message: the thought from its own key or from a leading think block."""
+    if THOUGHT_SET.isdisjoint(message) and not (isinstance(content, str) and "<think>" in content):
+        return "", content
     thoughts = [join_text(message[key]) for key in THOUGHT_KEYS if message.get(key)]
     if wrong := [thought for thought in thoughts if not isinstance(thought, str)]:
         raise ValueError(f"reasoning must be text, got {shorten(wrong[0])}")
@@ -190,7 +194,7 @@ def split_thought(message: dict, content: object) -> tuple[str, object]:
 
 def find_calls(message: dict) -> list | str:
     """Return the calls under the one of CALL_KEYS that a message has, [] if none; as text if they are no JSON."""
-    given = [key for key in CALL_KEYS if message.get(key)]
+    given = () if CALL_SET.isdisjoint(message) else [key for key in CALL_KEYS if message.get(key)]
     if not given:
         return []
     if len(given) > 1:
@@ -204,11 +208,10 @@ def find_calls(message: dict) -> list | str:
 
 def read_weight(turn: dict, role: object, changes: Counter) -> dict:
     """Return {"weight": 0} for an assistant's turn that is not to be trained, else {}; ValueError if it is not clear."""
-    given = turn.keys() & FLAG_KEYS
-    if not given:
+    if FLAG_KEYS.isdisjoint(turn):
         return {}
     wanted = {}
-    for key in sorted(given, key="weight".__ne__):
+    for key in sorted(turn.keys() & FLAG_KEYS):
         value = turn[key]
         if value is None:
             continue
@@ -220,7 +223,8 @@ def read_weight(turn: dict, role: object, changes: Counter) -> dict:
     if len({*wanted.values()}) > 1:
         raise ValueError(f"{' and '.join(wanted)} of a turn do not agree; expected one of them")
     if role not in ("assistant", "calls", "item"):
-        changes[f"{role} turn marked as trained -> not trained"] += True in wanted.values()
+        if True in wanted.values():
+            changes[f"{role} turn marked as trained -> not trained"] += 1
         return {}
     return {"weight": 0} if False in wanted.values() else {}
 
@@ -249,12 +253,13 @@ def read_turn(turn: dict, changes: Counter) -> list[dict]:
     role, turn = unwrap(turn)
     content = turn.get("value", turn.get("content"))
     parts = next((found for found in (content, turn.get("parts")) if isinstance(found, list) and found), [])
-    if isinstance(turn.get("toolInvocations"), list) and not turn.get("parts"):
-        parts = [*parts, *turn["toolInvocations"]]
+    made_calls = turn.get("toolInvocations")
+    if isinstance(made_calls, list) and made_calls and not turn.get("parts"):
+        said = parts or ([{"type": "text", "text": content}] if content else [])
+        answered = any(isinstance(call, dict) and "result" in call for call in made_calls)
+        parts = [*made_calls, *said] if answered else [*said, *made_calls]  # the text is about the results
     if not parts or all(map(is_text_part, parts)):
         return [make_message(role, turn, join_text(parts or content), [], changes)]
-    if isinstance(content, str) and content and not turn.get("parts"):
-        parts = [{"type": "text", "text": content}, *parts]
     read = [read_part(part, changes) for part in parts]
     if None in read:
         value = to_reply(content, changes) if role == "tool" else content
@@ -292,30 +297,44 @@ def make_message(role: object, turn: dict, content: object, calls: list, changes
         if content:
             raise ValueError("a message holds text and calls as text; expected the calls in the text")
         role, content, given = "calls", given, []
-    calls, given = ([to_tool_call(call, changes, not weight) for call in found] for found in (calls, given))
+    if calls or given:
+        calls, given = ([to_tool_call(call, changes, not weight) for call in found] for found in (calls, given))
     if calls and given and [call["function"] for call in calls] != [call["function"] for call in given]:
         raise ValueError("a message holds calls in its content and in another key; expected one of them")
     if role == "calls" and given and content:
         raise ValueError("a turn of calls holds calls in content and in another key; expected one of them")
     if role == "calls" and not isinstance(content, str):
         calls, content = [to_tool_call(call, changes, not weight) for call in as_list(content)], ""
-    parts = {"reasoning_content": thought, "tool_calls": given or calls}
-    return {"role": role, "content": content, **{key: part for key, part in parts.items() if part}, **weight}
+    message = {"role": role, "content": content}
+    if thought:
+        message["reasoning_content"] = thought
+    if given or calls:
+        message["tool_calls"] = given or calls
+    return {**message, **weight}
+
+
+def set_calls(message: dict, content: str, calls: list) -> dict:
+    """Return an assistant's message with another text and other calls, its weight last as make_message has it."""
+    made = {key: value for key, value in message.items() if key not in ("tool_calls", "weight")} | {"content": content}
+    made |= {"tool_calls": calls} if calls else {}
+    return made | ({"weight": 0} if "weight" in message else {})
 
 
 def spread_flags(row: dict, turns: list[dict]) -> list[dict]:
     """Return the turns with the row's own loss flags: one for all, one for each turn, or one for each answer."""
-    for key in row.keys() & ROW_FLAGS.keys():
+    for key in () if ROW_FLAGS.keys().isdisjoint(row) else sorted(row.keys() & ROW_FLAGS.keys()):
         value = row[key]
-        if key in UNCLEAR_KEYS and isinstance(value, str) and to_role(value) in ("user", "system", "tool"):
-            continue  # NeMo names whose turns are not trained
+        if key in UNCLEAR_KEYS and to_role(value) == "assistant":
+            raise ValueError(f'"{key}" names the assistant: no turn would be trained')  # NeMo names who is left out
         if value is None or isinstance(value, str | dict):
             continue
         answers = [index for index, turn in enumerate(turns) if unwrap(turn)[0] in ("assistant", "calls", "item")]
         values = value if isinstance(value, list) else [value] * len(answers)
-        places = range(len(turns)) if len(values) == len(turns) else answers
+        own = range(any(map(row.get, SYSTEM_KEYS)) and len(values) == len(turns) - 1, len(turns))
+        places = own if len(values) == len(own) else answers
         if len(values) != len(places):
-            raise ValueError(f'"{key}" has {len(values)} entries; expected one for each of the {len(turns)} messages')
+            counts = f"{len(turns)} messages or {len(answers)} answers"
+            raise ValueError(f'"{key}" has {len(values)} entries; expected one for each of {counts}')
         turns = [*turns]
         for index, flag in zip(places, values):
             name = ROW_FLAGS[key]
@@ -332,7 +351,8 @@ def to_messages(turns: list[dict], changes: Counter) -> list[dict]:
 
 def list_unread(row: dict, keys: set[str]) -> list[tuple[str, str]]:
     """Return (place, key) of what holds something and is not read, in a row of which `keys` are read and its turns."""
-    places = [("row", row, {*keys, "tools", "functions", "system", *ROW_FLAGS})]
+    flags = [key for key in row if key in ROW_FLAGS and not isinstance(row[key], str | dict)]
+    places = [("row", row, {*keys, "tools", "functions", "system", *flags})]
     output = row.get("output") if "output" in keys else None
     places += [("output", output, TURN_KEYS)] if isinstance(output, dict) else []
     talks = [row[key] for key in TALK_KEYS if key in keys and key in row]
