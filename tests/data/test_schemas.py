@@ -66,6 +66,10 @@ from tool_calling.data.validators import Validator, is_plain, to_strict
         ("Record<string, number>", {"type": "object", "additionalProperties": {"type": "number"}}),
         ("java.util.List<java.lang.String>", {"type": "array", "items": {"type": "string"}}),
         ("List<Object>", {"type": "array", "items": {}}),
+        ("list of strings", {"type": "array", "items": {"type": "string"}}),
+        ("Array of Object", {"type": "array", "items": {}}),
+        ("int, required", {"type": "integer"}),
+        ("string/number", {"type": ["string", "number"]}),
         ("string | null", {"type": ["string", "null"]}),
         ("int or float", {"type": ["integer", "number"]}),
         ("Literal['a', 'b']", {"enum": ["a", "b"]}),
@@ -75,6 +79,24 @@ from tool_calling.data.validators import Validator, is_plain, to_strict
 )
 def test_a_type_is_read_only_where_it_is_clear(text, expected):
     assert parse_type(text) == expected
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ({"type": ["STRING", "null"]}, {"type": ["string", "null"]}),
+        ({"type": ["str", "string", "int"]}, {"type": ["string", "integer"]}),
+        (
+            {"type": ["List[str]", "null"]},
+            {"anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "null"}]},
+        ),
+        ({"type": ["str", "file"]}, {"type": ["str", "file"]}),
+        ({"type": []}, {"type": []}),
+        ({"type": [1]}, {"type": [1]}),
+    ],
+)
+def test_lists_of_types_are_read_too(given, expected):
+    assert to_tools([tool({"a": given})])[0] == [tool({"a": expected})]
 
 
 def test_types_are_replaced_only_where_a_schema_stands_and_every_change_is_counted():

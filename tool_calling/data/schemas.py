@@ -11,7 +11,8 @@ from tool_calling.data.literals import as_list, parse_python
 TYPES = {  # what Python, Java, TypeScript, databases and Gemini call a type, in lower case: JSON Schema's name
     name: kind
     for kind, names in {
-        "string": "str string text char character varchar bytes binary date datetime date-time time uuid url uri email",
+        "string": "str string text char character varchar bytes binary date datetime date-time time "
+        "localdate localdatetime uuid url uri email",
         "integer": "int integer long short byte bigint biginteger int8 int16 int32 int64 uint uint8 uint32 uint64",
         "number": "float double number decimal bigdecimal numeric real float32 float64",
         "boolean": "bool boolean",
@@ -26,7 +27,8 @@ PLAIN_TYPES = {name: {"type": kind} for name, kind in TYPES.items()}
 PLAIN_TYPES |= {name: {"type": "array", "uniqueItems": True} for name in ("set", "hashset", "frozenset")}
 PLAIN_TYPES |= {"any": {}, "enum": {}, "timestamp": {"type": ["string", "number"]}}  # as text, or since 1970
 OPTIONAL = re.compile(r"(?:,\s*)?\(?\boptional\)?\s*$", re.IGNORECASE)  # the end of "str, optional"
-NOTE = re.compile(r"(?<=\w)\s*\([^()]*\)\s*$")  # the end of "DATE (YYYY-MM-DD)"
+NOTE = re.compile(r"(?:(?<=\w)\s*\([^()]*\)|,\s*required)\s*$")  # the end of "DATE (YYYY-MM-DD)"
+LIST_OF = re.compile(r"^\s*(?:list|array) of (\w+?)s?\s*$", re.IGNORECASE)
 PACKAGE = re.compile(r"\b(?:[A-Za-z_]\w*\.)+(?=\w)")  # the start of "java.util.List"
 ARRAY = re.compile(r"([\w.]+(?:\[[^\[\]]+\])?)\[\]")  # "int[]"
 BRACKETS = str.maketrans("<>", "[]")  # List<String>
@@ -65,7 +67,7 @@ def to_type(node: ast.expr) -> dict | None:
             return {"type": "null"}
         case ast.Name(id=name):
             return PLAIN_TYPES.get(name.lower())
-        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+        case ast.BinOp(left=left, op=ast.BitOr() | ast.Div(), right=right):
             name, parts = "union", [left, right]
         case ast.Subscript(value=ast.Name(id=name), slice=inside):
             parts = inside.elts if isinstance(inside, ast.Tuple) else [inside]
@@ -100,7 +102,7 @@ def parse_type(text: str) -> dict | None:
     text = NOTE.sub("", OPTIONAL.sub("", text[:500]))  # a longer one is none
     if plain := PLAIN_TYPES.get(text.strip().lower()):
         return plain
-    text = PACKAGE.sub("", text.translate(BRACKETS).replace(" or ", " | "))
+    text = PACKAGE.sub("", LIST_OF.sub(r"list[\1]", text).translate(BRACKETS).replace(" or ", " | "))
     while (wrapped := ARRAY.sub(r"list[\1]", text)) != text:  # from inside to outside
         text = wrapped
     try:
@@ -121,9 +123,9 @@ def replace_type(schema: dict, changes: Counter) -> dict:
     old, new = schema.get("type"), None
     if isinstance(old, str):
         new = parse_type(old)
-    elif isinstance(old, list):  # ["STRING", "null"]
-        names = [TYPES.get(name.lower(), name) if isinstance(name, str) else name for name in old]
-        new = {"type": [name for index, name in enumerate(names) if name not in names[:index]]}
+    elif isinstance(old, list) and all(isinstance(name, str) for name in old):  # ["STRING", "null"]
+        parts = [*map(parse_type, old)]
+        new = to_union(parts) if None not in parts else None
     if new is None or new == {"type": old}:
         return schema
     kind = new.get("type", "any of several" if new else "any")
