@@ -43,6 +43,16 @@ CASES = {  # name: (row, arguments that are trained, tools that are rendered, so
         [tool("f", {"a": TEXT})],
         {DROPPED: 1, "items null -> removed": 1},
     ),
+    "a table with a default in its schemas": (
+        chat(
+            "f",
+            {"a": "x", "n": None},
+            tool("f", {"a": {**TEXT, "default": None, "enum": None}, "n": {**TEXT, "default": "y", "enum": None}}),
+        ),
+        {"a": "x"},
+        [tool("f", {"a": TEXT, "n": {**TEXT, "default": "y"}})],
+        {LEFT_OUT: 1, "default null -> removed": 1, "enum null -> removed": 2},
+    ),
     "a table with objects in its calls": (
         chat(
             "f",

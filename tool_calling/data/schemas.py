@@ -112,10 +112,15 @@ def parse_type(text: str) -> dict | None:
 
 
 def drop_nulls(found: dict, changes: Counter) -> dict:
-    """Return the object without its nulls, which say nothing; but null may be a default or a constant."""
-    kept = {key: value for key, value in found.items() if value is not None or key in ("default", "const")}
-    changes.update(f"{key[:40]} null -> removed" for key in found if key not in kept)
-    return kept
+    """Return the object without its nulls, which say nothing.
+
+    Null may be a default or a constant, but not beside other nulls: there a table has filled in every key.
+    """
+    nulls = {key for key, value in found.items() if value is None}
+    if nulls <= {"default", "const"}:
+        return found
+    changes.update(f"{key[:40]} null -> removed" for key in found if key in nulls)
+    return {key: value for key, value in found.items() if key not in nulls}
 
 
 def replace_type(schema: dict, changes: Counter) -> dict:
