@@ -108,12 +108,55 @@ def test_rows_tools_and_calls_are_counted(dry):
     assert (found["no_call_share"], found["parallel_share"], found["turns"]) == (1 / 6, 1 / 6, 6)
     assert found["problems"] == {"count": 0, "rows": []} and found["warnings"] == [] and result.stderr == ""
     assert result.stdout.startswith(
-        "rows     6 valid (6 native), 0 with problems; 6 for training, 0 held out\n"
+        "rows     6 valid, 0 with problems; 6 for training, 0 held out\n"
+        f"file     {folder}/rows.jsonl: 6 valid (6 native), 0 with problems; 0 turns with reasoning; tools 6 filled\n"
         "calls    6 in 6 trained turns; 16.7% of the rows without a call, 16.7% with parallel calls; 3 tools in 1 list"
         "\n"
-        "         get_weather 5, set_alarm 1\n"
+        "         5 get_weather, 1 set_alarm\n"
         "         never called: set_timer\n"
     )
+
+
+def test_each_file_says_what_its_rows_are(tmp_path):
+    thought = {"role": "assistant", "content": "No.", "reasoning_content": "Hm."}
+    written = {"role": "assistant", "content": 'get_weather(city="Rome")'}
+    ask = {"role": "user", "content": "rain?"}
+    rows = [
+        {"id": 1, "messages": [ask, {**thought, "weight": 0}, ask, thought], "tools": [WEATHER]},
+        {"id": 2, "messages": [ask, written], "tools": [WEATHER]},
+        {"id": 3, "messages": [{**ask, "mood": "dull"}, {"role": "assistant", "content": "No."}]},
+        {"x": 1},
+    ]
+    other = tmp_path / "other.csv"
+    other.write_text('input,output,lang\nrain?,"{""content"": ""Yes.""}",en\n')
+    named = ("--on_invalid", "skip", "--dataset_path", tmp_path / "rows.jsonl", f"{other}:2")
+    found, result = audit(tmp_path, *named, rows=rows)
+    assert found["inputs"] == {
+        f"{tmp_path}/rows.jsonl": {
+            "valid": 3,
+            "with_problems": 1,
+            "thinking_turns": 1,
+            "formats": {"openai": 3},
+            "calls_in_text": {"python": 1},
+            "tools": {"brought": 2, "filled": 1},
+            "not_read": {'row "id"': 3, 'turn "mood"': 1},
+        },
+        str(other): {
+            "valid": 2,
+            "with_problems": 0,
+            "thinking_turns": 0,
+            "formats": {"native": 2},
+            "calls_in_text": {},
+            "tools": {"filled": 2},
+            "not_read": {'row "lang"': 2},
+        },
+    }
+    assert [line for line in result.stdout.splitlines() if line.startswith("file ")] == [
+        f"file     {tmp_path}/rows.jsonl: 3 valid (3 openai), 1 with problems; 1 turn with reasoning; tools 2 brought, "
+        '1 filled; calls in text 1 python; not read 3 row "id", 1 turn "mood"',
+        f"file     {other}: 2 valid (2 native), 0 with problems; 0 turns with reasoning; tools 2 filled; "
+        'not read 2 row "lang"',
+    ]
 
 
 def test_equal_and_contradicting_rows_are_named(dry):
@@ -222,7 +265,7 @@ def test_tokens_are_counted_part_by_part(dry, tokenizer):
     assert line(result, "length") == (
         f"length   0 rows over --max_seq_length 2,048; the smallest that loses nothing is {longest}"
     )
-    assert [text.split()[0] for text in result.stdout.splitlines()[5:10]] == [
+    assert [text.split()[0] for text in result.stdout.splitlines()[6:11]] == [
         "mean",
         "tools",
         "prompt",

@@ -2,12 +2,14 @@
 
 import json
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
 
 from tool_calling.data.examples import Checked, Example
+from tool_calling.data.messages import is_trained
+from tool_calling.data.rows import name_file
 from tool_calling.data.splits import (
     digest_prompts,
     digest_tools,
@@ -31,11 +33,12 @@ from tool_calling.samples import (
     show_rows,
     to_sides,
 )
-from tool_calling.terminal import UserError, hide_secrets, list_first, plural, say, show_table, warn
+from tool_calling.terminal import UserError, hide_secrets, list_first, plural, say, shorten, show_table, warn
 
 LISTED = 1000  # rows that audit.json names for each finding; all are counted
 SHOWN_PAIRS = 5  # rows that the screen names for each finding
 SHOWN_TOOLS = 8
+SHOWN_FILES = 20
 REPEATS = {
     "duplicates": "exact duplicates",
     "conflicts": "equal requests with different answers",
@@ -74,6 +77,27 @@ def find_model(model_id: str, trust: bool) -> tuple:
         return tokenizer, "", None
     check_kind(config, model_id)
     return tokenizer, "", config
+
+
+def audit_inputs(sides: list[Checked]) -> dict:
+    """Return {file or split of a dataset: what its rows are, where their tools come from, which keys are not read}."""
+    kinds = ("formats", "calls_in_text", "tools", "not_read")
+    files: dict[str, dict] = defaultdict(
+        lambda: {"valid": 0, "with_problems": 0, "thinking_turns": 0} | {kind: Counter() for kind in kinds}
+    )
+    for side in sides:
+        for example in side.examples:
+            file = files[name_file(example.source)]
+            file["valid"] += 1
+            file["thinking_turns"] += sum("reasoning_content" in turn for turn in filter(is_trained, example.messages))
+            file["formats"][example.format] += 1
+            file["calls_in_text"].update([example.syntax] if example.syntax else [])
+            file["tools"]["filled" if example.filled else "brought" if example.tools else "none"] += 1
+        for source in {source for source, _ in side.problems}:
+            files[name_file(source)]["with_problems"] += 1
+        for name, unread in side.unread_in.items():
+            files[name]["not_read"] += Counter({f"{place} {shorten(key)}": n for (place, key), n in unread.items()})
+    return files
 
 
 def audit_calls(examples: list[Example]) -> dict:
@@ -178,7 +202,7 @@ class Data:
     """
 
     def __init__(self, sides: list[Checked], tokenizer, missing: str, rendering: Rendering):
-        self.examples, self.eval_examples = (side.examples for side in sides)
+        self.sides, (self.examples, self.eval_examples) = sides, (side.examples for side in sides)
         self.tokenizer, self.missing, self.rendering = tokenizer, missing, rendering
         share = rendering.train_test_split
         # A limit in tokens says nothing about characters.
@@ -203,6 +227,7 @@ class Data:
                 "training": count_origins(self.train),
                 "held_out": count_origins(self.held_out),
             },
+            "inputs": audit_inputs(self.sides),
             **audit_calls(both),
             "problems": list_some(self.problems),
             "unit": "characters" if self.missing else "tokens",
@@ -215,15 +240,31 @@ class Data:
         }
 
 
+def list_counts(counts: dict[str, int]) -> str:
+    """Return `5 openai, 1 native`."""
+    return list_first((f"{count:,} {name}" for name, count in counts.items()), SHOWN_TOOLS)
+
+
+def show_inputs(files: dict) -> None:
+    """Print one line for each file: its formats, where its tools come from, its reasoning, what is not read."""
+    for name, file in [*files.items()][:SHOWN_FILES]:
+        parts = {"tools": file["tools"], "calls in text": file["calls_in_text"], "not read": file["not_read"]}
+        parts = [f"{part} {list_counts(counts)}" for part, counts in parts.items() if counts]
+        found = f"{file['valid']:,} valid ({list_counts(file['formats'])}), {file['with_problems']:,} with problems"
+        say("file", "; ".join([f"{name}: {found}", f"{plural(file['thinking_turns'], 'turn')} with reasoning", *parts]))
+    if len(files) > SHOWN_FILES:
+        say("", f"and {len(files) - SHOWN_FILES:,} more files")
+
+
 def show_data(audit: dict) -> None:
     """Print what the rows are, what they call, how long they are, and which repeat or contradict others."""
     rows, tools, counts = audit["rows"], audit["tools"], audit["calls_per_tool"]
-    formats = ", ".join(f"{count:,} {name}" for name, count in audit["formats"].items())
     say(
         "rows",
-        f"{rows['valid']:,} valid ({formats}), {rows['with_problems']:,} with problems; "
+        f"{rows['valid']:,} valid, {rows['with_problems']:,} with problems; "
         f"{rows['training']:,} for training, {rows['held_out']:,} held out",
     )
+    show_inputs(audit["inputs"])
     say(
         "calls",
         f"{sum(counts.values()):,} in {audit['turns']:,} trained turns; {audit['no_call_share']:.1%} of the "
@@ -231,7 +272,7 @@ def show_data(audit: dict) -> None:
         f"{plural(tools['distinct'], 'tool')} in {plural(tools['lists'], 'list')}",
     )
     if counts:
-        say("", list_first((f"{name} {count:,}" for name, count in counts.items()), SHOWN_TOOLS))
+        say("", list_counts(counts))
     if audit["never_called"]:
         say("", f"never called: {list_first(audit['never_called'], SHOWN_TOOLS)}")
     if audit["unit"] != "tokens":

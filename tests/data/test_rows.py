@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tool_calling.data.examples import Reading, to_examples
-from tool_calling.data.rows import match_hub, read_rows, split_share
+from tool_calling.data.rows import match_hub, name_file, read_rows, split_share
 from tool_calling.data.tools import read_tools
 from tool_calling.terminal import UserError
 
@@ -318,6 +318,11 @@ def test_a_file_that_is_named_like_a_share_is_a_file(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl:2", [A])
     write_jsonl(tmp_path / "rows.jsonl", [B, C])
     assert read(path) == [(f"{path}:1", A)] and read(f"{path}:2") == [(f"{path}:1", A)] * 2
+
+
+def test_a_source_names_its_file():
+    sources = ("a.jsonl:12", "a.json[3]", "org/name:train[0]", "a:2:7", "a.jsonl")
+    assert [*map(name_file, sources)] == ["a.jsonl", "a.json", "org/name:train", "a:2", "a.jsonl"]
 
 
 def test_a_wrong_share_is_one_line(tmp_path):

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from tool_calling.data.rows import read_rows
+from tool_calling.data.containers import ANSWER_KEYS, CONTAINERS, QUESTION_KEYS, SHAREGPT_KEYS
+from tool_calling.data.examples import Reading, to_examples
+from tool_calling.data.rows import COLUMNS, read_rows
 from tool_calling.data.tables import is_json, to_rows, to_values
 from tool_calling.terminal import UserError
 
@@ -171,6 +173,21 @@ def test_a_folder_of_all_kinds_is_read_and_converted(tmp_path):
     assert result.returncode == 0 and result.stderr == ""
     cities = [json.loads(line)["messages"][0]["content"] for line in target.read_text().splitlines()]
     assert cities == ["Rome", "Oslo", "Oslo", "Bern"]
+
+
+def test_native_rows_are_read_out_of_a_table(tmp_path, tools_path):
+    """Their output is JSON text there; an answer that is JSON of another kind stays text."""
+    answers = [json.dumps(native("x", ("get_weather", {"city": "Rome"}))["output"]), '{"content": "Yes."}', '{"a": 1}', "{}"]
+    path = write(tmp_path / "rows.parquet", [{"input": "rain?", "output": answer} for answer in answers])
+    checked = to_examples(read_rows([path]), Reading(tools_path))
+    assert [example.messages[-1]["content"] for example in checked.examples] == ["", "Yes.", '{"a": 1}', "{}"]
+    assert [example.format for example in checked.examples] == ["native", "native", "alpaca", "alpaca"]
+    assert checked.examples[0].messages[-1]["tool_calls"][0]["function"]["arguments"] == {"city": "Rome"}
+
+
+def test_a_table_of_any_container_is_one_of_rows():
+    assert [name for name, container in CONTAINERS.items() if COLUMNS.isdisjoint(container.keys)] == []
+    assert COLUMNS >= {*SHAREGPT_KEYS, *QUESTION_KEYS, *ANSWER_KEYS}
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from tool_calling.data.literals import as_list, unpack
-from tool_calling.data.turns import CALL_KEYS, FLAG_KEYS, add_system, take, to_role
+from tool_calling.data.turns import CALL_KEYS, FLAG_KEYS, THOUGHT_KEYS, add_system, take, to_role
 from tool_calling.terminal import shorten
 
 GLAIVE_TURN = re.compile(r"(?:^|\n)[^\S\n]*(USER|ASSISTANT|FUNCTION RESPONSE):")
@@ -144,9 +144,19 @@ CONTAINERS = {  # the first that fits a row
 # fmt: on
 
 
+def is_native_text(text: object) -> bool:
+    """Return whether a text is the JSON of a native row's `output`, as a table keeps it."""
+    with contextlib.suppress(ValueError, RecursionError):
+        output = unpack(text, "it is") if isinstance(text, str) else None
+        return isinstance(output, dict) and set() < output.keys() <= {*CALL_KEYS, *THOUGHT_KEYS, "content"}
+    return False
+
+
 def unpack_turns(row: dict) -> dict:
     """Return the row with lists for conversations that are JSON text."""
     packed = [key for key in ("messages", *SHAREGPT_KEYS, "contents") if isinstance(row.get(key), str)]
+    if "input" in row and is_native_text(row.get("output")):
+        packed.append("output")
     row = {**row, **{key: unpack(row[key], f'"{key}" is') for key in packed}} if packed else row
     if "prompt" in row and "completion" in row:  # which may as well be plain text that begins with a bracket
         with contextlib.suppress(ValueError, RecursionError):

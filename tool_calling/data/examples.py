@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from tool_calling.data.formats import FORMATS, convert
 from tool_calling.data.messages import check_calls, check_roles, check_text, cut_tail, is_trained, settle_turns
-from tool_calling.data.rows import read_rows
+from tool_calling.data.rows import name_file, read_rows
 from tool_calling.data.syntaxes import READ_AS, read_calls
 from tool_calling.data.tools import KEPT_NULL, check_tools, find_bare_tools, read_tools, settle_arguments, to_tools
 from tool_calling.files import write_file
@@ -59,7 +59,12 @@ class Checked:
     first: dict[str, str] = field(default_factory=dict)  # {what was normalised in a row: the first such source}
     kept: Counter = field(default_factory=Counter)  # {kind of call that its schema refuses: how many are trained}
     filled: int = 0  # rows of other formats than native with the tools of --tools_path
-    unread: Counter = field(default_factory=Counter)  # {(place, key) that holds something and is not read: how often}
+    unread_in: dict[str, Counter] = field(default_factory=dict)  # {file: {(place, key) that it has and no format reads}}
+
+    @property
+    def unread(self) -> Counter:
+        """Return {(place, key) that holds something and is not read: how often}."""
+        return sum(self.unread_in.values(), Counter())
 
 
 def to_row(example: Example) -> dict:
@@ -117,7 +122,7 @@ class Reader:
         checked, name = self.checked, self.reading.format
         format, messages, tools, unread, changes = convert(row, name)
         if unread:
-            checked.unread.update(unread)
+            checked.unread_in.setdefault(name_file(source), Counter()).update(unread)
         box, filled = self.find_tools(source, format, tools)
         if not box.problems:
             messages = read_calls(messages, box.tools, changes, FORMATS[name].syntax if name in FORMATS else None)
@@ -218,8 +223,8 @@ def check_rows(paths: list[str], reading: Reading) -> Checked:
             say("read", f"{what}: {list_first(counts, SHOWN_CHANGES if what[0] == 't' else len(changes))}")
     if reading.named_tools and checked.filled:
         say("read", f"tools of {reading.tools_path} given to {plural(checked.filled, 'row')} without their own")
-    if checked.unread:
-        found = sorted(checked.unread.items(), key=lambda item: (item[0][0] == "row", -item[1]))  # columns are many
+    if unread := checked.unread:
+        found = sorted(unread.items(), key=lambda item: (item[0][0] == "row", -item[1]))  # columns are many
         counts = (f"{shorten(key)} of {plural(count, place)}" for (place, key), count in found)
         say("read", f"not read, as the format has no such key: {list_first(counts, SHOWN_CHANGES)}")
     for doubt in find_doubts(checked):

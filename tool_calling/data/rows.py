@@ -25,10 +25,10 @@ ROW_FILES = re.compile(r".*\.((jsonl?|csv|tsv)(\.gz)?|parquet)", re.IGNORECASE |
 ROW_KINDS = "JSON, JSONL, CSV or Parquet"
 NOT_ROWS = ("tools.json", "dataset_info.json", "dataset_infos.json", "state.json", "package.json")
 PACKED = {b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zX": "xz"}  # by first bytes
-COLUMNS = {  # a table without any of these is not one of rows
-    *("messages", "conversations", "conversation", "prompt", "completion", "input", "output", "query", "answers", "chat"),
-    *("question", "answer", "instruction", "response", "contents"),
-}
+COLUMNS = set(  # a table without any of these is not one of rows
+    "messages conversations conversation dialogue dialog turns trajectory contents prompt completion input output query "
+    "answers chat question answer instruction response".split()
+)
 PYTHON_VALUE = re.compile(r"\s*[\[{]+\s*'")  # as pandas writes a list or a dict into a cell
 HUB_NAME = re.compile(
     r"(?P<name>\w[\w.-]*(?:/\w[\w.-]*)?)(?::(?P<config>[\w.+-]+)(?=:))?(?::(?P<split>\w[\w.]*))?", re.ASCII
@@ -264,6 +264,11 @@ def read_source(path: str, tools_path: str | None):
         if not first:
             raise UserError(f"{name}: holds no rows")
         yield from chain([first], pairs)
+
+
+def name_file(source: str) -> str:
+    """Return the file, or the split of a dataset, that a row is of."""
+    return re.sub(r"(:\d+|\[\d+\])$", "", source)
 
 
 def hash_row(purpose: str, index: int, pair: tuple) -> str:
