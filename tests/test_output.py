@@ -84,8 +84,9 @@ def test_the_model_card_says_what_it_is_and_names_no_folder_of_this_machine(full
     }
     assert "`tiny-qwen3` taught to call tools by full fine-tuning: 16-bit weights." in text
     scores = json.loads((folder / "out" / "report.json").read_text())["scores"]
-    for name in ("base", "trained"):
-        assert f"| {name} | {100 * scores[name]['exact_match']:.1f} % |" in text
+    assert "| | held-out requests | base | trained |\n" in text
+    shares = (f"{100 * scores[name]['exact_match']:.1f} % (" for name in ("base", "trained"))
+    assert re.search(r"\n\| exact \| 6 \| {}[^|]* \| {}[^|]* \|\n".format(*map(re.escape, shares)), text)
     assert "18 samples of `rows.jsonl`, 6 held out; 6 steps," in text and "| `learning_rate` | 0.001 |" in text
     assert "\nvllm serve me/tools --enable-auto-tool-choice" in text
     assert "--model_id tiny-qwen3 --dataset_path rows.jsonl" in text

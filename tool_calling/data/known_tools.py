@@ -31,7 +31,10 @@ def compile_names(names: tuple[str, ...]) -> tuple[re.Pattern, ...]:
         rf"""(?<![\w])(?:{one})["'`>]?:?\d*\s*(?:<[^<>\n]{{1,40}}>\s*)*(?:```\w*\s*)?\{{\s*["'}}]"""  # f{"a": 1}
         rf"""|<(?:{one})[\s>/]|<\w+[= ][^<>\n]{{0,40}}["'=](?:{one})["']?>"""  # <f>, <call name="f">
         rf"""|["'](?:{key})["']\s*:\s*["'](?:{one})["']\s*,\s*["'](?:{"|".join(ARGUMENT_KEYS)})["']\s*:"""
-        rf"""|\bto=[\w.]{{0,40}}(?:{one})(?!\w)"""  # Harmony
+        rf"""|\A\s*(?:```\w*\s*)?[\[{{](?s:.)*?["'](?:{key})["']\s*:\s*["'](?:{one})["']"""  # JSON that names a tool
+        rf"""|\bto=[\w.]{{0,40}}(?:{one})(?!\w)|\bcall:(?:{one})\{{"""  # Harmony, FunctionGemma
+        rf"""|FUNCTION\W{{0,3}}:\s*(?:{one})(?!\w)"""  # Qwen-Agent
+        rf"""|(?<!\w)(?:{one})\(\s*\w+\s*=\s*(?:["'\[{{\d-]|(?:true|false|null|None)\b)"""  # f(a=1) in a sentence
         rf"""|^[ \t]*Action[ \t]*:[ \t]*(?:{one})(?!\w)"""
         rf"""|^[ \t]*\w+[ \t]*=[ \t]*(?:await[ \t]+)?(?:{one})\("""  # a = f(1), in code
     )
