@@ -392,7 +392,7 @@ def build_run_trainer(args: argparse.Namespace, model, tokenizer, schedule, held
     from tool_calling.training.trainer import build_trainer
 
     config = to_sft_config(args, schedule, bool(held_out))
-    trainer = build_trainer(model, tokenizer, config, schedule, held_out, engine)
+    trainer = build_trainer(model, tokenizer, config, schedule, choose(held_out, len(held_out)), engine)
     if args.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
     return trainer

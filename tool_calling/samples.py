@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import time
+from array import array
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -114,10 +115,10 @@ def choose(samples: list[Sample], count: int) -> list[Sample]:
     The order of the file must not choose: where rows of one tool stand together, its first rows are not like the rest.
     """
     ranks = [digest(["choose", sample.request, sample.completion]) for sample in samples]
-    found: dict[tuple, int] = {}
+    found: dict[tuple, int] = {}  # by prompt and completion as tokens
     for index in sorted(range(len(samples)), key=ranks.__getitem__):
         if len(found) < count:
-            found.setdefault((samples[index].prompt_length, *samples[index].input_ids), index)
+            found.setdefault((samples[index].prompt_length, array("i", samples[index].input_ids).tobytes()), index)
     return [samples[index] for index in sorted(found.values())]
 
 

@@ -130,6 +130,12 @@ def test_held_out_rows_are_shared_out_over_the_gpus(tmp_path, tokenizer, monkeyp
     assert len(first) == len(second) == 2 and not (second[1]["labels"] != -100).any()
 
 
+def test_a_held_out_row_that_is_taken_twice_counts_once(tmp_path, tokenizer):
+    again = [sample._replace(row=sample.row + 6) for sample in TRAIN[:6]]
+    trainer = make_trainer(tmp_path, tokenizer, "--batch_size", "2", held_out=[*TRAIN[:6], *again])
+    assert len(trainer.held_out_batches) == 3
+
+
 def test_activations_that_are_computed_again_change_nothing(tmp_path, tokenizer):
     results = {}
     for choice in ("on", "off"):
