@@ -90,7 +90,7 @@ def suggest(name: str, known) -> str:
 
 def cut_text(text: str, limit: int = 200) -> str:
     """Return a text on one line, cut to `limit` characters with an ellipsis."""
-    line = re.sub(r"\s*[\r\n]\s*", " ", text.strip())
+    line = " ".join(filter(None, map(str.strip, re.split(r"[\r\n]", text))))
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 

@@ -49,6 +49,7 @@ class Declaration(NamedTuple):
     text: str  # without them, and without what tells how to call
     dropped: int  # characters, without those of the tools themselves
     tagged: bool  # whether marks told of tools or calls, not just a list
+    alone: bool  # whether the text is nothing but a declaration
 
 
 def looks_like_tool(value: object) -> bool:
@@ -152,11 +153,12 @@ def read_declaration(text: str) -> Declaration:
             rest = mark_cut(rest, left)
     speaks = "tool_call>" in text or "TOOLCALL>" in text
     if tools is None and not speaks:
-        return Declaration(None, text, 0, False)
+        return Declaration(None, text, 0, False, False)
     for tag in ("tool_call", "TOOLCALL"):
         rest = CUT.join(split_tags(rest, tag)[::2])
-    kept = keep_sentences(rest, tools is not None)
-    return Declaration(tools, kept, max(len(text) - len(kept) - size, 0), tagged or speaks)
+    kept, sentences = keep_sentences(rest, tools is not None), SENTENCE_END.split(TAG.sub("", rest))[::2]
+    alone = not any(sentence.strip() and not BOILERPLATE.match(sentence.strip()) for sentence in sentences)
+    return Declaration(tools, kept, max(len(text) - len(kept) - size, 0), tagged or speaks, alone)
 
 
 def mark_cut(text: str, left: str) -> str:
@@ -205,14 +207,14 @@ def take_declarations(messages: list[dict], beside: object, changes: Counter) ->
         except ValueError:
             if not named:
                 raise
-            found = Declaration(None, content, 0, False)
+            found = Declaration(None, content, 0, False, False)
         mine = found.tagged or (found.tools is not None and (not named or is_same_list(beside, found.tools)))
         if mine and found.tools is not None:
             if tools is not None and not is_same_list(tools, found.tools):
                 raise ValueError("two system texts declare other tools; expected one list of tools")
             tools = found.tools
         how = how or ("" if structured or not mine else "tags" if found.tagged else "list")
-        if not mine or (structured and found.text):
+        if not mine or (structured and not found.alone):
             kept.append(message)
             continue
         if structured:

@@ -29,7 +29,7 @@ def compile_names(names: tuple[str, ...]) -> tuple[re.Pattern, ...]:
     key = "|".join(NAME_KEYS)
     unread = (
         rf"""(?<![\w])(?:{one})["'`>]?:?\d*\s*(?:<[^<>\n]{{1,40}}>\s*)*(?:```\w*\s*)?\{{\s*["'}}]"""  # f{"a": 1}
-        rf"""|<(?:{one})[\s>/]|<\w+[= ][^<>\n]{{0,40}}["'=](?:{one})["']?>"""  # <f>, <call name="f">
+        rf"""|<(?:{one})[\s>/]|<\w+[= ][^<>\n]{{0,40}}["'=](?:{one})["']?[\s/>]"""  # <f>, <call name="f">
         rf"""|["'](?:{key})["']\s*:\s*["'](?:{one})["']\s*,\s*["'](?:{"|".join(ARGUMENT_KEYS)})["']\s*:"""
         rf"""|\A\s*(?:```\w*\s*)?[\[{{](?s:.)*?["'](?:{key})["']\s*:\s*["'](?:{one})["']"""  # JSON that names a tool
         rf"""|\bto=[\w.]{{0,40}}(?:{one})(?!\w)|\bcall:(?:{one})\{{"""  # Harmony, FunctionGemma

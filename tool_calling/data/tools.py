@@ -34,6 +34,7 @@ from tool_calling.processes import handle_signals
 from tool_calling.terminal import SHOWN_PROBLEMS, UserError, list_first, report_problems, shorten
 
 KEPT_NULL = "null of a required argument kept"
+TRIES = 1_000  # how many brackets of a text may begin no JSON: each takes longer the further in it stands
 CHECK_SECONDS = 2  # the longest that checking a call may take
 BROKEN_TOOL = re.compile(r"""\{\s*["'](?:name|type|function)["']\s*:.*""", re.DOTALL)
 # Kimi's declaration, without the tools in it
@@ -163,13 +164,16 @@ def is_tool(value: object) -> bool:
 
 def find_tools(text: str) -> tuple[list[dict], str]:
     """Return (tools that are JSON in a text, the text without them): its first list of tools, or all single ones."""
-    found, rest, end = [], "", 0
+    found, rest, end, failed = [], "", 0, 0
     for mark in re.finditer(r"[\[{]", text):
         if mark.start() < end:
             continue
         try:
             value, stop = read_value(text, mark.start())
         except ValueError:
+            failed += 1
+            if failed == TRIES:
+                break
             continue
         if value and all(map(is_tool, as_list(value))):
             if isinstance(value, list):
