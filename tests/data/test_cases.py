@@ -297,7 +297,7 @@ def test_a_call_in_a_text_is_read_in_every_container(text):
     "text",
     [
         "I can use get_weather to look it up.",
-        "Use `get_weather(city='Rome')` for that.",
+        "Use `get_weather(city)` for that.",
         "get_weather(city) returns the weather of a city.",
         "- get_weather(city): weather\n- ping(): pong",
         "You may call get_weather (it needs a city), or ping.",
