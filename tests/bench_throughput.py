@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 # ruff: noqa: E402
 import train_qwen3_tool_calling as script
 from tool_calling.arguments import number, pick
-from tool_calling.data.examples import Reading, read_examples
+from tool_calling.data.examples import read_examples
 from tool_calling.environment import return_pages
 from tool_calling.processes import is_main
 from tool_calling.samples import Sample, render_examples
@@ -61,7 +61,7 @@ CPU_RECIPES = {
 
 def make_rows(args: argparse.Namespace, tokenizer, tools: int | None) -> list[Sample]:
     """Return the training samples; with `tools`, every row lists that many (renamed copies make up the number)."""
-    examples, _ = read_examples(args.dataset_path, pick(Reading, args))
+    examples, _ = read_examples(args.dataset_path, script.to_reading(args))
     if tools:
         own = examples[0].tools
         copies = [

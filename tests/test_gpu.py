@@ -14,7 +14,7 @@ from jobs import FINAL_FILES, ROWS, names
 
 import train_qwen3_tool_calling as script
 from tool_calling.arguments import pick
-from tool_calling.data.examples import Reading, read_examples
+from tool_calling.data.examples import read_examples
 from tool_calling.engines.hub import load_tokenizer
 from tool_calling.samples import Rendering, render_sides
 from tool_calling.schedule import Batching, plan_schedule
@@ -130,7 +130,7 @@ import sys, weakref
 import torch
 import train_qwen3_tool_calling as script
 from tool_calling.arguments import pick
-from tool_calling.data.examples import Reading, read_examples
+from tool_calling.data.examples import read_examples
 from tool_calling.engines.start import start_engine
 from tool_calling.samples import Rendering, render_sides
 
@@ -146,7 +146,7 @@ from tool_calling.streams import Layout, build_padded, build_stream
 from tool_calling.training.selfcheck import relative_difference
 
 tokenizer = load_tokenizer(args.model_id)
-examples, _ = read_examples(args.dataset_path, pick(Reading, args))
+examples, _ = read_examples(args.dataset_path, script.to_reading(args))
 train, held_out = render_sides(tokenizer, examples, [], pick(Rendering, args))
 lengths = (1024, 2048)
 schedule = Schedule(train, 8, 1, Layout(8, lengths=lengths))
@@ -206,7 +206,7 @@ SHORT_OF_MEMORY = """
 import sys, torch
 import train_qwen3_tool_calling as script
 from tool_calling.arguments import pick
-from tool_calling.data.examples import Reading, read_examples
+from tool_calling.data.examples import read_examples
 from tool_calling.engines.start import start_engine
 from tool_calling.environment import refuse_telemetry, return_pages
 
@@ -230,7 +230,7 @@ if __name__ == "__main__":
     from tool_calling.schedule import Batching, plan_schedule
 
     tokenizer = load_tokenizer(args.model_id)
-    examples, _ = read_examples(args.dataset_path, pick(Reading, args))
+    examples, _ = read_examples(args.dataset_path, script.to_reading(args))
     train, _ = render_sides(tokenizer, examples, [], pick(Rendering, args))
     schedule = plan_schedule(train, pick(Batching, args), fill=engine == "unsloth")
     model = script.load_model(args, engine, schedule)
@@ -332,7 +332,7 @@ def test_unsloth_on_two_gpus_replays_streams_of_several_lengths(folder):
             *("--batch_size", "1", "--gradient_accumulation_steps", "1", "--train_test_split", "0.25"),
         ]
     )
-    examples, _ = read_examples(args.dataset_path, pick(Reading, args))
+    examples, _ = read_examples(args.dataset_path, script.to_reading(args))
     train, _ = render_sides(load_tokenizer(MODEL), examples, [], pick(Rendering, args))
     assert len(plan_schedule(train, pick(Batching, args), fill=True).layout.lengths) > 2
     output = run_on_two(
