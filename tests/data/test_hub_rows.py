@@ -88,19 +88,28 @@ def cache(tmp_path_factory) -> Path:
 
 
 def test_a_cached_dataset_is_read_offline_without_its_nulls(cache):
-    result = run_reader("org/Calls", "org/Calls:test", "org/Calls:default:test", HF_DATASETS_CACHE=str(cache))
+    names = ("org/Calls:1", "org/Calls:test:2", "org/Calls:default:test")  # a number is never a split
+    result = run_reader(*names, HF_DATASETS_CACHE=str(cache))
     assert result.stderr == "" and result.returncode == 0
-    weather = native("rain?", ("get_weather", {"city": "Rome"}))
-    assert json.loads(result.stdout) == [
+    *printed, rows = result.stdout.splitlines()
+    assert printed == [
+        "read     org/Calls:1: 5 rows of 5",
+        "read     org/Calls:test:2: 2 rows of 1",
+        "read     org/Calls:default:test: 1 row of 1",
+    ]
+    dated = {"asked": ["date32[day]"]}  # no format reads it
+    weather = {**dated, **native("rain?", ("get_weather", {"city": "Rome"}))}
+    assert json.loads(rows) == [
         ["org/Calls:train[0]", weather],
-        ["org/Calls:train[1]", native("bye", content="Bye.")],
-        ["org/Calls:train[2]", native("and in 2 days?", ("get_weather", {"days": 2}))],
-        ["org/Calls:train[3]", native("again", ("get_weather", {}))],
+        ["org/Calls:train[1]", {**dated, **native("bye", content="Bye.")}],
+        ["org/Calls:train[2]", {**dated, **native("and in 2 days?", ("get_weather", {"days": 2}))}],
+        ["org/Calls:train[3]", {**dated, **native("again", ("get_weather", {}))}],
         [
             "org/Calls:train[4]",
             "holds the datetime 2024-05-01 00:00:00; expected text or another JSON value "
             "(a table may have made dates of texts: name the dataset's own file instead)",
         ],
+        ["org/Calls:test[0]", weather],
         ["org/Calls:test[0]", weather],
         ["org/Calls:default:test[0]", weather],
     ]

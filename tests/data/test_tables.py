@@ -122,17 +122,17 @@ def test_columns_give_what_values_one_by_one_would(case):
     assert to_values(pyarrow.array(values, type=kind)[start:]) == [drop(value, kind) for value in values[start:]]
 
 
-def test_what_json_cannot_hold_is_left_out_as_a_column_and_a_problem_inside_a_row(tmp_path):
+def test_what_json_cannot_hold_is_not_read_as_a_column_and_a_problem_inside_a_row(tmp_path):
     picture = {"bytes": b"\x89PNG", "path": None}
     rows = [
         {"asked": date(2024, 5, 1), "raw": b"x", "picture": picture, **native("may", ("f", {"on": datetime(2024, 5, 1)}))},
-        {"asked": None, "raw": None, "picture": None, **native("june", ("f", {"on": None}))},
+        {"asked": date(2024, 5, 2), "raw": None, "picture": None, **native("june", ("f", {"on": None}))},
     ]
     path = write(tmp_path / "rows.parquet", rows)
     advice = "expected text or another JSON value (a table may have made dates of texts: name the dataset's own file "
     assert read(path) == [
         (f"{path}[0]", f"holds the datetime 2024-05-01 00:00:00; {advice}instead)"),
-        (f"{path}[1]", native("june", ("f", {}))),
+        (f"{path}[1]", {"asked": ["date32[day]"], **native("june", ("f", {}))}),
     ]
 
 
