@@ -76,6 +76,11 @@ def test_a_folder_is_ours_by_the_first_line_of_its_run_yaml(tmp_path):
             "is replaced as a whole and contains --dataset_path {folder}/data/rows.jsonl; choose another folder",
         ),
         (
+            "data",
+            ["--dataset_path", "{folder}/data/rows.jsonl:0.5"],
+            "is replaced as a whole and contains --dataset_path {folder}/data/rows.jsonl; choose another folder",
+        ),
+        (
             "other",
             ["--resume_from_checkpoint", "{folder}/other/checkpoint-5"],
             "is replaced as a whole and contains --resume_from_checkpoint {folder}/other/checkpoint-5; choose another "
