@@ -16,7 +16,7 @@ import train_qwen3_tool_calling as script
 from tool_calling.data.examples import Reading, check_rows
 from tool_calling.engines.hub import count_parameters
 from tool_calling.estimates import Footprint
-from tool_calling.run_folder import NOT_REPEATED
+from tool_calling.run_folder import NOT_REPEATED, write_run
 from tool_calling.samples import render_examples
 from tool_calling.terminal import FlagError
 
@@ -347,3 +347,16 @@ def test_a_home_folder_is_found_where_no_shell_sees_to_it(tmp_path, monkeypatch)
     args = script.parse_args(["--config", str(config)])
     assert args.dataset_path == [f"{tmp_path}/a.json", "b.json"]
     assert (args.tools_path, args.output_dir) == (f"{tmp_path}/tools.json", f"{tmp_path}/out")
+
+
+def test_tools_count_as_named_if_a_flag_or_a_file_names_them(tmp_path):
+    """The default serves native rows only; a run.yaml repeats that, as it has null there."""
+    named, repeated = tmp_path / "named.yaml", tmp_path / "run.yaml"
+    named.write_text(f"tools_path: {script.TOOLS_PATH}\n")
+    write_run(vars(script.parse_args([])), tmp_path)
+    readings = {
+        words: script.to_reading(script.parse_args([*words]))
+        for words in ((), ("--tools_path", script.TOOLS_PATH), ("--config", str(named)), ("--config", str(repeated)))
+    }
+    assert {reading.tools_path for reading in readings.values()} == {script.TOOLS_PATH}
+    assert [reading.named_tools for reading in readings.values()] == [False, True, True, False]
