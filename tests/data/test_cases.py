@@ -667,6 +667,14 @@ def test_a_trace_of_another_api_is_read(row):
     assert (problems, example.messages, example.tools) == ([], expected, [WEATHER])
 
 
+def test_short_forms_of_gemini_are_read():
+    row = {"systemInstruction": {"parts": {"text": "Be brief."}}, "contents": [{"parts": "rain in Rome?"}]}
+    for parts in ({"text": "Yes."}, ["Yes."], [{"text": "Ye"}, {"text": "s."}]):
+        turns = [*row["contents"], {"role": "model", "parts": parts}]
+        assert messages_of({**row, "contents": turns}) == [SYSTEM, USER, YES]
+    assert read({"contents": "rain?"})[1] == ['"contents" must be a list of objects, got "rain?"']
+
+
 def test_parallel_calls_of_traces_and_text_after_results():
     two = [
         {"type": "tool_use", "id": name, "name": "get_weather", "input": {"city": name}} for name in ("Rome", "Oslo")

@@ -99,8 +99,14 @@ def read_gemini(row: dict) -> list[dict]:
     system = next((row[key] for key in keys if row.get(key)), None)
     if isinstance(system, dict):
         system = system.get("parts", system.get("content"))
-        system = [system] if isinstance(system, dict) else system
-    return add_system({"system": system}, take(row, "contents", list))
+        system = to_parts(system)
+    turns = [{"role": "user", **turn, "parts": to_parts(turn.get("parts"))} for turn in take(row, "contents", list)]
+    return add_system({"system": system}, turns)
+
+
+def to_parts(parts: object) -> object:
+    """Return the parts of a turn of Gemini as a list, which may be one alone, or texts."""
+    return [{"text": part} if isinstance(part, str) else part for part in as_list(parts)] if parts else parts
 
 
 class Container(NamedTuple):
