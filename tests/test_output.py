@@ -63,11 +63,11 @@ def test_full_fine_tuning_is_checked_and_proven(full):
     report = json.loads((folder / "out" / "report.json").read_text())
     assert list(report["scores"]) == ["base", "trained"]
     assert report["scores"]["trained"]["exact_match"] > report["scores"]["base"]["exact_match"]
-    assert lines[-2:] == [
+    assert lines[-3:] == [
         f"done     trained model: {folder / 'final'}",
         f"serve    vllm serve {folder / 'final'} --enable-auto-tool-choice --tool-call-parser hermes "
-        """--default-chat-template-kwargs '{"enable_thinking": false}'"""
-        f"  # requests send the tools in {folder / 'final'}/tools.json",
+        """--default-chat-template-kwargs '{"enable_thinking": false}'""",
+        f"         # requests send the tools in {folder / 'final'}/tools.json",
     ]
     assert result.stderr == "warning: no row without a call: the model will forget to refuse\n"
 

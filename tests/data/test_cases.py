@@ -741,8 +741,8 @@ def test_rows_whose_calls_a_schema_refuses_can_be_kept(tmp_path, tools_path, cap
         example.messages[1]["tool_calls"][0]["function"]["arguments"] for example in examples
     ] == refused and not skipped
     assert capsys.readouterr().out.splitlines()[0] == (
-        "read     calls kept that their schemas refuse: argument missing 1, argument of another type 1, argument unknown "
-        "1, value not among the choices 1, another rule of the schema 1"
+        "read     calls kept that their schemas refuse: argument missing 1, argument of another type 1, argument "
+        "unknown 1, value not among the choices 1, another rule of the schema 1"
     )
     for row in (
         native("rain?", ("fly", {})),

@@ -239,7 +239,8 @@ def test_openai_rows_keep_turns_replies_and_their_own_tools(tmp_path, tools_path
                 "messages": [USER, {"role": "assistant", "content": "y"}],
                 "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "file"}}}],
             },
-            "tool 1 \"f\": parameters.type is not valid JSON Schema: 'file' is not valid under any of the given schemas",
+            "tool 1 \"f\": parameters.type is not valid JSON Schema: 'file' is not valid under any of the given "
+            "schemas",
         ),
         (
             {

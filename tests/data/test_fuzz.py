@@ -398,8 +398,8 @@ def test_a_conversation_is_read_as_it_is_in_every_container_and_syntax(seed):
 JUNK = [
     None, "", 0, -1, 1.5, True, False, [], {}, [[]], [None], {"a": None}, "[", "{", "]", "x", "null", "[]", "{}",
     "\u2028", "<tool_call>", "</tool_call>", "<tools>", "[f(", "get_weather(", "get_weather", "Action: ping", "<think>",
-    "0" * 300, "user", "assistant", "tool", "system", {"role": "user", "content": "x"}, {"type": "text", "text": "x"}, 10**400,
-    json.dumps({"name": "ping", "arguments": {}}), {"name": "ping"}, {"function": {"name": "ping"}}, ["ping"],
+    "0" * 300, "user", "assistant", "tool", "system", {"role": "user", "content": "x"}, {"type": "text", "text": "x"},
+    10**400, json.dumps({"name": "ping", "arguments": {}}), {"name": "ping"}, {"function": {"name": "ping"}}, ["ping"],
 ]
 KEYS = [
     "role", "content", "from", "value", "tool_calls", "function_call", "arguments", "name", "type", "id", "tools",

@@ -248,7 +248,9 @@ def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path):
 
 
 def test_the_limit_counts_over_all_files(tmp_path):
-    first, second = (write_jsonl(tmp_path / name, rows) for name, rows in {"1.jsonl": [A, B], "2.jsonl": [A, C]}.items())
+    first, second = (
+        write_jsonl(tmp_path / name, rows) for name, rows in {"1.jsonl": [A, B], "2.jsonl": [A, C]}.items()
+    )
     pairs = [(f"{first}:1", A), (f"{first}:2", B), (f"{second}:1", A), (f"{second}:2", C)]
     assert read(first, second, max_samples=4) == read(first, second, max_samples=10**30) == pairs
     assert read(first, second, max_samples=3) == [pair for pair in pairs if pair[1] != C]  # C's hash is the largest

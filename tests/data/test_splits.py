@@ -4,8 +4,16 @@ import random
 
 import pytest
 from conftest import ALARM, WEATHER
+
 from tool_calling.data.examples import Example
-from tool_calling.data.splits import digest_prompts, find_first_answer, find_leaks, find_warnings, is_thinking, split_examples
+from tool_calling.data.splits import (
+    digest_prompts,
+    find_first_answer,
+    find_leaks,
+    find_warnings,
+    is_thinking,
+    split_examples,
+)
 
 
 def example(request: str, answer: str = "ok") -> Example:

@@ -125,7 +125,12 @@ def test_columns_give_what_values_one_by_one_would(case):
 def test_what_json_cannot_hold_is_not_read_as_a_column_and_a_problem_inside_a_row(tmp_path):
     picture = {"bytes": b"\x89PNG", "path": None}
     rows = [
-        {"asked": date(2024, 5, 1), "raw": b"x", "picture": picture, **native("may", ("f", {"on": datetime(2024, 5, 1)}))},
+        {
+            "asked": date(2024, 5, 1),
+            "raw": b"x",
+            "picture": picture,
+            **native("may", ("f", {"on": datetime(2024, 5, 1)})),
+        },
         {"asked": date(2024, 5, 2), "raw": None, "picture": None, **native("june", ("f", {"on": None}))},
     ]
     path = write(tmp_path / "rows.parquet", rows)
@@ -177,7 +182,12 @@ def test_a_folder_of_all_kinds_is_read_and_converted(tmp_path):
 
 def test_native_rows_are_read_out_of_a_table(tmp_path, tools_path):
     """Their output is JSON text there; an answer that is JSON of another kind stays text."""
-    answers = [json.dumps(native("x", ("get_weather", {"city": "Rome"}))["output"]), '{"content": "Yes."}', '{"a": 1}', "{}"]
+    answers = [
+        json.dumps(native("x", ("get_weather", {"city": "Rome"}))["output"]),
+        '{"content": "Yes."}',
+        '{"a": 1}',
+        "{}",
+    ]
     path = write(tmp_path / "rows.parquet", [{"input": "rain?", "output": answer} for answer in answers])
     checked = to_examples(read_rows([path]), Reading(tools_path))
     assert [example.messages[-1]["content"] for example in checked.examples] == ["", "Yes.", '{"a": 1}', "{}"]

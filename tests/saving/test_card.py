@@ -193,7 +193,7 @@ def test_a_card_is_written_with_the_command_that_serves_its_folder(tmp_path, fol
     assert f"library_name: {'peft' if folder == 'adapter' else 'transformers'}\n" in card
 
 
-@pytest.mark.parametrize("there, shown", [(True, "  # requests send the tools in tools.json"), (False, "")])
+@pytest.mark.parametrize("there, shown", [(True, "\n# requests send the tools in tools.json"), (False, "")])
 def test_a_card_names_the_file_of_the_tools(tmp_path, there, shown):
     if there:
         (tmp_path / "tools.json").write_text("[]")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from tool_calling.data.literals import as_list, unpack
-from tool_calling.data.turns import CALL_KEYS, FLAG_KEYS, THOUGHT_KEYS, add_system, take, to_role
+from tool_calling.data.turns import CALL_KEYS, FLAG_KEYS, THOUGHT_KEYS, add_system, take
 from tool_calling.terminal import shorten
 
 GLAIVE_TURN = re.compile(r"(?:^|\n)[^\S\n]*(USER|ASSISTANT|FUNCTION RESPONSE):")
@@ -94,7 +94,7 @@ def is_plain(text: object) -> bool:
 
 
 def read_gemini(row: dict) -> list[dict]:
-    """{"systemInstruction": {...}, "contents": [{"role": "user" | "model", "parts": [{"text": "..."}]}], "tools": ...}"""
+    """{"systemInstruction": {...}, "contents": [{"role": "user" | "model", "parts": [{"text": "..."}]}], ...}"""
     keys = ("systemInstruction", "system_instruction", "system")
     system = next((row[key] for key in keys if row.get(key)), None)
     if isinstance(system, dict):

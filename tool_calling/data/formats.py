@@ -7,7 +7,7 @@ from typing import NamedTuple
 from tool_calling.data.containers import CONTAINERS, SHAREGPT_KEYS, unpack_turns
 from tool_calling.data.declarations import NO_TOOLS, find_beside, is_declaring, take_declarations
 from tool_calling.data.syntaxes import BRACKET_CALLS
-from tool_calling.data.turns import list_unread, spread_flags, to_messages, unwrap
+from tool_calling.data.turns import list_unread, spread_flags, to_messages
 from tool_calling.terminal import shorten
 
 
@@ -43,7 +43,7 @@ def is_hermes(seen: Seen) -> bool:
 
 
 def is_toolace(seen: Seen) -> bool:
-    """Return whether calls are written as [Name(key=value)] without tools beside them, or tools are listed in a text."""
+    """Return whether calls are written as [Name(key=value)] without tools beside them, or a text lists tools."""
     texts = [] if seen.named else [message["content"] for message in seen.messages if message["role"] == "assistant"]
     texts = [text for text in texts if isinstance(text, str) and text.lstrip().startswith("[")]
     return seen.declared == "list" or any(map(BRACKET_CALLS.fullmatch, texts))

@@ -26,8 +26,8 @@ ROW_KINDS = "JSON, JSONL, CSV or Parquet"
 NOT_ROWS = ("tools.json", "dataset_info.json", "dataset_infos.json", "state.json", "package.json")
 PACKED = {b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zX": "xz"}  # by first bytes
 COLUMNS = set(  # a table without any of these is not one of rows
-    "messages conversations conversation dialogue dialog turns trajectory contents prompt completion input output query "
-    "answers chat question answer instruction response".split()
+    "messages conversations conversation dialogue dialog turns trajectory contents prompt completion input output "
+    "query answers chat question answer instruction response".split()
 )
 PYTHON_VALUE = re.compile(r"\s*[\[{]+\s*'")  # as pandas writes a list or a dict into a cell
 HUB_NAME = re.compile(

@@ -4,7 +4,6 @@ import contextlib
 import re
 from collections import Counter
 from collections.abc import Callable
-from functools import lru_cache
 from itertools import islice
 from typing import NamedTuple
 

@@ -7,10 +7,11 @@ from tool_calling.terminal import shorten
 
 # fmt: off
 ROLES = {  # a role as other formats name it: OpenAI's; "calls" is a turn that holds nothing but calls
-    "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant", "ai": "assistant",
-    "bot": "assistant", "system": "system", "developer": "system",
+    "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant",
+    "ai": "assistant", "bot": "assistant", "system": "system", "developer": "system",
     "tool": "tool", "observation": "tool", "tool_response": "tool", "function": "tool", "function-response": "tool",
-    "function_response": "tool", "tool_result": "tool", "tool_results": "tool", "environment": "tool", "ipython": "tool",
+    "function_response": "tool", "tool_result": "tool", "tool_results": "tool",
+    "environment": "tool", "ipython": "tool",
     "calls": "calls", "function_call": "calls", "function-call": "calls", "tool_call": "calls",
 }
 PARTS = {  # type of a part of a message: what it is, and the keys that hold its text, or the reply or call and its id
@@ -207,7 +208,7 @@ def find_calls(message: dict) -> list | str:
 
 
 def read_weight(turn: dict, role: object, changes: Counter) -> dict:
-    """Return {"weight": 0} for an assistant's turn that is not to be trained, else {}; ValueError if it is not clear."""
+    """Return {"weight": 0} for an assistant's turn that is not to be trained, else {}; ValueError if unclear."""
     if FLAG_KEYS.isdisjoint(turn):
         return {}
     wanted = {}

@@ -28,8 +28,8 @@ def to_vllm_command(model_type: str, model: str, parser: str, thinks: bool) -> s
 
 
 def name_tools(folder: str | Path, shown: str = TOOLS) -> str:
-    """Return a shell's comment for the command that serves `folder`: where its tools are, if it has any."""
-    return f"  # requests send the tools in {shown}" if (Path(folder) / TOOLS).is_file() else ""
+    """Return the line below the command that serves `folder`: where its tools are, if it has any."""
+    return f"\n# requests send the tools in {shown}" if (Path(folder) / TOOLS).is_file() else ""
 
 
 def to_lora_words(base: str, adapter: str, rank: int) -> str:
