@@ -11,7 +11,7 @@ from tool_calling.terminal import shorten
 
 GLAIVE_TURN = re.compile(r"(?:^|\n)[^\S\n]*(USER|ASSISTANT|FUNCTION RESPONSE):")
 GLAIVE_ROLES = {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool"}
-SHAREGPT_KEYS = ("conversations", "conversation", "dialogue", "dialog", "turns", "trajectory")
+SHAREGPT_KEYS = ("conversations", "conversation", "dialogue", "dialog", "turns", "trajectory", "traj")
 QUESTION_KEYS = ("instruction", "question", "prompt", "query", "input")
 ANSWER_KEYS = ("output", "answer", "response", "completion")
 
@@ -80,12 +80,25 @@ def read_alpaca(row: dict) -> list[dict]:
 
 def read_responses(row: dict) -> list[dict]:
     """{"instructions": "...", "input": [{"role": "user", ...}, {"type": "function_call", ...}], "tools": [...]}, with
-    `output` if the row is a request and its answer"""
+    `output` if the row is a request and its answer: items, or a text"""
     request = row.get("input", "")
     turns = [{"role": "user", "content": request}] if is_plain(request) else take(row, "input", list)
-    answer = take(row, "output", list) if isinstance(row.get("output"), list) else []
+    answer = unpack_items(row.get("output") or [])
+    answer = (
+        [{"role": "assistant", "content": answer}]
+        if isinstance(answer, str)
+        else take({"output": answer}, "output", list)
+    )
     system = row.get("instructions") or row.get("system")
     return add_system({"system": system}, [*turns, *answer])
+
+
+def unpack_items(answer: object) -> object:
+    """Return the items that an answer of the Responses API is, if it is JSON text of some; anything else as it is."""
+    with contextlib.suppress(ValueError, RecursionError):
+        items = unpack(answer, "it is")
+        return items if has_items(items) else answer
+    return answer
 
 
 def is_plain(text: object) -> bool:

@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -102,17 +103,35 @@ def is_declaring(turn: dict) -> bool:
     return declares and list_tools(turn.get("content", turn.get("value")))
 
 
+def spread(key: str, value: object, depth: int = 3) -> Iterator[tuple[str, object]]:
+    """Yield (path, value) of what stands under a key: of an object, or of JSON text of one, what is in it."""
+    value = unpack_tool(value) if isinstance(value, str) and value.startswith("{") else value
+    if isinstance(value, dict) and depth:
+        for name, inner in value.items():
+            yield from spread(f"{key}.{name}", inner, depth - 1)
+    else:
+        yield key, value
+
+
+def spread_read(row: dict, keys: set[str]) -> dict:
+    """Return the row with what stands beside tools inside of an object under a path of its own: it is not read."""
+    opened = {key.partition(".")[0] for key in keys if key not in row and "." in key}
+    return {
+        path: value for key in row for path, value in (spread(key, row[key]) if key in opened else [(key, row[key])])
+    }
+
+
 def find_beside(row: dict, turns: list[dict], read: set[str]) -> tuple[object, set[str]]:
     """Return (the tools that stand beside a row's texts or None, the keys of the row that hold them).
 
-    Any key that holds a list of tools counts, also one inside an object or of a turn. ValueError if two lists differ.
+    Any key that holds a list of tools counts, also one inside of objects (a path then) or of a turn. ValueError if two
+    lists differ.
     """
     keys = () if TOOL_SET.isdisjoint(row) else TOOL_KEYS
     places = [(key, row[key], key) for key in keys if key not in read and row.get(key) is not None]
     for key, value in row.items():
         if key not in read and key not in TOOL_SET and isinstance(value, list | str | dict):
-            inner = {f"{key}.{name}": one for name, one in value.items()} if isinstance(value, dict) else {key: value}
-            places += [(place, one, key) for place, one in inner.items() if list_tools(one)]
+            places += [(path, one, path) for path, one in spread(key, value) if list_tools(one)]
     for turn in turns:
         if is_declaring(turn):
             places.append(("a turn of tools", turn.get("content", turn.get("value")), ""))

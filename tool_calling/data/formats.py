@@ -5,9 +5,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from tool_calling.data.containers import CONTAINERS, SHAREGPT_KEYS, unpack_turns
-from tool_calling.data.declarations import NO_TOOLS, find_beside, is_declaring, take_declarations
+from tool_calling.data.declarations import NO_TOOLS, find_beside, is_declaring, spread_read, take_declarations
 from tool_calling.data.syntaxes import BRACKET_CALLS
-from tool_calling.data.turns import list_unread, spread_flags, to_messages
+from tool_calling.data.turns import list_unread, spread_flags, to_messages, unwrap
 from tool_calling.terminal import shorten
 
 
@@ -102,16 +102,26 @@ def choose_container(row: dict, name: str) -> str:
     return found
 
 
+def add_other_system(row: dict, turns: list[dict]) -> tuple[list[dict], set[str]]:
+    """Return the turns, and the key of a system text of another name, put in front of turns that have none."""
+    key = next((key for key in ("system_prompt", "system_message") if isinstance(row.get(key), str) and row[key]), None)
+    if key is None or any(unwrap(turn)[0] == "system" for turn in turns):
+        return turns, set()
+    return [{"role": "system", "content": row[key]}, *turns], {key}
+
+
 def convert(row: object, name: str = "auto") -> Conversation:
     """Return the conversation of a row of the named format, or of the one that it is recognised as; or a ValueError."""
     if isinstance(row, ValueError):  # a line that was not JSON
         raise row
     if not isinstance(row, dict):
         raise ValueError(f"a row must be an object, got {shorten(row)}")
-    row = unpack_turns(row)
+    row = unpack_turns(
+        {key: value for key, value in row.items() if value is not None}
+    )  # a table has all keys of others
     where, changes = choose_container(row, name), Counter()
     container = CONTAINERS[where]
-    turns = spread_flags(row, container.read(row))
+    turns, system = add_other_system(row, spread_flags(row, container.read(row)))
     beside, keys = find_beside(row, turns, container.keys)
     messages = to_messages([turn for turn in turns if not is_declaring(turn)], changes)
     messages, declared, how = take_declarations(messages, beside, changes)
@@ -121,4 +131,6 @@ def convert(row: object, name: str = "auto") -> Conversation:
         seen = Seen(row, messages, roles, how, beside is not None)
         fits = (found for found, format in FORMATS.items() if where in format.containers and format.fits(seen))
         name = next(fits)
-    return Conversation(name, messages, tools, list_unread(row, container.keys | keys), changes)
+    return Conversation(
+        name, messages, tools, list_unread(spread_read(row, keys), container.keys | keys | system), changes
+    )

@@ -26,9 +26,18 @@ ROW_KINDS = "JSON, JSONL, CSV or Parquet"
 NOT_ROWS = ("tools.json", "dataset_info.json", "dataset_infos.json", "state.json", "package.json")
 PACKED = {b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zX": "xz"}  # by first bytes
 COLUMNS = set(  # a table without any of these is not one of rows
-    "messages conversations conversation dialogue dialog turns trajectory contents prompt completion input output "
+    "messages conversations conversation dialogue dialog turns trajectory traj contents prompt completion input output "
     "query answers chat question answer instruction response".split()
 )
+TEXT_COLUMNS = set("input output prompt completion instruction question query answer response context system".split())
+READ_KEYS = {
+    "role",
+    "from",
+    "type",
+    "function_call",
+    "function_calls",
+    "tool_calls",
+}  # of a turn, or of a native output
 PYTHON_VALUE = re.compile(r"\s*[\[{]+\s*'")  # as pandas writes a list or a dict into a cell
 HUB_NAME = re.compile(
     r"(?P<name>\w[\w.-]*(?:/\w[\w.-]*)?)(?::(?P<config>[\w.+-]+)(?=:))?(?::(?P<split>\w[\w.]*))?", re.ASCII
@@ -149,11 +158,17 @@ def check_columns(path: str, names: list[str]) -> None:
         raise UserError(f"{path}: has the columns {list_first(map(shorten, names), SHOWN_COLUMNS)}; {expected}")
 
 
-def read_cell(cell: str) -> str:
-    """Return a cell with a Python list or dict in it as JSON text, which the formats read; any other as it is."""
+def read_cell(name: str, cell: str) -> str:
+    """Return a cell with a Python list or dict in it as JSON text, which the formats read; any other as it is.
+
+    A text to train may be such a value itself: in TEXT_COLUMNS only turns and calls are read.
+    """
     if PYTHON_VALUE.match(cell):
         with contextlib.suppress(ValueError, RecursionError):
-            return json.dumps(parse_literal(cell, "a cell is"), ensure_ascii=False)
+            value = parse_literal(cell, "a cell is")
+            parts = value if isinstance(value, list) else [value]
+            if name not in TEXT_COLUMNS or all(isinstance(part, dict) and READ_KEYS & part.keys() for part in parts):
+                return json.dumps(value, ensure_ascii=False)
     return cell
 
 
@@ -174,7 +189,7 @@ def read_csv(path: str, file):
         for row in cells:
             source, line = f"{path}:{line}", cells.line_num + 1
             if len(row) == len(header):
-                yield source, {name: read_cell(cell) for name, cell in zip(header, row) if name and cell}
+                yield source, {name: read_cell(name, cell) for name, cell in zip(header, row) if name and cell}
             elif row:  # a blank line has no cell
                 yield source, ValueError(f"has {plural(len(row), 'cell')}; the header has {len(header):,}")
     except UnicodeDecodeError as error:

@@ -17,7 +17,7 @@ from tool_calling.data.literals import (
     split_at_commas,
     split_tags,
 )
-from tool_calling.data.turns import set_calls, to_tool_call
+from tool_calling.data.turns import LATE_TEXT, set_calls, to_tool_call
 from tool_calling.terminal import shorten
 
 Found = tuple[str, list]  # the text without its calls, and the calls
@@ -28,6 +28,7 @@ BRACKET_CALLS = re.compile(r"\s*\[[^\[\](){}]+\(.*\)\s*\]\s*", re.DOTALL)  # [Na
 KEYED_CALL = re.compile(r"\s*\[\s*[\w.]+\(\s*(?:\)|\w+\s*=)")  # a call even where no tools are known
 ANY_CALL = re.compile(r"\s*\[(?:\s*[\w.]+\(|[^\[\](){}]+\(\s*(?:\)|\w+\s*=))")
 CODE_FENCE = re.compile(r"```\w*\n(.*)```", re.DOTALL)
+EMPTY_TAGS = re.compile(r"<([\w:.-]+)>\s*</\1>")  # that stood around the calls
 EMPTY_FENCE = re.compile(r"```\w*\s*```")
 GLAIVE_CALL = re.compile(r"""\s*\{\s*"name"\s*:\s*("[^"]*")\s*,\s*"arguments"\s*:\s*'(.*)'\s*\}\s*""", re.DOTALL)
 FUNCTION = re.compile(r"""<function=([^<>\n]+)>|<invoke name=["']([^<>"'\n]+)["']>""")
@@ -342,6 +343,7 @@ def read_message(message: dict, known: Known, changes: Counter, only: str | None
         if not found:
             return message
         name, text, calls = found
+        text = EMPTY_TAGS.sub("", text).strip()
         calls = [to_tool_call(call, changes, trained) for call in calls]
     except (ValueError, RecursionError):
         if trained:
@@ -352,6 +354,8 @@ def read_message(message: dict, known: Known, changes: Counter, only: str | None
         raise ValueError(f"a turn holds tool_calls and {SYNTAXES[name].marks[0]}; expected one of them")
     if message["role"] != "calls" or name not in ("calls", "json"):
         changes[f"{READ_AS}{name}"] += 1
+    if text and content.lstrip()[:1] not in ("{", "[") and not content.lstrip().startswith(text):
+        changes[LATE_TEXT] += 1
     return set_calls(message, text, given or calls)
 
 

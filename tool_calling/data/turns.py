@@ -1,5 +1,6 @@
 """Turns of a row, in any of the shapes that people and APIs write, to messages as a chat template reads them."""
 
+import re
 from collections import Counter
 
 from tool_calling.data.literals import as_list, to_json, unpack
@@ -17,7 +18,7 @@ ROLES = {  # a role as other formats name it: OpenAI's; "calls" is a turn that h
 PARTS = {  # type of a part of a message: what it is, and the keys that hold its text, or the reply or call and its id
     "text": ("text", "text"), "input_text": ("text", "text"), "output_text": ("text", "text"),
     "refusal": ("text", "refusal"),
-    "thinking": ("thought", "thinking"), "reasoning": ("thought", "text", "reasoning", "summary", "content"),
+    "thinking": ("thought", "thinking"), "reasoning": ("thought", "text", "reasoning", "content", "summary"),
     "reasoning_text": ("thought", "text"), "summary_text": ("thought", "text"),
     "redacted_thinking": ("nothing",), "step-start": ("step",),
     "tool_use": ("call", "input"), "tool-call": ("call", "args", "input"), "function_call": ("call", "arguments"),
@@ -31,9 +32,11 @@ TOOL_KEYS += ("functionDeclarations", "function_declarations")
 CALL_KEYS = ("tool_calls", "function_calls", "function_call")
 THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")
 CALL_SET, THOUGHT_SET = {*CALL_KEYS}, {*THOUGHT_KEYS}
+NO_CALL = ({"name": None, "arguments": None}, {"name": "", "arguments": ""})  # of a table, or of a stream
 ID_KEYS = ("id", "call_id", "tool_call_id", "tool_use_id", "toolCallId")
 NAME_KEYS = ("name", "toolName", "tool_name")
-ARGUMENT_KEYS = ("arguments", "args", "input", "parameters")
+ARGUMENT_KEYS = ("arguments", "args", "input", "parameters", "params", "kwargs", "tool_input", "tool_args")
+CALL_MEMBERS = {*ID_KEYS, *NAME_KEYS, *ARGUMENT_KEYS, "type", "index", "function"}
 # Whether a turn is trained, as different trainers say it: true or 1 if it is; or if it is not.
 LOSS_KEYS = {"weight", "loss", "train", "trainable", "training", "loss_mask", "train_mask", "loss_weight", "loss_scale"}
 LOSS_KEYS |= {"train_on_turn", "calculate_loss", "compute_loss", "is_trained", "train_detail", "supervised"}
@@ -45,10 +48,14 @@ ROW_FLAGS |= {key: key for key in FLAG_KEYS}
 TURN_KEYS = {"role", "from", "content", "value", "parts", "name", "type", "toolInvocations", *FLAG_KEYS, *ID_KEYS}
 TURN_KEYS |= {*CALL_KEYS, *THOUGHT_KEYS, "lc", "kwargs", "data", "additional_kwargs", "invalid_tool_calls", "status"}
 TURN_KEYS |= {"arguments", "output", "summary", *TOOL_KEYS}
-TALK_KEYS = ("messages", "conversations", "conversation", "dialogue", "dialog", "turns", "trajectory")
+TALK_KEYS = ("messages", "conversations", "conversation", "dialogue", "dialog", "turns", "trajectory", "traj")
 TALK_KEYS += ("prompt", "completion", "input", "output", "contents")  # of a row, for a list of turns
 TEXT_PART = {"type", "text", "annotations", "cache_control", "citations", "logprobs", "thought", "thoughtSignature"}
+WRAPPED_REPLIES = ("text", "json", "content", "error-text", "error-json")  # of Vercel's SDK: {"type", "value"}
+MEDIA = re.compile(r"(?:input_)?(?:image|audio|video|file|document|media|resource)(?:[_-]\w+)?")
+MEDIA_KEYS = set("source data file file_id url image_url image audio input_audio resource".split())
 SYSTEM_KEYS = ("system", "instructions", "systemInstruction", "system_instruction")  # of a row
+LATE_TEXT = "text after a call -> before it"  # where the chat template has its place
 KIND_NAMES = {list: "a list of objects", dict: "an object", str: "text"}
 
 
@@ -58,13 +65,13 @@ def to_role(role: object) -> object:
 
 
 def take(row: dict, key: str, kind: type):
-    """Return row[key], which for a list may be JSON text; ValueError if it is missing or of another kind."""
+    """Return row[key], a list also out of JSON text and its objects without nulls; else a ValueError."""
     if key not in row:
         raise ValueError(f'"{key}" is missing; expected {KIND_NAMES[kind]}')
     value = unpack(row[key], f'"{key}" is') if kind is list else row[key]
     if not isinstance(value, kind) or (kind is list and not all(isinstance(item, dict) for item in value)):
         raise ValueError(f'"{key}" must be {KIND_NAMES[kind]}, got {shorten(value)}')
-    return value
+    return [{k: v for k, v in item.items() if v is not None} for item in value] if kind is list else value
 
 
 def first_of(found: dict, keys) -> object:
@@ -82,7 +89,11 @@ def to_tool_call(call: object, changes: Counter, trained: bool = True) -> dict:
     name = first_of(inner, NAME_KEYS) if isinstance(inner, dict) else None
     if not isinstance(name, str):
         raise ValueError(f'a call must be {{"name": "...", "arguments": {{...}}}}, got {shorten(inner)}')
-    arguments = first_of(inner, ARGUMENT_KEYS)
+    arguments = first_of({**call, **inner}, ARGUMENT_KEYS)
+    strays = [key for key in inner if key not in CALL_MEMBERS and inner[key] not in (None, "", [], {})]
+    if strays and arguments is None:
+        raise ValueError(f'call {shorten(name)}: has "{strays[0]}" and no arguments; expected them in "arguments"')
+    changes.update(f"{key[:40]} of a call -> dropped" for key in strays)
     if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
         changes["call without arguments -> {}"] += 1
         arguments = {}
@@ -113,12 +124,18 @@ def join_text(content: object) -> object:
     return "" if content is None else content
 
 
+def is_media(part: object) -> bool:
+    """Return whether a part holds an image, a file or the like; what a tool answers may have a `type` of its own."""
+    kind = part.get("type") if isinstance(part, dict) and not MEDIA_KEYS.isdisjoint(part) else None
+    return isinstance(kind, str) and bool(MEDIA.fullmatch(kind))
+
+
 def to_reply(found: object, changes: Counter) -> object:
     """Return what a tool answered as text: JSON stays JSON; an image or another part without text stays as it is."""
-    if isinstance(found, dict) and found.keys() == {"type", "value"}:  # as Vercel's SDK wraps it
+    if isinstance(found, dict) and found.keys() == {"type", "value"} and found["type"] in WRAPPED_REPLIES:
         found = found["value"]
     text = join_text(found)
-    if isinstance(text, str) or any(isinstance(part, dict) and "type" in part for part in as_list(text)):
+    if isinstance(text, str) or any(map(is_media, as_list(text))):
         return text
     changes["reply of a tool -> JSON text"] += 1
     return to_json(text)
@@ -152,12 +169,9 @@ def read_part(part: object, changes: Counter) -> list[tuple[str, object]] | None
     what, *keys = PARTS.get(kind) or (None,) if isinstance(kind, str) else (None,)
     value = first_of(part, keys)
     if what in ("text", "thought"):
-        value = join_thought(value) if what == "thought" else value
-        return (
-            [(what, value)]
-            if isinstance(value, str) and (what == "thought" or part.keys() <= {"type", *keys})
-            else None
-        )
+        value = join_thought(next(filter(None, map(part.get, keys)), "")) if what == "thought" else value
+        is_whole = what == "thought" or part.keys() <= {"type", *keys}
+        return [(what, value)] if isinstance(value, str) and is_whole else None
     if what == "reply":
         return [("reply", to_reply_message(part, value, changes))]
     if what in ("call", "both"):
@@ -195,7 +209,11 @@ def split_thought(message: dict, content: object) -> tuple[str, object]:
 
 def find_calls(message: dict) -> list | str:
     """Return the calls under the one of CALL_KEYS that a message has, [] if none; as text if they are no JSON."""
-    given = () if CALL_SET.isdisjoint(message) else [key for key in CALL_KEYS if message.get(key)]
+    given = (
+        ()
+        if CALL_SET.isdisjoint(message)
+        else [key for key in CALL_KEYS if message.get(key) and message[key] not in NO_CALL]
+    )
     if not given:
         return []
     if len(given) > 1:
@@ -232,17 +250,17 @@ def read_weight(turn: dict, role: object, changes: Counter) -> dict:
 
 def unwrap(turn: dict) -> tuple[object, dict]:
     """Return (role, turn) of a turn in LangChain's shapes, {"type": "ai", "data": {...}}, or any other; "item" is the
-    role of an item of the Responses API that is part of an assistant's turn."""
-    kind = turn.get("type")
+    role of an item of the Responses API that is part of an assistant's turn. Loss flags stand around it."""
+    kind, flags = turn.get("type"), {key: turn[key] for key in FLAG_KEYS & turn.keys()}
     if isinstance(turn.get("kwargs"), dict) and isinstance(turn.get("id"), list) and turn["id"]:
         kind, turn = str(turn["id"][-1]).removesuffix("Chunk").removesuffix("Message"), turn["kwargs"]
     elif isinstance(turn.get("data"), dict):
         turn = turn["data"]
     role = turn.get("from", turn.get("role"))
     if role is None and isinstance(kind, str) and kind in PARTS:
-        return "item", {"content": [turn]}
+        return "tool" if PARTS[kind][0] == "reply" else "item", {"content": [turn], **flags}
     role = to_role(kind if role is None else role)
-    return ("item" if role == "assistant" and kind == "message" else role), turn
+    return ("item" if role == "assistant" and kind == "message" else role), {**turn, **flags} if flags else turn
 
 
 def read_turn(turn: dict, changes: Counter) -> list[dict]:
@@ -278,6 +296,8 @@ def read_turn(turn: dict, changes: Counter) -> list[dict]:
     for what, value in (pair for pairs in read for pair in pairs):
         if what in ("text", "thought", "step") and replies:
             close()
+        if what == "text" and calls and value.strip():
+            changes[LATE_TEXT] += 1
         if what in ("text", "thought", "call", "reply"):
             {"text": texts, "thought": thoughts, "call": calls, "reply": replies}[what].append(value)
     close()
@@ -293,7 +313,8 @@ def make_message(role: object, turn: dict, content: object, calls: list, changes
         return {"role": role, "content": content}
     (thought, content), given = split_thought(turn, content), find_calls(turn)
     more = turn.get("additional_kwargs")
-    given = given or (find_calls(more) if isinstance(more, dict) else [])
+    if isinstance(more, dict):
+        given, thought = given or find_calls(more), thought or split_thought(more, "")[0]
     if isinstance(given, str):  # calls that are no JSON
         if content:
             raise ValueError("a message holds text and calls as text; expected the calls in the text")
@@ -347,7 +368,10 @@ def spread_flags(row: dict, turns: list[dict]) -> list[dict]:
 
 def to_messages(turns: list[dict], changes: Counter) -> list[dict]:
     """Return the messages of a conversation, one or several for each turn; join_turns makes whole answers of them."""
-    return [message for turn in turns for message in read_turn(turn, changes)]
+    messages = [message for turn in turns for message in read_turn(turn, changes)]
+    kept = [message for message in messages if message["role"] != "system" or str(message["content"]).strip()]
+    changes.update(["empty system text dropped"] * (len(messages) - len(kept)))
+    return kept
 
 
 def list_unread(row: dict, keys: set[str]) -> list[tuple[str, str]]:

@@ -1,0 +1,219 @@
+"""Rows of logs, tables and data sets in rarer shapes: each word is trained, or a line says that it is not."""
+
+import json
+
+import pytest
+from conftest import WEATHER
+from format_cases import BARE, REPLY, TOOLS, USER, YES, calls, read
+
+from tool_calling.data.examples import Reading, to_examples
+from tool_calling.data.rows import read_file
+
+WRONG = {"role": "assistant", "content": "A WRONG ANSWER"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+PING = {
+    "type": "function",
+    "function": {
+        "name": "ping",
+        "description": "Pong.",
+        "parameters": {"type": "object", "properties": {"host": {"type": "string"}}},
+    },
+}
+
+
+def seen(row: dict) -> tuple[list[dict], list[dict], dict, set]:
+    """(messages, tools, what was normalised in the row, what was not read) of a row without a problem."""
+    checked = to_examples([("x:1", row)], Reading("no/such/tools.json"))
+    assert checked.problems == []
+    example = checked.examples[0]
+    changes = {change: count for change, count in checked.changes.items() if change in checked.first}
+    return example.messages, example.tools, changes, set(checked.unread)
+
+
+# -- Loss flags around turns ------------------------------------------------------------------------------------------
+
+CALLED = {"type": "function_call", "call_id": "c", "name": "get_weather", "arguments": '{"town": 1}'}
+FAILED = {"type": "function_call_output", "call_id": "c", "output": "error"}
+
+
+@pytest.mark.parametrize("flags", [({"weight": 0}, {}), ({"train": False}, {}), ({}, {"loss_mask": [0, 1]})])
+def test_a_flag_around_a_turn_of_langchain_or_an_item_is_its_flag(flags):
+    mine, masks = flags
+    kwargs = {"lc": 1, "type": "constructor"}
+    for turns in (
+        [{"type": "ai", "data": {"content": "A WRONG ANSWER"}, **mine}, {"type": "ai", "data": {"content": "Yes."}}],
+        [
+            {**kwargs, "id": ["messages", "AIMessage"], "kwargs": {"content": "A WRONG ANSWER"}, **mine},
+            {**kwargs, "id": ["messages", "AIMessage"], "kwargs": {"content": "Yes."}},
+        ],
+    ):
+        row = {"messages": [{"type": "human", "data": USER}, turns[0], USER, turns[1]], **masks}
+        assert seen(row)[0] == [USER, {**WRONG, "weight": 0}, USER, YES]
+    row = {"input": [USER, {**CALLED, **mine}, FAILED, {"type": "message", **YES}], "tools": TOOLS, **masks}
+    call = {"name": "get_weather", "arguments": {"town": 1}}
+    wrong = {"role": "assistant", "content": "", "tool_calls": [{"id": "c", "type": "function", "function": call}]}
+    assert seen(row)[0][1] == {**wrong, "weight": 0}
+
+
+# -- Answers and system texts beside the turns ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("answer", ["Yes.", "<think>so</think>Yes.", f"<TOOLCALL>[{json.dumps(BARE)}]</TOOLCALL>"])
+def test_a_text_is_the_answer_to_a_list_of_turns(answer):
+    """As Nemotron writes them: nothing but the last answer was lost, and the earlier one trained alone."""
+    row = {"input": [USER, WRONG, USER], "output": answer, "system_prompt": "Be brief."}
+    if "TOOLCALL" in answer:
+        row["output"] = '<TOOLCALL>[{"name": "get_weather", "arguments": {"city": "Rome"}}]</TOOLCALL>'
+        row["tools"] = TOOLS
+        expected = calls("Rome")
+    else:
+        expected = {**YES, **({"reasoning_content": "so"} if "think" in answer else {})}
+    messages, _, _, unread = seen(row)
+    assert (messages, unread) == ([SYSTEM, USER, WRONG, USER, expected], set())
+
+
+def test_an_answer_of_items_may_be_json_text():
+    row = {"input": "rain in Rome?", "output": [{"type": "message", **YES}]}
+    assert seen(row)[0] == [USER, YES]
+    assert seen({"input": [USER], "output": json.dumps(row["output"])})[0] == [USER, YES]
+    assert seen({"input": [USER], "output": "[1] says so."})[0] == [USER, {**YES, "content": "[1] says so."}]
+
+
+@pytest.mark.parametrize("key", ["system_prompt", "system_message"])
+def test_a_system_text_of_another_name_is_read_where_there_is_none(key):
+    for row in ({"question": "rain in Rome?", "response": "Yes."}, {"messages": [USER, YES]}):
+        assert seen({**row, key: "Be brief."})[0::3] == ([SYSTEM, USER, YES], set())
+    other = {"role": "system", "content": "Be kind."}
+    assert seen({"messages": [other, USER, YES], key: "x"})[0::3] == ([other, USER, YES], {("row", key)})
+
+
+def test_an_empty_system_text_says_nothing():
+    for content in ("", None, " "):
+        messages, _, changes, _ = seen({"messages": [{"role": "system", "content": content}, USER, YES]})
+        assert (messages, changes) == ([USER, YES], {"empty system text dropped": 1})
+
+
+# -- Tools inside of objects ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "more, unread",
+    [
+        ({"extra": {"invocation_params": {"tools": TOOLS}}}, set()),
+        ({"metadata": json.dumps({"tools": [WEATHER], "k": 1})}, {("row", "metadata.k")}),
+        (
+            {"chat_template_kwargs": {"xml_tools": [json.dumps(BARE)], "custom_instructions": "Be kind."}},
+            {("row", "chat_template_kwargs.custom_instructions")},
+        ),
+    ],
+)
+def test_tools_are_read_inside_of_objects_and_what_stands_beside_them_is_named(more, unread):
+    for turn in (calls("Rome"), YES):
+        messages, tools, _, found = seen({"messages": [USER, turn], **more})
+        assert (messages, tools, found) == ([USER, turn], [WEATHER], unread)
+
+
+# -- Tables in which every object has the keys of all -----------------------------------------------------------------
+
+
+def test_a_null_of_a_table_hides_nothing():
+    nulls = {"messages": None, "conversations": None, "query": None, "answers": None, "input": None, "output": None}
+    turns = [{"from": None, "value": None, **turn, "function_call": None} for turn in (USER, YES)]
+    assert seen({**nulls, "messages": turns})[0] == [USER, YES]
+    turns = [{"from": "human", "value": USER["content"]}, {"from": "gpt", "value": "Yes."}]
+    turns = [{"role": None, "content": None, **turn} for turn in turns]
+    assert seen({**nulls, "conversations": turns})[0] == [USER, YES]
+    assert seen({**nulls, "input": "rain in Rome?", "output": {"content": "Yes."}, "tools": []})[0] == [USER, YES]
+    for nothing in (None, ""):
+        turn = {**YES, "function_call": {"name": nothing, "arguments": nothing}}
+        assert seen({"messages": [USER, turn]})[0] == [USER, YES]
+
+
+# -- Calls with other keys --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["params", "kwargs", "tool_input", "tool_args"])
+def test_arguments_of_another_name_are_arguments(key):
+    row = {"messages": [USER, {"role": "assistant", "tool_calls": [{"name": "get_weather", key: {"city": "Rome"}}]}]}
+    assert seen({**row, "tools": TOOLS})[0] == [USER, calls("Rome")]
+    beside = {"type": "function", "function": {"name": "get_weather"}, key: {"city": "Rome"}}
+    row["messages"][1]["tool_calls"] = [beside]
+    assert seen({**row, "tools": TOOLS})[0] == [USER, calls("Rome")]
+
+
+def test_arguments_that_are_not_read_are_no_empty_arguments():
+    expected = ['call "ping": has "host" and no arguments; expected them in "arguments"']
+    call = {"name": "ping", "host": "x"}
+    for turn in ({"tool_calls": [call]}, {"content": f"<tool_call>{json.dumps(call)}</tool_call>"}):
+        assert read({"messages": [USER, {"role": "assistant", **turn}], "tools": [PING]})[1] == expected
+
+
+def test_what_a_call_holds_beside_its_arguments_is_counted():
+    call = {"name": "ping", "arguments": {}, "result": "pong", "index": 0, "id": "c", "type": "tool_call"}
+    row = {"messages": [USER, {"role": "assistant", "tool_calls": [call]}], "tools": [PING]}
+    assert seen(row)[2] == {"result of a call -> dropped": 1}
+
+
+def test_text_after_a_call_is_counted():
+    text = f"I look.\n<tool_call>{json.dumps({'name': 'ping', 'arguments': {}})}</tool_call>\nOne moment."
+    parts = [{"type": "tool_use", "name": "ping", "input": {}}, {"type": "text", "text": "One moment."}]
+    for content, said in ((text, "I look.\nOne moment."), (parts, "One moment.")):
+        row = {"messages": [USER, {"role": "assistant", "content": content}], "tools": [PING]}
+        messages, _, changes, _ = seen(row)
+        assert messages[1]["content"] == said
+        assert changes["text after a call -> before it"] == 1
+
+
+# -- Replies and reasoning --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        {"type": "celsius", "value": 21},
+        {"type": "city", "name": "Rome"},
+        [{"type": "file", "name": "a.txt"}, {"type": "hotel", "name": "B"}],
+    ],
+)
+def test_a_reply_that_has_a_type_of_its_own_is_json(reply):
+    row = {"messages": [USER, calls("Rome"), {**REPLY, "content": reply}, YES], "tools": TOOLS}
+    assert seen(row)[0][2] == {"role": "tool", "content": json.dumps(reply)}
+    wrapped = {"type": "json", "value": reply}
+    assert seen({**row, "messages": [USER, calls("Rome"), {**REPLY, "content": wrapped}, YES]})[0] == seen(row)[0]
+
+
+def test_reasoning_is_read_where_it_stands():
+    summary = [{"type": "summary_text", "text": "short"}]
+    whole = {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "so"}]}
+    for thought in ({**whole, "summary": []}, {**whole, "summary": summary}):
+        row = {"input": [USER, thought, {"type": "message", **YES}]}
+        assert seen(row)[0] == [USER, {**YES, "reasoning_content": "so"}]
+    row = {"input": [USER, {"type": "reasoning", "summary": [], "encrypted_content": "x"}, {"type": "message", **YES}]}
+    assert seen(row)[0] == [USER, YES]
+    turn = {"type": "ai", "content": "Yes.", "additional_kwargs": {"reasoning_content": "so"}}
+    assert seen({"messages": [{"type": "human", "content": USER["content"]}, turn]})[0] == [
+        USER,
+        {**YES, "reasoning_content": "so"},
+    ]
+
+
+# -- Tables of text ---------------------------------------------------------------------------------------------------
+
+
+def test_a_python_value_that_is_an_answer_stays_as_it_is(tmp_path):
+    """As in rows that teach Python; turns and calls are read."""
+    path = tmp_path / "rows.csv"
+    cells = ["['a', 'b']", "{'a': 1}", "{'function_call': {'name': 'f', 'arguments': {}}}"]
+    path.write_text("input,output\n" + "".join(f'x,"{cell}"\n' for cell in cells))
+    expected = [*cells[:2], '{"function_call": {"name": "f", "arguments": {}}}']
+    assert [row["output"] for _, row in read_file(str(path))] == expected
+
+
+@pytest.mark.parametrize("tag", ["tool_calls", "function_calls", "execute", "minimax:tool_call"])
+def test_tags_around_calls_leave_nothing_in_the_text(tag):
+    invoked = '<invoke name="get_weather"><parameter name="city">Rome</parameter></invoke>'
+    for call in ('[{"name": "get_weather", "arguments": {"city": "Rome"}}]', "\nget_weather(city='Rome')\n", invoked):
+        turn = {"role": "assistant", "content": f"I look.\n<{tag}>{call}</{tag}>"}
+        messages, _, changes, _ = seen({"messages": [USER, turn], "tools": TOOLS})
+        assert messages[1] == {**calls("Rome"), "content": "I look."}
+        assert "text after a call -> before it" not in changes
