@@ -265,12 +265,13 @@ def test_tokens_are_counted_part_by_part(dry, tokenizer):
     assert line(result, "length") == (
         f"length   0 rows over --max_seq_length 2,048; the smallest that loses nothing is {longest}"
     )
-    assert [text.split()[0] for text in result.stdout.splitlines()[6:11]] == [
-        "mean",
-        "tools",
-        "prompt",
-        "answer",
-        "all",
+    names = ["mean", "p50", "p90", "p95", "p99", "max"]
+    assert result.stdout.splitlines()[6:11] == [
+        " " * 15 + "".join(f"{name:>11}" for name in names),
+        *(
+            f"{'':9}{name:<6}" + "".join(f"{found['sizes'][name][key]:11,.0f}" for key in names)
+            for name in ("tools", "prompt", "answer", "all")
+        ),
     ]
     assert found["epoch"]["packed"] == sum(map(sum, sizes))
 

@@ -17,7 +17,6 @@ from tool_calling.terminal import (
     report_problems,
     say,
     shorten,
-    show_table,
     suggest,
     warn,
 )
@@ -65,15 +64,6 @@ print("still here", file=sys.stderr)
 def test_a_console_colours_no_numbers(capsys):
     make_console(soft_wrap=True, force_terminal=True).print("step 3 of 9")
     assert capsys.readouterr().out == "step 3 of 9\n"
-
-
-def test_a_table_stands_under_the_lines_with_its_numbers_to_the_right(capsys):
-    show_table(["", "rows", "tokens"], [["train", 1800, 1234567.4], ["held-out", 2, 3]])
-    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == [
-        "                    rows     tokens",
-        "         train     1,800  1,234,567",
-        "         held-out      2          3",
-    ]
 
 
 @pytest.mark.parametrize(

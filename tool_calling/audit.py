@@ -3,9 +3,11 @@
 import json
 import sys
 from collections import Counter, defaultdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from jinja2 import Environment
 
 from tool_calling.data.examples import Checked, Example
 from tool_calling.data.messages import is_trained
@@ -20,7 +22,6 @@ from tool_calling.data.splits import (
 )
 from tool_calling.engines.hub import check_kind, load_config, load_tokenizer
 from tool_calling.files import digest, write_file
-from tool_calling.plan import show_run
 from tool_calling.prompts import render_text
 from tool_calling.run_folder import mark_output
 from tool_calling.samples import (
@@ -33,17 +34,10 @@ from tool_calling.samples import (
     show_rows,
     to_sides,
 )
-from tool_calling.terminal import UserError, hide_secrets, list_first, plural, say, shorten, show_table, warn
+from tool_calling.terminal import UserError, hide_secrets, list_first, plural, say, shorten, warn
 
 LISTED = 1000  # rows that audit.json names for each finding; all are counted
-SHOWN_PAIRS = 5  # rows that the screen names for each finding
-SHOWN_TOOLS = 8
-SHOWN_FILES = 20
-REPEATS = {
-    "duplicates": "exact duplicates",
-    "conflicts": "equal requests with different answers",
-    "held_out_in_training": "held-out rows that also occur in training",
-}
+TEMPLATE = Path(__file__).with_name("audit.txt.jinja")
 
 
 class Characters:
@@ -96,7 +90,7 @@ def audit_inputs(sides: list[Checked]) -> dict:
         for source in {source for source, _ in side.problems}:
             files[name_file(source)]["with_problems"] += 1
         for name, unread in side.unread_in.items():
-            files[name]["not_read"] += Counter({f"{place} {shorten(key)}": n for (place, key), n in unread.items()})
+            files[name]["not_read"].update({f"{place} {shorten(key)}": n for (place, key), n in unread.items()})
     return files
 
 
@@ -121,11 +115,8 @@ def count_tool_tokens(tokenizer, examples: list[Example]) -> list[int]:
     keys, sizes = [*zip(digest_tools(examples), (example.messages[0]["role"] for example in examples))], {}
     for example, key in zip(examples, keys):
         if key not in sizes:
-            messages = example.messages[: find_first_answer(example)]
-            prompts = [
-                render_text(tokenizer, messages, tools=tools, add_generation_prompt=True)
-                for tools in (example.tools or None, None)
-            ]
+            render = partial(render_text, tokenizer, example.messages[: find_first_answer(example)])
+            prompts = [render(tools=tools, add_generation_prompt=True) for tools in (example.tools or None, None)]
             long, short = tokenizer(prompts, add_special_tokens=False)["input_ids"]
             sizes[key] = len(long) - len(short)
     return [sizes[key] for key in keys]
@@ -151,14 +142,14 @@ def audit_sizes(tokenizer, examples: list[Example], groups: list[list[Sample]]) 
     return {name: summarise(values) for name, values in parts.items()} if turns else {}
 
 
-def audit_lengths(groups: list[list[Sample]], limit: int, turns: int) -> dict:
-    """Return the smallest limit that loses no turn, and the rows with turns over `limit`, which are `turns`."""
-    longest = [(group[0].source, max(len(turn.input_ids) for turn in group)) for group in groups if group]
+def audit_lengths(groups: list[list[Sample]], limit: int) -> dict:
+    """Return the smallest limit that loses no turn, the rows with turns over `limit`, and how many turns these are."""
+    sizes = [(group[0].source, [len(turn.input_ids) for turn in group]) for group in groups if group]
     return {
         "max_seq_length": limit,
-        "smallest": max((size for _, size in longest), default=0),
-        "too_long": [(source, size) for source, size in longest if size > limit],
-        "turns_too_long": turns,
+        "smallest": max((max(turns) for _, turns in sizes), default=0),
+        "too_long": [(source, max(turns)) for source, turns in sizes if max(turns) > limit],
+        "turns_too_long": sum(size > limit for _, turns in sizes for size in turns),
     }
 
 
@@ -180,12 +171,12 @@ def audit_repeats(examples: list[Example], held_out: list[Example]) -> dict:
     for example, tools, request in zip(both, digest_tools(both), digest_prompts(both)):
         messages = [*map(drop_ids, example.messages)]
         answer = messages[find_first_answer(example)]
-        earlier = rows.setdefault((tools, digest(messages)), example)
-        if earlier.source != example.source:  # or it is repeated because the user asked for it
-            duplicates.append((earlier.source, example.source))
-        where, expected = requests.setdefault(request, (example.source, answer))
+        earlier = rows.setdefault((tools, digest(messages)), example.source)
+        if earlier != example.source:  # or it is repeated because the user asked for it
+            duplicates.append((earlier, example.source))
+        asked, expected = requests.setdefault(request, (example.source, answer))
         if answer != expected:
-            conflicts.append((where, example.source))
+            conflicts.append((asked, example.source))
     return {
         "duplicates": list_some(duplicates),
         "conflicts": list_some(conflicts),
@@ -194,30 +185,22 @@ def audit_repeats(examples: list[Example], held_out: list[Example]) -> dict:
 
 
 class Data:
-    """The rows of a run, rendered: the samples of both sides, and the problems of all.
-
-    Args:
-        sides: the checked rows of --dataset_path and of --eval_dataset_path.
-        missing: why there is no tokenizer, or "".
-    """
+    """The checked rows of both sides, rendered, and all their problems; `missing` says why there is no tokenizer."""
 
     def __init__(self, sides: list[Checked], tokenizer, missing: str, rendering: Rendering):
-        self.sides, (self.examples, self.eval_examples) = sides, (side.examples for side in sides)
-        self.tokenizer, self.missing, self.rendering = tokenizer, missing, rendering
-        share = rendering.train_test_split
-        # A limit in tokens says nothing about characters.
-        self.limit = sys.maxsize if missing else rendering.max_seq_length
+        self.sides, self.tokenizer, self.missing, self.rendering = sides, tokenizer, missing, rendering
+        self.limit = sys.maxsize if missing else rendering.max_seq_length  # in tokens: it says nothing of characters
         self.total = sum(side.total for side in sides)
-        both = [*self.examples, *self.eval_examples]
-        self.groups, unrendered = render_examples(tokenizer, both, sys.maxsize)
+        examples = [side.examples for side in sides]
+        self.groups, unrendered = render_examples(tokenizer, sum(examples, []), sys.maxsize)
         self.kept, too_long = drop_long(self.groups, self.limit)
-        self.lengths = audit_lengths(self.groups, self.limit, len(too_long))
         self.problems = [*dict.fromkeys([*sides[0].problems, *sides[1].problems, *unrendered, *too_long])]
-        self.train, self.held_out = to_sides(self.examples, self.eval_examples, self.kept, share)
+        self.train, self.held_out = to_sides(*examples, self.kept, rendering.train_test_split)
 
     def audit(self) -> dict:
         """Return what the rows are and call, how long they are, and what is wrong with them."""
-        both, valid = [*self.examples, *self.eval_examples], sum(map(bool, self.kept))
+        examples, valid = [side.examples for side in self.sides], sum(map(bool, self.kept))
+        both = sum(examples, [])
         unmeasured = self.train and not self.held_out and self.rendering.train_test_split > 0  # a share of 0 is meant
         return {
             "rows": {
@@ -234,72 +217,24 @@ class Data:
             "tokenizer_missing": self.missing,
             "turns": sum(map(len, self.groups)),
             "sizes": audit_sizes(self.tokenizer, both, self.groups),
-            "length": {} if self.missing else self.lengths,
-            "repeats": audit_repeats(self.examples, self.eval_examples),
-            "warnings": find_warnings(self.examples, self.eval_examples) + ([NOT_HELD_OUT] if unmeasured else []),
+            "length": {} if self.missing else audit_lengths(self.groups, self.limit),
+            "repeats": audit_repeats(*examples),
+            "warnings": find_warnings(*examples) + ([NOT_HELD_OUT] if unmeasured else []),
         }
 
 
-def list_counts(counts: dict[str, int]) -> str:
-    """Return `5 openai, 1 native`."""
-    return list_first((f"{count:,} {name}" for name, count in counts.items()), SHOWN_TOOLS)
-
-
-def show_inputs(files: dict) -> None:
-    """Print one line for each file: its formats, where its tools come from, its reasoning, what is not read."""
-    for name, file in [*files.items()][:SHOWN_FILES]:
-        parts = {"tools": file["tools"], "calls in text": file["calls_in_text"], "not read": file["not_read"]}
-        parts = [f"{part} {list_counts(counts)}" for part, counts in parts.items() if counts]
-        found = f"{file['valid']:,} valid ({list_counts(file['formats'])}), {file['with_problems']:,} with problems"
-        say("file", "; ".join([f"{name}: {found}", f"{plural(file['thinking_turns'], 'turn')} with reasoning", *parts]))
-    if len(files) > SHOWN_FILES:
-        say("", f"and {len(files) - SHOWN_FILES:,} more files")
-
-
-def show_data(audit: dict) -> None:
-    """Print what the rows are, what they call, how long they are, and which repeat or contradict others."""
-    rows, tools, counts = audit["rows"], audit["tools"], audit["calls_per_tool"]
-    say(
-        "rows",
-        f"{rows['valid']:,} valid, {rows['with_problems']:,} with problems; "
-        f"{rows['training']:,} for training, {rows['held_out']:,} held out",
-    )
-    show_inputs(audit["inputs"])
-    say(
-        "calls",
-        f"{sum(counts.values()):,} in {audit['turns']:,} trained turns; {audit['no_call_share']:.1%} of the "
-        f"rows without a call, {audit['parallel_share']:.1%} with parallel calls; "
-        f"{plural(tools['distinct'], 'tool')} in {plural(tools['lists'], 'list')}",
-    )
-    if counts:
-        say("", list_counts(counts))
-    if audit["never_called"]:
-        say("", f"never called: {list_first(audit['never_called'], SHOWN_TOOLS)}")
-    if audit["unit"] != "tokens":
-        say("sizes", f"characters instead of tokens: {audit['tokenizer_missing']}")
-    if audit["sizes"]:
-        say("sizes", f"{audit['unit']} of a trained turn")
-        show_table(["", *audit["sizes"]["all"]], [[name, *sizes.values()] for name, sizes in audit["sizes"].items()])
-    if length := audit["length"]:
-        long = [f"{where} ({size:,})" for where, size in length["too_long"]]
-        say(
-            "length",
-            f"{plural(len(long), 'row')} over --max_seq_length {length['max_seq_length']:,}"
-            + f", in {plural(length['turns_too_long'], 'answer')}: " * bool(long)
-            + f"{list_first(long, SHOWN_PAIRS)}; the smallest that loses nothing is {length['smallest']:,}",
-        )
-    found = {name: audit["repeats"][key] for key, name in REPEATS.items()}
-    say("repeats", ", ".join(f"{pairs['count']:,} {name}" for name, pairs in found.items()))
-    for name, pairs in found.items():
-        for where, other in pairs["rows"][:SHOWN_PAIRS]:
-            say("", f"{name}: {where} and {other}")
+def show_audit(audit: dict) -> None:
+    """Print what the rows are, call and repeat, how long they are, and what a run would compute, hold and write."""
+    screen = Environment(trim_blocks=True, lstrip_blocks=True)
+    screen.filters |= {"number": "{:,}".format, "percent": "{:.1%}".format, "plural": plural, "some": list_first}
+    screen.filters["counts"] = lambda counts: list_first((f"{count:,} {name}" for name, count in counts.items()), 8)
+    text = screen.from_string(TEMPLATE.read_text(encoding="utf-8")).render(audit).rstrip()
+    say(text[:9], text[9:])  # the template names the stages
 
 
 def finish_audit(audit: dict, data: Data, shown: int | None, settings: dict) -> dict:
     """Print the audit, its warnings and the row `shown`; return what is written to audit.json."""
-    show_data(audit)
-    if "plan" in audit:
-        show_run(audit)
+    show_audit(audit)
     for warning in audit["warnings"]:
         warn(warning)
     if shown and data.missing:

@@ -7,11 +7,12 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from jinja2 import ChainableUndefined, Environment, FileSystemLoader
+from jinja2 import ChainableUndefined, Environment
 from markupsafe import Markup, escape
 
 from tool_calling.terminal import plural
 
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
 SHOWN_CHARACTERS = 2000  # of each text; of the rest only the length is shown
 SCORE_NAMES = {
     "exact_match": "exact",
@@ -28,14 +29,8 @@ INVISIBLE = r"[\0-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u
 
 def render_report(report: dict) -> str:
     """Return the report of a run as an HTML page that loads nothing from outside; it leaves out absent parts."""
-    page = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=ChainableUndefined,
-        finalize=show_text,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    page = Environment(autoescape=True, undefined=ChainableUndefined, trim_blocks=True, lstrip_blocks=True)
+    page.finalize = show_text
     page.filters |= {
         "percent": show_percent,
         "number": show_number,
@@ -46,7 +41,7 @@ def render_report(report: dict) -> str:
     }
     functions = (draw_curve, list_scores, mark_difference, shade_confusion, show_interval, show_percent)
     page.globals |= {function.__name__: function for function in functions}
-    return page.get_template("report.html.jinja").render(report)
+    return page.from_string(TEMPLATE.read_text(encoding="utf-8")).render(report)
 
 
 def show_text(value: object, limit: int = SHOWN_CHARACTERS) -> object:

@@ -12,9 +12,6 @@ from tool_calling.estimates import Footprint, Saving
 from tool_calling.files import find_existing
 from tool_calling.samples import Sample
 from tool_calling.schedule import Batching, Schedule, plan_schedule
-from tool_calling.terminal import list_first, plural, say
-
-SHOWN_PATHS = 5
 
 
 @dataclass(frozen=True)
@@ -64,14 +61,9 @@ def audit_costs(footprint: Footprint, saving: Saving, plan: dict, lengths: tuple
     kept = saving.count_checkpoints(plan["checkpoints"])
     disk = saving.estimate_disk(footprint.parameters, footprint.optim, kept)
     free = shutil.disk_usage(find_existing(saving.final_model_dir)).free
-    return {
-        "memory_gib": footprint.estimate(plan["stream_sizes"]["max"], lengths),
-        "disk_gb": {
-            **{name: round(size / 1e9, 2) for name, size in disk.items()},
-            "free": round(free / 1e9, 1),
-            "checkpoints_kept": kept,
-        },
-    }
+    sizes = {name: round(size / 1e9, 2) for name, size in disk.items()} | {"free": round(free / 1e9, 1)}
+    memory = footprint.estimate(plan["stream_sizes"]["max"], lengths)
+    return {"memory_gib": memory, "disk_gb": {**sizes, "checkpoints_kept": kept}}
 
 
 def audit_schedule(schedule: Schedule, checkpoints: list[int]) -> dict:
@@ -83,11 +75,9 @@ def audit_schedule(schedule: Schedule, checkpoints: list[int]) -> dict:
         "packed": sum(len(sample.input_ids) for sample in schedule.samples),
         "shared_prefix": sum_epoch(unfilled),
     }
+    counts = ("rows_per_step", "streams_per_step", "steps_per_epoch", "steps")
     plan = {
-        "rows_per_step": schedule.rows_per_step,
-        "streams_per_step": schedule.streams_per_step,
-        "steps_per_epoch": schedule.steps_per_epoch,
-        "steps": schedule.steps,
+        **{name: getattr(schedule, name) for name in counts},
         "share_prefix": layout.share_prefix,
         "stream_sizes": {"min": min(sizes), "mean": round(sum(sizes) / len(sizes), 1), "max": max(sizes)},
         "checkpoints": checkpoints,
@@ -109,48 +99,3 @@ def list_writes(saving: Saving, lora: bool, checkpoints: list[int]) -> dict:
     earlier = list_checkpoints(output)
     replaced = [path for path in written if path.exists() and path not in earlier and path.name != "run.yaml"]
     return {"written": [str(path) for path in written], "replaced": [str(path) for path in (*earlier, *replaced)]}
-
-
-def show_run(audit: dict) -> None:
-    """Print what a run would compute, hold and write."""
-    epoch, plan, unit = audit["epoch"], audit["plan"], audit["unit"]
-    say(
-        "epoch",
-        f"{epoch['padded']:,} {unit} in padded batches, {epoch['packed']:,} packed, "
-        f"{epoch['shared_prefix']:,} with shared prefix ({epoch['padded'] / epoch['shared_prefix']:.1f} times "
-        "fewer than padded)",
-    )
-    name, sizes = "stream" if plan["share_prefix"] else "padded batch", plan["stream_sizes"]
-    span = " to ".join(f"{size:,}" for size in sorted({sizes["min"], sizes["max"]}))
-    say(
-        "plan",
-        f"{plan['steps']:,} steps, {plan['steps_per_epoch']:,} an epoch, of {plan['rows_per_step']:,} rows in "
-        f"{plural(plan['streams_per_step'], name)} of {span} {unit}",
-    )
-    if "memory_gib" in audit:
-        memory, disk = audit["memory_gib"], audit["disk_gb"]
-        graphs = f"; without CUDA graphs {memory['without_graphs']:.2f}" * (memory["without_graphs"] < memory["total"])
-        say(
-            "memory",
-            f"about {memory['total']:.2f} GiB of GPU memory (an estimate): base {memory['base']:.2f}, "
-            f"trained weights and optimizer {memory['adapter']:.2f}, longest {name} "
-            f"{memory['longest_stream']:.2f}{graphs}",
-        )
-        say(
-            "disk",
-            f"{disk['merged_model']:.2f} GB for the final model, {disk['checkpoints']:.2f} GB for "
-            f"{plural(disk['checkpoints_kept'], 'checkpoint')}; {disk['free']:,.1f} GB free",
-        )
-    else:
-        say("memory", "not estimated, nor disk: that takes tokenizer and config.json of the model")
-    written, replaced = audit["files"]["written"], audit["files"]["replaced"]
-    names = {f"checkpoint-{step}" for step in plan["checkpoints"]}
-    say(
-        "writes",
-        ", ".join(
-            [path for path in written if Path(path).name not in names]
-            + [plural(len(plan["checkpoints"]), "checkpoint")]
-        ),
-    )
-    if replaced:
-        say("", f"instead of: {list_first(replaced, SHOWN_PATHS)}")

@@ -13,17 +13,11 @@ from tool_calling.terminal import UserError, shorten
 
 PARSERS = ("hermes", "llama3_json")  # as vLLM's --tool-call-parser names them
 EMPTY_THOUGHT = "<think>\n\n</think>\n\n"  # of a turn served without thinking
-PROBE_FUNCTION = {
-    "name": "probe_tool",
-    "description": "Probe.",
-    "parameters": {"type": "object", "properties": {"probe": {"type": "string"}}},
-}
+PROBE_SCHEMA = {"type": "object", "properties": {"probe": {"type": "string"}}}
+PROBE_FUNCTION = {"name": "probe_tool", "description": "Probe.", "parameters": PROBE_SCHEMA}
 PROBE_TOOL = {"type": "function", "function": PROBE_FUNCTION}
-PROBE_CALL = {
-    "type": "function",
-    "id": "probe0001",
-    "function": {"name": "probe_tool", "arguments": {"probe": "value"}},
-}
+PROBE_CALLED = {"name": "probe_tool", "arguments": {"probe": "value"}}
+PROBE_CALL = {"type": "function", "id": "probe0001", "function": PROBE_CALLED}
 PROBE = [
     {"role": "user", "content": "probe"},
     {"role": "assistant", "content": "", "tool_calls": [PROBE_CALL]},
@@ -54,10 +48,7 @@ def parse_llama_calls(text: str) -> list[dict]:
 
 
 def parse_calls(text: str, parser: str = "hermes") -> list[dict]:
-    """Return the calls in an answer, extracted as the inference servers' parser of that name does.
-
-    ValueError if a call is broken.
-    """
+    """Return the calls in an answer as the inference servers' parser of that name does; ValueError if one is broken."""
     if parser == "llama3_json":
         return parse_llama_calls(text)
     blocks = re.findall(r"<tool_call>(.*?)</tool_call>|<tool_call>(.*)", text, re.DOTALL)
@@ -77,9 +68,9 @@ def take_answer(text: str, reference: str) -> str:
 
 
 def render_text(tokenizer, messages: list[dict], date: str | None = None, **options) -> str:
-    """Return the text that the chat template makes of messages; ValueError if the template refuses them.
+    """Return the text that the chat template makes of messages, with `date` (YYYY-MM-DD) as today's.
 
-    Some templates write today's date. With `date` (YYYY-MM-DD) they write that one.
+    ValueError if the template refuses them.
     """
     if date:
         options["strftime_now"] = lambda form: time.strftime(form, time.strptime(date, "%Y-%m-%d"))
@@ -146,11 +137,8 @@ def find_end_token(tokenizer) -> str | None:
 
 def find_special_tokens(tokenizer) -> re.Pattern | None:
     """Return a pattern of the tokenizer's own special tokens beyond those known to all, or None."""
-    tokens = [
-        str(token)
-        for token in tokenizer.added_tokens_decoder.values()
-        if token.special or str(token) in str(tokenizer.chat_template)
-    ]
+    added, template = tokenizer.added_tokens_decoder.values(), str(tokenizer.chat_template)
+    tokens = [str(token) for token in added if token.special or str(token) in template]
     tokens = [token for token in tokens if token.strip() and not SPECIAL_TOKEN.search(token)]
     return re.compile("|".join(map(re.escape, tokens))) if tokens else None
 
@@ -178,7 +166,5 @@ def check_template(tokenizer, examples: list[Example]) -> str:
             raise ValueError("the chat template leaves out the replies of tools")
         return find_parser(tokenizer)
     except ValueError as error:
-        raise UserError(
-            f"{tokenizer.name_or_path}: {error}; expected a model whose calls vLLM's parser "
-            f"{' or '.join(PARSERS)} reads"
-        ) from None
+        expected = f"expected a model whose calls vLLM's parser {' or '.join(PARSERS)} reads"
+        raise UserError(f"{tokenizer.name_or_path}: {error}; {expected}") from None

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tool_calling.files import partial_folder, write_file
+from tool_calling.files import write_file
 from tool_calling.page import list_scores, render_report
 from tool_calling.prompts import take_answer
 from tool_calling.samples import Sample
@@ -57,7 +57,7 @@ def to_report(settings: dict, command: str, proof: Proof, data: dict, train: dic
     """Return what report.json holds of a run.
 
     `data` counts the rows ("train", "held_out", "skipped") and names their "unit"; after training it also has
-    measure_lengths of the training samples. `train` holds the facts of the training, None if there was none.
+    measure_lengths of the training samples, and `train` holds the facts.
     """
     held_out = settings["eval_dataset_path"] or []
     paths = [*settings["dataset_path"], *held_out] if train or not held_out else held_out
@@ -89,12 +89,10 @@ def measure_lengths(samples: list[Sample]) -> dict:
 
 def list_failures(proof: Proof) -> list[dict]:
     """Return the samples that the last model does not answer exactly, with the answers to them."""
-    answers = {"got": proof.results[proof.last]["answers"]}
-    if proof.first != proof.last:
-        answers["before"] = proof.results[proof.first]["answers"]
+    models = {"got": proof.last} | ({"before": proof.first} if proof.first != proof.last else {})
     return [
         {"where": sample.source, "request": sample.request, "expected": sample.completion}
-        | {name: of_model[index] for name, of_model in answers.items()}
+        | {key: proof.results[model]["answers"][index] for key, model in models.items()}
         for index, sample in enumerate(proof.samples)
         if not proof.verdicts[proof.last][index].exact
     ]
@@ -138,11 +136,8 @@ def list_answers(proof: Proof) -> Iterator[dict]:
 
 def write_answers(folder: str | Path, proof: Proof) -> None:
     """Write what list_answers yields to answers.jsonl in `folder`, one JSON object a line."""
-    path = Path(folder) / "answers.jsonl"
-    with open(partial_folder(path), "w", encoding="utf-8", errors="backslashreplace") as file:
-        for answer in list_answers(proof):
-            file.write(json.dumps(to_plain(answer), ensure_ascii=False) + "\n")
-    partial_folder(path).replace(path)
+    lines = [json.dumps(to_plain(answer), ensure_ascii=False) + "\n" for answer in list_answers(proof)]
+    write_file(Path(folder) / "answers.jsonl", "".join(lines))
 
 
 def to_plain(value: object) -> object:

@@ -4,7 +4,6 @@ import json
 import re
 import sys
 import time
-from array import array
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -43,7 +42,7 @@ def render_examples(
 
     An example with a problem has no samples; of one with answers over `max_seq_length` only these are left out.
     """
-    turns, problems = [], []
+    turns, problems = [], {}
     parser, special = check_template(tokenizer, examples), find_special_tokens(tokenizer)
     for index, example in enumerate(track(examples, "render", transient=True, disable=not sys.stdout.isatty())):
         try:
@@ -52,31 +51,30 @@ def render_examples(
                 if is_trained(message):
                     turns.append((index, turn, *render_turn(tokenizer, example, turn, parser, date)))
         except (ValueError, RecursionError) as error:
-            problems.append((index, str(error)))
+            problems[index] = str(error)
     # Prompt and completion are encoded apart: the model is served the tokens of the prompt and then writes its own.
     encode = partial(tokenizer, add_special_tokens=False, return_attention_mask=False)
     prompts = encode([prompt for *_, prompt, _ in turns])["input_ids"] if turns else []
     completions = encode([completion for *_, completion in turns])["input_ids"] if turns else []
     groups: list[list[Sample]] = [[] for _ in examples]
     for (index, turn, _, text), prompt, completion in zip(turns, prompts, completions):
-        example, tokens = examples[index], prompt + completion
-        request = next((m["content"] for m in reversed(example.messages[:turn]) if m["role"] == "user"), "")
-        text = text.removesuffix(tokenizer.eos_token)
-        groups[index].append(Sample(example.source, tokens, len(prompt), text, example.tools, request, parser, index))
-    for index, _ in problems:
-        groups[index] = []
+        if index not in problems:
+            example, tokens, text = examples[index], prompt + completion, text.removesuffix(tokenizer.eos_token)
+            request = next((m["content"] for m in reversed(example.messages[:turn]) if m["role"] == "user"), "")
+            sample = Sample(example.source, tokens, len(prompt), text, example.tools, request, parser, index)
+            groups[index].append(sample)
     kept, too_long = drop_long(groups, max_seq_length)
-    return kept, [*((examples[index].source, problem) for index, problem in problems), *too_long]
+    return kept, [*((examples[index].source, problem) for index, problem in problems.items()), *too_long]
 
 
 def drop_long(groups: list[list[Sample]], limit: int) -> tuple[list[list[Sample]], list[tuple[str, str]]]:
     """Return (groups without the samples over `limit` tokens, their problems); the other turns of a row stay."""
-    problems = [
-        (sample.source, f"answer {number} of {len(group)}: " * (len(group) > 1) + describe_length(size, limit))
-        for group in groups
-        for number, sample in enumerate(group, start=1)
-        if (size := len(sample.input_ids)) > limit
-    ]
+    rule, problems = f"--max_seq_length is {limit:,} and no answer is ever cut", []
+    for group in groups:
+        for number, sample in enumerate(group, start=1):
+            if (size := len(sample.input_ids)) > limit:
+                name = f"answer {number} of {len(group)}: " if len(group) > 1 else ""
+                problems.append((sample.source, f"{name}{size:,} tokens; {rule}"))
     return [[sample for sample in group if len(sample.input_ids) <= limit] for group in groups], problems
 
 
@@ -88,19 +86,12 @@ def check_special_tokens(example: Example, special: re.Pattern | None) -> None:
             raise ValueError(f"{name}: {problem}")
 
 
-def describe_length(tokens: int, max_seq_length: int) -> str:
-    """Return the problem of a sample that is too long."""
-    return f"{tokens:,} tokens; --max_seq_length is {max_seq_length:,} and no answer is ever cut"
-
-
 def to_sides(
     examples: list[Example], held_out: list[Example], groups: list[list[Sample]], share: float
 ) -> tuple[list[Sample], list[Sample]]:
-    """Return the training and held-out samples of rendered examples.
+    """Return the training and held-out samples, given those of each example of both sides (`groups`).
 
-    Args:
-        groups: the samples of each of `examples` and then of each of `held_out`.
-        share: of `examples` that is held out if `held_out` is empty.
+    Without `held_out` examples, a `share` of `examples` is held out.
     """
     samples = {id(example): group for example, group in zip([*examples, *held_out], groups) if group}
     train, test = ([example for example in side if id(example) in samples] for side in (examples, held_out))
@@ -118,13 +109,13 @@ def choose(samples: list[Sample], count: int) -> list[Sample]:
     found: dict[tuple, int] = {}  # by prompt and completion as tokens
     for index in sorted(range(len(samples)), key=ranks.__getitem__):
         if len(found) < count:
-            found.setdefault((samples[index].prompt_length, array("i", samples[index].input_ids).tobytes()), index)
+            found.setdefault((samples[index].prompt_length, *samples[index].input_ids), index)
     return [samples[index] for index in sorted(found.values())]
 
 
 @dataclass(frozen=True)
 class Rendering:
-    """Which samples are made of rows, and of which side: the flags of the same names."""
+    """How rows become samples of either side: the flags of the same names."""
 
     dataset_path: list[str]
     train_test_split: float
@@ -134,11 +125,9 @@ class Rendering:
     early_stopping_patience: int | None
 
     @property
-    def choosing(self) -> str | None:
-        """Return the flag that chooses a checkpoint by held-out rows, if one is given."""
-        if self.early_stopping_patience:
-            return "--early_stopping_patience"
-        return "--metric_for_best" if self.metric_for_best else None
+    def choosing(self) -> str | None:  # the flag that chooses a checkpoint by held-out rows, if one is given
+        flags = ("early_stopping_patience", "metric_for_best")
+        return next((f"--{flag}" for flag in flags if getattr(self, flag)), None)
 
 
 def render_sides(
@@ -153,11 +142,9 @@ def render_sides(
     if not test:
         warn(NOT_HELD_OUT)
     tokens = [len(sample.input_ids) for sample in (*train, *test)]
-    say(
-        "render",
-        f"{len(train):,} training and {len(test):,} held-out samples of {sum(tokens) // len(tokens):,} tokens "
-        f"on average, {max(tokens):,} at most ({time.perf_counter() - start:.1f} s)",
-    )
+    sizes = f"{sum(tokens) // len(tokens):,} tokens on average, {max(tokens):,} at most"
+    seconds = time.perf_counter() - start
+    say("render", f"{len(train):,} training and {len(test):,} held-out samples of {sizes} ({seconds:.1f} s)")
     if date:
         say("", f"the chat template writes the date into prompts: {date}, the day this run began, also when resumed")
     return train, test
@@ -166,14 +153,11 @@ def render_sides(
 def check_sides(train: list[Sample], held_out: list[Sample], rendering: Rendering) -> None:
     """Refuse a run without a training row, and one that chooses a checkpoint by held-out rows and has none."""
     if not train:
-        raise UserError(
-            f"{' '.join(rendering.dataset_path)}: no row is left to train on; lower --train_test_split or add rows"
-        )
+        paths = " ".join(rendering.dataset_path)
+        raise UserError(f"{paths}: no row is left to train on; lower --train_test_split or add rows")
     if rendering.choosing and not held_out:
-        raise UserError(
-            f"{rendering.choosing}: no row is held out to choose a checkpoint by; raise --train_test_split or give "
-            "--eval_dataset_path"
-        )
+        advice = "raise --train_test_split or give --eval_dataset_path"
+        raise UserError(f"{rendering.choosing}: no row is held out to choose a checkpoint by; {advice}")
 
 
 def count_origins(samples: list[Sample]) -> int:

@@ -4,6 +4,7 @@ import hashlib
 import math
 import random
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
 
@@ -31,10 +32,7 @@ class Batching:
 
 
 def group_samples(samples: list[Sample]) -> list[list[list[int]]]:
-    """Return indices of samples: groups (the same tools) of conversations (the same row of the file) of turns.
-
-    Samples whose prompts share at least half of their tokens are of one group.
-    """
+    """Return indices of samples: groups (prompts share half their tokens) of conversations (the same row) of turns."""
     index_of = {id(sample): i for i, sample in enumerate(samples)}
     groups: list[dict[int, list[int]]] = []
     for sample, shared in to_tree(samples) if samples else []:
@@ -67,13 +65,11 @@ class Schedule:
             object.__setattr__(self, "groups", group_samples(self.samples))
 
     @property
-    def rows_per_step(self) -> int:
-        """The effective batch: samples per optimizer step on all devices."""
+    def rows_per_step(self) -> int:  # the effective batch, on all devices
         return self.batch_size * self.accumulation_steps * self.devices
 
     @property
-    def streams_per_step(self) -> int:
-        """How many micro-batches each device computes in a step."""
+    def streams_per_step(self) -> int:  # on each device
         return self.batch_size * self.accumulation_steps // self.layout.rows
 
     @property
@@ -81,8 +77,7 @@ class Schedule:
         return math.ceil(len(self.samples) / self.rows_per_step)
 
     @property
-    def steps(self) -> int:
-        """The optimizer steps of the whole run."""
+    def steps(self) -> int:  # of the whole run
         return self.max_steps or self.epochs * self.steps_per_epoch
 
     def order(self, epoch: int) -> list[int]:
@@ -150,14 +145,9 @@ class Schedule:
         """
         if not self.layout.lengths:
             return replace(self.layout, rows=size)
-        sizes = [
-            count_tokens(part)
-            for epoch in self._measured_epochs()
-            for stream in self.streams(epoch)
-            if stream
-            for part in split_rows([self.samples[i] for i in stream], size)
-        ]
-        return replace(self.layout, rows=size, lengths=choose_lengths(sizes))
+        streams = (stream for epoch in self._measured_epochs() for stream in self.streams(epoch) if stream)
+        parts = (part for stream in streams for part in split_rows([self.samples[i] for i in stream], size))
+        return replace(self.layout, rows=size, lengths=choose_lengths([*map(count_tokens, parts)]))
 
     def digest(self) -> str:
         """Return a SHA-256 over tokens and prompt lengths of the samples, in order."""
@@ -174,13 +164,10 @@ class Schedule:
 
     def count_tokens(self, steps: range) -> int:
         """Return how many tokens are computed in these steps of the run."""
-        total, per_epoch = 0, self.steps_per_epoch
-        for epoch in range(steps.start // per_epoch, -(-steps.stop // per_epoch)):
-            first, last = (
-                self.streams_per_step * self.devices * max(0, step - epoch * per_epoch)
-                for step in (steps.start, min(steps.stop, (epoch + 1) * per_epoch))
-            )
-            total += sum(self.measure(self.streams(epoch)[first:last]))  # the last step may have fewer streams
+        total, per_epoch, size = 0, self.steps_per_epoch, self.streams_per_step * self.devices
+        for epoch, inside in groupby(steps, lambda step: step // per_epoch):
+            inside = [step % per_epoch for step in inside]  # the last step of an epoch may have fewer streams
+            total += sum(self.measure(self.streams(epoch)[inside[0] * size : (inside[-1] + 1) * size]))
         return total
 
     def list_saves(self, every: int | None) -> list[int]:
@@ -190,28 +177,18 @@ class Schedule:
 
 
 def plan_schedule(samples: list[Sample], batching: Batching, fill: bool) -> Schedule:
-    """Return which samples are computed together in which step: streams as long as the flags allow a padded batch.
-
-    With `fill`, the streams get a few lengths to be filled up to (see choose_lengths).
-    """
-    schedule = Schedule(
-        samples,
-        batching.batch_size,
-        batching.gradient_accumulation_steps,
-        Layout(batching.batch_size, batching.share_prefix),
-        epochs=batching.num_epochs,
-        max_steps=batching.max_steps,
-        seed=batching.seed,
-        devices=count_devices(),
-    )
-    limit = batching.batch_size * batching.max_seq_length
-    return schedule.fuse(limit, fill) if batching.share_prefix else schedule
+    """Return which samples are computed together in which step: streams as long as the flags allow a padded batch."""
+    size, accumulation = batching.batch_size, batching.gradient_accumulation_steps
+    run = {"epochs": batching.num_epochs, "max_steps": batching.max_steps, "seed": batching.seed}
+    layout = Layout(size, batching.share_prefix)
+    schedule = Schedule(samples, size, accumulation, layout, devices=count_devices(), **run)
+    return schedule.fuse(size * batching.max_seq_length, fill) if batching.share_prefix else schedule
 
 
 class StreamSampler:
-    """The samples of one stream after the other, as a batch sampler of PyTorch's DataLoader.
+    """The batch sampler that gives PyTorch's DataLoader one stream after the other.
 
-    An empty stream is given as the index after the last sample, which stands for one that trains nothing.
+    In place of an empty stream it gives the index after the last sample, that of one that trains nothing.
     """
 
     def __init__(self, schedule: Schedule, find_epoch):
@@ -231,37 +208,31 @@ def choose_lengths(sizes: list[int]) -> tuple[int, ...]:
     Quartiles, rounded up to the kernel's 128; a length less than a quarter below the next is not worth compiling.
     """
     sizes = sorted(sizes)
-    quartiles = {-(-sizes[(len(sizes) - 1) * quarter // 4] // 128) * 128 for quarter in (1, 2, 3, 4)}
+    quartiles = [sizes[(len(sizes) - 1) * quarter // 4] for quarter in (4, 3, 2, 1)]
     lengths: list[int] = []
-    for length in sorted(quartiles, reverse=True):
+    for length in (math.ceil(size / 128) * 128 for size in quartiles):
         if not lengths or length <= 0.75 * lengths[-1]:
             lengths.append(length)
     return tuple(reversed(lengths))
 
 
 def build_small_batches(samples: list[Sample], layout: Layout, vocabulary: int) -> list[dict]:
-    """Return the batches on which losses of saved models are compared: small, as less memory may be left by then.
-
-    Args:
-        vocabulary: the logits of each supervised token.
-    """
+    """Return the batches on which losses of saved models are compared: small, as little memory may be left."""
     small = replace(layout, rows=min(layout.rows, max(1, READ_BACK_LOGITS // (40 * vocabulary))), lengths=())
     return small.batch(choose(samples, READ_BACK_ROWS))
 
 
 def show_plan(schedule: Schedule) -> None:
     """Print how many tokens the first step computes, beside what padded batches would."""
-    padded = schedule.padded()
-    firsts = [plan.streams(epoch=0)[: plan.streams_per_step * plan.devices] for plan in (schedule, padded)]
-    streams, batches = schedule.measure(firsts[0]), padded.measure(firsts[1])
-    computed, whole = sum(streams), sum(batches)
+    streams, batches = (
+        plan.measure(plan.streams(epoch=0)[: plan.streams_per_step * plan.devices])
+        for plan in (schedule, schedule.padded())
+    )
     devices = f" on {schedule.devices} devices" if schedule.devices > 1 else ""
-    step = f"{plural(sum(map(len, firsts[0])), 'row')} per step{devices}"
+    step = f"{plural(min(len(schedule.samples), schedule.rows_per_step), 'row')} per step{devices}"
+    kind = "stream" if schedule.layout.share_prefix else "padded batch"
+    text = f"{step} in {plural(len(streams), kind)} of about {sum(streams) // len(streams):,} tokens"
     if schedule.layout.share_prefix:
-        say(
-            "plan",
-            f"{step} in {plural(len(streams), 'stream')} of about {computed // len(streams):,} tokens instead of "
-            f"{plural(len(batches), 'batch')} of {whole // len(batches):,} ({whole / computed:.1f} times fewer)",
-        )
-    else:
-        say("plan", f"{step} in {plural(len(batches), 'padded batch')} of about {whole // len(batches):,} tokens")
+        text += f" instead of {plural(len(batches), 'batch')} of {sum(batches) // len(batches):,}"
+        text += f" ({sum(batches) / sum(streams):.1f} times fewer)"
+    say("plan", text)

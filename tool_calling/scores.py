@@ -15,7 +15,7 @@ from tool_calling.samples import Sample
 NO_CALL, EMPTY, BROKEN = "(no call)", "(empty)", "(broken)"  # labels beside the names of the tools
 MAX_CLASSES = 20  # references without tools that take at most this many values are classes
 IGNORED = re.compile(r"[ ,./\-_*^]")  # in a string, as the Berkeley Function-Calling Leaderboard (BFCL) does
-Z = NormalDist().inv_cdf(0.975)  # 95 % of a normal distribution are less than Z deviations from its mean
+Z = NormalDist().inv_cdf(0.975)  # 95 % of a normal distribution lie within Z deviations of its mean
 
 
 class Verdict(NamedTuple):
@@ -47,39 +47,34 @@ class Proof:
     @classmethod
     def of(cls, samples: list[Sample], results: dict[str, dict]) -> "Proof":
         """Score the answers of each model."""
-        verdicts = {
-            name: [
-                score_answer(answer, sample.completion, sample.tools, sample.parser)
-                for answer, sample in zip(result["answers"], samples)
-            ]
-            for name, result in results.items()
-        }
-        scores = {name: count_scores(of_model) for name, of_model in verdicts.items()}
-        last = list(results)[-1]
-        pairs = [(row.completion, answer) for row, answer in zip(samples, results[last]["answers"])]
-        classes = count_classes([tuple(take_answer(text, pair[0]) for text in pair) for pair in pairs])
-        if classes is not None and not any(sample.tools for sample in samples):
-            scores[last]["macro_f1"] = classes
-        return cls(samples, results, verdicts, scores)
+        verdicts = {}
+        for name, result in results.items():
+            pairs = zip(result["answers"], samples)
+            verdicts[name] = [score_answer(got, row.completion, row.tools, row.parser) for got, row in pairs]
+        proof = cls(samples, results, verdicts, {name: count_scores(rows) for name, rows in verdicts.items()})
+        if not any(sample.tools for sample in samples):
+            references, answers = [sample.completion for sample in samples], results[proof.last]["answers"]
+            taken = (map(take_answer, texts, references) for texts in (references, answers))
+            classes = count_classes([*zip(*taken)])
+            proof.scores[proof.last] |= {} if classes is None else {"macro_f1": classes}
+        return proof
 
     @property
-    def first(self) -> str:
-        """Return the name of the model before training."""
+    def first(self) -> str:  # the model before training
         return next(iter(self.results))
 
     @property
-    def last(self) -> str:
-        """Return the name of the model to keep."""
+    def last(self) -> str:  # the model to keep
         return next(reversed(self.results))
 
 
 def score_answer(got: str, expected: str, tools: list[dict], parser: str = "hermes") -> Verdict:
     """Compare an answer with its reference, exactly and by BFCL-like rules; without tools only the text counts.
 
-    Reasoning does not count, nor does a call that is drafted inside it. Where no call is expected, any text without a
-    call is right; an empty answer is wrong. Unlike BFCL's checker, ours takes defaults from the schema, knows one
-    expected value for each argument, pairs parallel calls in the best way there is (maximum matching) and not one after
-    another, and compares at any depth. 5.0 is the integer 5, as in JSON Schema, and true is never 1.
+    Reasoning does not count, nor does a call drafted inside it. Where no call is expected, any text without a call is
+    right; an empty answer is wrong. Unlike BFCL's checker, ours takes defaults from the schema, knows one expected
+    value for each argument, pairs parallel calls by maximum matching, and compares at any depth. 5.0 is the integer 5,
+    as in JSON Schema, and true is never 1.
     """
     got, expected = (take_answer(text, expected) for text in (got, expected))
     wanted = read_calls(expected, parser)

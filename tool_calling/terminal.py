@@ -7,8 +7,6 @@ import re
 import sys
 
 from rich.console import Console
-from rich.padding import Padding
-from rich.table import Table
 
 from tool_calling.processes import is_main
 
@@ -50,17 +48,6 @@ def make_console(**settings) -> Console:
     console = Console(highlight=False, **settings)
     console.on_broken_pipe = drop_output
     return console
-
-
-def show_table(columns: list[str], rows: list[list]) -> None:
-    """Print a table, indented like the text of `say`; each row is a name and one number per further column."""
-    table = Table(box=None, header_style="dim", padding=(0, 0, 0, 2), pad_edge=False)
-    for column in columns:
-        table.add_column(column, justify="left" if column == columns[0] else "right")
-    for name, *values in rows:
-        table.add_row(name, *(f"{value:,.0f}" for value in values))
-    width = None if sys.stdout.isatty() else 120  # rich takes 80 for a pipe
-    make_console(width=width).print(Padding(table, (0, 0, 0, 9), expand=False))
 
 
 def warn(text: str, kind: str = "warning") -> None:

@@ -1,11 +1,9 @@
 """Model cards, and the commands that serve a model."""
 
-from functools import partial
-
 import pytest
 import yaml
 
-from tool_calling.saving.card import hide_folders, to_card, to_lora_words, to_vllm_command, write_card
+from tool_calling.saving.card import Serving, hide_folders, to_card, to_lora_words, write_card
 
 SCORES = {
     "exact_match": 0.5,
@@ -185,8 +183,7 @@ def test_a_card_is_written_with_the_command_that_serves_its_folder(tmp_path, fol
     (tmp_path / folder).mkdir()
     if folder == "adapter":
         (tmp_path / folder / "adapter_config.json").write_text("{}")
-    serve = partial(to_vllm_command, "qwen3", parser="hermes", thinks=True)
-    write_card(tmp_path / folder, make_report(**settings), serve)
+    write_card(tmp_path / folder, make_report(**settings), Serving("qwen3", "hermes", True).to_command)
     card = (tmp_path / folder / "README.md").read_text()
     command = f"vllm serve {served} --enable-auto-tool-choice --tool-call-parser hermes --reasoning-parser qwen3"
     assert f"```bash\n{command}\n```\n" in card and str(tmp_path) not in card
@@ -212,7 +209,7 @@ def test_a_card_names_the_file_of_the_tools(tmp_path, there, shown):
     ],
 )
 def test_vllm_is_told_how_calls_look(family, parser, thinks, expected):
-    assert to_vllm_command(family, "a/b", parser, thinks) == (
+    assert Serving(family, parser, thinks).to_command("a/b") == (
         f"vllm serve a/b --enable-auto-tool-choice --tool-call-parser {expected}"
     )
 

@@ -15,7 +15,7 @@ from itertools import chain, count
 from operator import itemgetter
 from pathlib import Path
 
-from rich.progress import Progress
+from rich.progress import wrap_file
 
 from tool_calling.data.literals import explain, parse_literal, read_value
 from tool_calling.files import digest
@@ -138,15 +138,11 @@ def is_unfinished(line: bytes) -> bool:
         return line.endswith(b"\n") and getattr(error, "pos", -1) >= len(text)
 
 
-@contextlib.contextmanager
 def show_reading(file):
-    """Yield the open file; on a terminal a bar shows how far a large one has been read."""
+    """Return a context with the open file; on a terminal a bar shows how far a large one has been read."""
     size = os.fstat(file.fileno()).st_size
-    if size < SHOWN_BYTES or not sys.stdout.isatty():
-        yield file
-    else:
-        with Progress(transient=True) as bar:
-            yield bar.wrap_file(file, size, description="read")
+    shown = size >= SHOWN_BYTES and sys.stdout.isatty()
+    return wrap_file(file, size, description="read", transient=True) if shown else contextlib.nullcontext(file)
 
 
 def check_columns(path: str, names: list[str]) -> None:
@@ -177,12 +173,10 @@ def read_csv(path: str, file):
     first = file.readline()
     file.seek(0)
     csv.field_size_limit(2**31 - 1)
+    delimiter = max(",\t;", key=lambda mark: first.count(mark.encode()))
+    lines = (line.decode("utf-8" if number else "utf-8-sig") for number, line in enumerate(file))
+    cells = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
-        cells = csv.reader(
-            (line.decode("utf-8-sig" if not number else "utf-8") for number, line in enumerate(file)),
-            delimiter=max(",\t;", key=lambda mark: first.count(mark.encode())),
-            strict=True,
-        )
         header = next(cells)
         check_columns(path, header)
         line = cells.line_num + 1
@@ -201,8 +195,7 @@ def read_csv(path: str, file):
 def read_json(path: str, file):
     """Yield (file:line, row) of an open JSON or JSONL file; the first character that is not blank decides which.
 
-    JSONL is read line by line, so that its size does not matter. An array, and objects that go on over several lines,
-    are read whole.
+    JSONL of any size is read line by line; an array, or objects that span several lines, are read whole.
     """
     lines = (line.removeprefix(b"\xef\xbb\xbf").lstrip() for line in iter(partial(file.readline, 2**16), b""))
     first, second = next(filter(None, lines), b""), next(filter(None, lines), b"")
@@ -261,9 +254,8 @@ def find_files(folder: str, tools_path: str | None) -> list[str]:
 def match_hub(path: str) -> re.Match | None:
     """Return the name, config and split of a Hub dataset; None for a path that exists or is named like a file."""
     match = HUB_NAME.fullmatch(path)
-    if not match or os.path.exists(path) or os.path.exists(match["name"]) or FILE_NAME.fullmatch(match["name"]):
-        return None
-    return match
+    is_file = match and (FILE_NAME.fullmatch(match["name"]) or any(map(os.path.exists, (path, match["name"]))))
+    return None if is_file else match
 
 
 def read_source(path: str, tools_path: str | None):
@@ -307,9 +299,9 @@ def split_share(path: str) -> tuple[str, float]:
 def read_share(path: str, tools_path: str | None, shown: bool):
     """Yield the (source, row) pairs of `path[:times]` so often: those of its last, partial turn are chosen by hash."""
     (name, times), taken = split_share(path), 0
-    for turns in (times - turn for turn in range(math.ceil(times))):  # that are left
+    for turn in range(math.ceil(times)):
         for total, pair in enumerate(read_source(name, tools_path), start=1):
-            if turns >= 1 or int(hash_row("share", total, pair)[:12], 16) < turns * 16**12:
+            if turn + 1 <= times or int(hash_row("share", total, pair)[:12], 16) < (times - turn) * 16**12:
                 taken += 1
                 yield pair
     if not taken:

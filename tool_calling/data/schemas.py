@@ -112,10 +112,7 @@ def parse_type(text: str) -> dict | None:
 
 
 def drop_nulls(found: dict, changes: Counter) -> dict:
-    """Return the object without its nulls, which say nothing.
-
-    Null may be a default or a constant, but not beside other nulls: there a table has filled in every key.
-    """
+    """Return the object without its nulls, which a table fills in; null alone may be a default or a constant."""
     nulls = {key for key, value in found.items() if value is None}
     if nulls <= {"default", "const"}:
         return found

@@ -15,17 +15,14 @@ def find_first_answer(example: Example) -> int:
 
 def digest_tools(examples: list[Example]) -> list[str]:
     """Return the digest of each example's tools; most examples share one list, which is digested once."""
-    lists = {id(example.tools): example.tools for example in examples}
-    digests = {key: digest(tools) for key, tools in lists.items()}
-    return [digests[id(example.tools)] for example in examples]
+    digests = {key: digest(tools) for key, tools in {id(row.tools): row.tools for row in examples}.items()}
+    return [digests[id(row.tools)] for row in examples]
 
 
 def digest_prompts(examples: list[Example]) -> list[str]:
     """Return the digest of each example's request: its tools, and its messages before the first answer."""
-    return [
-        digest([tools, example.messages[: find_first_answer(example)]])
-        for example, tools in zip(examples, digest_tools(examples))
-    ]
+    requests = [example.messages[: find_first_answer(example)] for example in examples]
+    return [digest(request) for request in zip(digest_tools(examples), requests)]
 
 
 def split_examples(examples: list[Example], share: float) -> tuple[list[Example], list[Example]]:
@@ -48,9 +45,8 @@ def split_examples(examples: list[Example], share: float) -> tuple[list[Example]
 
 def list_calls(example: Example) -> list[list[str]]:
     """Return the names of the tools that each trained turn calls; turns without a call are left out."""
-    trained = filter(is_trained, example.messages)
-    turns = [[call["function"]["name"] for call in message.get("tool_calls", [])] for message in trained]
-    return [names for names in turns if names]
+    calls = [message.get("tool_calls") for message in filter(is_trained, example.messages)]
+    return [[call["function"]["name"] for call in turn] for turn in calls if turn]
 
 
 def count_thinking(examples: list[Example]) -> int:
@@ -76,11 +72,9 @@ def find_warnings(examples: list[Example], held_out: list[Example]) -> list[str]
     if any(example.tools for example in examples) and all(map(list_calls, examples)):
         found.append("no row without a call: the model will forget to refuse")
     if 0 < (count := count_thinking(examples)) < len(examples):
-        served = "with" if is_thinking(examples) else "without"
-        found.append(
-            f"{count:,} of {len(examples):,} rows have reasoning: the model is served {served} it, as most rows are "
-            "trained; --thinking off drops it, --thinking on requires it"
-        )
+        served = f"the model is served {'with' if is_thinking(examples) else 'without'} it, as most rows are trained"
+        advice = "--thinking off drops it, --thinking on requires it"
+        found.append(f"{count:,} of {len(examples):,} rows have reasoning: {served}; {advice}")
     if leaks := find_leaks(examples, held_out):
         count = f"{len(leaks):,} of {len(held_out):,} held-out rows also occur in training"
         row, twin = leaks[0]

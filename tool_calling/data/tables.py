@@ -20,9 +20,9 @@ JSON_KINDS = (types.is_string, types.is_large_string, types.is_integer, types.is
 def to_values(array: pyarrow.Array) -> list:
     """Return the values of a column, objects without the keys whose value is null.
 
-    A table has the same columns in every row: the arguments of one tool appear as nulls in the calls of all others, and
-    would be trained as arguments. Only columns are treated so. An object whose keys were all null stays as {}, because
-    empty arguments look the same; a null in a list, in a map or in a column of JSON text was in the data and stays.
+    All rows of a table have the same columns: the arguments of one tool appear as nulls in the calls of all others, and
+    would be trained as arguments. An object whose keys were all null stays as {}, because empty arguments look the
+    same; a null in a list, in a map or in a column of JSON text was in the data and stays.
     """
     kind = array.type
     if types.is_struct(kind):
@@ -56,10 +56,8 @@ def is_json(kind: pyarrow.DataType) -> bool:
 def find_foreign(value: object) -> ValueError | None:
     """Return the problem of a value that JSON cannot hold, or that holds one."""
     if not isinstance(value, str | int | float | list | dict | None):
-        return ValueError(
-            f"holds the {type(value).__name__} {str(value)[:40]}; expected text or another JSON value "
-            "(a table may have made dates of texts: name the dataset's own file instead)"
-        )
+        found = f"holds the {type(value).__name__} {str(value)[:40]}; expected text or another JSON value"
+        return ValueError(f"{found} (a table may have made dates of texts: name the dataset's own file instead)")
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return next(filter(None, map(find_foreign, parts)), None)
 

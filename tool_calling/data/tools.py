@@ -42,14 +42,9 @@ EMPTY_DECLARATION = re.compile(r"<\|im_system\|>\s*tool_declare\s*<\|im_middle\|
 SUBJECTS = {"type", "properties", "patternProperties", "additionalProperties", "$ref", "anyOf", "oneOf", "allOf"}
 # Where tools say what they take: OpenAI, MCP, Anthropic, Gemini, ToolMind, smolagents, API-Bank, Cohere.
 SCHEMA_KEYS = (
-    "parameters",
-    "inputSchema",
-    "input_schema",
-    "parametersJsonSchema",
-    "parameters_json_schema",
-    "arguments",
-)
-SCHEMA_KEYS += ("inputs", "input_parameters", "parameter_definitions")
+    "parameters inputSchema input_schema parametersJsonSchema parameters_json_schema arguments inputs "
+    "input_parameters parameter_definitions"
+).split()
 WRAPPERS = ("function", "toolSpec")  # of a tool: OpenAI's, Bedrock's
 DECLARATIONS = ("functionDeclarations", "function_declarations")  # of several tools: Gemini's
 NO_ARGUMENTS = {"type": "object", "properties": {}}
@@ -59,13 +54,13 @@ NOTES = {"$schema", "$id", "$defs", "definitions", "title", "description", "requ
 def unwrap(parameters: object) -> object:
     """Return a tool's parameters out of JSON text, a list of named ones, or what Vercel and Bedrock put around them."""
     parameters = unpack(parameters, "the parameters of a tool are")
-    if isinstance(parameters, list) and all(
-        isinstance(part, dict) and isinstance(part.get("name"), str) for part in parameters
-    ):
-        return {part["name"]: {key: value for key, value in part.items() if key != "name"} for part in parameters}
-    inner = parameters.get("jsonSchema", parameters.get("json")) if isinstance(parameters, dict) else None
-    alone = isinstance(inner, dict) and isinstance(inner.get("properties"), dict) and len(parameters) == 1
-    return inner if alone else parameters
+    if isinstance(parameters, list) and all(isinstance(part, dict) for part in parameters):
+        if all(isinstance(part.get("name"), str) for part in parameters):
+            return {part["name"]: {key: part[key] for key in part if key != "name"} for part in parameters}
+    match parameters:
+        case {"jsonSchema": {"properties": dict()}} | {"json": {"properties": dict()}} if len(parameters) == 1:
+            return [*parameters.values()][0]
+    return parameters
 
 
 def to_served(given: dict, keys: tuple, flags: tuple, changes: Counter) -> dict:
@@ -83,15 +78,13 @@ def to_function(function: dict, changes: Counter) -> dict:
     """Return a function as vLLM hands it to the chat template.
 
     Its FunctionDefinition dumps name, description and parameters in this order, null where missing, then strict and
-    defer_loading where they are set. Earlier releases kept what else a tool says, today's drop it; so it is dropped
-    here. SGLang's Function dumps the description before the name, and "strict": false and "defer_loading": null where
-    nothing is said: no list renders alike on both.
+    defer_loading where they are set; unlike earlier releases it drops all other keys. SGLang's Function dumps the
+    description before the name, and fills strict and defer_loading in: no list renders alike on both.
     """
     place = next((key for key in SCHEMA_KEYS if function.get(key) is not None), "parameters")
     if place != "parameters":
         changes[f"{place} -> parameters"] += 1
-        function = {key: value for key, value in function.items() if key != "parameters"}
-        function = {"parameters" if key == place else key: value for key, value in function.items()}
+        function = {"parameters" if key == place else key: function[key] for key in function if key != "parameters"}
     parameters, required = unwrap(function.get("parameters")), function.get("required")
     if isinstance(required, list) and isinstance(parameters, dict):
         changes["required beside parameters -> inside"] += 1
@@ -157,9 +150,9 @@ def find_bare_tools(tools: list[dict]) -> list[str]:
 
 def is_tool(value: object) -> bool:
     """Return whether a value looks like a tool, of any shape; a name alone may be anything's."""
-    keys = value.keys() if isinstance(value, dict) else {}
-    schemas = ("description", "parameters", "inputSchema", "input_schema")
-    return not keys.isdisjoint((*WRAPPERS, *DECLARATIONS)) or ("name" in keys and not keys.isdisjoint(schemas))
+    keys = {*value} if isinstance(value, dict) else set()
+    schemas = {"description", "parameters", "inputSchema", "input_schema"}
+    return bool(keys.intersection((*WRAPPERS, *DECLARATIONS)) or ("name" in keys and keys & schemas))
 
 
 def find_tools(text: str) -> tuple[list[dict], str]:
@@ -230,9 +223,9 @@ def check_tools(tools: object) -> tuple[dict, list[str]]:
             expected = '{"type": "function", "function": {"name": ...}}'
             problems.append(f"tool {index}: expected {expected}, got {shorten(tool)}")
             continue
-        taken = ["an earlier tool has the same name"] if name in validators else []
+        taken = "an earlier tool has the same name" if name in validators else None
         validators[name], problem = check_tool(to_json(tool))
-        problems += [f"tool {index} {shorten(name)}: {found}" for found in (*taken, problem) if found]
+        problems += [f"tool {index} {shorten(name)}: {found}" for found in (taken, problem) if found]
     return validators, problems
 
 
@@ -255,10 +248,7 @@ def limit_time(seconds: float):
 
 
 def check_call(name: str, arguments: dict, validators: dict) -> list[str]:
-    """Return the problems of a call by the JSON Schema of its own tool.
-
-    A schema that took too long is not tried again: its place in `validators` then holds the problem.
-    """
+    """Return the problems of a call by its tool's schema; the problem of one that is too slow stays in `validators`."""
     if name not in validators:
         close = difflib.get_close_matches(name, validators, n=1)
         known = list_first(validators, SHOWN_PROBLEMS) or "none"

@@ -44,10 +44,7 @@ def fits(value: object, schema: object) -> bool:
 
 
 def check_properties(validator, properties: dict, instance: object, schema: dict) -> Iterator:
-    """Yield what JSON Schema's `properties` yields, but nothing for a value that is the default of its schema.
-
-    A default may be of another type than its schema says, as null often is.
-    """
+    """Yield what JSON Schema's `properties` does, but nothing for a default: its type may differ, as null's does."""
     for name, part in properties.items() if isinstance(instance, dict) else ():
         if name in instance:
             value = instance[name]
@@ -160,12 +157,8 @@ def to_strict(schema: object, whole: bool = True) -> object:
     if names_properties(schema) and "patternProperties" not in schema:
         word = "unevaluatedProperties" if MORE & schema.keys() else "additionalProperties"  # which is faster
         return {**strict, word: False} if whole else strict
-    if (
-        whole
-        or "patternProperties" in schema
-        or "object" in as_list(schema.get("type"))
-        or schema.keys().isdisjoint((*COMBINED, "if", "not", "required"))
-    ):
+    is_object = "patternProperties" in schema or "object" in as_list(schema.get("type"))
+    if whole or is_object or schema.keys().isdisjoint((*COMBINED, "if", "not", "required")):
         strict["additionalProperties"] = True
     return strict
 
@@ -193,10 +186,7 @@ def describe(error) -> str:
 
 
 def list_errors(validator, arguments: object) -> list:
-    """Return the errors of the arguments, without those that only follow from others.
-
-    A part that fails inside a value lets none of its properties pass: these are then not unknown.
-    """
+    """Return the errors of the arguments, but no unknown properties of a value that fails otherwise."""
     errors = sorted(validator.iter_errors(arguments), key=lambda error: error.json_path)
     failed = [error.json_path for error in errors if error.validator != "unevaluatedProperties"]
     return [

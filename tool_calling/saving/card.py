@@ -3,6 +3,7 @@
 import re
 import shlex
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -15,16 +16,22 @@ from tool_calling.terminal import hide_secrets
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 
-def to_vllm_command(model_type: str, model: str, parser: str, thinks: bool) -> str:
-    """Return the command by which vLLM serves a model (or to_lora_words) on the prompts that it was trained on.
+@dataclass(frozen=True)
+class Serving:
+    """How a server is to treat the model."""
 
-    A model that was never trained to think gets no reasoning parser, which would take its answers for thoughts.
-    """
-    command = f"vllm serve {model} --enable-auto-tool-choice --tool-call-parser {parser}"
-    if not model_type.startswith("qwen3"):
-        return command
-    no_thoughts = """--default-chat-template-kwargs '{"enable_thinking": false}'"""
-    return f"{command} {'--reasoning-parser qwen3' if thinks else no_thoughts}"
+    model_type: str  # its family, as in config.json
+    parser: str  # reads its calls, by vLLM's name
+    thinks: bool  # whether it was trained to think
+
+    def to_command(self, words: str) -> str:
+        """Return the command by which vLLM serves a model, or to_lora_words, on the prompts that it was trained on."""
+        command = f"vllm serve {words} --enable-auto-tool-choice --tool-call-parser {self.parser}"
+        if not self.model_type.startswith("qwen3"):
+            return command
+        # The reasoning parser would take the answers of a model that never thinks for thoughts.
+        no_thoughts = """--default-chat-template-kwargs '{"enable_thinking": false}'"""
+        return f"{command} {'--reasoning-parser qwen3' if self.thinks else no_thoughts}"
 
 
 def name_tools(folder: str | Path, shown: str = TOOLS) -> str:
@@ -69,10 +76,7 @@ def to_card(report: dict, adapter: bool, name: str, command: str) -> str:
 
 
 def write_card(folder: str | Path, report: dict, serve: Callable[[str], str]) -> None:
-    """Write the model card of an adapter or of a whole model into its folder.
-
-    `serve` is to_vllm_command for the run: it takes the name of the model.
-    """
+    """Write the card of an adapter or a whole model into its folder; `serve` is Serving.to_command of the run."""
     args, adapter = report["args"], (Path(folder) / "adapter_config.json").is_file()
     uploaded = args["push_to_hub"] if adapter == (args["save_method"] == "lora") else None  # of two, the model is
     name = uploaded or Path(folder).resolve().name

@@ -1,27 +1,13 @@
 """The end of a run: cards, GGUF files, an upload, and the command that serves the model."""
 
 import shlex
-from dataclasses import dataclass
 
 from tool_calling.run_folder import TOOLS
-from tool_calling.saving.card import name_tools, to_lora_words, to_vllm_command, write_card
+from tool_calling.saving.card import Serving, name_tools, to_lora_words, write_card
 from tool_calling.saving.gguf import write_gguf
 from tool_calling.saving.merge import Trained
 from tool_calling.saving.upload import push_folder
 from tool_calling.terminal import say
-
-
-@dataclass(frozen=True)
-class Serving:
-    """How a server is to treat the model."""
-
-    model_type: str  # its family, as in config.json
-    parser: str  # reads its calls, by vLLM's name
-    thinks: bool  # whether it was trained to think
-
-    def to_command(self, words: str) -> str:
-        """Return vLLM's command for the words that name a model (see to_vllm_command)."""
-        return to_vllm_command(self.model_type, words, self.parser, self.thinks)
 
 
 def hand_over(

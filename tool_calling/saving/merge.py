@@ -60,19 +60,19 @@ def keep_trained(trained: Trained, trainer, samples: list[Sample]) -> tuple[Trai
         samples: on which the loss of fully trained weights is measured before they are saved.
     Returns: the same with its adapter's folder, and that loss (None for an adapter).
     """
-    whole, before = None, None
-    if not trained.settings["lora_rank"]:
-        batches = build_small_batches(samples, trainer.layout, trainer.model.config.vocab_size)
-        whole, before = round_trained(trained, trainer.model, batches)
+    model, before, lora = trainer.model, None, trained.settings["lora_rank"]
+    if not lora:
+        batches = build_small_batches(samples, trainer.layout, model.config.vocab_size)
+        model, before = round_trained(trained, model, batches)
     if not leave_group():
         return None
     trained = replace(trained, tools=collect_tools(trainer.schedule.samples))
-    if whole is None:
-        adapter = save_adapter(trainer.model, trained.settings["output_dir"], trained.tools)
+    if lora:
+        adapter = save_adapter(model, trained.settings["output_dir"], trained.tools)
         trained = replace(trained, adapter=adapter)
-        say("save", f"adapter: {trained.adapter}")
+        say("save", f"adapter: {adapter}")
     else:
-        save_whole(trained, whole)
+        save_whole(trained, model)
     if trained.engine == "unsloth":
         empty_weights(trainer.model)
     return trained, before
@@ -133,10 +133,8 @@ def sum_weights(model) -> dict[str, float]:
 def refuse_unchanged(sums: dict[str, float], model) -> None:
     """Refuse a model that equals the base, of which `sums` are the sum_weights."""
     if sums == sum_weights(model):
-        raise UserError(
-            "the trained model equals the base: training changed nothing that 16-bit weights can hold; train longer or "
-            "raise --learning_rate"
-        )
+        reason = "training changed nothing that 16-bit weights can hold; train longer or raise --learning_rate"
+        raise UserError(f"the trained model equals the base: {reason}")
 
 
 def round_at_random(weights) -> None:
@@ -228,8 +226,6 @@ def round_trained(trained: Trained, model, batches: list[dict]) -> tuple:
         parameter.data.copy_(parameter.data.to(dtype))
     after = measure_loss(model, batches, trained.engine)
     if is_worse(after, before):
-        warn(
-            f"{dtype} holds less than training changed: held-out loss {after:.4f}, in 32 bits {before:.4f}; train "
-            "longer or raise --learning_rate"
-        )
+        found, advice = f"{after:.4f}, in 32 bits {before:.4f}", "train longer or raise --learning_rate"
+        warn(f"{dtype} holds less than training changed: held-out loss {found}; {advice}")
     return gather_model(model, dtype, trained.trust) if is_split(model) else model.to(dtype), after

@@ -83,7 +83,7 @@ def load_scored(model_id: str, base: str, flag: str, load_in_4bit: bool, trust: 
     model = load_base(base, load_in_4bit, trust, place=find_place(load_in_4bit))
     try:
         model = load_adapter(model, model_id)
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError:  # a RuntimeError
         raise
     except (RuntimeError, ValueError) as error:  # the last line names the first layer
         reason = str(error).strip().splitlines()[-1].strip()
@@ -141,10 +141,10 @@ def check_merged(trained: Trained, proof: Proof) -> None:
     """Compare the merged model read back with the adapter it came from; UserError if they do not do the same.
 
     After 16-bit training both are the same model up to the rounding of the merge, and must answer alike wherever the
-    adapter's answer is exact; where it is not, the model is unsure, and rounding decides which wrong answer it gives.
-    After 4-bit training the merged model stands on the unquantised base, a little different and usually better, so loss
-    and score decide. A merged model in 4 bits may be worse than its adapter: a warning says by how much. One answer
-    alone proves nothing, however few there are, because rounding may tip it.
+    adapter is exact; elsewhere rounding decides which wrong answer an unsure model gives. After 4-bit training the
+    merged model stands on the unquantised base, a little different and usually better, so loss and score decide. A
+    merged model in 4 bits may be worse than its adapter: a warning says by how much. One answer alone, which rounding
+    may tip, proves nothing.
     """
     expected, got = proof.results["adapter"], proof.results["merged"]
     before, after = (proof.scores[name]["exact_match"] for name in ("adapter", "merged"))
@@ -152,11 +152,9 @@ def check_merged(trained: Trained, proof: Proof) -> None:
     slack = max(MERGE_SLACK, 1 / len(exact))
     # Rounded to whole rows: a difference of two shares can be a little more than the share that it is.
     worse = round((before - after) * len(exact)) / len(exact)
-    answers = [
-        [take_answer(text, sample.completion) for text, sample in zip(result["answers"], proof.samples)]
-        for result in (expected, got)
-    ]
-    different = sum(sure and a != b for sure, a, b in zip(exact, *answers)) / len(exact)
+    references = [sample.completion for sample in proof.samples]
+    taken = (map(take_answer, result["answers"], references) for result in (expected, got))
+    different = sum(sure and a != b for sure, a, b in zip(exact, *taken)) / len(exact)
     wrong = is_worse(got["loss"], expected["loss"]) or worse > slack
     found = f"held-out loss {got['loss']:.4f}, adapter {expected['loss']:.4f}; exact {after:.1%}, adapter {before:.1%}"
     if trained.method == "merged_4bit" and math.isfinite(got["loss"]):
@@ -164,14 +162,11 @@ def check_merged(trained: Trained, proof: Proof) -> None:
             warn(f"4 bits cost something: {found}")
     elif wrong or not math.isfinite(got["loss"]) or (not trained.four_bit and different > slack):
         shutil.rmtree(partial_folder(trained.final), ignore_errors=True)
-        advice = (
-            "; what is learned on a base in 4 bits may be worth less on it in 16: train longer, or with "
-            "--no-load_in_4bit"
-        )
+        advice = "what is learned on a base in 4 bits may be worth less on it in 16: train longer, or with "
         raise UserError(
             f"the merged model does not do what the adapter does: {found}; {different:.1%} of the answers are no "
             f"longer its exact ones; nothing was written to {trained.final}, the adapter is safe in {trained.adapter}"
-            + (advice if trained.four_bit else "")
+            + (f"; {advice}--no-load_in_4bit" if trained.four_bit else "")
         )
 
 

@@ -73,9 +73,7 @@ class StreamTrainer(SFTTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Return the micro-batches of a step, and how many tokens all devices supervise in it."""
-        if (
-            epoch_iterator is not self.epoch_batches
-        ):  # batches fetched in an epoch that was left early do not belong here
+        if epoch_iterator is not self.epoch_batches:  # what was fetched in an epoch left early does not belong here
             self.epoch_batches, self.next_batches = epoch_iterator, []
         batches = self.next_batches or list(islice(epoch_iterator, num_batches))
         tokens = sum((batch["labels"][:, 1:] != IGNORED).sum() for batch in batches)
