@@ -70,7 +70,8 @@ def test_a_run_says_what_it_did(job):
     assert sum("held-out loss" in line and "epoch" in line for line in lines) == 2
     for name in ("expected ", "before ", "after "):
         assert sum(line.startswith(f"  {name}") for line in lines) == 3
-    assert lines[-2].startswith("done     merged model: ") and lines[-1].startswith("serve    vllm serve ")
+    assert lines[-3].startswith("done     merged model: ") and lines[-2].startswith("serve    vllm serve ")
+    assert lines[-1].startswith("         # requests send the tools in ") and lines[-1].endswith("/final/tools.json")
     assert result.stderr == "warning: no row without a call: the model will forget to refuse\n"
 
 
