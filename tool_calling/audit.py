@@ -166,7 +166,7 @@ def drop_ids(message: dict) -> dict:
 
 
 def audit_repeats(examples: list[Example], held_out: list[Example]) -> dict:
-    """Return pairs of places: equal rows, equal requests with different first answers, requests on both sides."""
+    """Return pairs of sources: equal rows, equal requests with different first answers, requests on both sides."""
     rows, requests, duplicates, conflicts, both = {}, {}, [], [], [*examples, *held_out]
     for example, tools, request in zip(both, digest_tools(both), digest_prompts(both)):
         messages = [*map(drop_ids, example.messages)]
@@ -177,11 +177,9 @@ def audit_repeats(examples: list[Example], held_out: list[Example]) -> dict:
         asked, expected = requests.setdefault(request, (example.source, answer))
         if answer != expected:
             conflicts.append((asked, example.source))
-    return {
-        "duplicates": list_some(duplicates),
-        "conflicts": list_some(conflicts),
-        "held_out_in_training": list_some(find_leaks(examples, held_out)),
-    }
+    leaks = find_leaks(examples, held_out)
+    found = {"duplicates": duplicates, "conflicts": conflicts, "held_out_in_training": leaks}
+    return {name: list_some(pairs) for name, pairs in found.items()}
 
 
 class Data:

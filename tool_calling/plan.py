@@ -51,9 +51,9 @@ def preview_run(samples: list[Sample], config, batching: Batching, saving: Savin
     checkpoints = schedule.list_saves(saving.save_steps)
     audit = audit_schedule(schedule, checkpoints)
     audit["files"] = list_writes(saving, bool(training.lora_rank), checkpoints)
-    if config is None:
-        return audit
-    return audit | audit_costs(training.measure(config, schedule), saving, audit["plan"], schedule.layout.lengths)
+    if config is not None:
+        audit |= audit_costs(training.measure(config, schedule), saving, audit["plan"], schedule.layout.lengths)
+    return audit
 
 
 def audit_costs(footprint: Footprint, saving: Saving, plan: dict, lengths: tuple[int, ...]) -> dict:

@@ -101,9 +101,9 @@ def to_sides(
 
 
 def choose(samples: list[Sample], count: int) -> list[Sample]:
-    """Return at most `count` of the samples, chosen by hash and in their order; equal ones are taken once.
+    """Return at most `count` different samples, chosen by hash, in their order.
 
-    The order of the file must not choose: where rows of one tool stand together, its first rows are not like the rest.
+    A hash chooses, not the place in the file: the first rows often call the same tool.
     """
     ranks = [digest(["choose", sample.request, sample.completion]) for sample in samples]
     found: dict[tuple, int] = {}  # by prompt and completion as tokens
@@ -161,7 +161,7 @@ def check_sides(train: list[Sample], held_out: list[Sample], rendering: Renderin
 
 
 def count_origins(samples: list[Sample]) -> int:
-    """Return how many rows the samples come from: a row with several supervised turns makes several samples."""
+    """Return how many rows the samples come from; a row makes a sample of each supervised turn."""
     return len({sample.row for sample in samples})
 
 
@@ -177,21 +177,18 @@ def check_shown(number: int | None, examples: list[Example]) -> None:
 
 
 def show_rows(tokenizer, samples: list[Sample], shown: int | None) -> None:
-    """Print every supervised turn of the row number `shown` whole; without it, the first two samples, shortened."""
+    """Print all turns of row number `shown` as the model sees them; without a number, two samples with short prompts.
+
+    ▶ ... ◀ (green on a terminal) is supervised.
+    """
     chosen = [sample for sample in samples if sample.row == shown - 1] if shown else samples[:2]
     if not chosen:
         warn(f"--show_row {shown}: the row is left out; expected one without a problem")
     for sample in chosen:
-        show_row(tokenizer, sample, whole=shown is not None)
-
-
-def show_row(tokenizer, sample: Sample, whole: bool) -> None:
-    """Print a sample as the model sees it, cut unless `whole`; ▶ ... ◀ (green on a terminal) is supervised."""
-    prompt = tokenizer.decode(sample.input_ids[: sample.prompt_length])
-    completion = tokenizer.decode(sample.input_ids[sample.prompt_length :])
-    if len(prompt) > 500 and not whole:
-        prompt = f"{prompt[:160]} … {len(prompt) - 460:,} characters … {prompt[-300:]}"
-    supervised = len(sample.input_ids) - sample.prompt_length
-    head = f"\n{sample.source}  ({sample.prompt_length:,} prompt tokens, {supervised} supervised)\n"
-    text = Text(head, style="bold") + Text(prompt, style="dim") + Text(f"▶{completion}◀", style="green")
-    make_console(soft_wrap=True).print(text)
+        tokens = (sample.input_ids[: sample.prompt_length], sample.input_ids[sample.prompt_length :])
+        prompt, completion = map(tokenizer.decode, tokens)
+        if len(prompt) > 500 and not shown:
+            prompt = f"{prompt[:160]} … {len(prompt) - 460:,} characters … {prompt[-300:]}"
+        head = f"\n{sample.source}  ({len(tokens[0]):,} prompt tokens, {len(tokens[1])} supervised)\n"
+        text = Text(head, style="bold") + Text(prompt, style="dim") + Text(f"▶{completion}◀", style="green")
+        make_console(soft_wrap=True).print(text)

@@ -67,7 +67,7 @@ def open_file(path: str):
 
 
 def check_start(path: str, start: bytes) -> None:
-    """Refuse a file that is packed, no text, or not what its name says."""
+    """Refuse a compressed file, a binary file, and one that is not what its name says."""
     if kind := next((kind for mark, kind in PACKED.items() if start.startswith(mark)), None):
         raise UserError(f"{path}: is {kind}; expected {ROW_KINDS}, or gzip: unpack it first")
     if path.lower().endswith(".parquet") and start:
@@ -88,7 +88,7 @@ def read_text(file) -> str:
 
 
 def read_array(path: str, text: str):
-    """Yield (file:line, element) of a JSON array, or of objects one after the other, each decoded to know its line."""
+    """Yield (file:line, element) of a JSON array, or of objects one after the other."""
     position = len(text) - len(text.lstrip())
     is_array = text.startswith("[", position)
     position, line, counted, last_line = position + is_array, 1, 0, 0
@@ -146,7 +146,7 @@ def show_reading(file):
 
 
 def check_columns(path: str, names: list[str]) -> None:
-    """Refuse a table with columns of the same name, and one that has none of COLUMNS."""
+    """Refuse a table with duplicate column names or without any of COLUMNS."""
     if len({*names}) < len(names):
         raise UserError(f'{path}: two columns are called "{max(names, key=names.count)}"; expected one')
     if COLUMNS.isdisjoint(names):
@@ -169,7 +169,7 @@ def read_cell(name: str, cell: str) -> str:
 
 
 def read_csv(path: str, file):
-    """Yield (file:line, {column: text}) of an open CSV or TSV file with a header; an empty cell is no value."""
+    """Yield (file:line, {column: text}) of an open CSV or TSV file with a header, without empty cells."""
     first = file.readline()
     file.seek(0)
     csv.field_size_limit(2**31 - 1)
@@ -274,12 +274,12 @@ def read_source(path: str, tools_path: str | None):
 
 
 def name_file(source: str) -> str:
-    """Return the file, or the split of a dataset, that a row is of."""
+    """Return the file, or the split of a dataset, that a row comes from."""
     return re.sub(r"(:\d+|\[\d+\])$", "", source)
 
 
 def hash_row(purpose: str, index: int, pair: tuple) -> str:
-    """Return the hash by which the row of a (source, row) pair is chosen; of a broken one it is that of its index."""
+    """Return the hash that decides whether a row is chosen; a broken row is hashed by its index."""
     try:
         return digest([purpose, pair[1]])
     except (TypeError, RecursionError):
@@ -287,7 +287,7 @@ def hash_row(purpose: str, index: int, pair: tuple) -> str:
 
 
 def split_share(path: str) -> tuple[str, float]:
-    """Return (path, how often its rows are taken) of `path[:times]`; a file whose name ends so is a file."""
+    """Split `path[:times]` into the path and how often to take its rows; an existing file keeps its name."""
     match = SHARE.fullmatch(path)
     if not match or os.path.exists(path):
         return path, 1
@@ -297,7 +297,7 @@ def split_share(path: str) -> tuple[str, float]:
 
 
 def read_share(path: str, tools_path: str | None, shown: bool):
-    """Yield the (source, row) pairs of `path[:times]` so often: those of its last, partial turn are chosen by hash."""
+    """Yield the (source, row) pairs of `path[:times]` that often; hashes choose the rows of a last, partial turn."""
     (name, times), taken = split_share(path), 0
     for turn in range(math.ceil(times)):
         for total, pair in enumerate(read_source(name, tools_path), start=1):
@@ -314,8 +314,8 @@ def read_rows(paths: list[str], max_samples: int | None = None, tools_path: str 
     """Yield the (source, row) pairs of files, folders and Hub datasets, each `path[:times]`.
 
     What exists as a path is never looked up on the Hub. A broken line is yielded as a ValueError in place of its row.
-    With `max_samples`, all rows are read and so many of them are yielded, in their order: those with the smallest
-    hashes, so that where a row stands does not matter, and a larger number adds rows to those of a smaller one.
+    `max_samples` of all rows are yielded in their order: those with the smallest hashes, so that the place of a row
+    does not matter, and a larger number only adds rows.
     """
     shown = any(split_share(path)[0] != path for path in paths)
     pairs = chain.from_iterable(read_share(path, tools_path, shown) for path in paths)

@@ -8,7 +8,7 @@ from tool_calling.files import digest
 
 
 def find_first_answer(example: Example) -> int:
-    """Return the index of the first assistant message after a user's; without one, of the first that there is."""
+    """Return the index of the first assistant message after a user message, or else of the first one at all."""
     roles = [message["role"] for message in example.messages]
     return roles.index("assistant", roles.index("user") if "user" in roles[:-1] else 0)
 
@@ -28,8 +28,8 @@ def digest_prompts(examples: list[Example]) -> list[str]:
 def split_examples(examples: list[Example], share: float) -> tuple[list[Example], list[Example]]:
     """Return (training examples, held-out examples), chosen by the hash of the request.
 
-    The rows with the smallest hashes are held out. So their order in the file does not matter, a request is never on
-    both sides, and rows appended later move few others to the other side.
+    The smallest hashes are held out. So the order of the file does not matter, no request is on both sides, and rows
+    appended later move few others to the other side.
     """
     digests = digest_prompts(examples)
     wanted, held_out = round(len(examples) * share), set()
@@ -55,7 +55,7 @@ def count_thinking(examples: list[Example]) -> int:
 
 
 def is_thinking(examples: list[Example]) -> bool:
-    """Return whether most rows are trained with reasoning: so the model is then served."""
+    """Return whether most rows are trained with reasoning; the model is then served with it."""
     return 2 * count_thinking(examples) >= len(examples) > 0
 
 

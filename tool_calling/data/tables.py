@@ -54,7 +54,7 @@ def is_json(kind: pyarrow.DataType) -> bool:
 
 
 def find_foreign(value: object) -> ValueError | None:
-    """Return the problem of a value that JSON cannot hold, or that holds one."""
+    """Return the problem of a value that is, or contains, something that JSON cannot hold."""
     if not isinstance(value, str | int | float | list | dict | None):
         found = f"holds the {type(value).__name__} {str(value)[:40]}; expected text or another JSON value"
         return ValueError(f"{found} (a table may have made dates of texts: name the dataset's own file instead)")
@@ -63,7 +63,7 @@ def find_foreign(value: object) -> ValueError | None:
 
 
 def is_media(kind: pyarrow.DataType) -> bool:
-    """Return whether a type is that of images or audio, as `datasets` keeps them: their bytes and their path."""
+    """Return whether a type is that of images or audio in `datasets`: their bytes and their path."""
     return types.is_struct(kind) and {field.name for field in kind} == {"bytes", "path"}
 
 

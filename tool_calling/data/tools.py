@@ -34,7 +34,7 @@ from tool_calling.processes import handle_signals
 from tool_calling.terminal import SHOWN_PROBLEMS, UserError, list_first, report_problems, shorten
 
 KEPT_NULL = "null of a required argument kept"
-TRIES = 1_000  # how many brackets of a text may begin no JSON: each takes longer the further in it stands
+TRIES = 1_000  # brackets of a text that may begin no JSON before the search ends: each try takes longer than the last
 CHECK_SECONDS = 2  # the longest that checking a call may take
 BROKEN_TOOL = re.compile(r"""\{\s*["'](?:name|type|function)["']\s*:.*""", re.DOTALL)
 # Kimi's declaration, without the tools in it
@@ -149,7 +149,7 @@ def find_bare_tools(tools: list[dict]) -> list[str]:
 
 
 def is_tool(value: object) -> bool:
-    """Return whether a value looks like a tool, of any shape; a name alone may be anything's."""
+    """Return whether a value looks like a tool of any shape; a name alone is not enough."""
     keys = {*value} if isinstance(value, dict) else set()
     schemas = {"description", "parameters", "inputSchema", "input_schema"}
     return bool(keys.intersection((*WRAPPERS, *DECLARATIONS)) or ("name" in keys and keys & schemas))
@@ -231,7 +231,7 @@ def check_tools(tools: object) -> tuple[dict, list[str]]:
 
 @contextlib.contextmanager
 def limit_time(seconds: float):
-    """Raise a TimeoutError in what computes for longer: a `pattern` in the data can keep Python busy for years."""
+    """Raise a TimeoutError inside the block after so long: a `pattern` in the data can keep Python busy for years."""
 
     def stop(number, frame):
         raise TimeoutError
@@ -272,22 +272,22 @@ def check_call(name: str, arguments: dict, validators: dict) -> list[str]:
 
 @lru_cache(maxsize=2_000)
 def build_null_validators(text: str) -> tuple[NullValidator, StrictNullValidator]:
-    """Return what refuses the nulls that are to go, and what refuses required ones too, for a schema's JSON text."""
+    """Return the validators that refuse nulls but of required arguments, and all nulls, for a schema's JSON text."""
     schema = json.loads(text) or NO_ARGUMENTS
     return to_validator(schema, NullValidator), to_validator(schema, StrictNullValidator)
 
 
 def holds_null(value: object) -> bool:
-    """Return whether a null stands anywhere in a value."""
+    """Return whether a value is or contains null."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return value is None or any(map(holds_null, inner))
 
 
 def settle_arguments(arguments: dict, schema: object, changes: Counter) -> dict:
-    """Return a call's arguments without the nulls that stand for nothing by the schema of its tool, counted.
+    """Return a call's arguments without the nulls that the schema of its tool has no place for, counted.
 
     Models write null for "not given", and tables fill objects up with the keys of others. A null goes where the schema
-    refuses it or does not know its key. One of a required argument stays, and check_call accepts it.
+    refuses it or does not know its key. The null of a required argument stays, and check_call accepts it.
     """
     if not holds_null(arguments):
         return arguments

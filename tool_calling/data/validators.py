@@ -26,7 +26,7 @@ PLAIN = {*NOTES, "type", "enum", "minimum", "maximum", "required", "properties",
 
 
 def fits(value: object, schema: object) -> bool:
-    """Return whether a value is valid at a glance; if not, the validator decides, which takes ten times as long."""
+    """Return whether a value is valid at a glance; otherwise the validator decides, which takes ten times as long."""
     if isinstance(schema, bool) or not PLAIN.issuperset(schema):
         return schema is True
     kind, choices = schema.get("type"), schema.get("enum")
@@ -103,7 +103,7 @@ def is_plain(schema: object) -> bool:
 
 
 def read_dialect(schema: dict) -> dict:
-    """Return the schema with what OpenAPI 3.0 and earlier drafts write otherwise in the words of today's JSON Schema.
+    """Return the schema of OpenAPI 3.0 or of an earlier draft in the words of today's JSON Schema.
 
     OpenAPI's `nullable` counts beside a type or alternatives (https://spec.openapis.org/oas/v3.0.3#schema-object).
     Until Draft 4 a flag made a bound exclusive, and until 2019-09 the items of a tuple stood in `items`.
@@ -134,10 +134,10 @@ def names_properties(schema: object) -> bool:
 def to_strict(schema: object, whole: bool = True) -> object:
     """Return the schema with unknown arguments refused wherever `properties` are listed and nothing else is said.
 
-    A definition or an alternative is not the `whole` schema of a value: what is unknown is decided where these are
-    combined, by `unevaluatedProperties`, which knows what each of them has let pass
-    (https://json-schema.org/draft/2020-12/json-schema-core#section-11.3). So what names no property says that it lets
-    any pass, but for a part that only chooses among properties beside it, as {"required": ["a"]} does.
+    A definition or an alternative is not the `whole` schema of a value: `unevaluatedProperties` decides where these are
+    combined, because it knows what each of them has accepted
+    (https://json-schema.org/draft/2020-12/json-schema-core#section-11.3). So a schema that names no property must
+    accept any, but for one that only chooses among the properties beside it, as {"required": ["a"]} does.
     """
 
     def to_part(part: object, key: str) -> object:
