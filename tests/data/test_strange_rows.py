@@ -217,3 +217,68 @@ def test_tags_around_calls_leave_nothing_in_the_text(tag):
         messages, _, changes, _ = seen({"messages": [USER, turn], "tools": TOOLS})
         assert messages[1] == {**calls("Rome"), "content": "I look."}
         assert "text after a call -> before it" not in changes
+
+
+# -- Answers beside turns, flags of tables, tools of Python -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["answer", "response", "completion", "output"])
+def test_an_answer_beside_turns_that_end_with_a_question_is_their_last(key):
+    for turns in ([USER], [USER, WRONG, USER]):
+        for answer in ("Yes.", [YES], YES) if key != "output" else ("Yes.", [YES]):
+            messages, _, changes, unread = seen({"messages": turns, key: answer})
+            assert (messages, unread) == ([*turns, YES], set())
+            assert changes == {f"{key} beside the turns -> last turn": 1}
+    assert seen({"messages": [USER, YES], key: "42"})[0::3] == ([USER, YES], {("row", key)})
+    messages, _, changes, unread = seen({"messages": [USER, YES, USER], key: ["Yes.", "No."]})
+    assert (messages, unread) == ([USER, YES], {("row", key)})
+
+
+@pytest.mark.parametrize("text", ["0", "false", "False"])
+def test_a_flag_of_a_table_of_text_is_read(text):
+    talk = json.dumps([USER, WRONG, USER, YES])
+    assert read({"messages": talk, "weight": text})[1] == ["no turn is trained; every weight is 0"]
+    for mask in (f"[{text}, 1]", f"[null,{text},null, true ]"):
+        assert seen({"messages": talk, "loss_mask": mask})[0] == [USER, {**WRONG, "weight": 0}, USER, YES]
+    assert seen({"messages": talk, "train": "v1"})[3] == {("row", "train")}
+
+
+def test_tools_that_python_wrote_into_a_system_text_are_read():
+    """As ToolBench does."""
+    action = 'Thought: I look.\nAction: get_weather\nAction Input: {"city": "Rome"}'
+    system = {"from": "system", "value": f"Be brief.\nYou have access to the following APIs: {[BARE]}"}
+    turns = [system, {"from": "user", "value": USER["content"]}, {"from": "assistant", "value": action}]
+    messages, tools, _, _ = seen({"conversations": turns})
+    assert (messages, tools) == ([SYSTEM, USER, {**calls("Rome"), "content": "Thought: I look."}], [WEATHER])
+    turns[2]["value"] = "Yes."
+    assert seen({"conversations": turns})[:2] == ([SYSTEM, USER, YES], [WEATHER])
+    for text in ("A list is [{'name': 'a'}].", "[{'name': 'a'"):
+        turns[0]["value"] = text
+        assert seen({"conversations": turns})[:2] == ([{"role": "system", "content": text}, USER, YES], [])
+
+
+@pytest.mark.parametrize("layout", ["\n%s\n%s\n", "```json\n%s\n%s\n```", "[%s, %s]", "%s; %s"])
+def test_several_calls_between_one_pair_of_tags_are_read(layout):
+    text = layout % tuple(json.dumps({"name": "get_weather", "arguments": {"city": city}}) for city in ("Rome", "Oslo"))
+    turn = {"role": "assistant", "content": f"<tool_call>{text}</tool_call>"}
+    assert seen({"messages": [USER, turn], "tools": TOOLS})[0] == [USER, calls("Rome", "Oslo")]
+
+
+def test_a_trace_of_bedrock_is_read():
+    spec = {"name": BARE["name"], "description": BARE["description"], "inputSchema": {"json": BARE["parameters"]}}
+    use = {"toolUse": {"toolUseId": "c", "name": "get_weather", "input": {"city": "Rome"}}}
+    result = {"toolResult": {"toolUseId": "c", "content": [{"text": "3"}], "status": "success"}}
+    row = {
+        "system": [{"text": "Be brief."}],
+        "messages": [
+            {"role": "user", "content": [{"text": USER["content"]}]},
+            {"role": "assistant", "content": [{"text": "I look."}, use]},
+            {"role": "user", "content": [result]},
+            {"role": "assistant", "content": [{"text": "Yes."}]},
+        ],
+        "toolConfig": {"tools": [{"toolSpec": spec}]},
+    }
+    call = {**calls("Rome")["tool_calls"][0], "id": "c"}
+    made = {"role": "assistant", "content": "I look.", "tool_calls": [call]}
+    reply = {"role": "tool", "tool_call_id": "c", "content": "3"}
+    assert seen(row)[:2] == ([SYSTEM, USER, made, reply, YES], [WEATHER])

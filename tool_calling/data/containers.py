@@ -1,16 +1,18 @@
 """Where a row keeps its turns; CONTAINERS is the one place to add a shape of rows."""
 
 import contextlib
+import json
 import re
 from collections.abc import Callable
 from typing import NamedTuple
 
 from tool_calling.data.literals import as_list, unpack
-from tool_calling.data.turns import CALL_KEYS, FLAG_KEYS, THOUGHT_KEYS, add_system, take
+from tool_calling.data.turns import CALL_KEYS, FLAG_KEYS, ROW_FLAGS, THOUGHT_KEYS, add_system, take
 from tool_calling.terminal import shorten
 
 GLAIVE_TURN = re.compile(r"(?:^|\n)[^\S\n]*(USER|ASSISTANT|FUNCTION RESPONSE):")
 GLAIVE_ROLES = {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool"}
+FLAG_TEXT = re.compile(r"([01]|true|false)|\[\s*(([01]|true|false|null)\s*(,\s*|(?=\])))+\]", re.IGNORECASE)
 SHAREGPT_KEYS = ("conversations", "conversation", "dialogue", "dialog", "turns", "trajectory", "traj")
 QUESTION_KEYS = ("instruction", "question", "prompt", "query", "input")
 ANSWER_KEYS = ("output", "answer", "response", "completion")
@@ -172,7 +174,9 @@ def is_native_text(text: object) -> bool:
 
 
 def unpack_turns(row: dict) -> dict:
-    """Return the row with lists for conversations that are JSON text."""
+    """Return the row with lists for conversations that are JSON text, and values for loss flags that are."""
+    texts = {key: row[key].strip() for key in ROW_FLAGS.keys() & row.keys() if isinstance(row[key], str)}
+    row = {**row, **{key: json.loads(text.lower()) for key, text in texts.items() if FLAG_TEXT.fullmatch(text)}}
     packed = [key for key in ("messages", *SHAREGPT_KEYS, "contents") if isinstance(row.get(key), str)]
     if "input" in row and is_native_text(row.get("output")):
         packed.append("output")

@@ -19,7 +19,7 @@ DECLARED = {  # what opens and closes a list of tools in a text
     "<|tool_list_start|>": "<|tool_list_end|>",  # LFM
     "<available_tools>": "</available_tools>",
 }
-HINT = re.compile("|".join(map(re.escape, (*DECLARED, "tool_call>", "TOOLCALL>", '"name"'))))
+HINT = re.compile("|".join(map(re.escape, (*DECLARED, "tool_call>", "TOOLCALL>", '"name"', "'name'"))))
 TOOL_SET = {*TOOL_KEYS}
 DECLARING = {"tools", "functions", "tool_declare", "tool_definitions", "function_list"}  # roles
 NO_TOOLS = (None, [], "", "[]", {})
@@ -39,6 +39,7 @@ BOILERPLATE = re.compile(
     |SYSTEM:\s*$|-$|.*\[func\w*\(""",
     re.VERBOSE | re.IGNORECASE,
 )
+PYTHON_TOOLS = re.compile(r"\[\s*\{\s*'(?:name|type|function)'\s*:.*\}\s*\]", re.DOTALL)
 TAG = re.compile(r"</?(?:tools|tool_call|TOOLCALL)>|" + CUT)
 SENTENCE_END = re.compile(r"((?<=[.!?])[ \t]+|\n)")
 
@@ -156,6 +157,7 @@ def read_declaration(text: str) -> Declaration:
     Cut are the tools, the sentences around them, those with a tag for calls, and those of BOILERPLATE. A cut ends with
     its sentence. ValueError if the tools cannot be read.
     """
+    text = PYTHON_TOOLS.sub(to_json_list, text)
     tools, rest, size = None, text, 0
     for opening, closing in DECLARED.items():
         cut = split_between(rest, opening, closing) if opening in rest else [rest]
@@ -178,6 +180,14 @@ def read_declaration(text: str) -> Declaration:
     kept, sentences = keep_sentences(rest, tools is not None), SENTENCE_END.split(TAG.sub("", rest))[::2]
     alone = not any(sentence.strip() and not BOILERPLATE.match(sentence.strip()) for sentence in sentences)
     return Declaration(tools, kept, max(len(text) - len(kept) - size, 0), tagged or speaks, alone)
+
+
+def to_json_list(found: re.Match) -> str:
+    """Return a list of tools that Python has written, as in ToolBench, as JSON; anything else as it is."""
+    try:
+        return json.dumps(parse_literal(found[0], "it is"), ensure_ascii=False)
+    except (ValueError, RecursionError):
+        return found[0]
 
 
 def mark_cut(text: str, left: str) -> str:

@@ -4,8 +4,9 @@ from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
-from tool_calling.data.containers import CONTAINERS, SHAREGPT_KEYS, unpack_turns
+from tool_calling.data.containers import ANSWER_KEYS, CONTAINERS, SHAREGPT_KEYS, unpack_turns
 from tool_calling.data.declarations import NO_TOOLS, find_beside, is_declaring, spread_read, take_declarations
+from tool_calling.data.literals import as_list
 from tool_calling.data.syntaxes import BRACKET_CALLS
 from tool_calling.data.turns import list_unread, spread_flags, to_messages, unwrap
 from tool_calling.terminal import shorten
@@ -102,12 +103,22 @@ def choose_container(row: dict, name: str) -> str:
     return found
 
 
-def add_other_system(row: dict, turns: list[dict]) -> tuple[list[dict], set[str]]:
-    """Return the turns, and the key of a system text of another name, put in front of turns that have none."""
-    key = next((key for key in ("system_prompt", "system_message") if isinstance(row.get(key), str) and row[key]), None)
-    if key is None or any(unwrap(turn)[0] == "system" for turn in turns):
-        return turns, set()
-    return [{"role": "system", "content": row[key]}, *turns], {key}
+def add_beside(row: dict, turns: list[dict], read: set[str], changes: Counter) -> tuple[list[dict], set[str]]:
+    """Return the turns with a system text of another name before them, and an answer of the row's after a question, and
+    the keys of these; nothing is added to turns that have it, nor of a key that is `read` already."""
+    roles, keys = [unwrap(turn)[0] for turn in turns], set()
+    system = next(
+        (key for key in ("system_prompt", "system_message") if isinstance(row.get(key), str) and row[key]), None
+    )
+    if system and "system" not in roles:
+        turns, keys = [{"role": "system", "content": row[system]}, *turns], {system}
+    answer = next((key for key in ANSWER_KEYS if key not in read and row.get(key)), None)
+    if answer and roles and roles[-1] in ("user", "tool"):
+        said = [{"role": "assistant", "content": row[answer]}] if isinstance(row[answer], str) else as_list(row[answer])
+        if all(isinstance(turn, dict) and unwrap(turn)[0] == "assistant" for turn in said):
+            turns, keys = [*turns, *said], {*keys, answer}
+            changes[f"{answer} beside the turns -> last turn"] += 1
+    return turns, keys
 
 
 def convert(row: object, name: str = "auto") -> Conversation:
@@ -121,7 +132,7 @@ def convert(row: object, name: str = "auto") -> Conversation:
     )  # a table has all keys of others
     where, changes = choose_container(row, name), Counter()
     container = CONTAINERS[where]
-    turns, system = add_other_system(row, spread_flags(row, container.read(row)))
+    turns, more = add_beside(row, spread_flags(row, container.read(row)), container.keys, changes)
     beside, keys = find_beside(row, turns, container.keys)
     messages = to_messages([turn for turn in turns if not is_declaring(turn)], changes)
     messages, declared, how = take_declarations(messages, beside, changes)
@@ -132,5 +143,5 @@ def convert(row: object, name: str = "auto") -> Conversation:
         fits = (found for found, format in FORMATS.items() if where in format.containers and format.fits(seen))
         name = next(fits)
     return Conversation(
-        name, messages, tools, list_unread(spread_read(row, keys), container.keys | keys | system), changes
+        name, messages, tools, list_unread(spread_read(row, keys), container.keys | keys | more), changes
     )

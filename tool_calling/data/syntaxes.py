@@ -84,7 +84,10 @@ def parse_inside(text: str, tag: str, known: Known) -> list:
     if "<arg_key>" in text:
         name, pairs = cut_blocks(text, ARGUMENT_KEY, lambda _: "</arg_value>")
         return [type_arguments(name.strip(), dict(pairs), known)]
-    return as_list(parse_literal(text, f"the text inside <{tag}> is"))
+    fence = CODE_FENCE.fullmatch(text.strip())
+    text = fence[1] if fence else text
+    found = read_values(text.strip()) or [parse_literal(text, f"the text inside <{tag}> is")]
+    return [call for value in found for call in as_list(value)]
 
 
 def parse_hermes(text: str, known: Known) -> Found:

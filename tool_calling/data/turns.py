@@ -33,7 +33,7 @@ CALL_KEYS = ("tool_calls", "function_calls", "function_call")
 THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")
 CALL_SET, THOUGHT_SET = {*CALL_KEYS}, {*THOUGHT_KEYS}
 NO_CALL = ({"name": None, "arguments": None}, {"name": "", "arguments": ""})  # of a table, or of a stream
-ID_KEYS = ("id", "call_id", "tool_call_id", "tool_use_id", "toolCallId")
+ID_KEYS = ("id", "call_id", "tool_call_id", "tool_use_id", "toolCallId", "toolUseId")
 NAME_KEYS = ("name", "toolName", "tool_name")
 ARGUMENT_KEYS = ("arguments", "args", "input", "parameters", "params", "kwargs", "tool_input", "tool_args")
 CALL_MEMBERS = {*ID_KEYS, *NAME_KEYS, *ARGUMENT_KEYS, "type", "index", "function"}
@@ -155,10 +155,11 @@ def read_part(part: object, changes: Counter) -> list[tuple[str, object]] | None
     if not isinstance(part, dict):
         return None
     part = {key: value for key, value in part.items() if value is not None}
-    if isinstance(call := first_of(part, ("functionCall", "function_call")), dict):  # Gemini's
+    if isinstance(call := first_of(part, ("functionCall", "function_call", "toolUse")), dict):  # Gemini, Bedrock
         return [("call", call)]
-    if isinstance(reply := first_of(part, ("functionResponse", "function_response")), dict):
-        return [("reply", to_reply_message({"call_id": reply.get("id")}, reply.get("response"), changes))]
+    if isinstance(reply := first_of(part, ("functionResponse", "function_response", "toolResult")), dict):
+        replied = {"call_id": first_of(reply, ("id", "toolUseId"))}
+        return [("reply", to_reply_message(replied, first_of(reply, ("response", "content")), changes))]
     kind = part.get("type", "tool-invocation" if "state" in part else None)
     if isinstance(part.get("toolInvocation"), dict):
         part = part["toolInvocation"]
@@ -327,9 +328,7 @@ def make_message(role: object, turn: dict, content: object, calls: list, changes
         raise ValueError("a turn of calls holds calls in content and in another key; expected one of them")
     if role == "calls" and not isinstance(content, str):
         calls, content = [to_tool_call(call, changes, not weight) for call in as_list(content)], ""
-    message = {"role": role, "content": content}
-    if thought:
-        message["reasoning_content"] = thought
+    message = {"role": role, "content": content, **({"reasoning_content": thought} if thought else {})}
     if given or calls:
         message["tool_calls"] = given or calls
     return {**message, **weight}
