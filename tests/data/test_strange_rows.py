@@ -282,3 +282,77 @@ def test_a_trace_of_bedrock_is_read():
     made = {"role": "assistant", "content": "I look.", "tool_calls": [call]}
     reply = {"role": "tool", "tool_call_id": "c", "content": "3"}
     assert seen(row)[:2] == ([SYSTEM, USER, made, reply, YES], [WEATHER])
+
+
+# -- System texts of public data --------------------------------------------------------------------------------------
+
+ASKED = (
+    "You are an expert in composing functions. You are given a question and a set of possible functions. \n"
+    "Based on the question, you will need to make one or more function/tool calls to achieve the purpose. \n"
+    "If none of the functions can be used, point it out%s. \n"
+    "If the given question lacks the parameters required by the function,%salso point it out.%s"
+)
+TOOLACE = ASKED % (
+    "",
+    "\n",
+    " You should only return the function call in tools call sections.\n"
+    f"Here is a list of functions in JSON format that you can invoke:\n{json.dumps([BARE])}. \n"
+    "Should you decide to return the function call(s). \n"
+    "Put it in the format of [func1(params_name=params_value, params_name2=params_value2...), func2(params)]\n\n"
+    "NO other text MUST be included. \n",
+)
+SMOLTALK = ASKED % (
+    " and refuse to answer",
+    " ",
+    f"\n\nYou have access to the following tools:\n<tools>{json.dumps([BARE])}</tools>\n\n"
+    "The output MUST strictly adhere to the following format, and NO other text MUST be included.\n"
+    "The example format is as follows. Please make sure the parameter type is correct. "
+    "If no function call is needed, please make the tool calls an empty list '[]'.\n<tool_call>[\n"
+    '{"name": "func_name1", "arguments": {"argument1": "value1"}},\n... (more tool calls as required)\n]</tool_call>',
+)
+
+
+@pytest.mark.parametrize(
+    "system, text",
+    [
+        (TOOLACE, "[get_weather(city='Rome')]"),
+        (SMOLTALK, '<tool_call>[{"name": "get_weather", "arguments": {"city": "Rome"}}]</tool_call>'),
+    ],
+)
+def test_of_a_public_system_text_no_half_sentence_is_left(system, text):
+    for own in ("", "\nBe brief."):
+        turns = [{**SYSTEM, "content": system + own}, USER, {"role": "assistant", "content": text}]
+        messages, tools, changes, _ = seen({"messages": turns})
+        assert (messages, tools) == ([*([SYSTEM] if own else []), USER, calls("Rome")], [WEATHER])
+        rest = len("Be brief.") if own else 0
+        assert changes["system text on calls cut: characters"] == len(system + own) - len(json.dumps([BARE])) - rest
+
+
+def test_a_cut_ends_where_another_sentence_begins():
+    system = f"Be brief. Call: {json.dumps([BARE])} Be kind."
+    messages, tools, _, _ = seen({"messages": [{**SYSTEM, "content": system}, USER, YES]})
+    assert (messages, tools) == ([{**SYSTEM, "content": "Be brief.\nBe kind."}, USER, YES], [WEATHER])
+
+
+# -- Parts and turns with more keys -----------------------------------------------------------------------------------
+
+
+def test_a_text_part_may_say_more_than_its_text():
+    more = {"state": "done", "index": 0, "id": "t", "providerMetadata": {"x": 1}, "extras": {"signature": "x"}}
+    for key in ("parts", "content"):
+        turn = {"role": "assistant", key: [{"type": "step-start"}, {"type": "text", "text": "Yes.", **more}]}
+        assert seen({"messages": [USER, turn]})[0] == [USER, YES]
+    expected = 'message 2 (assistant): content must be text, got [{"type": "image", "url": "x"}]'
+    parts = [{"type": "image", "url": "x"}]
+    assert read({"messages": [USER, {"role": "assistant", "parts": parts}]})[1] == [expected]
+
+
+def test_a_call_that_langchain_could_not_read_is_named():
+    turn = {"type": "ai", "content": "Yes.", "invalid_tool_calls": [{"name": "f", "args": "{"}]}
+    assert seen({"messages": [USER, turn]})[0::3] == ([USER, YES], {("turn", "invalid_tool_calls")})
+
+
+def test_a_history_may_be_json_text():
+    row = {"instruction": "rain in Rome?", "output": "Yes.", "history": '[["a", "b"]]'}
+    history = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert seen(row)[0] == [*history, USER, YES]

@@ -25,7 +25,10 @@ def read_talk(row: dict, *keys: str) -> list[dict]:
 
 def read_request(row: dict, question: str) -> list[dict]:
     """Return the turns before a row's answer: its `history`, and its question with the text that this is about."""
-    about, history = [key for key in ("input", "context") if key != question and row.get(key)], row.get("history") or []
+    about, history = (
+        [key for key in ("input", "context") if key != question and row.get(key)],
+        unpack(row.get("history") or [], '"history" is'),
+    )
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise ValueError(f'"history" must be a list of [request, answer], got {shorten(history)}')
     turns = [{"role": role, "content": text} for pair in history for role, text in zip(("user", "assistant"), pair)]

@@ -24,7 +24,7 @@ TOOL_SET = {*TOOL_KEYS}
 DECLARING = {"tools", "functions", "tool_declare", "tool_definitions", "function_list"}  # roles
 NO_TOOLS = (None, [], "", "[]", {})
 CUT = "\0"  # stands for what was cut out of a text
-# Sentences of Hermes, Qwen, ToolACE and Glaive that tell how to write a call: the chat template has its own.
+# Sentences of Hermes, Qwen, ToolACE, SmolTalk and Glaive that tell how to write a call: the chat template has its own.
 BOILERPLATE = re.compile(
     r"""\#\ Tools\s*$|You\ (?:are\ provided\ with\ function\ signatures|may\ call\ one\ or\ more\ functions)
     |You\ are\ an\ expert\ in\ composing\ functions|You\ are\ given\ a\ question\ and\ a\ set\ of\ possible\ functions
@@ -35,6 +35,8 @@ BOILERPLATE = re.compile(
     |(?:Should|If)\ you\ decide\ to\ (?:return|invoke)\ |Put\ it\ in\ the\ format\ of\ |Don'?t\ make\ assumptions
     |For\ each\ function\ call,?\ return\ a\ json\ object|Each\ (?:function\ )?call\ should\ be\ enclosed
     |Use\ the\ following\ (?:pydantic\ model\ )?json\ schema|\{\s*['"](?:title|properties|name|type)['"]\s*:
+    |also\ point\ it\ out|You\ have\ access\ to\ the\ following\ (?:functions|tools)|The\ output\ MUST\ strictly
+    |The\ example\ format\ is\ as\ follows|Please\ make\ sure\ the\ parameter\ type|If\ no\ function\ call\ is\ needed
     |You\ are\ a\ helpful\ assistant\ with\ access\ to\ the\ following\ functions|Use\ them\ if\ required
     |SYSTEM:\s*$|-$|.*\[func\w*\(""",
     re.VERBOSE | re.IGNORECASE,
@@ -193,7 +195,7 @@ def to_json_list(found: re.Match) -> str:
 def mark_cut(text: str, left: str) -> str:
     """Return what is left of a text, with CUT where it first lacks something."""
     begin = next((index for index, (one, other) in enumerate(zip(text, left)) if one != other), len(left))
-    return left[:begin] + CUT + left[begin:]
+    return left[:begin] + CUT + re.sub(r"^[ \t]+(?=[A-Z])", "\n", left[begin:])  # where another sentence begins
 
 
 def parse_tools(text: str, opening: str) -> list:

@@ -46,11 +46,12 @@ FLAG_KEYS = LOSS_KEYS | MASKED_KEYS | UNCLEAR_KEYS
 ROW_FLAGS = {"weights": "weight", "loss_weights": "weight", "train_masks": "train_mask", "loss_masks": "loss_mask"}
 ROW_FLAGS |= {key: key for key in FLAG_KEYS}
 TURN_KEYS = {"role", "from", "content", "value", "parts", "name", "type", "toolInvocations", *FLAG_KEYS, *ID_KEYS}
-TURN_KEYS |= {*CALL_KEYS, *THOUGHT_KEYS, "lc", "kwargs", "data", "additional_kwargs", "invalid_tool_calls", "status"}
+TURN_KEYS |= {*CALL_KEYS, *THOUGHT_KEYS, "lc", "kwargs", "data", "additional_kwargs", "status"}
 TURN_KEYS |= {"arguments", "output", "summary", *TOOL_KEYS}
 TALK_KEYS = ("messages", "conversations", "conversation", "dialogue", "dialog", "turns", "trajectory", "traj")
 TALK_KEYS += ("prompt", "completion", "input", "output", "contents")  # of a row, for a list of turns
 TEXT_PART = {"type", "text", "annotations", "cache_control", "citations", "logprobs", "thought", "thoughtSignature"}
+TEXT_PART |= {"state", "index", "id", "providerMetadata", "providerOptions", "extras"}
 WRAPPED_REPLIES = ("text", "json", "content", "error-text", "error-json")  # of Vercel's SDK: {"type", "value"}
 MEDIA = re.compile(r"(?:input_)?(?:image|audio|video|file|document|media|resource)(?:[_-]\w+)?")
 MEDIA_KEYS = set("source data file file_id url image_url image audio input_audio resource".split())
@@ -282,7 +283,7 @@ def read_turn(turn: dict, changes: Counter) -> list[dict]:
         return [make_message(role, turn, join_text(parts or content), [], changes)]
     read = [read_part(part, changes) for part in parts]
     if None in read:
-        value = to_reply(content, changes) if role == "tool" else content
+        value = to_reply(parts, changes) if role == "tool" else parts
         return [make_message(role, turn, value, [], changes)]
     made, texts, thoughts, calls, replies = [], [], [], [], []
 
