@@ -43,11 +43,9 @@ class Saving:
         Args:
             saves: the steps after which one is written; those up to `first_step` are there already.
         """
-        written = sum(step > first_step for step in saves)
+        written, limit = sum(step > first_step for step in saves), self.save_total_limit
         # A new one is written before the oldest is removed, and the best is kept beside the newest.
-        return (
-            min(written, self.save_total_limit + 1 + bool(self.metric_for_best)) if self.save_total_limit else written
-        )
+        return min(written, limit + 1 + bool(self.metric_for_best)) if limit else written
 
     def estimate_disk(self, parameters: dict[str, int], optim: str, checkpoints: int) -> dict[str, int]:
         """Return the bytes of the weights that a run saves at most, without the SMALL_FILES beside each."""

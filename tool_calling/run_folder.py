@@ -51,16 +51,14 @@ def check_final(final: Path, output: Path, inputs: dict[str, list[str]]) -> None
     needed += [(flag, path) for flag, paths in inputs.items() for path in paths if Path(path).exists()]
     for flag, path in needed:
         if Path(path).resolve().is_relative_to(final.resolve()):
-            raise UserError(
-                f"--final_model_dir {final}: is replaced as a whole and contains --{flag} {path}; choose another folder"
-            )
+            found = f"is replaced as a whole and contains --{flag} {path}"
+            raise UserError(f"--final_model_dir {final}: {found}; choose another folder")
     inside = final.resolve().parent == output.resolve()
     if inside and re.fullmatch(r"adapter|eval_only|checkpoint-\d+", final.name):
         raise UserError(f"--final_model_dir {final}: is where --output_dir has its {final.name}; choose another folder")
     if list_checkpoints(final) or (final / "adapter").exists():
-        raise UserError(
-            f"--final_model_dir {final}: is replaced as a whole and is the --output_dir of a run; choose another folder"
-        )
+        found = "is replaced as a whole and is the --output_dir of a run"
+        raise UserError(f"--final_model_dir {final}: {found}; choose another folder")
     if not final.name or final.is_symlink() or final.is_mount() or not os.access(find_existing(final.parent), os.W_OK):
         raise UserError(f"--final_model_dir {final}: cannot be written and renamed there; choose another folder")
 
@@ -139,20 +137,16 @@ class Run:
             if settings[name] != before.get(name)
         ]
         if former.get("rows_per_step") != schedule.rows_per_step:
-            problems.append(
-                f"--batch_size x --gradient_accumulation_steps x devices is {schedule.rows_per_step}, and "
-                f"{former.get('rows_per_step')} {source}"
-            )
+            name, rows = "--batch_size x --gradient_accumulation_steps x devices", former.get("rows_per_step")
+            problems.append(f"{name} is {schedule.rows_per_step}, and {rows} {source}")
         if former.get("training_rows") != schedule.digest():
             problems.append(f"the training rows are not those {source} rows in the same order")
         best = find_best(self.checkpoint) if settings["metric_for_best"] else None
         if best and (damage := find_damage(best)):
             problems.append(f"{best}, the best so far, is damaged: {damage}; remove it to go on without")
         if self.first_step > schedule.steps:
-            problems.append(
-                f"{self.checkpoint} is from step {self.first_step:,}, and --max_steps or --num_epochs ends at "
-                f"{schedule.steps:,}; expected no fewer steps"
-            )
+            end = f"--max_steps or --num_epochs ends at {schedule.steps:,}; expected no fewer steps"
+            problems.append(f"{self.checkpoint} is from step {self.first_step:,}, and {end}")
         if problems:
             raise UserError("\n".join(problems))
         self._warn_of_other_rates(schedule)
@@ -161,10 +155,8 @@ class Run:
         epochs, steps = self.former.get("num_epochs", schedule.epochs), self.former.get("max_steps", schedule.max_steps)
         planned = replace(schedule, epochs=epochs, max_steps=steps).steps
         if planned != schedule.steps and not self.settings["lr_scheduler_type"].startswith("constant"):
-            warn(
-                f"{self.checkpoint} is from a run of {planned:,} steps, and this one has {schedule.steps:,}: from here "
-                "on the learning rate follows this run"
-            )
+            found = f"{self.checkpoint} is from a run of {planned:,} steps, and this one has {schedule.steps:,}"
+            warn(f"{found}: from here on the learning rate follows this run")
 
     def is_complete(self, steps: int) -> bool:
         """Say whether training had ended with the checkpoint: at its last step, or early without improvement."""

@@ -83,14 +83,10 @@ def record(stream: Stream, tensors: tuple, pool):
         if not stream.captured:
             raise
         if isinstance(error, torch.OutOfMemoryError):  # now the state of CUDA's allocator cannot be trusted
-            raise UserError(
-                "out of GPU memory while the step was recorded as a CUDA graph; run again with --no-cuda_graphs, "
-                "slower, or lower --batch_size"
-            ) from None
-        raise UserError(
-            f"the step cannot be recorded as a CUDA graph ({str(error).splitlines()[0]}); run again with "
-            "--no-cuda_graphs, slower"
-        ) from None
+            advice = "run again with --no-cuda_graphs, slower, or lower --batch_size"
+            raise UserError(f"out of GPU memory while the step was recorded as a CUDA graph; {advice}") from None
+        reason, advice = str(error).splitlines()[0], "run again with --no-cuda_graphs, slower"
+        raise UserError(f"the step cannot be recorded as a CUDA graph ({reason}); {advice}") from None
     graph.rotations = list_rotations(stream.decoder)  # the graph reads these, even when the model replaces them
     return graph
 

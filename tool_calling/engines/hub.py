@@ -61,10 +61,8 @@ def load_tokenizer(model_id: str, trust: bool = False, flag: str = "--model_id")
         raise UserError(f"{flag} {model_id}: has no chat template; use a chat model such as {CHAT_MODEL}")
     end = find_end_token(tokenizer)
     if end is None:
-        raise UserError(
-            f"{flag} {model_id}: its chat template does not end an answer with a token of its own, so the model could "
-            f"not stop; use a chat model such as {CHAT_MODEL}"
-        )
+        reason = "its chat template does not end an answer with a token of its own, so the model could not stop"
+        raise UserError(f"{flag} {model_id}: {reason}; use a chat model such as {CHAT_MODEL}")
     if end != tokenizer.eos_token:
         tokenizer.eos_token = end
     return tokenizer
@@ -106,22 +104,16 @@ def check_kind(config, model_id: str, flag: str = "--model_id") -> None:
     layers = getattr(config, "layer_types", None) or []
     kinds, window = {*layers} - {"full_attention"}, not layers and getattr(config, "sliding_window", None)
     if kinds or window and window < getattr(config, "max_position_embeddings", math.inf):
-        raise UserError(
-            f"{flag} {model_id}: has layers of {', '.join(sorted(kinds)) or 'sliding_attention'}, which do "
-            "not look back on all tokens; expected full attention in every layer"
-        )
+        found = f"has layers of {', '.join(sorted(kinds)) or 'sliding_attention'}, which do not look back on all tokens"
+        raise UserError(f"{flag} {model_id}: {found}; expected full attention in every layer")
 
 
 def can_share(engine: str, config) -> bool:
     """Return whether the engine's attention takes streams of this kind of model; if not, print one line."""
     if engine != "unsloth" or config.model_type in UNSLOTH_TREES:
         return True
-    known = ", ".join(UNSLOTH_TREES)
-    say(
-        "plan",
-        f"ordinary padded batches: with Unsloth, only {known} share prefixes, and this is {config.model_type}; "
-        "--engine transformers shares them, too",
-    )
+    reason = f"with Unsloth, only {', '.join(UNSLOTH_TREES)} share prefixes, and this is {config.model_type}"
+    say("plan", f"ordinary padded batches: {reason}; --engine transformers shares them, too")
     return False
 
 
@@ -159,15 +151,12 @@ def check_quantised(config, model_id: str, adapter: bool) -> bool:
     if quantised is None:
         return False
     if (method := quantised.get("quant_method", "bitsandbytes")) != "bitsandbytes":
-        raise UserError(
-            f"--model_id {model_id}: is quantised by {method}, on which no adapter is trained here; expected the "
-            "original, which is put into 4 bits while it is loaded"
-        )
+        reason = f"is quantised by {method}, on which no adapter is trained here"
+        expected = "expected the original, which is put into 4 bits while it is loaded"
+        raise UserError(f"--model_id {model_id}: {reason}; {expected}")
     if not adapter:
-        raise UserError(
-            f"--model_id {model_id}: is quantised, and --lora_rank 0 trains 16-bit weights; give the original, or "
-            "train an adapter"
-        )
+        reason = "is quantised, and --lora_rank 0 trains 16-bit weights"
+        raise UserError(f"--model_id {model_id}: {reason}; give the original, or train an adapter")
     return True
 
 
@@ -177,23 +166,19 @@ def check_merge_base(config, model_id: str, merge_model_id: str | None, trust: b
     Args:
         config: that of `model_id`, the model that is trained.
     """
-    if merge_model_id is None:
+    if merge_model_id in (None, model_id):
         if getattr(config, "quantization_config", None) is None:
             return model_id
-        raise UserError(
-            f"--model_id {model_id}: is already quantised, and a merge needs the 16-bit weights; name the original "
-            "with --merge_model_id"
-        )
-    if merge_model_id != model_id:
-        what, other = f"--merge_model_id {merge_model_id}", check_model(merge_model_id, "--merge_model_id", trust)
-        if getattr(other, "quantization_config", None) is not None:
-            raise UserError(f"{what}: is quantised too; expected the 16-bit original")
-        for name in SHAPE:
-            if getattr(config, name, None) != getattr(other, name, None):
-                raise UserError(
-                    f"{what}: {name} is {getattr(other, name, None)}, and {getattr(config, name, None)} in --model_id; "
-                    "expected the same model in 16 bits"
-                )
+        advice = "a merge needs the 16-bit weights; name the original with --merge_model_id"
+        raise UserError(f"--model_id {model_id}: is already quantised, and {advice}")
+    what, other = f"--merge_model_id {merge_model_id}", check_model(merge_model_id, "--merge_model_id", trust)
+    if getattr(other, "quantization_config", None) is not None:
+        raise UserError(f"{what}: is quantised too; expected the 16-bit original")
+    for name in SHAPE:
+        trained, found = (getattr(model, name, None) for model in (config, other))
+        if found != trained:
+            advice = "expected the same model in 16 bits"
+            raise UserError(f"{what}: {name} is {found}, and {trained} in --model_id; {advice}")
     return merge_model_id
 
 
@@ -230,10 +215,8 @@ def count_parameters(config, rank: int, trust: bool = False, targets=PROJECTIONS
     ]
     names = {name.rsplit(".", 1)[-1] for name in layers} | ({"gate_proj", "up_proj", "down_proj"} if experts else set())
     if rank and (missing := sorted({*targets} - names)):
-        raise UserError(
-            f"--target_modules {' '.join(missing)}: the model has no such linear layer; expected some of "
-            f"{', '.join(sorted(names))}"
-        )
+        expected = f"expected some of {', '.join(sorted(names))}"
+        raise UserError(f"--target_modules {' '.join(missing)}: the model has no such linear layer; {expected}")
     linear = sum(layer.weight.numel() for layer in layers.values())
     adapter = sum(
         rank * (layer.in_features + layer.out_features)

@@ -99,10 +99,8 @@ def warn_if_spread(model) -> None:
     """Say that a part of a model is not on the GPU."""
     places = set(getattr(model, "hf_device_map", {}).values())
     if "cpu" in places and len(places) > 1:
-        warn(
-            "the 16-bit model is larger than the GPU's memory: a part of it stays in the machine's memory, and answers "
-            "take longer; a smaller --eval_samples writes fewer"
-        )
+        slow = "a part of it stays in the machine's memory, and answers take longer"
+        warn(f"the 16-bit model is larger than the GPU's memory: {slow}; a smaller --eval_samples writes fewer")
 
 
 def warn_of_frozen_experts(model) -> None:

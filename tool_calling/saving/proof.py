@@ -177,10 +177,8 @@ def check_trained(trained: Trained, loss: float, expected: float) -> None:
     found = f"held-out loss {loss:.4f}, before it was saved {expected:.4f}"
     if trained.method == "merged_4bit" and math.isfinite(loss):
         return warn(f"4 bits cost something: {found}")
-    raise UserError(
-        f"the trained model read back does not do what it did: {found}; nothing was written to {trained.final}, the "
-        f"checkpoints are safe in {trained.settings['output_dir']}"
-    )
+    safe = f"nothing was written to {trained.final}, the checkpoints are safe in {trained.settings['output_dir']}"
+    raise UserError(f"the trained model read back does not do what it did: {found}; {safe}")
 
 
 def show_saved(method: str, results: dict, before: float | None, seconds: float) -> None:

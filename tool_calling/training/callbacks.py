@@ -80,9 +80,8 @@ class Stopper(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         state.compute_steps(args, state.max_steps)  # a resumed run has the intervals of its own flags
         if self.checkpoint and state.best_global_step and not find_best(self.checkpoint):  # else its score would rule
-            warn(
-                f"the best checkpoint, of step {state.best_global_step:,}, is gone: the search for the best starts anew"
-            )
+            gone = f"the best checkpoint, of step {state.best_global_step:,}, is gone"
+            warn(f"{gone}: the search for the best starts anew")
             state.best_metric = state.best_global_step = None
         if count_devices() > 1:
             self.group = distributed.new_group(backend="gloo")  # so that no GPU has to wait

@@ -88,16 +88,11 @@ def load_trained(trainer, checkpoint: str) -> None:
 def show_facts(facts: dict, best: int | None, steps: int) -> None:
     """Print speed and loss of the training, the step that is kept as the best, and advice."""
     if facts["steps"]:
-        say(
-            "train",
-            f"{facts['steps']:,} steps in {facts['seconds']:.0f} s: {facts['samples_per_second']:.1f} samples/s, "
-            f"{facts['tokens_per_second']:,.0f} tokens/s of the rows; loss {facts['loss']:.4f}",
-        )
+        speed = f"{facts['samples_per_second']:.1f} samples/s, {facts['tokens_per_second']:,.0f} tokens/s of the rows"
+        say("train", f"{facts['steps']:,} steps in {facts['seconds']:.0f} s: {speed}; loss {facts['loss']:.4f}")
     if best:
-        say(
-            "keep",
-            f"step {best:,}, the best on held-out rows; training ended at step {facts['last_step']:,} of {steps:,}",
-        )
+        end = f"training ended at step {facts['last_step']:,} of {steps:,}"
+        say("keep", f"step {best:,}, the best on held-out rows; {end}")
     if facts["advice"]:
         say("advice", facts["advice"])
 

@@ -44,17 +44,12 @@ def check_sharing(model, schedule: Schedule, engine: str) -> bool:
     free_gpu()
     limit = 1e-4 if to_dtype(model.device.type) == torch.float32 else 0.2
     if not broadcast_object_list([gradient <= limit])[0]:  # all devices do as the first one finds
-        warn(
-            f"sharing the prefix changes the loss by {loss:.1e} and the gradient by {gradient:.1e} of its norm, more "
-            f"than rounding ({limit:.0e}): sharing is switched off"
-        )
+        change = f"the loss by {loss:.1e} and the gradient by {gradient:.1e} of its norm"
+        warn(f"sharing the prefix changes {change}, more than rounding ({limit:.0e}): sharing is switched off")
         return False
     verdict = "rounding" if gradient <= 0.02 else "more than usual, as rounding can where the loss is near zero"
-    say(
-        "check",
-        f"sharing changes the loss of {plural(len(rows), 'row')} by {loss:.1e} and their gradient by "
-        f"{gradient:.1e} of its norm: {verdict} ({time.perf_counter() - start:.1f} s)",
-    )
+    change = f"the loss of {plural(len(rows), 'row')} by {loss:.1e} and their gradient by {gradient:.1e} of its norm"
+    say("check", f"sharing changes {change}: {verdict} ({time.perf_counter() - start:.1f} s)")
     return True
 
 

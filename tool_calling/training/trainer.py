@@ -124,10 +124,8 @@ class StreamTrainer(SFTTrainer):
         self.layout = self.schedule.divide(size)
         self.held_out_batches = self.layout.batch(self.held_out) if self.held_out else []
         streams = self.schedule.streams_per_step * -(-self.schedule.layout.rows // size)
-        warn(
-            f"{failed}: from here on each step is computed in {streams} streams of at most {plural(size, 'row')}; the "
-            "result is the same"
-        )
+        parts = f"{streams} streams of at most {plural(size, 'row')}"
+        warn(f"{failed}: from here on each step is computed in {parts}; the result is the same")
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
