@@ -8,6 +8,7 @@ from conftest import ROOT
 from format_cases import CALL, REPLY, TOOLS, USER, YES, parts, read
 from format_cases import calls as called
 
+from tool_calling.data.known_tools import ARGUMENT_KEYS, NAME_KEYS
 from tool_calling.data.turns import join_text, list_unread, read_turn
 from tool_calling.samples import render_examples
 
@@ -90,6 +91,22 @@ def test_calls_are_read_under_each_of_their_keys(key):
     assert to_message({"role": "assistant", "content": None, "function_call": CALL}) == called("Rome")
     with pytest.raises(ValueError, match=f"^a message holds {key} and function_call; expected one of them$"):
         to_message({"role": "assistant", key: [json.loads(CALL)], "function_call": json.loads(CALL)})
+
+
+def test_a_turn_may_have_nulls_under_the_keys_of_another_format():
+    nulls = {"from": None, "value": None, "role": None, "content": None}
+    turns = [{**nulls, **USER}, {**nulls, "from": "gpt", "value": "Yes."}]
+    example, problems, _ = read({"messages": turns, "tools": []})
+    assert problems == [] and example.messages == [USER, YES]
+
+
+@pytest.mark.parametrize("name", NAME_KEYS)
+@pytest.mark.parametrize("arguments", ARGUMENT_KEYS)
+def test_a_call_is_read_with_each_of_its_keys_in_a_text_too(name, arguments):
+    call = {name: "get_weather", arguments: {"city": "Rome"}}
+    for answer in ({"role": "assistant", "tool_calls": [call]}, {"role": "assistant", "content": json.dumps(call)}):
+        example, problems, _ = read({"messages": [USER, answer], "tools": TOOLS})
+        assert problems == [] and example.messages[1] == called("Rome")
 
 
 @pytest.mark.parametrize(

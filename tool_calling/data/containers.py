@@ -1,19 +1,26 @@
 """Where a row keeps its turns; CONTAINERS is the one place to add a shape of rows."""
 
-import contextlib
 import json
 import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from tool_calling.data.literals import as_list, unpack
-from tool_calling.data.turns import CALL_KEYS, FLAG_KEYS, ROW_FLAGS, THOUGHT_KEYS, add_system, take
+from tool_calling.data.literals import as_list, try_unpack, unpack
+from tool_calling.data.turns import (
+    CALL_KEYS,
+    FLAG_KEYS,
+    ROW_FLAGS,
+    SHAREGPT_KEYS,
+    TALK_KEYS,
+    THOUGHT_KEYS,
+    add_system,
+    take,
+)
 from tool_calling.terminal import shorten
 
 GLAIVE_TURN = re.compile(r"(?:^|\n)[^\S\n]*(USER|ASSISTANT|FUNCTION RESPONSE):")
 GLAIVE_ROLES = {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool"}
 FLAG_TEXT = re.compile(r"([01]|true|false)|\[\s*(([01]|true|false|null)\s*(,\s*|(?=\])))+\]", re.IGNORECASE)
-SHAREGPT_KEYS = ("conversations", "conversation", "dialogue", "dialog", "turns", "trajectory", "traj")
 QUESTION_KEYS = ("instruction", "question", "prompt", "query", "input")
 ANSWER_KEYS = ("output", "answer", "response", "completion")
 
@@ -25,13 +32,11 @@ def read_talk(row: dict, *keys: str) -> list[dict]:
 
 def read_request(row: dict, question: str) -> list[dict]:
     """Return the turns before a row's answer: its `history`, and its question with the text that this is about."""
-    about, history = (
-        [key for key in ("input", "context") if key != question and row.get(key)],
-        unpack(row.get("history") or [], '"history" is'),
-    )
+    history = unpack(row.get("history") or [], '"history" is')
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise ValueError(f'"history" must be a list of [request, answer], got {shorten(history)}')
     turns = [{"role": role, "content": text} for pair in history for role, text in zip(("user", "assistant"), pair)]
+    about = [key for key in ("input", "context") if key != question and row.get(key)]
     return [*turns, {"role": "user", "content": "\n".join(take(row, key, str) for key in (question, *about))}]
 
 
@@ -47,8 +52,7 @@ def read_prompt_completion(row: dict) -> list[dict]:
     """{"prompt": [{"role": "user", "content": "..."}], "completion": [{"role": "assistant", ...}], "tools": [...]}; of
     these turns only the completion is trained."""
     prompt = [{key: turn[key] for key in turn if key not in FLAG_KEYS} for turn in take(row, "prompt", list)]
-    prompt = [{**turn, "weight": 0} for turn in prompt]
-    return add_system(row, [*prompt, *take(row, "completion", list)])
+    return add_system(row, [*({**turn, "weight": 0} for turn in prompt), *take(row, "completion", list)])
 
 
 def read_xlam(row: dict) -> list[dict]:
@@ -86,29 +90,14 @@ def read_alpaca(row: dict) -> list[dict]:
 def read_responses(row: dict) -> list[dict]:
     """{"instructions": "...", "input": [{"role": "user", ...}, {"type": "function_call", ...}], "tools": [...]}, with
     `output` if the row is a request and its answer: items, or a text"""
-    request = row.get("input", "")
-    turns = [{"role": "user", "content": request}] if is_plain(request) else take(row, "input", list)
-    answer = unpack_items(row.get("output") or [])
-    answer = (
-        [{"role": "assistant", "content": answer}]
-        if isinstance(answer, str)
-        else take({"output": answer}, "output", list)
-    )
+    request, answer = row.get("input", ""), row.get("output") or []
+    is_text = isinstance(request, str) and not request.lstrip().startswith("[")  # not JSON
+    turns = [{"role": "user", "content": request}] if is_text else take(row, "input", list)
+    items = try_unpack(answer)
+    if isinstance(answer, str):
+        answer = items if has_items(items) else [{"role": "assistant", "content": answer}]
     system = row.get("instructions") or row.get("system")
-    return add_system({"system": system}, [*turns, *answer])
-
-
-def unpack_items(answer: object) -> object:
-    """Return the items that an answer of the Responses API is, if it is JSON text of some; anything else as it is."""
-    with contextlib.suppress(ValueError, RecursionError):
-        items = unpack(answer, "it is")
-        return items if has_items(items) else answer
-    return answer
-
-
-def is_plain(text: object) -> bool:
-    """Return whether a value is a text that is no JSON list."""
-    return isinstance(text, str) and not text.lstrip().startswith("[")
+    return add_system({"system": system}, [*turns, *take({"output": answer}, "output", list)])
 
 
 def read_gemini(row: dict) -> list[dict]:
@@ -116,8 +105,7 @@ def read_gemini(row: dict) -> list[dict]:
     keys = ("systemInstruction", "system_instruction", "system")
     system = next((row[key] for key in keys if row.get(key)), None)
     if isinstance(system, dict):
-        system = system.get("parts", system.get("content"))
-        system = to_parts(system)
+        system = to_parts(system.get("parts", system.get("content")))
     turns = [{"role": "user", **turn, "parts": to_parts(turn.get("parts"))} for turn in take(row, "contents", list)]
     return add_system({"system": system}, turns)
 
@@ -137,7 +125,7 @@ class Container(NamedTuple):
 
 def has_items(value: object) -> bool:
     """Return whether a value is a list of turns or of items of the Responses API."""
-    is_list = isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+    is_list = isinstance(value, list) and all(isinstance(item, dict) for item in value)
     return is_list and any("role" in item or "type" in item for item in value)
 
 
@@ -168,25 +156,18 @@ CONTAINERS = {  # the first that fits a row
 # fmt: on
 
 
-def is_native_text(text: object) -> bool:
-    """Return whether a text is the JSON of a native row's `output`, as a table keeps it."""
-    with contextlib.suppress(ValueError, RecursionError):
-        output = unpack(text, "it is") if isinstance(text, str) else None
-        return isinstance(output, dict) and set() < output.keys() <= {*CALL_KEYS, *THOUGHT_KEYS, "content"}
-    return False
-
-
 def unpack_turns(row: dict) -> dict:
-    """Return the row with lists for conversations that are JSON text, and values for loss flags that are."""
-    texts = {key: row[key].strip() for key in ROW_FLAGS.keys() & row.keys() if isinstance(row[key], str)}
-    row = {**row, **{key: json.loads(text.lower()) for key, text in texts.items() if FLAG_TEXT.fullmatch(text)}}
-    packed = [key for key in ("messages", *SHAREGPT_KEYS, "contents") if isinstance(row.get(key), str)]
-    if "input" in row and is_native_text(row.get("output")):
-        packed.append("output")
-    row = {**row, **{key: unpack(row[key], f'"{key}" is') for key in packed}} if packed else row
+    """Return the row with its conversations and loss flags out of JSON text, as tables keep them."""
+    flags = {key: row[key].strip().lower() for key in row if key in ROW_FLAGS and isinstance(row[key], str)}
+    unpacked = {key: json.loads(text) for key, text in flags.items() if FLAG_TEXT.fullmatch(text)}
+    packed = [key for key in (*TALK_KEYS, "contents") if isinstance(row.get(key), str)]
+    unpacked |= {key: unpack(row[key], f'"{key}" is') for key in packed}
+    if "input" in row and isinstance(row.get("output"), str):
+        output = try_unpack(row["output"])
+        if isinstance(output, dict) and set() < output.keys() <= {*CALL_KEYS, *THOUGHT_KEYS, "content"}:  # native
+            unpacked["output"] = output
     if "prompt" in row and "completion" in row:  # which may as well be plain text that begins with a bracket
-        with contextlib.suppress(ValueError, RecursionError):
-            turns = {key: unpack(row[key], key) for key in ("prompt", "completion")}
-            if all(isinstance(turn, dict) and "role" in turn for part in turns.values() for turn in as_list(part)):
-                row = {**row, **turns}
-    return row
+        turns = {key: try_unpack(row[key]) for key in ("prompt", "completion")}
+        if all(isinstance(turn, dict) and "role" in turn for part in turns.values() for turn in as_list(part)):
+            unpacked |= turns
+    return {**row, **unpacked} if unpacked else row

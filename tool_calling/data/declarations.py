@@ -1,15 +1,16 @@
 """Tools that a row brings: under its keys, in its turns, or declared in a system text, and the words around these."""
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
-from tool_calling.data.literals import as_list, parse_literal, split_between, split_tags, unpack
+from tool_calling.data.literals import as_list, parse_literal, split_between, split_tags, try_unpack
 from tool_calling.data.tools import DECLARATIONS, WRAPPERS, find_tools, take_tools, to_tools
-from tool_calling.data.turns import TOOL_KEYS
+from tool_calling.data.turns import TOOL_KEYS, peek
 
 SCHEMA_KEYS = ("parameters", "input_schema", "inputSchema")
 DECLARED = {  # what opens and closes a list of tools in a text
@@ -49,11 +50,11 @@ SENTENCE_END = re.compile(r"((?<=[.!?])[ \t]+|\n)")
 class Declaration(NamedTuple):
     """What a system text says about tools."""
 
-    tools: list | None
-    text: str  # without them, and without what tells how to call
-    dropped: int  # characters, without those of the tools themselves
-    tagged: bool  # whether marks told of tools or calls, not just a list
-    alone: bool  # whether the text is nothing but a declaration
+    tools: list | None = None
+    text: str = ""  # without them, and without what tells how to call
+    dropped: int = 0  # characters, without those of the tools themselves
+    tagged: bool = False  # whether marks told of tools or calls, not just a list
+    alone: bool = False  # whether the text is nothing but a declaration
 
 
 def looks_like_tool(value: object) -> bool:
@@ -66,49 +67,44 @@ def looks_like_tool(value: object) -> bool:
     return "name" in value and any(map(value.get, SCHEMA_KEYS))
 
 
-def list_tools(value: object) -> bool:
+def is_tool_list(value: object) -> bool:
     """Return whether a value plainly is a list of tools, or JSON text of one."""
     if isinstance(value, str):
         schemas = (*SCHEMA_KEYS, *DECLARATIONS, '"function"')
         return '"name"' in value and any(key in value for key in schemas) and is_tool_text(value)
-    return isinstance(value, list) and bool(value) and all(map(looks_like_tool, map(unpack_tool, value)))
-
-
-def unpack_tool(tool: object) -> object:
-    """Return a tool that may be JSON text."""
-    try:
-        return unpack(tool, "it is")
-    except (ValueError, RecursionError):
-        return tool
+    return isinstance(value, list) and bool(value) and all(map(looks_like_tool, map(try_unpack, value)))
 
 
 @lru_cache(maxsize=1000)  # rows share their tools
 def is_tool_text(text: str) -> bool:
     """Return whether a text is the JSON of a list of tools."""
-    found = unpack_tool(text)
-    return isinstance(found, list) and list_tools(found)
+    found = try_unpack(text)
+    return isinstance(found, list) and is_tool_list(found)
 
 
 @lru_cache(maxsize=1000)
-def is_same(first: str, second: str) -> bool:
-    """Return whether two lists of tools as JSON text are the same in the OpenAI shape."""
+def normalise(text: str) -> str:
+    """Return the JSON text of a list of tools in the OpenAI shape; of one that cannot be read as it is."""
     try:
-        one, other = (to_tools(json.loads(text))[0] for text in (first, second))
+        return json.dumps(to_tools(json.loads(text))[0], sort_keys=True)
     except (ValueError, RecursionError):
-        return False
-    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+        return text
+
+
+def are_same_tools(tools: object, others: object) -> bool:
+    """Return whether two lists of tools are the same in the OpenAI shape."""
+    return normalise(json.dumps(tools)) == normalise(json.dumps(others))
 
 
 def is_declaring(turn: dict) -> bool:
     """Return whether a turn is nothing but a list of tools."""
-    role = turn.get("role", turn.get("from"))
-    declares = isinstance(role, str) and role in DECLARING
-    return declares and list_tools(turn.get("content", turn.get("value")))
+    role, content = peek(turn)
+    return isinstance(role, str) and role in DECLARING and is_tool_list(content)
 
 
 def spread(key: str, value: object, depth: int = 3) -> Iterator[tuple[str, object]]:
     """Yield (path, value) of what stands under a key: of an object, or of JSON text of one, what is in it."""
-    value = unpack_tool(value) if isinstance(value, str) and value.startswith("{") else value
+    value = try_unpack(value) if isinstance(value, str) and value.startswith("{") else value
     if isinstance(value, dict) and depth:
         for name, inner in value.items():
             yield from spread(f"{key}.{name}", inner, depth - 1)
@@ -130,23 +126,20 @@ def find_beside(row: dict, turns: list[dict], read: set[str]) -> tuple[object, s
     Any key that holds a list of tools counts, also one inside of objects (a path then) or of a turn. ValueError if two
     lists differ.
     """
-    keys = () if TOOL_SET.isdisjoint(row) else TOOL_KEYS
-    places = [(key, row[key], key) for key in keys if key not in read and row.get(key) is not None]
+    places = [(key, row[key], key) for key in TOOL_KEYS if key not in read and row.get(key) is not None]
     for key, value in row.items():
-        if key not in read and key not in TOOL_SET and isinstance(value, list | str | dict):
-            places += [(path, one, path) for path, one in spread(key, value) if list_tools(one)]
+        if key not in read and key not in TOOL_SET:
+            places += [(path, one, path) for path, one in spread(key, value) if is_tool_list(one)]
     for turn in turns:
-        if is_declaring(turn):
-            places.append(("a turn of tools", turn.get("content", turn.get("value")), ""))
-        for key in () if TOOL_SET.isdisjoint(turn) else sorted(turn.keys() & TOOL_SET):
-            if list_tools(turn[key]):
-                places.append((f"{key} of a turn", turn[key], ""))
+        places += [("a turn of tools", peek(turn)[1], "")] if is_declaring(turn) else []
+        for key in sorted(key for key in turn if key in TOOL_SET):
+            places += [(f"{key} of a turn", turn[key], "")] if is_tool_list(turn[key]) else []
     if len(places) == 1:
         return places[0][1], {places[0][2]}
     some = [found for found in places if found[1] not in NO_TOOLS]
-    some = [found for found in some if found[0] in ("tools", "functions") or list_tools(found[1])] or some
+    some = [found for found in some if found[0] in ("tools", "functions") or is_tool_list(found[1])] or some
     for place, tools, _ in some[1:]:
-        if not is_same(json.dumps(some[0][1]), json.dumps(tools)):
+        if not are_same_tools(some[0][1], tools):
             raise ValueError(f'the row has tools in "{some[0][0]}" and others in "{place}"; expected one list of tools')
     chosen = some or places
     return (chosen[0][1] if chosen else None), {key for _, _, key in chosen}
@@ -173,10 +166,12 @@ def read_declaration(text: str) -> Declaration:
         if found and any(map(looks_like_tool, found)):
             tools, left = take_tools(rest)
             size += len(rest) - len(left)
-            rest = mark_cut(rest, left)
+            begin = len(os.path.commonprefix([rest, left]))
+            after = re.sub(r"^[ \t]+(?=[A-Z])", "\n", left[begin:])  # where another sentence begins
+            rest = left[:begin] + CUT + after
     speaks = "tool_call>" in text or "TOOLCALL>" in text
     if tools is None and not speaks:
-        return Declaration(None, text, 0, False, False)
+        return Declaration()
     for tag in ("tool_call", "TOOLCALL"):
         rest = CUT.join(split_tags(rest, tag)[::2])
     kept, sentences = keep_sentences(rest, tools is not None), SENTENCE_END.split(TAG.sub("", rest))[::2]
@@ -190,12 +185,6 @@ def to_json_list(found: re.Match) -> str:
         return json.dumps(parse_literal(found[0], "it is"), ensure_ascii=False)
     except (ValueError, RecursionError):
         return found[0]
-
-
-def mark_cut(text: str, left: str) -> str:
-    """Return what is left of a text, with CUT where it first lacks something."""
-    begin = next((index for index, (one, other) in enumerate(zip(text, left)) if one != other), len(left))
-    return left[:begin] + CUT + re.sub(r"^[ \t]+(?=[A-Z])", "\n", left[begin:])  # where another sentence begins
 
 
 def parse_tools(text: str, opening: str) -> list:
@@ -229,19 +218,16 @@ def take_declarations(messages: list[dict], beside: object, changes: Counter) ->
     structured = any("tool_calls" in message or message["role"] == "calls" for message in messages)
     kept, tools, how, named = [], None, "", beside not in NO_TOOLS
     for message in messages:
-        content = message["content"]
-        if message["role"] != "system" or not isinstance(content, str) or not HINT.search(content):
-            kept.append(message)
-            continue
-        try:
-            found = read_declaration(content)
-        except ValueError:
-            if not named:
-                raise
-            found = Declaration(None, content, 0, False, False)
-        mine = found.tagged or (found.tools is not None and (not named or is_same_list(beside, found.tools)))
+        content, found = message["content"], Declaration()
+        if message["role"] == "system" and isinstance(content, str) and HINT.search(content):
+            try:
+                found = read_declaration(content)
+            except ValueError:
+                if not named:
+                    raise
+        mine = found.tagged or (found.tools is not None and (not named or are_same_tools(beside, found.tools)))
         if mine and found.tools is not None:
-            if tools is not None and not is_same_list(tools, found.tools):
+            if tools is not None and not are_same_tools(tools, found.tools):
                 raise ValueError("two system texts declare other tools; expected one list of tools")
             tools = found.tools
         how = how or ("" if structured or not mine else "tags" if found.tagged else "list")
@@ -254,9 +240,3 @@ def take_declarations(messages: list[dict], beside: object, changes: Counter) ->
             changes["system text on calls cut: characters"] += found.dropped
         kept += [{**message, "content": found.text}] if found.text else []
     return kept, tools, how
-
-
-def is_same_list(one: object, other: object) -> bool:
-    """Return whether two lists of tools are the same in the OpenAI shape."""
-    one, other = (unpack_tool(tools) for tools in (one, other))
-    return is_same(json.dumps(one), json.dumps(other))

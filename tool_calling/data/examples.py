@@ -61,7 +61,7 @@ class Checked:
     filled: int = 0  # rows of other formats than native with the tools of --tools_path
     unread_in: dict[str, Counter] = field(
         default_factory=dict
-    )  # {file: {(place, key) that it has and no format reads}}
+    )  # {file: {(place, key) that no format reads: how often}}
 
     @property
     def unread(self) -> Counter:
@@ -79,21 +79,12 @@ def to_row(example: Example) -> dict:
 
 
 class Toolbox(NamedTuple):
-    """A list of tools in the OpenAI shape, checked, with what its calls are read and settled by."""
+    """A list of tools in the OpenAI shape, checked, with what its calls are settled by."""
 
     tools: list[dict]
     validators: dict
     problems: list[str]
-    schemas: dict[str, object]
-
-
-def to_toolbox(tools: object) -> Toolbox:
-    """Return the toolbox of a list of tools in the OpenAI shape."""
-    validators, problems = check_tools(tools)
-    functions = [] if problems else [tool["function"] for tool in tools]
-    return Toolbox(
-        tools, validators, problems, {function["name"]: function.get("parameters") for function in functions}
-    )
+    schemas: dict[str, object]  # {tool: its parameters}
 
 
 class Reader:
@@ -109,13 +100,17 @@ class Reader:
         That file serves rows of the native format, which has no place for tools; others if the user names it.
         """
         filled = tools is None and (format == "native" or self.reading.named_tools)
-        key = "filled" if filled else json.dumps([] if tools is None else tools)
+        tools = [] if tools is None else tools
+        key = "filled" if filled else json.dumps(tools)
         if key not in self.boxes:
             path = self.reading.tools_path
             if filled and not Path(path).exists():
                 raise UserError(f"{source}: has no tools of its own, and --tools_path {path} does not exist")
-            tools, changes = read_tools(path) if filled else to_tools([] if tools is None else tools)
-            self.boxes[key] = to_toolbox(tools)
+            tools, changes = read_tools(path) if filled else to_tools(tools)
+            validators, problems = check_tools(tools)
+            functions = [] if problems else [tool["function"] for tool in tools]
+            schemas = {function["name"]: function.get("parameters") for function in functions}
+            self.boxes[key] = Toolbox(tools, validators, problems, schemas)
             self.checked.changes += changes
         return self.boxes[key], filled
 
@@ -136,19 +131,16 @@ class Reader:
         messages = cut_tail(messages, changes)
         unknown, refused = check_calls(messages, box.validators)
         kept = refused if self.reading.on_invalid == "keep" and not problems and not unknown else []
-        problems = problems + unknown + (refused if not kept else [])
+        problems = [*problems, *unknown, *([] if kept else refused)]
         if problems:
             return problems
-        read_as = (change.removeprefix(READ_AS) for change in changes if change.startswith(READ_AS))
-        syntax = "+".join(read_as) if changes else ""
+        syntax = "+".join(change.removeprefix(READ_AS) for change in changes if change.startswith(READ_AS))
         checked.examples.append(Example(source, messages, box.tools, format, syntax, filled))
-        if kept:
-            checked.kept.update(map(to_kind, kept))
+        checked.kept.update(map(to_kind, kept))
         checked.filled += filled and format != "native"  # which has no other place for tools
-        if changes:
-            for change in changes:
-                checked.first.setdefault(change, source)
-            checked.changes.update(changes)
+        checked.changes.update(changes)
+        for change in changes:
+            checked.first.setdefault(change, source)
         return []
 
 
@@ -168,8 +160,7 @@ def to_examples(rows, reading: Reading) -> Checked:
 
 def to_kind(problem: str) -> str:
     """Return of which kind it is that a schema refuses a call."""
-    kinds = (kind for mark, kind in REFUSED.items() if mark in problem)
-    return next(kinds, "another rule of the schema")
+    return next((kind for mark, kind in REFUSED.items() if mark in problem), "another rule of the schema")
 
 
 def apply_thinking(checked: Checked, thinking: str) -> None:
@@ -215,14 +206,15 @@ def check_rows(paths: list[str], reading: Reading) -> Checked:
     if not checked.examples:
         report_problems(checked.problems, reading.on_invalid, checked.total)
         raise UserError(f"{' '.join(paths)}: no valid row is left")
-    for what, changes in (
-        ("tools normalised", [pair for pair in checked.changes.most_common() if pair[0] not in checked.first]),
-        ("rows normalised", [pair for pair in checked.changes.most_common() if pair[0] in checked.first]),
-        ("calls kept that their schemas refuse", checked.kept.most_common()),
+    ranked = checked.changes.most_common()
+    for what, changes, shown in (
+        ("tools normalised", [pair for pair in ranked if pair[0] not in checked.first], SHOWN_CHANGES),
+        ("rows normalised", [pair for pair in ranked if pair[0] in checked.first], len(ranked)),
+        ("calls kept that their schemas refuse", checked.kept.most_common(), len(checked.kept)),
     ):
         if changes:
             counts = (f"{change} {count:,}".replace("->", "→") for change, count in changes)
-            say("read", f"{what}: {list_first(counts, SHOWN_CHANGES if what[0] == 't' else len(changes))}")
+            say("read", f"{what}: {list_first(counts, shown)}")
     if reading.named_tools and checked.filled:
         say("read", f"tools of {reading.tools_path} given to {plural(checked.filled, 'row')} without their own")
     if unread := checked.unread:

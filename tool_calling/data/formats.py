@@ -1,66 +1,31 @@
 """Rows of any known format to conversations: FORMATS pairs containers of turns with syntaxes of calls."""
 
 from collections import Counter
-from collections.abc import Callable
 from typing import NamedTuple
 
-from tool_calling.data.containers import ANSWER_KEYS, CONTAINERS, SHAREGPT_KEYS, unpack_turns
+from tool_calling.data.containers import ANSWER_KEYS, CONTAINERS, unpack_turns
 from tool_calling.data.declarations import NO_TOOLS, find_beside, is_declaring, spread_read, take_declarations
 from tool_calling.data.literals import as_list
 from tool_calling.data.syntaxes import BRACKET_CALLS
-from tool_calling.data.turns import list_unread, spread_flags, to_messages, unwrap
+from tool_calling.data.turns import HERMES_MARKS, TALK_KEYS, list_unread, peek, spread_flags, to_messages, unwrap
 from tool_calling.terminal import shorten
 
 
-class Seen(NamedTuple):
-    """What a row's format is told by, beside its container."""
-
-    row: dict
-    messages: list[dict]
-    roles: set[str]  # as the row names them
-    declared: str  # how its system text declares tools: "tags", "list" or ""
-    named: bool  # whether tools stand beside its turns, or it says there that it has none
-
-
 class Format(NamedTuple):
-    """A container, the syntax of calls in its texts (None: any), and how auto tells it from others so contained."""
+    """The containers that a format may come in, and the syntax of calls in its texts (None: any)."""
 
-    containers: tuple[str, ...]  # that the format may come in
+    containers: tuple[str, ...]
     syntax: str | None = None
-    fits: Callable[[Seen], bool] = lambda seen: True
 
 
-def is_mobile(seen: Seen) -> bool:
-    """Return whether the row has tools that do not say their type."""
-    tools = seen.row.get("tools") if isinstance(seen.row.get("tools"), list) else []
-    untyped = [isinstance(tool, dict) and "function" in tool and "type" not in tool for tool in tools]
-    return bool(untyped) and all(untyped)
-
-
-def is_hermes(seen: Seen) -> bool:
-    """Return whether calls or tools stand between tags in the texts."""
-    texts = [message["content"] for message in seen.messages if isinstance(message["content"], str)]
-    return seen.declared == "tags" or any("<tool_call>" in text or "<TOOLCALL>" in text for text in texts)
-
-
-def is_toolace(seen: Seen) -> bool:
-    """Return whether calls are written as [Name(key=value)] without tools beside them, or a text lists tools."""
-    texts = [] if seen.named else [message["content"] for message in seen.messages if message["role"] == "assistant"]
-    texts = [text for text in texts if isinstance(text, str) and text.lstrip().startswith("[")]
-    return seen.declared == "list" or any(map(BRACKET_CALLS.fullmatch, texts))
-
-
-# fmt: off
-FORMATS = {  # of those in a row's container the first that fits
+FORMATS = {
     "native": Format(("native",)),
-    "swift": Format(("messages",), None, lambda seen: bool(seen.roles & {"tool_call", "tool_response"})),
-    "hermes": Format(("messages", "conversations"), "hermes", is_hermes),
-    "toolace": Format(("messages", "conversations"), "toolace", is_toolace),
-    "mobile-actions": Format(("messages",), None, is_mobile),
+    "swift": Format(("messages",)),
+    "hermes": Format(("messages", "conversations"), "hermes"),
+    "toolace": Format(("messages", "conversations"), "toolace"),
+    "mobile-actions": Format(("messages",)),
     "openai": Format(("messages",)),
-    "sharegpt-tools": Format(
-        ("conversations", "messages"), None,
-        lambda seen: seen.named or any(message["role"] in ("calls", "tool") for message in seen.messages)),
+    "sharegpt-tools": Format(("conversations", "messages")),
     "sharegpt": Format(("conversations", "messages")),
     "xlam": Format(("xlam",)),
     "glaive": Format(("glaive",), "glaive"),
@@ -69,8 +34,6 @@ FORMATS = {  # of those in a row's container the first that fits
     "gemini": Format(("gemini",)),
     "alpaca": Format(("alpaca",)),
 }
-# fmt: on
-TALKS = {"messages", *SHAREGPT_KEYS}
 SHAPES = (
     '"messages"; "conversations"; "input" and "output"; "query" and "answers"; "chat"; "contents"; '
     '"question" and "answer"; "prompt" and "completion"'
@@ -89,7 +52,7 @@ class Conversation(NamedTuple):
 
 def choose_container(row: dict, name: str) -> str:
     """Return the container of a row: the one that fits, among those of the named format."""
-    talks = [key for key in row if key in TALKS and row[key] and isinstance(row[key], list)]
+    talks = [key for key in row if key in TALK_KEYS and row[key] and isinstance(row[key], list)]
     if name in ("auto", "hermes", "toolace") and len(talks) > 1 and not isinstance(row.get("output"), dict):
         raise ValueError(f'the row holds "{talks[0]}" and "{talks[1]}"; expected one of them')
     if name != "auto":
@@ -121,27 +84,45 @@ def add_beside(row: dict, turns: list[dict], read: set[str], changes: Counter) -
     return turns, keys
 
 
+def name_talk(row: dict, roles: set, messages: list[dict], declared: str, named: bool) -> str:
+    """Return the format of a row of `messages` or `conversations`.
+
+    It shows in the roles as the row names them, in how a system text declares tools ("tags", "list" or ""), in whether
+    tools are named beside the turns, and in the texts.
+    """
+    texts = [(message["role"], message["content"]) for message in messages if isinstance(message["content"], str)]
+    is_openai = "messages" in row
+    if is_openai and roles & {"tool_call", "tool_response"}:
+        return "swift"
+    if declared == "tags" or any(mark in text for _, text in texts for mark in HERMES_MARKS):
+        return "hermes"
+    in_brackets = any(role == "assistant" and BRACKET_CALLS.fullmatch(text) for role, text in texts if not named)
+    if declared == "list" or in_brackets:
+        return "toolace"
+    if is_openai:
+        tools = row.get("tools") if isinstance(row.get("tools"), list) else []
+        untyped = [isinstance(tool, dict) and "function" in tool and "type" not in tool for tool in tools]
+        return "mobile-actions" if untyped and all(untyped) else "openai"
+    has_calls = any(message["role"] in ("calls", "tool") for message in messages)
+    return "sharegpt-tools" if named or has_calls else "sharegpt"
+
+
 def convert(row: object, name: str = "auto") -> Conversation:
     """Return the conversation of a row of the named format, or of the one that it is recognised as; or a ValueError."""
     if isinstance(row, ValueError):  # a line that was not JSON
         raise row
     if not isinstance(row, dict):
         raise ValueError(f"a row must be an object, got {shorten(row)}")
-    row = unpack_turns(
-        {key: value for key, value in row.items() if value is not None}
-    )  # a table has all keys of others
-    where, changes = choose_container(row, name), Counter()
-    container = CONTAINERS[where]
+    row = unpack_turns({key: value for key, value in row.items() if value is not None})  # a table has keys of others
+    container_name, changes = choose_container(row, name), Counter()
+    container = CONTAINERS[container_name]
     turns, more = add_beside(row, spread_flags(row, container.read(row)), container.keys, changes)
     beside, keys = find_beside(row, turns, container.keys)
     messages = to_messages([turn for turn in turns if not is_declaring(turn)], changes)
     messages, declared, how = take_declarations(messages, beside, changes)
     tools = declared if beside in NO_TOOLS and declared else beside
-    if name == "auto":
-        roles = {role for turn in turns if isinstance(role := turn.get("role", turn.get("from")), str)}
-        seen = Seen(row, messages, roles, how, beside is not None)
-        fits = (found for found, format in FORMATS.items() if where in format.containers and format.fits(seen))
-        name = next(fits)
-    return Conversation(
-        name, messages, tools, list_unread(spread_read(row, keys), container.keys | keys | more), changes
-    )
+    unread = list_unread(spread_read(row, keys), container.keys | keys | more)
+    if name == "auto" and container_name in ("messages", "conversations"):
+        roles = {role for role, _ in map(peek, turns) if isinstance(role, str)}
+        name = name_talk(row, roles, messages, how, beside is not None)
+    return Conversation(container_name if name == "auto" else name, messages, tools, unread, changes)

@@ -6,24 +6,26 @@ from typing import NamedTuple
 
 from tool_calling.data.literals import as_list, parse_literal
 
-NAME_KEYS = ("name", "tool", "tool_name", "function", "function_name", "action", "recipient_name")
-ARGUMENT_KEYS = ("arguments", "parameters", "args", "input", "action_input", "tool_input", "kwargs", "tool_arguments")
+# Under which keys a call holds its tool's name, and its arguments.
+NAME_KEYS = ("name", "toolName", "tool_name", "tool", "function", "function_name", "action", "recipient_name")
+ARGUMENT_KEYS = ("arguments", "args", "input", "parameters", "params", "kwargs", "tool_input", "tool_args")
+ARGUMENT_KEYS += ("action_input", "tool_arguments")
 
 
 class Known(NamedTuple):
-    """The tools that an answer may call: their parameters, and patterns of their names."""
+    """The tools that an answer may call, and patterns of their names."""
 
-    schemas: dict[str, dict]
-    name: re.Pattern | None  # any of the names
-    call: re.Pattern | None  # a line, or a list in brackets, that begins with a call
-    more: re.Pattern | None  # the next call on that line
-    unread: re.Pattern | None  # a call in a syntax that is not known
+    parameters: dict[str, dict]  # {tool: {parameter: its schema}}
+    name: re.Pattern  # any of the names
+    call: re.Pattern  # a line, or a list in brackets, that begins with a call
+    more: re.Pattern  # the next call on that line
+    unread: re.Pattern  # a call in a syntax that is not known
 
 
 @lru_cache(maxsize=2000)
 def compile_names(names: tuple[str, ...]) -> tuple[re.Pattern, ...]:
     """Return the patterns of Known."""
-    one = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+    one = "|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)"  # which is nowhere
     name = rf"(?<!\w)(?:{one})(?!\w)"
     call = rf"(?:^|(?<=\[))[ \t]*(?:print\()?(?:default_api\.|functions\.)?(?P<name>{one})[ \t]*\("
     key = "|".join(NAME_KEYS)
@@ -43,13 +45,11 @@ def compile_names(names: tuple[str, ...]) -> tuple[re.Pattern, ...]:
 
 
 def to_known(tools: list[dict]) -> Known:
-    """Return what a list of tools in the OpenAI shape says about calls in text; tools that are none are left out."""
-    functions = [tool.get("function") for tool in tools if isinstance(tool, dict)]
-    functions = [function for function in functions if isinstance(function, dict)]
-    named = {function["name"]: function for function in functions if isinstance(function.get("name"), str)}
-    schemas = {name: function.get("parameters") for name, function in named.items() if name.strip()}
-    schemas = {name: schema if isinstance(schema, dict) else {} for name, schema in schemas.items()}
-    return Known(schemas, *(compile_names(tuple(schemas)) if schemas else (None,) * 4))
+    """Return what checked tools say about calls in text."""
+    schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
+    parameters = {name: schema.get("properties") for name, schema in schemas.items() if name.strip()}
+    parameters = {name: found if isinstance(found, dict) else {} for name, found in parameters.items()}
+    return Known(parameters, *compile_names(tuple(parameters)))
 
 
 def list_kinds(schema: object) -> list[str]:
@@ -57,8 +57,8 @@ def list_kinds(schema: object) -> list[str]:
     if not isinstance(schema, dict):
         return []
     kinds = [kind for kind in as_list(schema.get("type")) if isinstance(kind, str)]
-    parts = [part for key in ("anyOf", "oneOf") for part in as_list(schema.get(key)) if isinstance(part, dict)]
-    return kinds + [kind for part in parts for kind in as_list(part.get("type")) if isinstance(kind, str)]
+    parts = [part for key in ("anyOf", "oneOf") for part in as_list(schema.get(key))]
+    return kinds + [kind for part in parts for kind in list_kinds(part)]
 
 
 def to_typed(text: str, schema: object) -> object:
@@ -76,6 +76,5 @@ def to_typed(text: str, schema: object) -> object:
 
 def type_arguments(name: str, texts: dict[str, str], known: Known) -> dict:
     """Return {"name", "arguments"} of a call whose values are texts."""
-    properties = known.schemas.get(name, {}).get("properties")
-    properties = properties if isinstance(properties, dict) else {}
-    return {"name": name, "arguments": {key: to_typed(text, properties.get(key)) for key, text in texts.items()}}
+    schemas = known.parameters.get(name, {})
+    return {"name": name, "arguments": {key: to_typed(text, schemas.get(key)) for key, text in texts.items()}}

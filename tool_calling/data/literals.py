@@ -23,7 +23,7 @@ def as_list(value: object) -> list:
 
 
 def to_float(text: str) -> float:
-    """Return the number; ValueError for NaN and Infinity, which JSON does not have, and for one too large."""
+    """Return the number; ValueError for one too large, and for NaN and Infinity, which JSON does not have."""
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(f"{text} is not JSON" if text[-1].isalpha() else f"the number {text[:20]} is too large")
@@ -74,6 +74,13 @@ def parse_json(text: str, what: str):
 def unpack(value: object, what: str):
     """Return the list or object that a JSON text holds, as tables keep them; anything else as it is."""
     return parse_json(value, what) if isinstance(value, str) and value.lstrip()[:1] in ("[", "{") else value
+
+
+def try_unpack(value: object):
+    """Return what `unpack` does, and text that is no JSON as it is."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return unpack(value, "it is")
+    return value
 
 
 def parse_python(text: str) -> ast.expr:

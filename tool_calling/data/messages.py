@@ -1,11 +1,12 @@
 """Messages of a conversation: whole answers of consecutive turns, one reply a message, and the checks of both."""
 
+import re
 from collections import Counter
 
-from tool_calling.data.literals import split_tags, to_json
+from tool_calling.data.literals import to_json
 from tool_calling.data.special_tokens import find_forbidden
 from tool_calling.data.tools import check_call
-from tool_calling.data.turns import set_calls
+from tool_calling.data.turns import ANSWERING, set_calls
 from tool_calling.terminal import shorten
 
 NEXT_ROLES = {  # who may speak after whom; here "calls" is an assistant's turn that waits for replies
@@ -24,12 +25,9 @@ def is_trained(message: dict) -> bool:
 
 
 def settle_turns(messages: list[dict], changes: Counter) -> list[dict]:
-    """Return the messages with consecutive ones of the assistant as one, and one for each reply of a tool.
-
-    An answer before any message has no prompt that a server could render: it is context.
-    """
+    """Return the messages with consecutive ones of the assistant as one, and one for each reply of a tool."""
     messages = split_replies(join_turns(messages, changes), changes)
-    if messages and is_trained(messages[0]):
+    if messages and is_trained(messages[0]):  # no server renders a prompt for it
         changes["greeting before any message -> not trained"] += 1
         messages[0] = {**messages[0], "weight": 0}
     return messages
@@ -39,23 +37,22 @@ def join_turns(messages: list[dict], changes: Counter) -> list[dict]:
     """Return the messages with consecutive ones of the assistant as one: their texts and calls in order."""
     joined: list[dict] = []
     for message in messages:
-        role = message["role"]
-        if role in ("assistant", "calls", "item"):
-            before = joined[-1] if joined and joined[-1]["role"] == "assistant" else None
-            if before and is_joined(before, message):
-                if role == "assistant":  # else the format itself writes them one by one
+        if message["role"] in ANSWERING:
+            if joined and goes_on(joined[-1], message):
+                if message["role"] == "assistant":  # else the format itself writes them one by one
                     changes["consecutive assistant turns joined"] += 1
                 message = join_two(joined.pop(), message)
-            elif role != "assistant":
+            elif message["role"] != "assistant":
                 message = {**message, "role": "assistant"}
         joined.append(message)
     return joined
 
 
-def is_joined(before: dict, message: dict) -> bool:
-    """Return whether a message goes on with the one before; text after calls does not: their replies are missing."""
-    late = "tool_calls" in before and "tool_calls" not in message
-    return not late and isinstance(before["content"], str) and isinstance(message["content"], str)
+def goes_on(before: dict, message: dict) -> bool:
+    """Return whether an answer goes on with the one before; text after calls does not: their replies are missing."""
+    is_late = "tool_calls" in before and "tool_calls" not in message
+    texts = (before["content"], message["content"])
+    return before["role"] == "assistant" and not is_late and all(isinstance(text, str) for text in texts)
 
 
 def join_two(first: dict, second: dict) -> dict:
@@ -76,14 +73,9 @@ def split_replies(messages: list[dict], changes: Counter) -> list[dict]:
     split: list[dict] = []
     waiting = 0  # calls without a reply
     for message in messages:
-        role, content, pieces = message["role"], message["content"], None
-        if (
-            role in ("user", "tool")
-            and isinstance(content, str)
-            and split
-            and split[-1]["role"] in ("assistant", "tool")
-        ):
-            pieces = cut_replies(content, role, waiting)
+        role, pieces = message["role"], None
+        if role in ("user", "tool") and split and split[-1]["role"] in ("assistant", "tool"):
+            pieces = cut_replies(message["content"], role, waiting)
         if pieces is None:
             waiting = len(message.get("tool_calls", ())) if role == "assistant" else waiting - (role == "tool")
             split.append(message)
@@ -98,31 +90,28 @@ def split_replies(messages: list[dict], changes: Counter) -> list[dict]:
     return split
 
 
-def cut_replies(content: str, role: str, waiting: int) -> list[str] | None:
+def cut_replies(content: object, role: str, waiting: int) -> list[str] | None:
     """Return the replies that a text holds between tags; None if it is one as it stands, or something else."""
+    if not isinstance(content, str):
+        return None
     if role == "user" and waiting and content.startswith("Observation:"):
         return [content.removeprefix("Observation:").strip()]
-    if "tool_response>" not in content:
+    text = content.strip()
+    inner = text.removeprefix("<tool_response>").removesuffix("</tool_response>")
+    pieces = re.split(r"</tool_response>\s*<tool_response>", inner)
+    if "tool_response>" not in text or any("tool_response>" in piece for piece in pieces):
         return None
-    cut = split_tags(content, "tool_response")
-    if len(cut) > 1 and not "".join(cut[::2]).strip():
-        return [reply.strip() for reply in cut[1::2]]
-    text = content.strip().removeprefix("<tool_response>").removesuffix("</tool_response>")
-    first, *others = map(str.strip, text.split("</tool_response>"))
-    pieces = [first, *(piece.removeprefix("<tool_response>").strip() for piece in others)]
-    whole = all(piece.startswith("<tool_response>") for piece in others)
-    whole = whole and not any("tool_response>" in piece for piece in pieces)
-    return pieces if role == "tool" and whole and len(pieces) == waiting else None
+    is_tagged = text.startswith("<tool_response>") and text.endswith("</tool_response>")
+    is_joined = role == "tool" and len(pieces) == waiting  # by tags between them alone
+    return [*map(str.strip, pieces)] if is_tagged or is_joined else None
 
 
 def cut_tail(messages: list[dict], changes: Counter) -> list[dict]:
     """Return the messages up to the last of the assistant: nothing after it is trained, or read for what is."""
-    end = len(messages)
-    while end and messages[end - 1]["role"] != "assistant":
-        end -= 1
-    if 0 < end < len(messages):
+    answers = [index for index, message in enumerate(messages, start=1) if message["role"] == "assistant"]
+    if answers and answers[-1] < len(messages):
         changes["tail without an answer cut"] += 1
-        return messages[:end]
+        return messages[: answers[-1]]
     return messages
 
 
@@ -181,15 +170,13 @@ def check_calls(messages: list[dict], validators: dict) -> tuple[list[str], list
     Calls of turns that are not trained are context: they may be as wrong as they were.
     """
     calls = [(call["function"], is_trained(message)) for message in messages for call in message.get("tool_calls", [])]
-    trained = [(index, call) for index, (call, is_supervised) in enumerate(calls, start=1) if is_supervised]
-    if trained and not validators:
-        return [
-            f'the row calls {shorten(trained[0][1]["name"])} and has no tools; give them with "tools" or --tools_path'
-        ], []
     unknown, refused = [], []
-    for index, call in trained:
-        found = check_call(call["name"], call["arguments"], validators)
-        (refused if call["name"] in validators else unknown).extend(
-            f"call {index} {shorten(call['name'])}: {p}" for p in found
-        )
+    for index, (call, is_supervised) in enumerate(calls, start=1):
+        name = call["name"]
+        if is_supervised and not validators:
+            return [f'the row calls {shorten(name)} and has no tools; give them with "tools" or --tools_path'], []
+        if is_supervised:
+            problems = refused if name in validators else unknown
+            found = check_call(name, call["arguments"], validators)
+            problems += [f"call {index} {shorten(name)}: {problem}" for problem in found]
     return unknown, refused

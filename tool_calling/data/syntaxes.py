@@ -5,7 +5,6 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from itertools import islice
-from typing import NamedTuple
 
 from tool_calling.data.known_tools import ARGUMENT_KEYS, NAME_KEYS, Known, to_known, type_arguments
 from tool_calling.data.literals import (
@@ -17,7 +16,7 @@ from tool_calling.data.literals import (
     split_at_commas,
     split_tags,
 )
-from tool_calling.data.turns import LATE_TEXT, set_calls, to_tool_call
+from tool_calling.data.turns import ANSWERING, HERMES_MARKS, LATE_TEXT, are_same_calls, set_calls, to_tool_call
 from tool_calling.terminal import shorten
 
 Found = tuple[str, list]  # the text without its calls, and the calls
@@ -54,11 +53,6 @@ def cut_blocks(text: str, opening: re.Pattern, closing: Callable[[re.Match], str
     return "".join([*outside, text[position:]]), blocks
 
 
-def to_value_text(text: str) -> str:
-    """Return the text of a parameter without the line breaks that its tags stand on."""
-    return text.removeprefix("\n").removesuffix("\n")
-
-
 def parse_functions(text: str, known: Known) -> Found:
     """<function=f><parameter=k>v</parameter></function>, as Qwen3-Coder writes it, or <invoke name="f">, as Claude."""
     rest, blocks = cut_blocks(text, FUNCTION, lambda start: "</function>" if start[0][1] == "f" else "</invoke>")
@@ -70,11 +64,9 @@ def parse_functions(text: str, known: Known) -> Found:
         between, pairs = cut_blocks(inside, PARAMETER, lambda _: "</parameter>")
         if between.strip() or len(dict(pairs)) < len(pairs):
             raise ValueError(f"a call must hold each <parameter> once and nothing else, got {shorten(inside)}")
-        texts = {key.strip(): to_value_text(value) for key, value in pairs}
+        texts = {key.strip(): value.removeprefix("\n").removesuffix("\n") for key, value in pairs}
         calls.append(type_arguments(name.strip(), texts, known))
-    for tag in ("<tool_call>", "</tool_call>", "<function_calls>", "</function_calls>"):
-        rest = rest.replace(tag, "")
-    return rest.strip(), calls
+    return re.sub("</?(?:tool_call|function_calls)>", "", rest).strip(), calls
 
 
 def parse_inside(text: str, tag: str, known: Known) -> list:
@@ -100,18 +92,18 @@ def parse_hermes(text: str, known: Known) -> Found:
     return "\n".join(map(str.strip, cut[::2])).strip(), calls
 
 
-def parse_glaive_call(text: str) -> object:
-    """Return the call of a Glaive turn, whose arguments are JSON between single quotes."""
-    quoted = GLAIVE_CALL.fullmatch(text)
-    if not quoted:
-        return parse_literal(text, "the text after <functioncall> is")
-    return {"name": parse_json(quoted[1], "the name of a call is"), "arguments": quoted[2].replace("\\'", "'")}
-
-
 def parse_glaive(text: str, known: Known) -> Found:
-    """<functioncall> {"name": "f", "arguments": '{...}'}"""
-    content, *calls = text.split("<functioncall>")
-    return content.strip(), [parse_glaive_call(call.replace("<|endoftext|>", "")) for call in calls]
+    """<functioncall> {"name": "f", "arguments": '{...}'}, whose arguments are JSON between single quotes"""
+    content, *parts = text.split("<functioncall>")
+    calls = []
+    for part in parts:
+        part = part.replace("<|endoftext|>", "")
+        if quoted := GLAIVE_CALL.fullmatch(part):
+            name = parse_json(quoted[1], "the name of a call is")
+            calls.append({"name": name, "arguments": quoted[2].replace("\\'", "'")})
+        else:
+            calls.append(parse_literal(part, "the text after <functioncall> is"))
+    return content.strip(), calls
 
 
 def parse_mistral(text: str, known: Known) -> Found:
@@ -138,19 +130,18 @@ def parse_llama(text: str, known: Known) -> Found:
 def parse_react(text: str, known: Known) -> Found | None:
     """Action: f, then a line Action Input: {...}, as ReAct agents write them"""
     starts, rest, calls, position = [*ACTION.finditer(text)], "", [], 0
-    for start, after in zip(starts, [*starts[1:], None]):
-        name = start[1].strip().strip("`[]")
-        tail = text[start.end() : after.start() if after else len(text)]
+    for start, end in zip(starts, [*(after.start() for after in starts[1:]), len(text)]):
+        name, tail = start[1].strip().strip("`[]"), text[start.end() : end]
         lead = len(tail) - len(tail.removeprefix("```json").removeprefix("```").lstrip())
         try:
             arguments, stop = read_value(tail, lead)
         except (ValueError, RecursionError):
-            stop = tail.find("\n") if "\n" in tail else len(tail)
-            names = known.schemas.get(name, {}).get("properties")
-            if not isinstance(names, dict) or len(names) != 1 or tail.startswith(("{", "[")):
-                raise ValueError(f"the text after Action Input: is not JSON: {shorten(tail[:stop])}") from None
-            arguments = type_arguments(name, {next(iter(names)): tail[:stop].strip().strip('"')}, known)["arguments"]
-        if name not in known.schemas and not isinstance(arguments, dict):
+            line, names = tail.partition("\n")[0], [*known.parameters.get(name, {})]
+            if len(names) != 1 or tail.startswith(("{", "[")):
+                raise ValueError(f"the text after Action Input: is not JSON: {shorten(line)}") from None
+            arguments = type_arguments(name, {names[0]: line.strip().strip('"')}, known)["arguments"]
+            stop = len(line)
+        if name not in known.parameters and not isinstance(arguments, dict):
             return None
         calls.append({"name": name, "arguments": arguments})
         rest += text[position : start.start()]
@@ -161,64 +152,64 @@ def parse_react(text: str, known: Known) -> Found | None:
     return (rest, calls) if calls else None
 
 
-def to_call(found: object, known: Known, whole: bool) -> list:
-    """Return the calls that a JSON value is, or a message with some; [] if it is none.
+def to_calls(values: list, known: Known, whole: bool) -> list:
+    """Return the calls that JSON values are, or that messages among them hold; [] if one of the values is no call."""
+    calls = []
+    for value in values:
+        held = [value[key] for key in LIST_KEYS if value.get(key)] if isinstance(value, dict) else []
+        if held and isinstance(held[0], dict | list):
+            made = to_calls(as_list(held[0]), known, whole)
+        else:
+            made = [value] if is_call(value, known, whole) else []
+        if not made:
+            return []
+        calls += made
+    return calls
 
-    Where it is the `whole` answer, the name need not be a known tool's.
-    """
-    if not isinstance(found, dict):
-        return []
-    given = next((found[key] for key in LIST_KEYS if found.get(key)), None)
-    if given is not None and isinstance(given, dict | list):
-        calls = [to_call(call, known, whole) for call in as_list(given)]
-        return [call for made in calls for call in made] if all(calls) else []
-    if isinstance(found.get("function"), dict):
-        return to_call({"id": found.get("id"), **found["function"]}, known, whole)
-    key = next((key for key in NAME_KEYS if isinstance(found.get(key), str)), None)
+
+def is_call(found: object, known: Known, whole: bool) -> bool:
+    """Return whether a JSON value is a call; as the `whole` answer it may be one of a tool that is not known."""
+    found = found["function"] if isinstance(found, dict) and isinstance(found.get("function"), dict) else found
+    key = next((key for key in NAME_KEYS if isinstance(found.get(key), str)), None) if isinstance(found, dict) else None
     if key is None or "description" in found:
-        return []
-    name, given = found[key], [key for key in ARGUMENT_KEYS if key in found]
+        return False
+    given = [key for key in ARGUMENT_KEYS if key in found]
     arguments = found[given[0]] if given else None
-    if isinstance(arguments, dict) and isinstance(arguments.get("properties"), dict) and "type" in arguments:
-        return []  # a tool, not a call of it
-    is_call = name in known.schemas and (given or (whole and found.keys() <= {key, "id", "type"}))
-    if whole and key == "name" and isinstance(arguments, dict | str):
-        is_call = is_call or given[0] == "arguments" or (known.schemas and found.keys() == {key, "parameters"})
-    if not is_call or not isinstance(arguments, dict | str | None):
-        return []
-    call_id = {"id": found["id"]} if isinstance(found.get("id"), str) else {}
-    return [{**call_id, "name": name, "arguments": arguments}]
+    is_tool = isinstance(arguments, dict) and isinstance(arguments.get("properties"), dict) and "type" in arguments
+    if is_tool or not isinstance(arguments, dict | str | None):
+        return False
+    if found[key] in known.parameters:
+        return bool(given) or (whole and found.keys() <= {key, "id", "type"})
+    is_plain = given[:1] == ["arguments"] or (known.parameters and found.keys() == {key, "parameters"})
+    return bool(whole and key == "name" and arguments is not None and is_plain)
 
 
 def read_values(text: str) -> list:
     """Return the JSON values that a text consists of, with blanks, commas or semicolons between; or a Python one."""
     values, position = [], 0
-    try:
+    with contextlib.suppress(ValueError, RecursionError):
         while position < len(text):
             value, position = read_value(text, position)
             values.append(value)
             position = BETWEEN.match(text, position).end()
-    except (ValueError, RecursionError):
-        values = []
-        if text[:1] in ("{", "[") and len(text) < 100_000:
-            with contextlib.suppress(ValueError, RecursionError):
-                values = [parse_literal(text, "it is")]
-    return values
+        return values
+    with contextlib.suppress(ValueError, RecursionError):
+        return [parse_literal(text, "it is")] if len(text) < 100_000 else []
+    return []
 
 
 def parse_json_calls(text: str, known: Known) -> Found | None:
-    """{"name": "f", "arguments" or "parameters": {...}}, a list of them, or a message with some; alone, fenced, or
-    inside a text if the tool is known"""
+    """{"name": "f", "arguments" or "parameters": {...}}, a list of them, or a message with some; alone, in a block of
+    code, or inside a text if the tool is known"""
     whole = text.strip()
     fence = CODE_FENCE.fullmatch(whole)
     whole = fence[1].strip() if fence else whole
     if whole.startswith(("{", "[")):
         values = [item for value in read_values(whole) for item in as_list(value)]
-        calls = [to_call(value, known, True) for value in values]
-        if calls and all(calls):
+        if calls := to_calls(values, known, True):
             content = values[0].get("content") if len(values) == 1 else ""
-            return content.strip() if isinstance(content, str) else "", [call for made in calls for call in made]
-    if not known.name or not known.name.search(text):
+            return content.strip() if isinstance(content, str) else "", calls
+    if not known.name.search(text):
         return None
     rest, found, position = "", [], 0
     for mark in islice(re.finditer(r"[\[{]", text), TRIES):
@@ -228,9 +219,8 @@ def parse_json_calls(text: str, known: Known) -> Found | None:
             value, stop = read_value(text, mark.start())
         except (ValueError, RecursionError):
             continue
-        calls = [to_call(item, known, False) for item in as_list(value)]
-        if calls and all(calls):
-            found += [call for made in calls for call in made]
+        if calls := to_calls(as_list(value), known, False):
+            found += calls
             rest, position = rest + text[position : mark.start()], stop
     return (EMPTY_FENCE.sub("", rest + text[position:]).strip(), found) if found else None
 
@@ -258,7 +248,7 @@ def parse_toolace(text: str, known: Known) -> Found | None:
     """[f(x='1'), g()]"""
     if not text.lstrip().startswith("[") or not BRACKET_CALLS.fullmatch(text):
         return None
-    is_call = (ANY_CALL if known.schemas else KEYED_CALL).match(text)
+    is_call = (ANY_CALL if known.parameters else KEYED_CALL).match(text)
     return ("", parse_bracket_calls(text)) if is_call else None
 
 
@@ -275,7 +265,7 @@ def find_close(text: str, position: int) -> int:
 def parse_python(text: str, known: Known) -> Found | None:
     """f(x='1') alone on its line, in a block of code too, or [f(x='1')] inside a text"""
     rest, found, position = "", [], 0
-    for start in known.call.finditer(text) if known.call else ():
+    for start in known.call.finditer(text):
         begin, calls = start.start(), ""
         if begin < position:
             continue
@@ -298,23 +288,16 @@ def parse_python(text: str, known: Known) -> Found | None:
     return (EMPTY_FENCE.sub("", rest + text[position:]).strip(), found) if found else None
 
 
-class Syntax(NamedTuple):
-    """A way of writing calls in a text: what a text must hold for it, and its parser (None: no call in it)."""
-
-    marks: tuple[str, ...]
-    parse: Callable[[str, Known], Found | None]
-
-
-SYNTAXES = {  # the first that finds calls
-    "hermes": Syntax(("<tool_call>", "<TOOLCALL>"), parse_hermes),
-    "qwen3_coder": Syntax(("<function=", "<invoke "), parse_functions),
-    "glaive": Syntax(("<functioncall>",), parse_glaive),
-    "mistral": Syntax(("[TOOL_CALLS]",), parse_mistral),
-    "llama": Syntax(("<|python_tag|>",), parse_llama),
-    "react": Syntax(("Action",), parse_react),
-    "toolace": Syntax(("[",), parse_toolace),
-    "json": Syntax(("{",), parse_json_calls),
-    "python": Syntax(("(",), parse_python),
+SYNTAXES = {  # name: (marks, one of which a text must hold for it, parser); the first that finds calls
+    "hermes": (HERMES_MARKS, parse_hermes),
+    "qwen3_coder": (("<function=", "<invoke "), parse_functions),
+    "glaive": (("<functioncall>",), parse_glaive),
+    "mistral": (("[TOOL_CALLS]",), parse_mistral),
+    "llama": (("<|python_tag|>",), parse_llama),
+    "react": (("Action",), parse_react),
+    "toolace": (("[",), parse_toolace),
+    "json": (("{",), parse_json_calls),
+    "python": (("(",), parse_python),
 }
 
 
@@ -323,12 +306,12 @@ def find_calls(text: str, known: Known, only: str | None) -> tuple[str, str, lis
 
     ValueError if a call is broken, or if a known tool is called in a syntax that is not known.
     """
-    for name, syntax in SYNTAXES.items():
-        if only in (None, name) and any(mark in text for mark in syntax.marks):
-            found = syntax.parse(text, known)
+    for name, (marks, parse) in SYNTAXES.items():
+        if only in (None, name) and any(mark in text for mark in marks):
+            found = parse(text, known)
             if found and found[1]:
                 return name, *found
-    if known.name and known.name.search(text) and (unread := known.unread.search(text)):
+    if known.name.search(text) and (unread := known.unread.search(text)):
         called = known.name.search(unread[0]) or known.name.search(text)
         expected = 'expected it in a syntax that is read, such as "tool_calls"'
         raise ValueError(f"an answer calls {shorten(called[0])} as text, {shorten(text, 40)}; {expected}")
@@ -341,8 +324,7 @@ def read_message(message: dict, known: Known, changes: Counter, only: str | None
     try:
         found = find_calls(content, known, only) if content.strip() else None
         if message["role"] == "calls" and not found:
-            calls = as_list(parse_literal(content, "a turn of calls is"))
-            found = "calls", "", calls
+            found = "calls", "", as_list(parse_literal(content, "a turn of calls is"))
         if not found:
             return message
         name, text, calls = found
@@ -353,8 +335,8 @@ def read_message(message: dict, known: Known, changes: Counter, only: str | None
             raise
         return message  # a wrong turn: context, as it stands
     given = message.get("tool_calls")
-    if given and [call["function"] for call in given] != [call["function"] for call in calls]:
-        raise ValueError(f"a turn holds tool_calls and {SYNTAXES[name].marks[0]}; expected one of them")
+    if given and not are_same_calls(given, calls):
+        raise ValueError(f"a turn holds tool_calls and {SYNTAXES[name][0][0]}; expected one of them")
     if message["role"] != "calls" or name not in ("calls", "json"):
         changes[f"{READ_AS}{name}"] += 1
     if text and content.lstrip()[:1] not in ("{", "[") and not content.lstrip().startswith(text):
@@ -363,10 +345,9 @@ def read_message(message: dict, known: Known, changes: Counter, only: str | None
 
 
 def read_calls(messages: list[dict], tools: list[dict], changes: Counter, syntax: str | None = None) -> list[dict]:
-    """Return the messages with all calls of the assistant in `tool_calls`, in the named syntax or in any.
+    """Return the messages with all calls of the assistant in `tool_calls`, read in the named syntax or in any.
 
-    An answer in which a tool of its own row is called is read if its syntax is known, else a ValueError; talk about a
-    tool is no call. Answers of weight 0 stay text where they cannot be read.
+    Talk about a tool is no call. Answers of weight 0 stay text where they cannot be read.
     """
     known, read = None, []
     for message in messages:
@@ -380,8 +361,7 @@ def read_calls(messages: list[dict], tools: list[dict], changes: Counter, syntax
 def may_call(message: dict) -> bool:
     """Return whether a message's text is to be read for calls: cheaply, as most texts hold none."""
     role, content = message["role"], message["content"]
-    if role not in ("assistant", "item", "calls") or not isinstance(content, str):
+    if role not in ANSWERING or not isinstance(content, str):
         return False
-    if "tool_calls" in message:
-        return "<tool_call>" in content or "<TOOLCALL>" in content
-    return role == "calls" or any(mark in content for mark in ("{", "[", "(", "<", "Action"))
+    marks = HERMES_MARKS if "tool_calls" in message else ("{", "[", "(", "<", "Action")
+    return any(mark in content for mark in marks) or (role == "calls" and "tool_calls" not in message)

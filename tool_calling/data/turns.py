@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 
+from tool_calling.data.known_tools import ARGUMENT_KEYS, NAME_KEYS
 from tool_calling.data.literals import as_list, to_json, unpack
 from tool_calling.terminal import shorten
 
@@ -15,15 +16,24 @@ ROLES = {  # a role as other formats name it: OpenAI's; "calls" is a turn that h
     "environment": "tool", "ipython": "tool",
     "calls": "calls", "function_call": "calls", "function-call": "calls", "tool_call": "calls",
 }
-PARTS = {  # type of a part of a message: what it is, and the keys that hold its text, or the reply or call and its id
+HERMES_MARKS = ("<tool_call>", "<TOOLCALL>")  # of calls in a text
+ANSWERING = ("assistant", "calls", "item")  # roles of an answer, or of a part of one
+PARTS = {  # type of a part of a message: what it is, and the keys that hold its text or its reply
     "text": ("text", "text"), "input_text": ("text", "text"), "output_text": ("text", "text"),
     "refusal": ("text", "refusal"),
     "thinking": ("thought", "thinking"), "reasoning": ("thought", "text", "reasoning", "content", "summary"),
     "reasoning_text": ("thought", "text"), "summary_text": ("thought", "text"),
     "redacted_thinking": ("nothing",), "step-start": ("step",),
-    "tool_use": ("call", "input"), "tool-call": ("call", "args", "input"), "function_call": ("call", "arguments"),
+    "tool_use": ("call",), "tool-call": ("call",), "function_call": ("call",), "functionCall": ("call",),
+    "tool-invocation": ("call", "result", "output", "errorText"),  # which may hold its reply
+    "dynamic-tool": ("call", "result", "output", "errorText"),
     "tool_result": ("reply", "content"), "tool-result": ("reply", "result", "output"),
-    "function_call_output": ("reply", "output"), "tool-invocation": ("both", "args", "input"),
+    "function_call_output": ("reply", "output"), "functionResponse": ("reply", "response", "content"),
+}
+KEYED_PARTS = {  # a key of a part, as of Gemini's or Bedrock's, which have no type: the type of what it holds
+    "functionCall": "functionCall", "function_call": "functionCall", "toolUse": "functionCall",
+    "functionResponse": "functionResponse", "function_response": "functionResponse", "toolResult": "functionResponse",
+    "toolInvocation": "tool-invocation",  # Vercel's
 }
 # fmt: on
 TOOL_KEYS = ("tools", "functions", "tool_defs", "available_tools", "tool_definitions", "function_definitions")
@@ -31,11 +41,9 @@ TOOL_KEYS += ("tool_list", "function_list", "tool_schemas", "toolDefinitions", "
 TOOL_KEYS += ("functionDeclarations", "function_declarations")
 CALL_KEYS = ("tool_calls", "function_calls", "function_call")
 THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")
-CALL_SET, THOUGHT_SET = {*CALL_KEYS}, {*THOUGHT_KEYS}
 NO_CALL = ({"name": None, "arguments": None}, {"name": "", "arguments": ""})  # of a table, or of a stream
-ID_KEYS = ("id", "call_id", "tool_call_id", "tool_use_id", "toolCallId", "toolUseId")
-NAME_KEYS = ("name", "toolName", "tool_name")
-ARGUMENT_KEYS = ("arguments", "args", "input", "parameters", "params", "kwargs", "tool_input", "tool_args")
+REPLY_ID_KEYS = ("call_id", "tool_call_id", "tool_use_id", "toolCallId", "toolUseId")
+ID_KEYS = (*REPLY_ID_KEYS, "id")  # of a call; in the Responses API the id is that of the item
 CALL_MEMBERS = {*ID_KEYS, *NAME_KEYS, *ARGUMENT_KEYS, "type", "index", "function"}
 # Whether a turn is trained, as different trainers say it: true or 1 if it is; or if it is not.
 LOSS_KEYS = {"weight", "loss", "train", "trainable", "training", "loss_mask", "train_mask", "loss_weight", "loss_scale"}
@@ -48,8 +56,9 @@ ROW_FLAGS |= {key: key for key in FLAG_KEYS}
 TURN_KEYS = {"role", "from", "content", "value", "parts", "name", "type", "toolInvocations", *FLAG_KEYS, *ID_KEYS}
 TURN_KEYS |= {*CALL_KEYS, *THOUGHT_KEYS, "lc", "kwargs", "data", "additional_kwargs", "status"}
 TURN_KEYS |= {"arguments", "output", "summary", *TOOL_KEYS}
-TALK_KEYS = ("messages", "conversations", "conversation", "dialogue", "dialog", "turns", "trajectory", "traj")
-TALK_KEYS += ("prompt", "completion", "input", "output", "contents")  # of a row, for a list of turns
+SHAREGPT_KEYS = ("conversations", "conversation", "dialogue", "dialog", "turns", "trajectory", "traj")
+TALK_KEYS = ("messages", *SHAREGPT_KEYS)  # of a row, for all of its turns
+TURN_LISTS = (*TALK_KEYS, "prompt", "completion", "input", "output", "contents")
 TEXT_PART = {"type", "text", "annotations", "cache_control", "citations", "logprobs", "thought", "thoughtSignature"}
 TEXT_PART |= {"state", "index", "id", "providerMetadata", "providerOptions", "extras"}
 WRAPPED_REPLIES = ("text", "json", "content", "error-text", "error-json")  # of Vercel's SDK: {"type", "value"}
@@ -81,12 +90,8 @@ def first_of(found: dict, keys) -> object:
 
 
 def to_tool_call(call: object, changes: Counter, trained: bool = True) -> dict:
-    """Return a call in the OpenAI shape with its arguments as a dict; ValueError says what is wrong with it.
-
-    Missing arguments are none. In a turn that is not trained, those that are no JSON object stay the text they are.
-    """
-    inner = call.get("function", call) if isinstance(call, dict) else call
-    inner = {**call, "name": inner} if isinstance(inner, str) and isinstance(call, dict) else inner
+    """Return a call in the OpenAI shape; ValueError if its arguments are no object, unless it is not trained."""
+    inner = call["function"] if isinstance(call, dict) and isinstance(call.get("function"), dict) else call
     name = first_of(inner, NAME_KEYS) if isinstance(inner, dict) else None
     if not isinstance(name, str):
         raise ValueError(f'a call must be {{"name": "...", "arguments": {{...}}}}, got {shorten(inner)}')
@@ -110,11 +115,17 @@ def to_tool_call(call: object, changes: Counter, trained: bool = True) -> dict:
     return {**call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
+def peek(turn: dict) -> tuple[object, object]:
+    """Return (role, content) of a turn as its row writes them."""
+    return turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+
+
 def is_text_part(part: object) -> bool:
     """Return whether a part of a message's content holds nothing but text."""
-    is_text = isinstance(part, dict) and isinstance(part.get("text"), str) and not part.get("thought")
-    kind = part.get("type") or "text" if is_text else None
-    is_text = isinstance(kind, str) and PARTS.get(kind, "")[:2] == ("text", "text")
+    if not isinstance(part, dict) or not isinstance(part.get("text"), str) or part.get("thought"):
+        return False
+    kind = part.get("type") or "text"
+    is_text = isinstance(kind, str) and PARTS.get(kind) == ("text", "text")
     return is_text and all(key in TEXT_PART or value is None for key, value in part.items())
 
 
@@ -131,22 +142,30 @@ def is_media(part: object) -> bool:
     return isinstance(kind, str) and bool(MEDIA.fullmatch(kind))
 
 
-def to_reply(found: object, changes: Counter) -> object:
-    """Return what a tool answered as text: JSON stays JSON; an image or another part without text stays as it is."""
-    if isinstance(found, dict) and found.keys() == {"type", "value"} and found["type"] in WRAPPED_REPLIES:
-        found = found["value"]
-    text = join_text(found)
-    if isinstance(text, str) or any(map(is_media, as_list(text))):
-        return text
-    changes["reply of a tool -> JSON text"] += 1
-    return to_json(text)
+def to_reply(found: dict, value: object, changes: Counter) -> dict:
+    """Return the message of a tool that replied `value`, with the id in `found` of the call that it answers."""
+    if isinstance(value, dict) and value.keys() == {"type", "value"} and value["type"] in WRAPPED_REPLIES:
+        value = value["value"]
+    content = join_text(value)
+    if not isinstance(content, str) and not any(map(is_media, as_list(content))):
+        changes["reply of a tool -> JSON text"] += 1
+        content = to_json(content)
+    call_id = first_of(found, REPLY_ID_KEYS)
+    call_id = {"tool_call_id": call_id} if isinstance(call_id, str) and call_id else {}
+    return {"role": "tool", **call_id, "content": content}
 
 
-def to_reply_message(found: dict, value: object, changes: Counter) -> dict:
-    """Return the message of a tool, with the id of the call that it answers if `found` has one."""
-    call_id = first_of(found, ID_KEYS[1:])
-    replied = {"tool_call_id": call_id} if isinstance(call_id, str) and call_id else {}
-    return {"role": "tool", **replied, "content": to_reply(value, changes)}
+def name_part(part: dict) -> tuple[object, dict]:
+    """Return (type, part) of a part of a message, whose type may be told by a key, or may be the name of a tool."""
+    for key, kind in KEYED_PARTS.items():
+        if isinstance(part.get(key), dict):
+            return kind, {"call_id": part[key].get("id"), **part[key]}
+    kind = part.get("type", "tool-invocation" if "state" in part else None)
+    if part.get("thought") is True:
+        kind = "reasoning"
+    if isinstance(kind, str) and kind not in PARTS and kind.startswith("tool-"):
+        return "tool-invocation", {"toolName": kind.removeprefix("tool-"), **part}
+    return kind, part
 
 
 def read_part(part: object, changes: Counter) -> list[tuple[str, object]] | None:
@@ -155,52 +174,35 @@ def read_part(part: object, changes: Counter) -> list[tuple[str, object]] | None
         return [("text", part["text"])]
     if not isinstance(part, dict):
         return None
-    part = {key: value for key, value in part.items() if value is not None}
-    if isinstance(call := first_of(part, ("functionCall", "function_call", "toolUse")), dict):  # Gemini, Bedrock
-        return [("call", call)]
-    if isinstance(reply := first_of(part, ("functionResponse", "function_response", "toolResult")), dict):
-        replied = {"call_id": first_of(reply, ("id", "toolUseId"))}
-        return [("reply", to_reply_message(replied, first_of(reply, ("response", "content")), changes))]
-    kind = part.get("type", "tool-invocation" if "state" in part else None)
-    if isinstance(part.get("toolInvocation"), dict):
-        part = part["toolInvocation"]
-    if isinstance(kind, str) and (kind == "dynamic-tool" or (kind not in PARTS and kind.startswith("tool-"))):
-        kind, part = "tool-invocation", {"toolName": kind.removeprefix("tool-"), **part}
-    if part.get("thought") is True and isinstance(part.get("text"), str):
-        return [("thought", part["text"])]
-    what, *keys = PARTS.get(kind) or (None,) if isinstance(kind, str) else (None,)
+    kind, part = name_part({key: value for key, value in part.items() if value is not None})
+    if not isinstance(kind, str) or kind not in PARTS:
+        return None
+    what, *keys = PARTS[kind]
     value = first_of(part, keys)
     if what in ("text", "thought"):
-        value = join_thought(next(filter(None, map(part.get, keys)), "")) if what == "thought" else value
+        if what == "thought":
+            value = next(filter(None, map(part.get, keys)), "")
+        if what == "thought" and isinstance(value, list):  # as of the Responses API
+            texts = [text.get("text") if isinstance(text, dict) else None for text in value]
+            value = "\n\n".join(texts) if all(isinstance(text, str) for text in texts) else None
         is_whole = what == "thought" or part.keys() <= {"type", *keys}
         return [(what, value)] if isinstance(value, str) and is_whole else None
+    reply = [("reply", to_reply(part, value, changes))] if what == "reply" or value is not None else []
     if what == "reply":
-        return [("reply", to_reply_message(part, value, changes))]
-    if what in ("call", "both"):
-        call_id = first_of(part, ("call_id", "toolCallId", "id"))
-        call = {"id": call_id, "name": first_of(part, NAME_KEYS), "arguments": value}
-        found = first_of(part, ("result", "output", "errorText"))
-        replies = [("reply", to_reply_message(part, found, changes))] if what == "both" and found is not None else []
-        return [("call", call), *replies]
-    return None if what is None else [(what, None)]
-
-
-def join_thought(value: object) -> object:
-    """Return the text of a thought that may be a list of parts, as of the Responses API."""
-    if isinstance(value, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in value):
-        return "\n\n".join(part["text"] for part in value)
-    return value
+        return reply
+    keys = {"id": ID_KEYS, "name": NAME_KEYS, "arguments": ARGUMENT_KEYS}
+    call = part if kind == "functionCall" else {key: first_of(part, names) for key, names in keys.items()}
+    return [(what, call), *reply]
 
 
 def split_thought(message: dict, content: object) -> tuple[str, object]:
     """Return (thought, content) of an assistant message: the thought from its own key or from a leading think block."""
-    if THOUGHT_SET.isdisjoint(message) and not (isinstance(content, str) and "<think>" in content):
-        return "", content
+    text = content.lstrip() if isinstance(content, str) else ""
     thoughts = [join_text(message[key]) for key in THOUGHT_KEYS if message.get(key)]
     if wrong := [thought for thought in thoughts if not isinstance(thought, str)]:
         raise ValueError(f"reasoning must be text, got {shorten(wrong[0])}")
-    if isinstance(content, str) and content.lstrip().startswith("<think>") and "</think>" in content:
-        inside, _, content = content.lstrip().removeprefix("<think>").partition("</think>")
+    if text.startswith("<think>") and "</think>" in text:
+        inside, _, content = text.removeprefix("<think>").partition("</think>")
         thoughts.append(inside.strip())
         content = content.lstrip()
     thoughts = [thought for thought in thoughts if thought.strip()]
@@ -211,11 +213,7 @@ def split_thought(message: dict, content: object) -> tuple[str, object]:
 
 def find_calls(message: dict) -> list | str:
     """Return the calls under the one of CALL_KEYS that a message has, [] if none; as text if they are no JSON."""
-    given = (
-        ()
-        if CALL_SET.isdisjoint(message)
-        else [key for key in CALL_KEYS if message.get(key) and message[key] not in NO_CALL]
-    )
+    given = [key for key in CALL_KEYS if message.get(key) and message[key] not in NO_CALL]
     if not given:
         return []
     if len(given) > 1:
@@ -231,34 +229,29 @@ def read_weight(turn: dict, role: object, changes: Counter) -> dict:
     """Return {"weight": 0} for an assistant's turn that is not to be trained, else {}; ValueError if unclear."""
     if FLAG_KEYS.isdisjoint(turn):
         return {}
-    wanted = {}
-    for key in sorted(turn.keys() & FLAG_KEYS):
-        value = turn[key]
-        if value is None:
-            continue
+    flags = {key: turn[key] for key in sorted(FLAG_KEYS & turn.keys()) if turn[key] is not None}
+    for key, value in flags.items():
         if key in UNCLEAR_KEYS:
             raise ValueError(f'"{key}" of a turn may mean that it is trained or that it is not; rename it to "weight"')
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise ValueError(f"{key} must be 0 or 1, got {shorten(value)}")
-        wanted[key] = bool(value) is (key in LOSS_KEYS)
-    if len({*wanted.values()}) > 1:
-        raise ValueError(f"{' and '.join(wanted)} of a turn do not agree; expected one of them")
-    if role not in ("assistant", "calls", "item"):
-        if True in wanted.values():
-            changes[f"{role} turn marked as trained -> not trained"] += 1
-        return {}
-    return {"weight": 0} if False in wanted.values() else {}
+    trained = {bool(value) is (key in LOSS_KEYS) for key, value in flags.items()}
+    if len(trained) > 1:
+        raise ValueError(f"{' and '.join(flags)} of a turn do not agree; expected one of them")
+    if role not in ANSWERING and True in trained:
+        changes[f"{role} turn marked as trained -> not trained"] += 1
+    return {"weight": 0} if role in ANSWERING and False in trained else {}
 
 
 def unwrap(turn: dict) -> tuple[object, dict]:
     """Return (role, turn) of a turn in LangChain's shapes, {"type": "ai", "data": {...}}, or any other; "item" is the
     role of an item of the Responses API that is part of an assistant's turn. Loss flags stand around it."""
-    kind, flags = turn.get("type"), {key: turn[key] for key in FLAG_KEYS & turn.keys()}
+    kind, flags = turn.get("type"), {key: turn[key] for key in turn if key in FLAG_KEYS}
     if isinstance(turn.get("kwargs"), dict) and isinstance(turn.get("id"), list) and turn["id"]:
         kind, turn = str(turn["id"][-1]).removesuffix("Chunk").removesuffix("Message"), turn["kwargs"]
     elif isinstance(turn.get("data"), dict):
         turn = turn["data"]
-    role = turn.get("from", turn.get("role"))
+    role = peek(turn)[0]
     if role is None and isinstance(kind, str) and kind in PARTS:
         return "tool" if PARTS[kind][0] == "reply" else "item", {"content": [turn], **flags}
     role = to_role(kind if role is None else role)
@@ -266,13 +259,12 @@ def unwrap(turn: dict) -> tuple[object, dict]:
 
 
 def read_turn(turn: dict, changes: Counter) -> list[dict]:
-    """Return the messages of a turn, with only what a chat template reads, their ids, and weight 0 if not trained.
+    """Return the messages of a turn, which may hold calls and their replies, with weight 0 if it is not trained.
 
-    One turn may hold calls and their replies. A message of the role "calls" or "item" is part of an assistant's turn;
-    text in it that is yet to be read as calls stands in `content` of "calls".
+    The role "calls" or "item" is that of a part of an assistant's turn; the content of "calls" is yet to be read.
     """
     role, turn = unwrap(turn)
-    content = turn.get("value", turn.get("content"))
+    content = peek(turn)[1]
     parts = next((found for found in (content, turn.get("parts")) if isinstance(found, list) and found), [])
     made_calls = turn.get("toolInvocations")
     if isinstance(made_calls, list) and made_calls and not turn.get("parts"):
@@ -283,35 +275,32 @@ def read_turn(turn: dict, changes: Counter) -> list[dict]:
         return [make_message(role, turn, join_text(parts or content), [], changes)]
     read = [read_part(part, changes) for part in parts]
     if None in read:
-        value = to_reply(parts, changes) if role == "tool" else parts
-        return [make_message(role, turn, value, [], changes)]
-    made, texts, thoughts, calls, replies = [], [], [], [], []
-
-    def close() -> None:
-        said = {**turn, **({"reasoning": "\n\n".join(thoughts)} if thoughts else {})}
-        if texts or thoughts or calls or not (made or replies):
-            made.append(make_message(role, said, "".join(texts), calls[:], changes))
-        made.extend(replies)
-        for kept in (texts, thoughts, calls, replies):
-            kept.clear()
-
+        return [make_message(role, turn, parts, [], changes)]
+    groups: list[list] = [[]]
     for what, value in (pair for pairs in read for pair in pairs):
-        if what in ("text", "thought", "step") and replies:
-            close()
-        if what == "text" and calls and value.strip():
+        if what in ("text", "thought", "step") and any(kind == "reply" for kind, _ in groups[-1]):
+            groups.append([])  # what follows a reply is another message
+        if what == "text" and value.strip() and any(kind == "call" for kind, _ in groups[-1]):
             changes[LATE_TEXT] += 1
-        if what in ("text", "thought", "call", "reply"):
-            {"text": texts, "thought": thoughts, "call": calls, "reply": replies}[what].append(value)
-    close()
+        groups[-1].append((what, value))
+    made: list[dict] = []
+    for group in groups:
+        texts, thoughts, calls, replies = (
+            [value for kind, value in group if kind == what] for what in ("text", "thought", "call", "reply")
+        )
+        if texts or thoughts or calls or not (made or replies):
+            said = {**turn, "reasoning": "\n\n".join(thoughts)} if thoughts else turn
+            made.append(make_message(role, said, "".join(texts), calls, changes))
+        made += replies
     return made
 
 
 def make_message(role: object, turn: dict, content: object, calls: list, changes: Counter) -> dict:
     """Return one message of a turn, whose content and calls in its parts have been read."""
     if role == "tool":
-        return to_reply_message(turn, content, changes)
+        return to_reply(turn, content, changes)
     weight = read_weight(turn, role, changes)
-    if role not in ("assistant", "calls", "item"):
+    if role not in ANSWERING:
         return {"role": role, "content": content}
     (thought, content), given = split_thought(turn, content), find_calls(turn)
     more = turn.get("additional_kwargs")
@@ -321,36 +310,44 @@ def make_message(role: object, turn: dict, content: object, calls: list, changes
         if content:
             raise ValueError("a message holds text and calls as text; expected the calls in the text")
         role, content, given = "calls", given, []
-    if calls or given:
-        calls, given = ([to_tool_call(call, changes, not weight) for call in found] for found in (calls, given))
-    if calls and given and [call["function"] for call in calls] != [call["function"] for call in given]:
-        raise ValueError("a message holds calls in its content and in another key; expected one of them")
     if role == "calls" and given and content:
         raise ValueError("a turn of calls holds calls in content and in another key; expected one of them")
     if role == "calls" and not isinstance(content, str):
-        calls, content = [to_tool_call(call, changes, not weight) for call in as_list(content)], ""
-    message = {"role": role, "content": content, **({"reasoning_content": thought} if thought else {})}
-    if given or calls:
-        message["tool_calls"] = given or calls
-    return {**message, **weight}
+        given, content = given or as_list(content), ""
+    if calls or given:
+        calls, given = ([to_tool_call(call, changes, not weight) for call in found] for found in (calls, given))
+    if calls and given and not are_same_calls(calls, given):
+        raise ValueError("a message holds calls in its content and in another key; expected one of them")
+    thought = {"reasoning_content": thought} if thought else {}
+    return set_calls({"role": role, **thought, **weight}, content, given or calls)
 
 
-def set_calls(message: dict, content: str, calls: list) -> dict:
-    """Return an assistant's message with another text and other calls, its weight last as make_message has it."""
-    made = {key: value for key, value in message.items() if key not in ("tool_calls", "weight")} | {"content": content}
-    made |= {"tool_calls": calls} if calls else {}
-    return made | ({"weight": 0} if "weight" in message else {})
+def are_same_calls(calls: list[dict], others: list[dict]) -> bool:
+    """Return whether two lists of calls are the same but for their ids."""
+    return [call["function"] for call in calls] == [call["function"] for call in others]
+
+
+def set_calls(message: dict, content: object, calls: list) -> dict:
+    """Return an assistant's message with this content and these calls; its weight stands last."""
+    made = {"role": message["role"], "content": content}
+    if "reasoning_content" in message:
+        made["reasoning_content"] = message["reasoning_content"]
+    if calls:
+        made["tool_calls"] = calls
+    if "weight" in message:
+        made["weight"] = 0
+    return made
 
 
 def spread_flags(row: dict, turns: list[dict]) -> list[dict]:
     """Return the turns with the row's own loss flags: one for all, one for each turn, or one for each answer."""
-    for key in () if ROW_FLAGS.keys().isdisjoint(row) else sorted(row.keys() & ROW_FLAGS.keys()):
-        value = row[key]
+    for key in sorted(key for key in row if key in ROW_FLAGS):
+        value, name = row[key], ROW_FLAGS[key]
         if key in UNCLEAR_KEYS and to_role(value) == "assistant":
             raise ValueError(f'"{key}" names the assistant: no turn would be trained')  # NeMo names who is left out
         if value is None or isinstance(value, str | dict):
             continue
-        answers = [index for index, turn in enumerate(turns) if unwrap(turn)[0] in ("assistant", "calls", "item")]
+        answers = [index for index, turn in enumerate(turns) if unwrap(turn)[0] in ANSWERING]
         values = value if isinstance(value, list) else [value] * len(answers)
         own = range(any(map(row.get, SYSTEM_KEYS)) and len(values) == len(turns) - 1, len(turns))
         places = own if len(values) == len(own) else answers
@@ -359,7 +356,6 @@ def spread_flags(row: dict, turns: list[dict]) -> list[dict]:
             raise ValueError(f'"{key}" has {len(values)} entries; expected one for each of {counts}')
         turns = [*turns]
         for index, flag in zip(places, values):
-            name = ROW_FLAGS[key]
             if turns[index].get(name) not in (None, flag):
                 raise ValueError(f'"{key}" of the row and "{name}" of a turn do not agree; expected one of them')
             turns[index] = {**turns[index], name: flag}
@@ -378,10 +374,11 @@ def list_unread(row: dict, keys: set[str]) -> list[tuple[str, str]]:
     """Return (place, key) of what holds something and is not read, in a row of which `keys` are read and its turns."""
     flags = [key for key in row if key in ROW_FLAGS and not isinstance(row[key], str | dict)]
     places = [("row", row, {*keys, "tools", "functions", "system", *flags})]
-    output = row.get("output") if "output" in keys else None
-    places += [("output", output, TURN_KEYS)] if isinstance(output, dict) else []
-    talks = [row[key] for key in TALK_KEYS if key in keys and key in row]
-    places += [("turn", turn, TURN_KEYS) for talk in talks if isinstance(talk, list) for turn in talk]
+    for key in (key for key in TURN_LISTS if key in keys):
+        value = row.get(key)
+        places += (
+            [("turn", turn, TURN_KEYS) for turn in value] if isinstance(value, list) else [(key, value, TURN_KEYS)]
+        )
     return [
         (place, key)
         for place, holder, known in places
@@ -393,7 +390,6 @@ def list_unread(row: dict, keys: set[str]) -> list[tuple[str, str]]:
 
 def add_system(row: dict, turns: list[dict]) -> list[dict]:
     """Return the turns with the row's `system` in front, if it has one that they do not begin with."""
-    system, first = row.get("system"), turns[0] if turns else {}
-    said = to_role(first.get("role", first.get("from"))) == "system"
-    said = said and join_text(first.get("content", first.get("value"))) == join_text(system)
+    system, (role, content) = row.get("system"), peek(turns[0] if turns else {})
+    said = to_role(role) == "system" and join_text(content) == join_text(system)
     return [{"role": "system", "content": system}, *turns] if system and not said else turns
