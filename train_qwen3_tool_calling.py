@@ -240,8 +240,8 @@ def check_together(args: argparse.Namespace, refuse) -> None:
         refuse("--target_modules: expected at least one name")
     if args.eval_only and (args.dry_run or args.show_row or args.resume_from_checkpoint):
         refuse("--eval_only trains nothing: leave out --dry_run, --show_row and --resume_from_checkpoint")
-    if args.convert_to and (args.dry_run or args.eval_only):
-        refuse("--convert_to only writes rows: leave out --dry_run and --eval_only")
+    if args.convert_to and (args.dry_run or args.eval_only or args.show_row):
+        refuse("--convert_to only writes rows: leave out --dry_run, --eval_only and --show_row")
     if args.dry_run and args.resume_from_checkpoint:
         refuse("--dry_run shows a run from its start: leave out --resume_from_checkpoint")
     if not args.lora_rank and (args.load_in_4bit or args.engine == "unsloth" or args.save_method == "lora"):

@@ -345,7 +345,11 @@ def test_checks_need_no_heavy_library():
         ),
         (
             ["--convert_to", "x.jsonl", "--eval_only", "y"],
-            "--convert_to only writes rows: leave out --dry_run and --eval_only",
+            "--convert_to only writes rows: leave out --dry_run, --eval_only and --show_row",
+        ),
+        (
+            ["--convert_to", "x.jsonl", "--show_row", "1"],
+            "--convert_to only writes rows: leave out --dry_run, --eval_only and --show_row",
         ),
         (["--seed", str(2**32)], "argument --seed: must be at least 0 and below 4294967296, got 4294967296"),
     ],

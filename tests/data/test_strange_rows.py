@@ -6,8 +6,9 @@ import pytest
 from conftest import WEATHER
 from format_cases import BARE, REPLY, TOOLS, USER, YES, calls, read
 
-from tool_calling.data.examples import Reading, to_examples
+from tool_calling.data.examples import Reading, to_examples, write_converted
 from tool_calling.data.rows import read_file
+from tool_calling.terminal import UserError
 
 WRONG = {"role": "assistant", "content": "A WRONG ANSWER"}
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -356,3 +357,45 @@ def test_a_history_may_be_json_text():
     row = {"instruction": "rain in Rome?", "output": "Yes.", "history": '[["a", "b"]]'}
     history = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     assert seen(row)[0] == [*history, USER, YES]
+
+
+# -- Nothing, as tables and other languages write it ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [[], "[]", "null", " "])
+def test_an_empty_list_of_arguments_is_none(arguments):
+    """As PHP writes an empty object."""
+    call = {"function": {"name": "ping", "arguments": arguments}}
+    messages, _, changes, _ = seen({"messages": [USER, {"role": "assistant", "tool_calls": [call]}], "tools": [PING]})
+    assert messages[1]["tool_calls"][0]["function"] == {"name": "ping", "arguments": {}}
+    assert changes == {"call without arguments -> {}": 1}
+
+
+@pytest.mark.parametrize("nothing", ["null", "None", "nan", "", "[]", None])
+def test_a_text_that_says_null_is_no_list_of_tools(nothing):
+    assert seen({"messages": [USER, YES], "tools": nothing})[:2] == ([USER, YES], [])
+
+
+def test_what_langchain_keeps_inside_of_a_turn_is_named_too():
+    turn = {"type": "ai", "data": {"content": "Yes.", "note": "x"}, "more": 1}
+    assert seen({"messages": [{"type": "human", "data": USER}, turn]})[3] == {("turn", "note"), ("turn", "more")}
+
+
+# -- Schemas under other keys -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["args_schema", "schema", "args", "properties"])
+def test_the_schema_of_a_tool_is_read_where_it_stands(key):
+    schema = {"type": "object", "properties": {"host": {"type": "string"}}, "required": ["host"]}
+    flat = key in ("args", "properties")
+    tool = {"name": "ping", "description": "Pong.", key: schema["properties"] if flat else schema}
+    messages, tools, _, _ = seen({"messages": [USER, YES], "tools": [tool]})
+    assert tools == [{"type": "function", "function": {**PING["function"], "parameters": schema}}]
+
+
+@pytest.mark.parametrize("name", ["out.parquet", "out.csv", "out.jsonl.gz"])
+def test_rows_are_written_under_no_name_that_they_are_not(tmp_path, name):
+    with pytest.raises(UserError) as error:
+        write_converted(str(tmp_path / name), ["no/such.jsonl"], Reading("no/such/tools.json"))
+    expected = "is written as JSONL; expected a name that ends with .jsonl"
+    assert str(error.value) == f"--convert_to {tmp_path / name}: {expected}"

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from tool_calling.data.formats import FORMATS, convert
 from tool_calling.data.messages import check_calls, check_roles, check_text, cut_tail, is_trained, settle_turns
-from tool_calling.data.rows import name_file, read_rows
+from tool_calling.data.rows import ROW_FILES, name_file, read_rows
 from tool_calling.data.syntaxes import READ_AS, read_calls
 from tool_calling.data.tools import KEPT_NULL, check_tools, find_bare_tools, read_tools, settle_arguments, to_tools
 from tool_calling.files import write_file
@@ -241,6 +241,8 @@ def read_examples(paths: list[str], reading: Reading) -> tuple[list[Example], in
 def write_converted(path: str, paths: list[str], reading: Reading) -> None:
     """Write the valid rows in the OpenAI form to a new file."""
     target = Path(path)
+    if ROW_FILES.fullmatch(target.name) and target.suffix.lower() not in (".jsonl", ".json"):
+        raise UserError(f"--convert_to {path}: is written as JSONL; expected a name that ends with .jsonl")
     if target.exists():
         raise UserError(f"--convert_to {path}: already exists; expected the name of a new file")
     examples, _ = read_examples(paths, reading)

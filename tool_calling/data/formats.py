@@ -7,7 +7,16 @@ from tool_calling.data.containers import ANSWER_KEYS, CONTAINERS, unpack_turns
 from tool_calling.data.declarations import NO_TOOLS, find_beside, is_declaring, spread_read, take_declarations
 from tool_calling.data.literals import as_list
 from tool_calling.data.syntaxes import BRACKET_CALLS
-from tool_calling.data.turns import HERMES_MARKS, TALK_KEYS, list_unread, peek, spread_flags, to_messages, unwrap
+from tool_calling.data.turns import (
+    HERMES_MARKS,
+    TALK_KEYS,
+    TOOL_KEYS,
+    list_unread,
+    peek,
+    spread_flags,
+    to_messages,
+    unwrap,
+)
 from tool_calling.terminal import shorten
 
 
@@ -34,6 +43,7 @@ FORMATS = {
     "gemini": Format(("gemini",)),
     "alpaca": Format(("alpaca",)),
 }
+NULL_TEXTS = ("null", "None", "nan")  # as tables write that there are no tools
 SHAPES = (
     '"messages"; "conversations"; "input" and "output"; "query" and "answers"; "chat"; "contents"; '
     '"question" and "answer"; "prompt" and "completion"'
@@ -113,7 +123,8 @@ def convert(row: object, name: str = "auto") -> Conversation:
         raise row
     if not isinstance(row, dict):
         raise ValueError(f"a row must be an object, got {shorten(row)}")
-    row = unpack_turns({key: value for key, value in row.items() if value is not None})  # a table has keys of others
+    nulls = {key for key, value in row.items() if value is None or (key in TOOL_KEYS and value in NULL_TEXTS)}
+    row = unpack_turns({key: value for key, value in row.items() if key not in nulls})  # a table has keys of others
     container_name, changes = choose_container(row, name), Counter()
     container = CONTAINERS[container_name]
     turns, more = add_beside(row, spread_flags(row, container.read(row)), container.keys, changes)

@@ -43,7 +43,7 @@ SUBJECTS = {"type", "properties", "patternProperties", "additionalProperties", "
 # Where tools say what they take: OpenAI, MCP, Anthropic, Gemini, ToolMind, smolagents, API-Bank, Cohere.
 SCHEMA_KEYS = (
     "parameters inputSchema input_schema parametersJsonSchema parameters_json_schema arguments inputs "
-    "input_parameters parameter_definitions"
+    "input_parameters parameter_definitions args_schema args schema properties"
 ).split()
 WRAPPERS = ("function", "toolSpec")  # of a tool: OpenAI's, Bedrock's
 DECLARATIONS = ("functionDeclarations", "function_declarations")  # of several tools: Gemini's

@@ -100,7 +100,7 @@ def to_tool_call(call: object, changes: Counter, trained: bool = True) -> dict:
     if strays and arguments is None:
         raise ValueError(f'call {shorten(name)}: has "{strays[0]}" and no arguments; expected them in "arguments"')
     changes.update(f"{key[:40]} of a call -> dropped" for key in strays)
-    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
+    if arguments in (None, [], "null", "[]") or (isinstance(arguments, str) and not arguments.strip()):
         changes["call without arguments -> {}"] += 1
         arguments = {}
     try:
@@ -376,9 +376,9 @@ def list_unread(row: dict, keys: set[str]) -> list[tuple[str, str]]:
     places = [("row", row, {*keys, "tools", "functions", "system", *flags})]
     for key in (key for key in TURN_LISTS if key in keys):
         value = row.get(key)
-        places += (
-            [("turn", turn, TURN_KEYS) for turn in value] if isinstance(value, list) else [(key, value, TURN_KEYS)]
-        )
+        turns = [turn for turn in value if isinstance(turn, dict)] if isinstance(value, list) else []
+        turns += [turn.get(inner) for turn in turns for inner in ("data", "kwargs")]  # LangChain's
+        places += [("turn", turn, TURN_KEYS) for turn in turns] or [(key, value, TURN_KEYS)]
     return [
         (place, key)
         for place, holder, known in places
