@@ -115,24 +115,19 @@ def spread(key: str, value: object, depth: int = 3) -> Iterator[tuple[str, objec
 def spread_read(row: dict, keys: set[str]) -> dict:
     """Return the row with what stands beside tools inside of an object under a path of its own: it is not read."""
     opened = {key.partition(".")[0] for key in keys if key not in row and "." in key}
-    return {
-        path: value for key in row for path, value in (spread(key, row[key]) if key in opened else [(key, row[key])])
-    }
+    pairs = ((key, spread(key, value) if key in opened else [(key, value)]) for key, value in row.items())
+    return {path: value for _, inner in pairs for path, value in inner}
 
 
 def find_beside(row: dict, turns: list[dict], read: set[str]) -> tuple[object, set[str]]:
-    """Return (the tools that stand beside a row's texts or None, the keys of the row that hold them).
-
-    Any key that holds a list of tools counts, also one inside of objects (a path then) or of a turn. ValueError if two
-    lists differ.
-    """
+    """Return (the tools beside a row's texts or None, the keys or paths that hold them); ValueError if lists differ."""
     places = [(key, row[key], key) for key in TOOL_KEYS if key not in read and row.get(key) is not None]
     for key, value in row.items():
         if key not in read and key not in TOOL_SET:
             places += [(path, one, path) for path, one in spread(key, value) if is_tool_list(one)]
     for turn in turns:
         places += [("a turn of tools", peek(turn)[1], "")] if is_declaring(turn) else []
-        for key in sorted(key for key in turn if key in TOOL_SET):
+        for key in () if TOOL_SET.isdisjoint(turn) else sorted(TOOL_SET & turn.keys()):
             places += [(f"{key} of a turn", turn[key], "")] if is_tool_list(turn[key]) else []
     if len(places) == 1:
         return places[0][1], {places[0][2]}
@@ -147,10 +142,9 @@ def find_beside(row: dict, turns: list[dict], read: set[str]) -> tuple[object, s
 
 @lru_cache(maxsize=1000)  # rows share their system texts
 def read_declaration(text: str) -> Declaration:
-    """Return what a system text says about tools, between marks or as a JSON list.
+    """Return what a system text says about tools; ValueError if they cannot be read.
 
-    Cut are the tools, the sentences around them, those with a tag for calls, and those of BOILERPLATE. A cut ends with
-    its sentence. ValueError if the tools cannot be read.
+    Cut are the tools, and whole sentences: those around them, those with a tag for calls, and those of BOILERPLATE.
     """
     text = PYTHON_TOOLS.sub(to_json_list, text)
     tools, rest, size = None, text, 0
@@ -212,8 +206,7 @@ def keep_sentences(text: str, declares: bool) -> str:
 def take_declarations(messages: list[dict], beside: object, changes: Counter) -> tuple[list[dict], object, str]:
     """Return (messages without declarations of tools, the tools declared or None, "tags", "list" or "" for how).
 
-    A row with structured calls keeps its system texts as they are, save for one that is nothing but a declaration. A
-    list without marks is one only where no other tools stand beside the row.
+    A row with structured calls keeps its system texts, save for one that is nothing but a declaration.
     """
     structured = any("tool_calls" in message or message["role"] == "calls" for message in messages)
     kept, tools, how, named = [], None, "", beside not in NO_TOOLS
@@ -225,6 +218,7 @@ def take_declarations(messages: list[dict], beside: object, changes: Counter) ->
             except ValueError:
                 if not named:
                     raise
+        # A list without marks declares tools only where no others stand beside the row.
         mine = found.tagged or (found.tools is not None and (not named or are_same_tools(beside, found.tools)))
         if mine and found.tools is not None:
             if tools is not None and not are_same_tools(tools, found.tools):

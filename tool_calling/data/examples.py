@@ -95,10 +95,7 @@ class Reader:
         self.boxes: dict[str, Toolbox] = {}
 
     def find_tools(self, source: str, format: str, tools: object) -> tuple[Toolbox, bool]:
-        """Return the tools of a row, and whether they are those of --tools_path.
-
-        That file serves rows of the native format, which has no place for tools; others if the user names it.
-        """
+        """Return (tools, whether --tools_path gives them): it serves native rows, and others if the user names it."""
         filled = tools is None and (format == "native" or self.reading.named_tools)
         tools = [] if tools is None else tools
         key = "filled" if filled else json.dumps(tools)

@@ -77,12 +77,10 @@ def choose_container(row: dict, name: str) -> str:
 
 
 def add_beside(row: dict, turns: list[dict], read: set[str], changes: Counter) -> tuple[list[dict], set[str]]:
-    """Return the turns with a system text of another name before them, and an answer of the row's after a question, and
-    the keys of these; nothing is added to turns that have it, nor of a key that is `read` already."""
+    """Return (turns with the system text and the answer that stand beside them, the keys of these)."""
     roles, keys = [unwrap(turn)[0] for turn in turns], set()
-    system = next(
-        (key for key in ("system_prompt", "system_message") if isinstance(row.get(key), str) and row[key]), None
-    )
+    named = (key for key in ("system_prompt", "system_message") if row.get(key) and isinstance(row[key], str))
+    system = next(named, None)
     if system and "system" not in roles:
         turns, keys = [{"role": "system", "content": row[system]}, *turns], {system}
     answer = next((key for key in ANSWER_KEYS if key not in read and row.get(key)), None)
@@ -95,11 +93,8 @@ def add_beside(row: dict, turns: list[dict], read: set[str], changes: Counter) -
 
 
 def name_talk(row: dict, roles: set, messages: list[dict], declared: str, named: bool) -> str:
-    """Return the format of a row of `messages` or `conversations`.
-
-    It shows in the roles as the row names them, in how a system text declares tools ("tags", "list" or ""), in whether
-    tools are named beside the turns, and in the texts.
-    """
+    """Return the format of a row of `messages` or `conversations`, by the roles as the row names them, by how a system
+    text declares tools ("tags", "list" or ""), and by whether tools are named beside the turns."""
     texts = [(message["role"], message["content"]) for message in messages if isinstance(message["content"], str)]
     is_openai = "messages" in row
     if is_openai and roles & {"tool_call", "tool_response"}:

@@ -165,10 +165,7 @@ def check_text(messages: list[dict]) -> list[str]:
 
 
 def check_calls(messages: list[dict], validators: dict) -> tuple[list[str], list[str]]:
-    """Return (calls of tools that the row does not have, calls that the schema of their tool refuses), as problems.
-
-    Calls of turns that are not trained are context: they may be as wrong as they were.
-    """
+    """Return the problems of trained calls: (of tools that the row does not have, of those that a schema refuses)."""
     calls = [(call["function"], is_trained(message)) for message in messages for call in message.get("tool_calls", [])]
     unknown, refused = [], []
     for index, (call, is_supervised) in enumerate(calls, start=1):

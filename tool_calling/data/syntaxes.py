@@ -302,10 +302,7 @@ SYNTAXES = {  # name: (marks, one of which a text must hold for it, parser); the
 
 
 def find_calls(text: str, known: Known, only: str | None) -> tuple[str, str, list] | None:
-    """Return (syntax, the text without its calls, calls) of an answer, None if it calls nothing.
-
-    ValueError if a call is broken, or if a known tool is called in a syntax that is not known.
-    """
+    """Return (syntax, the text without its calls, calls) of an answer, None if it calls nothing; else a ValueError."""
     for name, (marks, parse) in SYNTAXES.items():
         if only in (None, name) and any(mark in text for mark in marks):
             found = parse(text, known)

@@ -178,15 +178,15 @@ def read_part(part: object, changes: Counter) -> list[tuple[str, object]] | None
     if not isinstance(kind, str) or kind not in PARTS:
         return None
     what, *keys = PARTS[kind]
+    if what == "thought":
+        value = next(filter(None, map(part.get, keys)), "")
+        if isinstance(value, list) and all(isinstance(text, dict) for text in value):  # as of the Responses API
+            value = [text.get("text") for text in value]
+            value = "\n\n".join(value) if all(isinstance(text, str) for text in value) else None
+        return [(what, value)] if isinstance(value, str) else None
     value = first_of(part, keys)
-    if what in ("text", "thought"):
-        if what == "thought":
-            value = next(filter(None, map(part.get, keys)), "")
-        if what == "thought" and isinstance(value, list):  # as of the Responses API
-            texts = [text.get("text") if isinstance(text, dict) else None for text in value]
-            value = "\n\n".join(texts) if all(isinstance(text, str) for text in texts) else None
-        is_whole = what == "thought" or part.keys() <= {"type", *keys}
-        return [(what, value)] if isinstance(value, str) and is_whole else None
+    if what == "text":  # a refusal; other text with more keys is not known
+        return [(what, value)] if isinstance(value, str) and part.keys() <= {"type", *keys} else None
     reply = [("reply", to_reply(part, value, changes))] if what == "reply" or value is not None else []
     if what == "reply":
         return reply
@@ -246,7 +246,10 @@ def read_weight(turn: dict, role: object, changes: Counter) -> dict:
 def unwrap(turn: dict) -> tuple[object, dict]:
     """Return (role, turn) of a turn in LangChain's shapes, {"type": "ai", "data": {...}}, or any other; "item" is the
     role of an item of the Responses API that is part of an assistant's turn. Loss flags stand around it."""
-    kind, flags = turn.get("type"), {key: turn[key] for key in turn if key in FLAG_KEYS}
+    kind, flags = (
+        turn.get("type"),
+        {} if FLAG_KEYS.isdisjoint(turn) else {key: turn[key] for key in FLAG_KEYS & {*turn}},
+    )
     if isinstance(turn.get("kwargs"), dict) and isinstance(turn.get("id"), list) and turn["id"]:
         kind, turn = str(turn["id"][-1]).removesuffix("Chunk").removesuffix("Message"), turn["kwargs"]
     elif isinstance(turn.get("data"), dict):
@@ -259,10 +262,7 @@ def unwrap(turn: dict) -> tuple[object, dict]:
 
 
 def read_turn(turn: dict, changes: Counter) -> list[dict]:
-    """Return the messages of a turn, which may hold calls and their replies, with weight 0 if it is not trained.
-
-    The role "calls" or "item" is that of a part of an assistant's turn; the content of "calls" is yet to be read.
-    """
+    """Return the messages of a turn, which may hold calls and replies; the content of "calls" is yet to be read."""
     role, turn = unwrap(turn)
     content = peek(turn)[1]
     parts = next((found for found in (content, turn.get("parts")) if isinstance(found, list) and found), [])
@@ -341,7 +341,7 @@ def set_calls(message: dict, content: object, calls: list) -> dict:
 
 def spread_flags(row: dict, turns: list[dict]) -> list[dict]:
     """Return the turns with the row's own loss flags: one for all, one for each turn, or one for each answer."""
-    for key in sorted(key for key in row if key in ROW_FLAGS):
+    for key in () if ROW_FLAGS.keys().isdisjoint(row) else sorted(ROW_FLAGS.keys() & row.keys()):
         value, name = row[key], ROW_FLAGS[key]
         if key in UNCLEAR_KEYS and to_role(value) == "assistant":
             raise ValueError(f'"{key}" names the assistant: no turn would be trained')  # NeMo names who is left out
