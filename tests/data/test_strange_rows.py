@@ -399,3 +399,13 @@ def test_rows_are_written_under_no_name_that_they_are_not(tmp_path, name):
         write_converted(str(tmp_path / name), ["no/such.jsonl"], Reading("no/such/tools.json"))
     expected = "is written as JSONL; expected a name that ends with .jsonl"
     assert str(error.value) == f"--convert_to {tmp_path / name}: {expected}"
+
+
+@pytest.mark.parametrize("before", ["functools", "Action:\n", "Action:\n```json\n", "Action:\n```\n"])
+def test_a_word_before_calls_in_json_is_no_text(before):
+    """As Phi-4 and LangChain's agents write them."""
+    call = '{"name": "get_weather", "arguments": {"city": "Rome"}}'
+    call = f"[{call}]" if before == "functools" else call
+    content = f"Thought: I look.\n{before}{call}" + ("\n```" if "`" in before else "")
+    messages = seen({"messages": [USER, {"role": "assistant", "content": content}], "tools": TOOLS})[0]
+    assert messages == [USER, {**calls("Rome"), "content": "Thought: I look."}]

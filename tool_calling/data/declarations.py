@@ -21,6 +21,7 @@ DECLARED = {  # what opens and closes a list of tools in a text
     "<available_tools>": "</available_tools>",
 }
 HINT = re.compile("|".join(map(re.escape, (*DECLARED, "tool_call>", "TOOLCALL>", '"name"', "'name'"))))
+HELD = re.compile("|".join((*SCHEMA_KEYS, *DECLARATIONS, "function")))  # what the JSON text of a tool holds
 TOOL_SET = {*TOOL_KEYS}
 DECLARING = {"tools", "functions", "tool_declare", "tool_definitions", "function_list"}  # roles
 NO_TOOLS = (None, [], "", "[]", {})
@@ -104,7 +105,8 @@ def is_declaring(turn: dict) -> bool:
 
 def spread(key: str, value: object, depth: int = 3) -> Iterator[tuple[str, object]]:
     """Yield (path, value) of what stands under a key: of an object, or of JSON text of one, what is in it."""
-    value = try_unpack(value) if isinstance(value, str) and value.startswith("{") else value
+    if isinstance(value, str) and value.startswith("{") and HELD.search(value):  # or it holds no tools
+        value = try_unpack(value)
     if isinstance(value, dict) and depth:
         for name, inner in value.items():
             yield from spread(f"{key}.{name}", inner, depth - 1)

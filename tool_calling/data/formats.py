@@ -43,6 +43,7 @@ FORMATS = {
     "gemini": Format(("gemini",)),
     "alpaca": Format(("alpaca",)),
 }
+SYSTEM_TEXTS = ("system_prompt", "system_message")  # keys of a row
 NULL_TEXTS = ("null", "None", "nan")  # as tables write that there are no tools
 SHAPES = (
     '"messages"; "conversations"; "input" and "output"; "query" and "answers"; "chat"; "contents"; '
@@ -78,13 +79,12 @@ def choose_container(row: dict, name: str) -> str:
 
 def add_beside(row: dict, turns: list[dict], read: set[str], changes: Counter) -> tuple[list[dict], set[str]]:
     """Return (turns with the system text and the answer that stand beside them, the keys of these)."""
-    roles, keys = [unwrap(turn)[0] for turn in turns], set()
-    named = (key for key in ("system_prompt", "system_message") if row.get(key) and isinstance(row[key], str))
-    system = next(named, None)
-    if system and "system" not in roles:
+    keys: set[str] = set()
+    system = next((key for key in SYSTEM_TEXTS if isinstance(row.get(key), str) and row[key]), None)
+    if system and all(unwrap(turn)[0] != "system" for turn in turns):
         turns, keys = [{"role": "system", "content": row[system]}, *turns], {system}
     answer = next((key for key in ANSWER_KEYS if key not in read and row.get(key)), None)
-    if answer and roles and roles[-1] in ("user", "tool"):
+    if answer and turns and unwrap(turns[-1])[0] in ("user", "tool"):
         said = [{"role": "assistant", "content": row[answer]}] if isinstance(row[answer], str) else as_list(row[answer])
         if all(isinstance(turn, dict) and unwrap(turn)[0] == "assistant" for turn in said):
             turns, keys = [*turns, *said], {*keys, answer}

@@ -27,7 +27,8 @@ BRACKET_CALLS = re.compile(r"\s*\[[^\[\](){}]+\(.*\)\s*\]\s*", re.DOTALL)  # [Na
 KEYED_CALL = re.compile(r"\s*\[\s*[\w.]+\(\s*(?:\)|\w+\s*=)")  # a call even where no tools are known
 ANY_CALL = re.compile(r"\s*\[(?:\s*[\w.]+\(|[^\[\](){}]+\(\s*(?:\)|\w+\s*=))")
 CODE_FENCE = re.compile(r"```\w*\n(.*)```", re.DOTALL)
-EMPTY_TAGS = re.compile(r"<([\w:.-]+)>\s*</\1>")  # that stood around the calls
+# What stood around the calls, or before them
+EMPTY_TAGS = re.compile(r"<([\w:.-]+)>\s*</\1>|^[ \t]*(?:functools|Action:)\s*\Z", re.MULTILINE)
 EMPTY_FENCE = re.compile(r"```\w*\s*```")
 GLAIVE_CALL = re.compile(r"""\s*\{\s*"name"\s*:\s*("[^"]*")\s*,\s*"arguments"\s*:\s*'(.*)'\s*\}\s*""", re.DOTALL)
 FUNCTION = re.compile(r"""<function=([^<>\n]+)>|<invoke name=["']([^<>"'\n]+)["']>""")

@@ -246,10 +246,8 @@ def read_weight(turn: dict, role: object, changes: Counter) -> dict:
 def unwrap(turn: dict) -> tuple[object, dict]:
     """Return (role, turn) of a turn in LangChain's shapes, {"type": "ai", "data": {...}}, or any other; "item" is the
     role of an item of the Responses API that is part of an assistant's turn. Loss flags stand around it."""
-    kind, flags = (
-        turn.get("type"),
-        {} if FLAG_KEYS.isdisjoint(turn) else {key: turn[key] for key in FLAG_KEYS & {*turn}},
-    )
+    kind = turn.get("type")
+    flags = {} if FLAG_KEYS.isdisjoint(turn) else {key: turn[key] for key in turn if key in FLAG_KEYS}
     if isinstance(turn.get("kwargs"), dict) and isinstance(turn.get("id"), list) and turn["id"]:
         kind, turn = str(turn["id"][-1]).removesuffix("Chunk").removesuffix("Message"), turn["kwargs"]
     elif isinstance(turn.get("data"), dict):
