@@ -221,6 +221,12 @@ def test_answers_are_shown_without_reasoning(capsys):
     ]
 
 
+def test_a_secret_in_a_row_is_not_shown(capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefghij")
+    show_answers(Proof.of([SAMPLES[0]._replace(request="log in with hf_abcdefghij")], {"model": BASE}))
+    assert capsys.readouterr().out.splitlines()[1] == "a.json:1  log in with $HF_TOKEN"
+
+
 def test_the_version_of_what_is_imported_is_named(tmp_path, monkeypatch):
     (tmp_path / "torch-9.9.9.dist-info").mkdir()
     (tmp_path / "torch-9.9.9.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 9.9.9\n")

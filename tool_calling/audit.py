@@ -34,7 +34,7 @@ from tool_calling.samples import (
     show_rows,
     to_sides,
 )
-from tool_calling.terminal import UserError, hide_secrets, list_first, plural, say, shorten, warn
+from tool_calling.terminal import UserError, hide_secrets, list_first, plural, print_safely, shorten, warn
 
 LISTED = 1000  # rows that audit.json names for each finding; all are counted
 TEMPLATE = Path(__file__).with_name("audit.txt.jinja")
@@ -226,8 +226,7 @@ def show_audit(audit: dict) -> None:
     screen = Environment(trim_blocks=True, lstrip_blocks=True)
     screen.filters |= {"number": "{:,}".format, "percent": "{:.1%}".format, "plural": plural, "some": list_first}
     screen.filters["counts"] = lambda counts: list_first((f"{count:,} {name}" for name, count in counts.items()), 8)
-    text = screen.from_string(TEMPLATE.read_text(encoding="utf-8")).render(audit).rstrip()
-    say(text[:9], text[9:])  # the template names the stages
+    print_safely(screen.from_string(TEMPLATE.read_text(encoding="utf-8")).render(audit).rstrip())
 
 
 def finish_audit(audit: dict, data: Data, shown: int | None, settings: dict) -> dict:

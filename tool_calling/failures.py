@@ -26,10 +26,8 @@ def explain_failure(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.filename and error.errno in KNOWN_ERRORS:
         return f"{error.filename}: {error.strerror}"
     if type(error).__name__ in MEMORY:
-        return (
-            f"out of {MEMORY[type(error).__name__]}; lower --batch_size or --max_seq_length (while answers are "
-            "generated, --eval_batch_size), or choose a smaller --model_id"
-        )
+        advice = "lower --batch_size or --max_seq_length (while answers are generated, --eval_batch_size)"
+        return f"out of {MEMORY[type(error).__name__]}; {advice}, or choose a smaller --model_id"
     return None
 
 

@@ -17,7 +17,7 @@ from tool_calling.page import list_scores, render_report
 from tool_calling.prompts import take_answer
 from tool_calling.samples import Sample
 from tool_calling.scores import Proof, count_confusion, count_per_tool, read_calls
-from tool_calling.terminal import cut_text, hide_secrets, say
+from tool_calling.terminal import cut_text, hide_secrets, print_safely, say
 
 SHOWN_ROWS = 3  # requests whose answers before and after training are printed
 LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "unsloth")
@@ -37,12 +37,12 @@ def show_answers(proof: Proof) -> None:
     """Print request, reference, and the answers of the first and the last model for the first samples, no reasoning."""
     labels = {proof.first: "before", proof.last: "after"}  # a model alone is only the last
     for index, sample in enumerate(proof.samples[:SHOWN_ROWS]):
-        print(f"\n{sample.source}  {cut_text(sample.request)}")
-        print(f"  {'expected':<9}{cut_text(take_answer(sample.completion, sample.completion))}")
+        print_safely(f"\n{sample.source}  {cut_text(sample.request)}")
+        print_safely(f"  {'expected':<9}{cut_text(take_answer(sample.completion, sample.completion))}")
         for model, label in labels.items():
             answer = cut_text(take_answer(proof.results[model]["answers"][index], sample.completion))
-            print(f"  {label:<9}{answer} {'✓' if proof.verdicts[model][index].exact else '✗'}")
-    print()
+            print_safely(f"  {label:<9}{answer} {'✓' if proof.verdicts[model][index].exact else '✗'}")
+    print_safely("")
 
 
 def show_scores(scores: dict[str, dict]) -> None:

@@ -17,7 +17,7 @@ from tool_calling.data.special_tokens import find_forbidden
 from tool_calling.data.splits import split_examples
 from tool_calling.files import digest
 from tool_calling.prompts import check_template, find_special_tokens, render_turn
-from tool_calling.terminal import UserError, make_console, report_problems, say, warn
+from tool_calling.terminal import UserError, hide_secrets, make_console, report_problems, say, warn
 
 NOT_HELD_OUT = "no row is held out: the scores will be those of training rows and say nothing about new requests"
 
@@ -186,7 +186,7 @@ def show_rows(tokenizer, samples: list[Sample], shown: int | None) -> None:
         warn(f"--show_row {shown}: the row is left out; expected one without a problem")
     for sample in chosen:
         tokens = (sample.input_ids[: sample.prompt_length], sample.input_ids[sample.prompt_length :])
-        prompt, completion = map(tokenizer.decode, tokens)
+        prompt, completion = (hide_secrets(tokenizer.decode(part)) for part in tokens)
         if len(prompt) > 500 and not shown:
             prompt = f"{prompt[:160]} … {len(prompt) - 460:,} characters … {prompt[-300:]}"
         head = f"\n{sample.source}  ({len(tokens[0]):,} prompt tokens, {len(tokens[1])} supervised)\n"

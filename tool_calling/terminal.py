@@ -30,12 +30,17 @@ def hide_secrets(text: str) -> str:
     return re.sub(r"(?<=://)[^/\s@\"'\\]+@", "", text)
 
 
-def say(stage: str, text: str) -> None:
-    """Print one line for a stage of the run; a reader that is gone, as after `| head`, does not end the run."""
+def print_safely(text: str) -> None:
+    """Print a text without secrets; a reader that is gone, as after `| head`, does not end the run."""
     try:
-        print(f"{stage:<9}{hide_secrets(text)}", flush=True)
+        print(hide_secrets(text), flush=True)
     except BrokenPipeError:
         drop_output()
+
+
+def say(stage: str, text: str) -> None:
+    """Print one line for a stage of the run."""
+    print_safely(f"{stage:<9}{text}")
 
 
 def drop_output() -> None:

@@ -31,9 +31,8 @@ def split_model(model):
     and results are saved whole, and equal those of a run without FSDP up to rounding (norms are computed in 16 bits).
     """
     if any(not weight.is_floating_point() for weight in model.parameters()):
-        raise UserError(
-            "--fsdp splits floating-point weights, and those of --model_id are quantised; use the 16-bit original"
-        )
+        reason = "--fsdp splits floating-point weights, and those of --model_id are quantised"
+        raise UserError(f"{reason}; use the 16-bit original")
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=PATIENCE))
     # Resharding after forward as well: otherwise the one device that saves after an evaluation would reshard alone.
     how = {"mesh": init_device_mesh(state.device.type, (state.num_processes,)), "reshard_after_forward": True}

@@ -140,9 +140,8 @@ def find_base(model_id: str) -> tuple[str, str]:
 def check_dropout(dropout: float, config, model_id: str) -> None:
     """Refuse dropout for a mixture of experts: PEFT has none for experts, whose weights are one tensor per layer."""
     if dropout and (getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)):
-        raise UserError(
-            f"--lora_dropout {dropout}: {model_id} is a mixture of experts, whose adapters have no dropout; expected 0"
-        )
+        reason = f"{model_id} is a mixture of experts, whose adapters have no dropout"
+        raise UserError(f"--lora_dropout {dropout}: {reason}; expected 0")
 
 
 def check_quantised(config, model_id: str, adapter: bool) -> bool:

@@ -31,10 +31,8 @@ def find_gguf_tools(names: str | None) -> tuple[list[str], list[str]]:
     needed = [CONVERTER] if set(names.split(",")) <= set(CONVERTED_GGUF) else [CONVERTER, QUANTIZER]
     tools = {name: find_llama_tool(name) for name in needed}
     if missing := [name for name, command in tools.items() if not command]:
-        raise UserError(
-            f"--save_gguf {names}: {' and '.join(missing)} of llama.cpp not found; expected on PATH, in "
-            "./llama.cpp, or where Unsloth installs it: $UNSLOTH_LLAMA_CPP_PATH or ~/.unsloth/llama.cpp"
-        )
+        places = "PATH, in ./llama.cpp, or where Unsloth installs it: $UNSLOTH_LLAMA_CPP_PATH or ~/.unsloth/llama.cpp"
+        raise UserError(f"--save_gguf {names}: {' and '.join(missing)} of llama.cpp not found; expected on {places}")
     return tools[CONVERTER], tools.get(QUANTIZER, [])
 
 

@@ -118,7 +118,5 @@ def find_overfitting(history: list[dict]) -> str | None:
     if rise <= max(CLEAR_RISE, 0.1 * best["eval_loss"]) or not train_loss(len(held) - 1) < train_loss(held.index(best)):
         return None
     first, then = (f"{log['eval_loss']:.3f} (epoch {log['epoch']:.3g})" for log in (best, last))
-    return (
-        f"held-out loss rose from {first} to {then} while the training loss fell: fewer epochs, or --metric_for_best "
-        "loss keeps the best checkpoint"
-    )
+    found = f"held-out loss rose from {first} to {then} while the training loss fell"
+    return f"{found}: fewer epochs, or --metric_for_best loss keeps the best checkpoint"

@@ -250,18 +250,15 @@ def explain_memory(row: Sample, step: int) -> str:
     if torch.cuda.is_available():
         free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
         memory = f", with {free:.1f} of {total:.1f} GiB free for it"
-    return (
-        f"{row.source}: out of GPU memory at step {step:,} on this row alone, {len(row.input_ids):,} tokens{memory}; "
-        "lower --max_seq_length, use --load_in_4bit, --gradient_checkpointing on and --no-cuda_graphs, or choose a "
-        "smaller --model_id"
-    )
+    found = f"out of GPU memory at step {step:,} on this row alone, {len(row.input_ids):,} tokens{memory}"
+    advice = "lower --max_seq_length, use --load_in_4bit, --gradient_checkpointing on and --no-cuda_graphs"
+    return f"{row.source}: {found}; {advice}, or choose a smaller --model_id"
 
 
 def explain_numbers(step: int, loss: float, norm: float, rows: list[Sample]) -> str:
     """Return what is not finite in a step, its rows, and what to do."""
     wrong = f"the norm of the gradient is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
     names = dict.fromkeys(row.source for row in rows if row.prompt_length < len(row.input_ids))  # not an empty stream's
-    return (
-        f"step {step:,}: {wrong}; expected a finite number. Nothing of it is saved, and earlier checkpoints are good. "
-        f"Lower --learning_rate, or look at the rows of this step: {list_first(names, NAMED_ROWS)}"
-    )
+    kept = "Nothing of it is saved, and earlier checkpoints are good"
+    advice = f"Lower --learning_rate, or look at the rows of this step: {list_first(names, NAMED_ROWS)}"
+    return f"step {step:,}: {wrong}; expected a finite number. {kept}. {advice}"
