@@ -1,6 +1,7 @@
 """Messages: replies answer calls, reasoning and text are read from every place, weight 0 is not trained."""
 
 import json
+import time
 from collections import Counter
 
 import pytest
@@ -98,6 +99,13 @@ def test_a_turn_may_have_nulls_under_the_keys_of_another_format():
     turns = [{**nulls, **USER}, {**nulls, "from": "gpt", "value": "Yes."}]
     example, problems, _ = read({"messages": turns, "tools": []})
     assert problems == [] and example.messages == [USER, YES]
+
+
+def test_a_turn_of_many_parts_takes_no_longer_for_each():
+    part = {"type": "tool_use", "name": "get_weather", "input": {"city": "Rome"}}
+    start = time.process_time()
+    message = to_message({"role": "assistant", "content": [part, *parts("a") * 20_000]})
+    assert len(message["content"]) == 20_000 and time.process_time() - start < 2
 
 
 @pytest.mark.parametrize("name", NAME_KEYS)

@@ -1,7 +1,7 @@
 """Turns of a row, in any of the shapes that people and APIs write, to messages as a chat template reads them."""
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 
 from tool_calling.data.known_tools import ARGUMENT_KEYS, NAME_KEYS
 from tool_calling.data.literals import as_list, to_json, unpack
@@ -274,22 +274,19 @@ def read_turn(turn: dict, changes: Counter) -> list[dict]:
     read = [read_part(part, changes) for part in parts]
     if None in read:
         return [make_message(role, turn, parts, [], changes)]
-    groups: list[list] = [[]]
+    groups: list[dict] = [defaultdict(list)]
     for what, value in (pair for pairs in read for pair in pairs):
-        if what in ("text", "thought", "step") and any(kind == "reply" for kind, _ in groups[-1]):
-            groups.append([])  # what follows a reply is another message
-        if what == "text" and value.strip() and any(kind == "call" for kind, _ in groups[-1]):
+        if what in ("text", "thought", "step") and groups[-1]["reply"]:
+            groups.append(defaultdict(list))  # what follows a reply is another message
+        if what == "text" and value.strip() and groups[-1]["call"]:
             changes[LATE_TEXT] += 1
-        groups[-1].append((what, value))
+        groups[-1][what].append(value)
     made: list[dict] = []
     for group in groups:
-        texts, thoughts, calls, replies = (
-            [value for kind, value in group if kind == what] for what in ("text", "thought", "call", "reply")
-        )
-        if texts or thoughts or calls or not (made or replies):
-            said = {**turn, "reasoning": "\n\n".join(thoughts)} if thoughts else turn
-            made.append(make_message(role, said, "".join(texts), calls, changes))
-        made += replies
+        if group["text"] or group["thought"] or group["call"] or not (made or group["reply"]):
+            said = {**turn, "reasoning": "\n\n".join(group["thought"])} if group["thought"] else turn
+            made.append(make_message(role, said, "".join(group["text"]), group["call"], changes))
+        made += group["reply"]
     return made
 
 
