@@ -409,3 +409,25 @@ def test_a_word_before_calls_in_json_is_no_text(before):
     content = f"Thought: I look.\n{before}{call}" + ("\n```" if "`" in before else "")
     messages = seen({"messages": [USER, {"role": "assistant", "content": content}], "tools": TOOLS})[0]
     assert messages == [USER, {**calls("Rome"), "content": "Thought: I look."}]
+
+
+def test_flags_of_a_row_are_for_what_stands_beside_its_turns_too():
+    row = {"messages": [USER, WRONG, USER], "answer": "Yes.", "system_prompt": "Be brief."}
+    expected = [SYSTEM, USER, {**WRONG, "weight": 0}, USER, YES]
+    for mask in ([0, 1], [0, 0, 0, 1], [0, 0, 0, 0, 1]):
+        assert seen({**row, "loss_mask": mask})[0] == expected
+    for flag in ({"weight": 0}, {"train": False}, {"loss_mask": [0, 0]}):
+        assert read({**row, **flag})[1] == ["no turn is trained; every weight is 0"]
+
+
+def test_a_wrong_turn_may_hold_a_call_that_cannot_be_read():
+    wrong = {"role": "assistant", "tool_calls": [{"name": "ping", "host": "x"}], "weight": 0}
+    messages, _, changes, _ = seen({"messages": [USER, wrong, {**REPLY, "content": "error"}, YES], "tools": [PING]})
+    assert messages[1]["tool_calls"][0]["function"] == {"name": "ping", "arguments": {}} and messages[1]["weight"] == 0
+    assert changes["host of a call -> dropped"] == 1
+
+
+def test_empty_tags_of_the_text_itself_stay():
+    text = "Write <p></p> here.\n<tool_calls>\nget_weather(city='Rome')\n</tool_calls>"
+    messages = seen({"messages": [USER, {"role": "assistant", "content": text}], "tools": TOOLS})[0]
+    assert messages[1] == {**calls("Rome"), "content": "Write <p></p> here."}

@@ -9,6 +9,7 @@ from tool_calling.data.literals import as_list
 from tool_calling.data.syntaxes import BRACKET_CALLS
 from tool_calling.data.turns import (
     HERMES_MARKS,
+    SYSTEM_TEXTS,
     TALK_KEYS,
     TOOL_KEYS,
     list_unread,
@@ -43,7 +44,6 @@ FORMATS = {
     "gemini": Format(("gemini",)),
     "alpaca": Format(("alpaca",)),
 }
-SYSTEM_TEXTS = ("system_prompt", "system_message")  # keys of a row
 NULL_TEXTS = ("null", "None", "nan")  # as tables write that there are no tools
 SHAPES = (
     '"messages"; "conversations"; "input" and "output"; "query" and "answers"; "chat"; "contents"; '
@@ -122,7 +122,8 @@ def convert(row: object, name: str = "auto") -> Conversation:
     row = unpack_turns({key: value for key, value in row.items() if key not in nulls})  # a table has keys of others
     container_name, changes = choose_container(row, name), Counter()
     container = CONTAINERS[container_name]
-    turns, more = add_beside(row, spread_flags(row, container.read(row)), container.keys, changes)
+    turns, more = add_beside(row, container.read(row), container.keys, changes)
+    turns = spread_flags(row, turns)
     beside, keys = find_beside(row, turns, container.keys)
     messages = to_messages([turn for turn in turns if not is_declaring(turn)], changes)
     messages, declared, how = take_declarations(messages, beside, changes)

@@ -326,7 +326,7 @@ def read_message(message: dict, known: Known, changes: Counter, only: str | None
         if not found:
             return message
         name, text, calls = found
-        text = EMPTY_TAGS.sub("", text).strip()
+        text = EMPTY_TAGS.sub(lambda found: found[0] if found[1] and found[0] in content else "", text).strip()
         calls = [to_tool_call(call, changes, trained) for call in calls]
     except (ValueError, RecursionError):
         if trained:

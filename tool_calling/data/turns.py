@@ -64,7 +64,8 @@ TEXT_PART |= {"state", "index", "id", "providerMetadata", "providerOptions", "ex
 WRAPPED_REPLIES = ("text", "json", "content", "error-text", "error-json")  # of Vercel's SDK: {"type", "value"}
 MEDIA = re.compile(r"(?:input_)?(?:image|audio|video|file|document|media|resource)(?:[_-]\w+)?")
 MEDIA_KEYS = set("source data file file_id url image_url image audio input_audio resource".split())
-SYSTEM_KEYS = ("system", "instructions", "systemInstruction", "system_instruction")  # of a row
+SYSTEM_TEXTS = ("system_prompt", "system_message")  # read where the turns have none
+SYSTEM_KEYS = ("system", "instructions", "systemInstruction", "system_instruction", *SYSTEM_TEXTS)  # of a row
 LATE_TEXT = "text after a call -> before it"  # where the chat template has its place
 KIND_NAMES = {list: "a list of objects", dict: "an object", str: "text"}
 
@@ -97,7 +98,7 @@ def to_tool_call(call: object, changes: Counter, trained: bool = True) -> dict:
         raise ValueError(f'a call must be {{"name": "...", "arguments": {{...}}}}, got {shorten(inner)}')
     arguments = first_of({**call, **inner}, ARGUMENT_KEYS)
     strays = [key for key in inner if key not in CALL_MEMBERS and inner[key] not in (None, "", [], {})]
-    if strays and arguments is None:
+    if strays and arguments is None and trained:
         raise ValueError(f'call {shorten(name)}: has "{strays[0]}" and no arguments; expected them in "arguments"')
     changes.update(f"{key[:40]} of a call -> dropped" for key in strays)
     if arguments in (None, [], "null", "[]") or (isinstance(arguments, str) and not arguments.strip()):
