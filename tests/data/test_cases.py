@@ -1,6 +1,7 @@
 """Rows of other people, kind by kind: what public files and traces hold, and exactly what is trained of it."""
 
 import json
+import re
 import time
 
 import pytest
@@ -763,3 +764,14 @@ def test_no_text_takes_long(unit):
     system = {"role": "system", "content": f'<tools></tools> "name" "parameters" {text}'}
     to_examples([("x:1", {"messages": [system, USER, YES]})], Reading("no/such/tools.json"))
     assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize("key", ["arguments", "args", "parameters"])
+def test_a_call_with_two_sets_of_arguments_is_a_problem(key):
+    block = {"type": "tool_use", "id": "t", "name": "get_weather", "input": {"city": "Rome"}, key: {"city": "Oslo"}}
+    messages = [{"role": "user", "content": "rain?"}, {"role": "assistant", "content": [block]}]
+    checked = to_examples([("x:1", {"messages": messages, "tools": [WEATHER]})], Reading("no/such/tools.json"))
+    expected = r'call "get_weather": has other arguments in "\w+"; expected one object of them'
+    assert checked.examples == [] and re.fullmatch(expected, checked.problems[0][1])
+    block[key] = block["input"]
+    assert to_examples([("x:1", {"messages": messages, "tools": [WEATHER]})], Reading("no/such/tools.json")).examples

@@ -96,7 +96,10 @@ def to_tool_call(call: object, changes: Counter, trained: bool = True) -> dict:
     name = first_of(inner, NAME_KEYS) if isinstance(inner, dict) else None
     if not isinstance(name, str):
         raise ValueError(f'a call must be {{"name": "...", "arguments": {{...}}}}, got {shorten(inner)}')
-    arguments = first_of({**call, **inner}, ARGUMENT_KEYS)
+    given = {key: value for key, value in {**call, **inner}.items() if key in ARGUMENT_KEYS and value is not None}
+    arguments = first_of(given, ARGUMENT_KEYS)
+    if others := [key for key, value in given.items() if value and value != arguments]:
+        raise ValueError(f'call {shorten(name)}: has other arguments in "{others[0]}"; expected one object of them')
     strays = [key for key in inner if key not in CALL_MEMBERS and inner[key] not in (None, "", [], {})]
     if strays and arguments is None and trained:
         raise ValueError(f'call {shorten(name)}: has "{strays[0]}" and no arguments; expected them in "arguments"')
@@ -191,9 +194,10 @@ def read_part(part: object, changes: Counter) -> list[tuple[str, object]] | None
     reply = [("reply", to_reply(part, value, changes))] if what == "reply" or value is not None else []
     if what == "reply":
         return reply
-    keys = {"id": ID_KEYS, "name": NAME_KEYS, "arguments": ARGUMENT_KEYS}
-    call = part if kind == "functionCall" else {key: first_of(part, names) for key, names in keys.items()}
-    return [(what, call), *reply]
+    if kind != "functionCall":
+        arguments = {key: value for key, value in part.items() if key in ARGUMENT_KEYS}
+        part = {"id": first_of(part, ID_KEYS), "name": first_of(part, NAME_KEYS), **arguments}
+    return [(what, part), *reply]
 
 
 def split_thought(message: dict, content: object) -> tuple[str, object]:
