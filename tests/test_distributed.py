@@ -230,7 +230,7 @@ def test_the_command_line_on_two_processes_speaks_once_stops_together_and_goes_o
     assert result.stdout.count("\nplan     ") == result.stdout.count("\ncheck    ") == 1
     assert " rows per step on 2 devices in " in result.stdout
     assert names(tmp_path) == ["final", "out"] and names(tmp_path / "final") == FINAL_FILES
-    assert result.stdout.splitlines()[-2] == f"done     merged model: {tmp_path / 'final'}"
+    assert result.stdout.splitlines()[-3] == f"done     merged model: {tmp_path / 'final'}"
 
 
 @pytest.mark.slow
@@ -241,7 +241,7 @@ def test_the_command_line_trains_all_weights_split_and_proves_the_model_that_it_
     saved = re.search(r"16-bit, read back by a fresh process: held-out loss (\S+), before saving (\S+) ", result.stdout)
     assert float(saved[1]) == pytest.approx(float(saved[2]), rel=1e-3)
     assert names(tmp_path) == ["final", "out"] and names(tmp_path / "final") == FINAL_FILES
-    assert result.stdout.splitlines()[-2] == f"done     trained model: {tmp_path / 'final'}"
+    assert result.stdout.splitlines()[-3] == f"done     trained model: {tmp_path / 'final'}"
 
 
 @pytest.mark.slow
