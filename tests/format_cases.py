@@ -135,7 +135,10 @@ CASES = {  # name: (row, format, messages, tools)
     "openai": (
         {
             "messages": [
-                {"role": "developer", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]},
+                {
+                    "role": "developer",
+                    "content": [{"type": "text", "text": "Be brief."}, {"type": "text", "text": "Ask."}],
+                },
                 USER,
                 {
                     "role": "assistant",
@@ -158,7 +161,7 @@ CASES = {  # name: (row, format, messages, tools)
         },
         "openai",
         [
-            {"role": "system", "content": "Be brief."},
+            {"role": "system", "content": "Be brief.\nAsk."},
             USER,
             {
                 "role": "assistant",

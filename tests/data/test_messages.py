@@ -122,7 +122,7 @@ def test_a_call_is_read_with_each_of_its_keys_in_a_text_too(name, arguments):
     [
         (None, ""),
         ("a", "a"),
-        (parts("a", "b"), "ab"),
+        (parts("a", "b"), "a\nb"),
         ([], []),
         ([{"type": "image_url"}], [{"type": "image_url"}]),
         ([{"type": "text", "text": "a", "image": "b"}], [{"type": "text", "text": "a", "image": "b"}]),
@@ -131,6 +131,11 @@ def test_a_call_is_read_with_each_of_its_keys_in_a_text_too(name, arguments):
 )
 def test_content_is_joined_where_all_of_it_is_text(content, text):
     assert join_text(content) == text
+
+
+def test_parts_of_an_answer_follow_each_other():
+    """One that cites has several within a sentence."""
+    assert join_text(parts("It rains", " in Rome."), "assistant") == "It rains in Rome."
 
 
 def test_a_row_says_what_is_not_read_of_it():

@@ -133,10 +133,13 @@ def is_text_part(part: object) -> bool:
     return is_text and all(key in TEXT_PART or value is None for key, value in part.items())
 
 
-def join_text(content: object) -> object:
-    """Return content as text where it is text, nothing, or a list of text parts; other content stays as it is."""
+def join_text(content: object, role: object = "user") -> object:
+    """Return content as text where it is text, nothing, or a list of text parts; other content stays as it is.
+
+    Parts of a prompt stand on lines of their own, as vLLM joins them; those of an answer follow each other as written.
+    """
     if content and isinstance(content, list) and all(map(is_text_part, content)):
-        return "".join(part["text"] for part in content)
+        return ("" if role in ANSWERING else "\n").join(part["text"] for part in content)
     return "" if content is None else content
 
 
@@ -203,7 +206,7 @@ def read_part(part: object, changes: Counter) -> list[tuple[str, object]] | None
 def split_thought(message: dict, content: object) -> tuple[str, object]:
     """Return (thought, content) of an assistant message: the thought from its own key or from a leading think block."""
     text = content.lstrip() if isinstance(content, str) else ""
-    thoughts = [join_text(message[key]) for key in THOUGHT_KEYS if message.get(key)]
+    thoughts = [join_text(message[key], "assistant") for key in THOUGHT_KEYS if message.get(key)]
     if wrong := [thought for thought in thoughts if not isinstance(thought, str)]:
         raise ValueError(f"reasoning must be text, got {shorten(wrong[0])}")
     if text.startswith("<think>") and "</think>" in text:
@@ -275,7 +278,7 @@ def read_turn(turn: dict, changes: Counter) -> list[dict]:
         answered = any(isinstance(call, dict) and "result" in call for call in made_calls)
         parts = [*made_calls, *said] if answered else [*said, *made_calls]  # the text is about the results
     if not parts or all(map(is_text_part, parts)):
-        return [make_message(role, turn, join_text(parts or content), [], changes)]
+        return [make_message(role, turn, join_text(parts or content, role), [], changes)]
     read = [read_part(part, changes) for part in parts]
     if None in read:
         return [make_message(role, turn, parts, [], changes)]
@@ -290,7 +293,8 @@ def read_turn(turn: dict, changes: Counter) -> list[dict]:
     for group in groups:
         if group["text"] or group["thought"] or group["call"] or not (made or group["reply"]):
             said = {**turn, "reasoning": "\n\n".join(group["thought"])} if group["thought"] else turn
-            made.append(make_message(role, said, "".join(group["text"]), group["call"], changes))
+            text = ("" if role in ANSWERING else "\n").join(group["text"])
+            made.append(make_message(role, said, text, group["call"], changes))
         made += group["reply"]
     return made
 
