@@ -47,3 +47,18 @@ def test_a_call_in_a_syntax_that_is_not_read_is_a_problem(text):
 def test_talk_about_a_tool_is_no_call(text):
     checked = read(text)
     assert checked.problems == [] and checked.examples[0].messages[-1] == {"role": "assistant", "content": text}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<tool_call>\n<function=get_weather>\n<parameter=city>\nOslo\n</parameter>\n</function>\n</tool_call>\n"
+        "<function=get_weather>\n<parameter=city>\nRome\n</parameter>\n</function>",
+        '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>\nget_weather(city="Rome")',
+        '[get_weather(city="Rome")]\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>',
+    ],
+)
+def test_no_call_is_left_in_the_text_beside_others(text):
+    checked = read(text)
+    assert checked.examples == [] and len(checked.problems) == 1
+    assert checked.problems[0][1].startswith("an answer writes calls in two ways, hermes and ")

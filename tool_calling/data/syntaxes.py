@@ -302,13 +302,20 @@ SYNTAXES = {  # name: (marks, one of which a text must hold for it, parser); the
 }
 
 
-def find_calls(text: str, known: Known, only: str | None) -> tuple[str, str, list] | None:
-    """Return (syntax, the text without its calls, calls) of an answer, None if it calls nothing; else a ValueError."""
+def read_syntax(text: str, known: Known, only: str | None = None) -> tuple[str, str, list] | None:
+    """Return (syntax, the text without its calls, calls) by the first syntax that finds calls, or None."""
     for name, (marks, parse) in SYNTAXES.items():
         if only in (None, name) and any(mark in text for mark in marks):
             found = parse(text, known)
             if found and found[1]:
                 return name, *found
+    return None
+
+
+def find_calls(text: str, known: Known, only: str | None) -> tuple[str, str, list] | None:
+    """Return what read_syntax does; ValueError if the text calls a tool in a syntax that is not read."""
+    if found := read_syntax(text, known, only):
+        return found
     if known.name.search(text) and (unread := known.unread.search(text)):
         called = known.name.search(unread[0]) or known.name.search(text)
         expected = 'expected it in a syntax that is read, such as "tool_calls"'
@@ -327,6 +334,8 @@ def read_message(message: dict, known: Known, changes: Counter, only: str | None
             return message
         name, text, calls = found
         text = EMPTY_TAGS.sub(lambda found: found[0] if found[1] and found[0] in content else "", text).strip()
+        if more := read_syntax(text, known) if text else None:
+            raise ValueError(f"an answer writes calls in two ways, {name} and {more[0]}; expected one of them")
         calls = [to_tool_call(call, changes, trained) for call in calls]
     except (ValueError, RecursionError):
         if trained:
