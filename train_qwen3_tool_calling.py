@@ -529,11 +529,11 @@ def check_models(args: argparse.Namespace, engine: str, gguf: tuple[list[str], l
     return trained, tokenizer, config
 
 
-def choose_optim(args: argparse.Namespace, cuda: bool | None = None) -> str:
-    """Return the optimizer of the run on this machine, or as it would be with or without CUDA."""
+def choose_optim(args: argparse.Namespace) -> str:
+    """Return the optimizer of the run on this machine."""
     from tool_calling.engines.choices import find_optim
 
-    return find_optim(args.optim, whole=not args.lora_rank and not args.fsdp, cuda=cuda)
+    return find_optim(args.optim, args.lora_rank, args.fsdp)
 
 
 def plan_run(args: argparse.Namespace, run: Run, samples: list, engine: str, config):

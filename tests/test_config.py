@@ -14,6 +14,7 @@ from train_small import make_base
 
 import train_qwen3_tool_calling as script
 from tool_calling.data.examples import Reading, check_rows
+from tool_calling.engines.choices import find_optim
 from tool_calling.engines.hub import count_parameters
 from tool_calling.estimates import Footprint
 from tool_calling.run_folder import NOT_REPEATED, write_run
@@ -85,7 +86,7 @@ def test_the_example_files_give_reasons_and_fit_their_cards(name, card, hidden, 
         config,
         parameters,
         args.load_in_4bit,
-        script.choose_optim(args, cuda=True),
+        find_optim(args.optim, args.lora_rank, args.fsdp, cuda=True),
         checkpointing=args.gradient_checkpointing != "off",
         recorded=args.cuda_graphs and not args.lora_dropout,
     )

@@ -21,6 +21,7 @@ from train_small import make_base
 import train_qwen3_tool_calling as script
 from tool_calling.arguments import pick
 from tool_calling.checkpoints import list_checkpoints, to_step
+from tool_calling.engines.choices import find_optim
 from tool_calling.engines.start import start_engine
 from tool_calling.files import find_damage
 from tool_calling.run_folder import Run
@@ -134,7 +135,7 @@ def test_fsdp_needs_several_devices_transformers_and_an_optimizer_that_can_be_sp
     full = ["--fsdp", "--lora_rank", "0"]
     for args in (script.parse_args(["--fsdp"]), script.parse_args(full)):
         assert args.engine == "transformers"
-        assert script.choose_optim(args, cuda=True) == "adamw_torch_fused"
+        assert find_optim(args.optim, args.lora_rank, args.fsdp, cuda=True) == "adamw_torch_fused"
     assert script.parse_args([*full, "--optim", "adamw_torch_fused"]).optim == "adamw_torch_fused"
     with pytest.raises(FlagError, match="leave out --optim adamw_8bit, or give adamw_torch"):
         script.parse_args([*full, "--optim", "adamw_8bit"])

@@ -187,7 +187,7 @@ def plan(flags: dict):
 def check(run: Run, **changes) -> None:
     """Check whether a run with these changes of its settings may go on."""
     run = replace(run, settings=run.settings | changes)
-    run.check_agrees(plan(run.settings), find_optim(run.settings["optim"], whole=False))
+    run.check_agrees(plan(run.settings), find_optim(run.settings["optim"], 16, fsdp=False))
 
 
 @pytest.mark.parametrize(

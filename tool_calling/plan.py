@@ -35,7 +35,7 @@ class Training:
             config,
             count_parameters(config, self.lora_rank, self.trust_remote_code, self.target_modules),
             self.load_in_4bit,
-            find_optim(self.optim, whole=not self.lora_rank and not self.fsdp, cuda=True),
+            find_optim(self.optim, self.lora_rank, self.fsdp, cuda=True),
             checkpointing=self.gradient_checkpointing != "off",
             recorded=self.engine != "transformers" and self.cuda_graphs and can_record(schedule, self.lora_dropout),
             split_over=schedule.devices if self.fsdp else 1,

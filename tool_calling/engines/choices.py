@@ -10,15 +10,13 @@ CUDA_OPTIM = "adamw_torch_fused"  # on CUDA: a few launches for all weights of a
 FULL_CUDA_OPTIM = "adamw_8bit"  # a whole model on CUDA: the two moments of a weight take 2 bytes instead of 8
 
 
-def find_optim(wanted: str | None, whole: bool, cuda: bool | None = None) -> str:
-    """Return the optimizer `wanted`, or the default of this machine.
+def find_optim(wanted: str | None, lora_rank: int, fsdp: bool, cuda: bool | None = None) -> str:
+    """Return the optimizer `wanted`, or the default of this machine; with `cuda`, that on CUDA or on CPU.
 
-    Args:
-        whole: whether each GPU trains all weights of a model. (With --fsdp it does not: bitsandbytes' optimizers cannot
-            hold the moments of split weights.)
-        cuda: return the default on CUDA or on CPU instead of this machine's.
+    Bitsandbytes' optimizers cannot hold the moments of weights that --fsdp splits.
     """
     cuda = torch.cuda.is_available() if cuda is None else cuda
+    whole = not lora_rank and not fsdp  # each GPU trains all weights of the model
     return wanted or ((FULL_CUDA_OPTIM if whole else CUDA_OPTIM) if cuda else "adamw_torch")
 
 
