@@ -14,11 +14,12 @@ from small import TRAIN, make_schedule
 from train_small import make_base
 
 import train_qwen3_tool_calling as script
+from tool_calling import samples
 from tool_calling.arguments import pick
 from tool_calling.engines import compat, graphs
 from tool_calling.files import lock_folder, partial_folder
 from tool_calling.samples import render_examples
-from tool_calling.saving import evaluation, proof
+from tool_calling.saving import proof
 from tool_calling.saving.merge import read_back
 from tool_calling.saving.proof import merge_and_score
 from tool_calling.schedule import Batching, plan_schedule
@@ -184,7 +185,7 @@ def test_what_is_scored_alone_and_in_how_many_bits(job, tmp_path, monkeypatch):
         rendered.append([example.source for example in examples])
         return render(tokenizer, examples, *more)
 
-    monkeypatch.setattr(evaluation, "render_examples", note)
+    monkeypatch.setattr(samples, "render_examples", note)
     for model, more, four_bit in (
         (adapter, [], True),
         (adapter, ["--no-load_in_4bit"], False),

@@ -130,14 +130,22 @@ class Rendering:
         return next((f"--{flag}" for flag in flags if getattr(self, flag)), None)
 
 
-def render_sides(
+def render_valid(
     tokenizer, examples: list[Example], held_out: list[Example], rendering: Rendering, date: str | None = None
 ) -> tuple[list[Sample], list[Sample]]:
     """Return the training and held-out samples of the valid examples, split here if none are held out yet."""
-    start, both = time.perf_counter(), [*examples, *held_out]
+    both = [*examples, *held_out]
     groups, problems = render_examples(tokenizer, both, rendering.max_seq_length, date)
     report_problems(problems, rendering.on_invalid, len(both))
-    train, test = to_sides(examples, held_out, groups, rendering.train_test_split)
+    return to_sides(examples, held_out, groups, rendering.train_test_split)
+
+
+def render_sides(
+    tokenizer, examples: list[Example], held_out: list[Example], rendering: Rendering, date: str | None = None
+) -> tuple[list[Sample], list[Sample]]:
+    """Return what render_valid does, as it suffices for a run, and print it."""
+    start = time.perf_counter()
+    train, test = render_valid(tokenizer, examples, held_out, rendering, date)
     check_sides(train, test, rendering)
     if not test:
         warn(NOT_HELD_OUT)

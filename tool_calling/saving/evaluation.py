@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from tool_calling.data.examples import Example
 from tool_calling.engines.hub import check_model, find_base, load_tokenizer
-from tool_calling.samples import NOT_HELD_OUT, Rendering, choose, name_unit, render_examples, to_sides
+from tool_calling.samples import NOT_HELD_OUT, Rendering, choose, count_origins, name_unit, render_valid
 from tool_calling.saving.proof import Questions, load_scored
 from tool_calling.scores import Proof
-from tool_calling.terminal import UserError, report_problems, warn
+from tool_calling.terminal import UserError, warn
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,8 @@ class Evaluation:
         base, flag = find_base(self.eval_only)
         check_model(base, flag, self.trust_remote_code)
         tokenizer = load_tokenizer(base, self.trust_remote_code, flag)
-        groups, problems = render_examples(tokenizer, examples, rendering.max_seq_length)
-        report_problems(problems, rendering.on_invalid, len(groups))
         sides = ([], examples) if self.eval_dataset_path else (examples, [])
-        train, held_out = to_sides(*sides, groups, rendering.train_test_split)
+        train, held_out = render_valid(tokenizer, *sides, rendering)
         samples = choose(held_out or train, self.eval_samples)
         if not samples:
             paths = self.eval_dataset_path or rendering.dataset_path
@@ -40,6 +38,7 @@ class Evaluation:
         model = load_scored(self.eval_only, base, flag, self.load_in_4bit, self.trust_remote_code)
         questions = Questions.of(samples, self.eval_batch_size, self.max_new_tokens)
         answers = questions.ask(model, tokenizer, self.eval_only)
-        counts = {"train": 0, "held_out": 0, "skipped": groups.count([]), "unit": name_unit(samples)}
+        skipped = len(examples) - count_origins([*train, *held_out])
+        counts = {"train": 0, "held_out": 0, "skipped": skipped, "unit": name_unit(samples)}
         counts["held_out" if held_out else "train"] = len(samples)
         return Proof.of(samples, {"model": {"answers": answers}}), counts, questions.max_new_tokens
