@@ -473,8 +473,7 @@ def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.Ex
         saved = train_and_save(args, run, trained, tokenizer, schedule, held_out)
         if saved is None:  # not the first process
             return None
-        trained, before, facts, layout = saved
-        scored = choose(held_out or samples, args.eval_samples)
+        trained, before, facts, layout, scored = saved
         questions = Questions.of(scored, args.eval_batch_size, args.max_new_tokens)
         args.max_new_tokens = questions.max_new_tokens
         proof = prove(trained, questions, layout, before)
@@ -557,8 +556,8 @@ def plan_run(args: argparse.Namespace, run: Run, samples: list, engine: str, con
 def train_and_save(args: argparse.Namespace, run: Run, trained, tokenizer, schedule, held_out: list) -> tuple | None:
     """Load the model, prove that sharing a prefix changes nothing, train, and save what was trained.
 
-    Returns: (trained, the held-out loss of fully trained weights, facts of the training, the layout it ended with);
-    None for all processes but the first. The model lives in here alone: merging needs its memory.
+    Returns: (trained, the held-out loss of fully trained weights, facts of the training, the layout it ended with, the
+    samples to score); None for all processes but the first. The model lives in here alone: merging needs its memory.
     """
     from tool_calling.engines.device import free_gpu, report_gpu
     from tool_calling.engines.graphs import make_room
@@ -585,7 +584,7 @@ def train_and_save(args: argparse.Namespace, run: Run, trained, tokenizer, sched
     kept, layout = keep_trained(trained, trainer, scored), trainer.layout
     del model, trainer
     free_gpu()
-    return kept and (*kept, facts, layout)
+    return kept and (*kept, facts, layout, scored)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

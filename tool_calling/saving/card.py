@@ -36,7 +36,7 @@ class Serving:
 
 def name_tools(folder: str | Path, shown: str = TOOLS) -> str:
     """Return the line below the command that serves `folder`: where its tools are, if it has any."""
-    return f"\n# requests send the tools in {shown}" if (Path(folder) / TOOLS).is_file() else ""
+    return f"# requests send the tools in {shown}" if (Path(folder) / TOOLS).is_file() else ""
 
 
 def to_lora_words(base: str, adapter: str, rank: int) -> str:
@@ -82,4 +82,5 @@ def write_card(folder: str | Path, report: dict, serve: Callable[[str], str]) ->
     name = uploaded or Path(folder).resolve().name
     base = hide_folders(args["model_id"].rstrip("/"))
     words = to_lora_words(base, name, args["lora_rank"]) if adapter else shlex.quote(name)
-    write_file(Path(folder) / "README.md", to_card(report, adapter, name, serve(words) + name_tools(folder)))
+    command = "\n".join(filter(None, (serve(words), name_tools(folder))))
+    write_file(Path(folder) / "README.md", to_card(report, adapter, name, command))

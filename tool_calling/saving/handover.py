@@ -33,5 +33,6 @@ def hand_over(
     words = shlex.quote(result)
     if trained.method == "lora":
         words = to_lora_words(trained.model_id, result, settings["lora_rank"])
-    for line in (serving.to_command(words) + name_tools(result, f"{result}/{TOOLS}")).splitlines():
-        say("" if line.startswith("#") else "serve", line)
+    say("serve", serving.to_command(words))
+    if note := name_tools(result, f"{result}/{TOOLS}"):
+        say("", note)
