@@ -9,10 +9,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from tool_calling.data.literals import as_list, parse_literal, split_between, split_tags, try_unpack
-from tool_calling.data.tools import DECLARATIONS, WRAPPERS, find_tools, take_tools, to_tools
+from tool_calling.data.tools import DECLARATIONS, PLAIN_KEYS, WRAPPERS, find_tools, take_tools, to_tools
 from tool_calling.data.turns import TOOL_KEYS, peek
 
-SCHEMA_KEYS = ("parameters", "input_schema", "inputSchema")
 DECLARED = {  # what opens and closes a list of tools in a text
     "<tools>": "</tools>",
     "<|im_system|>tool_declare<|im_middle|>": "<|im_end|>",  # Kimi
@@ -21,7 +20,7 @@ DECLARED = {  # what opens and closes a list of tools in a text
     "<available_tools>": "</available_tools>",
 }
 HINT = re.compile("|".join(map(re.escape, (*DECLARED, "tool_call>", "TOOLCALL>", '"name"', "'name'"))))
-HELD = re.compile("|".join((*SCHEMA_KEYS, *DECLARATIONS, "function")))  # what the JSON text of a tool holds
+HELD = re.compile("|".join((*PLAIN_KEYS, *DECLARATIONS, "function")))  # what the JSON text of a tool holds
 TOOL_SET = {*TOOL_KEYS}
 DECLARING = {"tools", "functions", "tool_declare", "tool_definitions", "function_list"}  # roles
 NO_TOOLS = (None, [], "", "[]", {})
@@ -65,13 +64,13 @@ def looks_like_tool(value: object) -> bool:
     for key in (*WRAPPERS, *DECLARATIONS):
         if isinstance(value.get(key), dict | list):
             return "name" in value[key] or key in DECLARATIONS
-    return "name" in value and any(map(value.get, SCHEMA_KEYS))
+    return "name" in value and any(map(value.get, PLAIN_KEYS))
 
 
 def is_tool_list(value: object) -> bool:
     """Return whether a value plainly is a list of tools, or JSON text of one."""
     if isinstance(value, str):
-        schemas = (*SCHEMA_KEYS, *DECLARATIONS, '"function"')
+        schemas = (*PLAIN_KEYS, *DECLARATIONS, '"function"')
         return '"name"' in value and any(key in value for key in schemas) and is_tool_text(value)
     return isinstance(value, list) and bool(value) and all(map(looks_like_tool, map(try_unpack, value)))
 
@@ -157,7 +156,7 @@ def read_declaration(text: str) -> Declaration:
             size += len(inside)
         rest = CUT.join(cut[::2])
     tagged = tools is not None
-    if not tagged and '"name"' in rest and any(f'"{key}"' in rest for key in (*SCHEMA_KEYS, "function")):
+    if not tagged and '"name"' in rest and any(f'"{key}"' in rest for key in (*PLAIN_KEYS, "function")):
         found, left = find_tools(rest)
         if found and any(map(looks_like_tool, found)):
             tools, left = take_tools(rest)

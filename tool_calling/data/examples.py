@@ -59,9 +59,7 @@ class Checked:
     first: dict[str, str] = field(default_factory=dict)  # {what was normalised in a row: the first such source}
     kept: Counter = field(default_factory=Counter)  # {kind of call that its schema refuses: how many are trained}
     filled: int = 0  # rows of other formats than native with the tools of --tools_path
-    unread_in: dict[str, Counter] = field(
-        default_factory=dict
-    )  # {file: {(place, key) that no format reads: how often}}
+    unread_in: dict[str, Counter] = field(default_factory=dict)  # {file: {(place, key) not read: how often}}
 
     @property
     def unread(self) -> Counter:

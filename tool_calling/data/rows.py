@@ -30,14 +30,8 @@ COLUMNS = set(  # a table without any of these is not one of rows
     "query answers chat question answer instruction response".split()
 )
 TEXT_COLUMNS = set("input output prompt completion instruction question query answer response context system".split())
-READ_KEYS = {
-    "role",
-    "from",
-    "type",
-    "function_call",
-    "function_calls",
-    "tool_calls",
-}  # of a turn, or of a native output
+# Of a turn, or of a native output
+READ_KEYS = {"role", "from", "type", "function_call", "function_calls", "tool_calls"}
 PYTHON_VALUE = re.compile(r"\s*[\[{]+\s*'")  # as pandas writes a list or a dict into a cell
 HUB_NAME = re.compile(
     r"(?P<name>\w[\w.-]*(?:/\w[\w.-]*)?)(?::(?P<config>[\w.+-]+)(?=:))?(?::(?P<split>\w[\w.]*))?", re.ASCII

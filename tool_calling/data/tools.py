@@ -45,6 +45,7 @@ SCHEMA_KEYS = (
     "parameters inputSchema input_schema parametersJsonSchema parameters_json_schema arguments inputs "
     "input_parameters parameter_definitions args_schema args schema properties"
 ).split()
+PLAIN_KEYS = ("parameters", "input_schema", "inputSchema")  # those of SCHEMA_KEYS by which a tool is told at once
 WRAPPERS = ("function", "toolSpec")  # of a tool: OpenAI's, Bedrock's
 DECLARATIONS = ("functionDeclarations", "function_declarations")  # of several tools: Gemini's
 NO_ARGUMENTS = {"type": "object", "properties": {}}
@@ -151,8 +152,8 @@ def find_bare_tools(tools: list[dict]) -> list[str]:
 def is_tool(value: object) -> bool:
     """Return whether a value looks like a tool of any shape; a name alone is not enough."""
     keys = {*value} if isinstance(value, dict) else set()
-    schemas = {"description", "parameters", "inputSchema", "input_schema"}
-    return bool(keys.intersection((*WRAPPERS, *DECLARATIONS)) or ("name" in keys and keys & schemas))
+    described = "name" in keys and not keys.isdisjoint(("description", *PLAIN_KEYS))
+    return described or not keys.isdisjoint((*WRAPPERS, *DECLARATIONS))
 
 
 def find_tools(text: str) -> tuple[list[dict], str]:
