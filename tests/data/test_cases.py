@@ -308,6 +308,11 @@ def test_a_call_in_a_text_is_read_in_every_container(text):
         "[1] and (2)",
         "[see figure (2)]",
         "f(x) = x",
+        "You can use get_weather to see it.",
+        "Ask get_weather() whenever you like.",
+        'The name of the tool is "get_weather".',
+        "[get_weather] is a tool.",
+        "my_get_weather(city='Rome') is another tool's.",
     ],
 )
 def test_talk_about_a_tool_is_no_call(text):
@@ -330,6 +335,15 @@ def test_talk_about_a_tool_is_no_call(text):
         "Action: get_weather",
         "result = get_weather(city='Rome')",
         f"I look: {CALL[:-1]}",
+        "<start_function_call>call:get_weather{city:<escape>Rome<escape>}<end_function_call>",
+        "I will call get_weather(city='Rome') now.",
+        "`get_weather(city='Rome')`",
+        '{"function": "get_weather", "city": "Rome"}',
+        '```json\n{"tool": "get_weather", "city": "Rome"}\n```',
+        '✿FUNCTION✿: get_weather\n✿ARGS✿: {"city": "Rome"}',
+        "Action: get_weather[Rome]",
+        '[{"get_weather": {"city": "Rome"}}]',
+        "x = get_weather(city='Rome')\nprint(x)",
     ],
 )
 def test_a_call_in_an_unknown_syntax_is_a_problem(text):
@@ -337,6 +351,20 @@ def test_a_call_in_an_unknown_syntax_is_a_problem(text):
     assert problem.startswith('an answer calls "get_weather" as text, ')
     assert problem.endswith('; expected it in a syntax that is read, such as "tool_calls"')
     assert messages_of(answer(text, [ALARM]))[1]["content"] == text  # no tool of this row
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<tool_call>\n<function=get_weather>\n<parameter=city>\nOslo\n</parameter>\n</function>\n</tool_call>\n"
+        "<function=get_weather>\n<parameter=city>\nRome\n</parameter>\n</function>",
+        f"<tool_call>\n{CALL}\n</tool_call>\nget_weather(city='Oslo')",
+        f"[get_weather(city='Oslo')]\n<tool_call>\n{CALL}\n</tool_call>",
+    ],
+)
+def test_no_call_is_left_in_the_text_beside_others(text):
+    example, (problem,), _ = read(answer(text))
+    assert example is None and problem.startswith("an answer writes calls in two ways, hermes and ")
 
 
 @pytest.mark.parametrize(
