@@ -46,8 +46,7 @@ def preview_run(samples: list[Sample], config, batching: Batching, saving: Savin
     """Return plan, tokens of an epoch and files of a run on CUDA; with a config also its memory and disk."""
     engine = "transformers" if training.engine == "transformers" else "unsloth"
     share = batching.share_prefix and (config is None or can_share(engine, config))
-    batching = replace(batching, share_prefix=share)
-    schedule = plan_schedule(samples, batching, fill=engine == "unsloth")
+    schedule = plan_schedule(samples, replace(batching, share_prefix=share), fill=engine == "unsloth")
     checkpoints = schedule.list_saves(saving.save_steps)
     audit = audit_schedule(schedule, checkpoints)
     audit["files"] = list_writes(saving, bool(training.lora_rank), checkpoints)

@@ -5,17 +5,9 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
+from tool_calling.data.calls import CALL_KEYS
 from tool_calling.data.literals import as_list, try_unpack, unpack
-from tool_calling.data.turns import (
-    CALL_KEYS,
-    FLAG_KEYS,
-    ROW_FLAGS,
-    SHAREGPT_KEYS,
-    TALK_KEYS,
-    THOUGHT_KEYS,
-    add_system,
-    take,
-)
+from tool_calling.data.turns import FLAG_KEYS, ROW_FLAGS, SHAREGPT_KEYS, TALK_KEYS, THOUGHT_KEYS, add_system, take
 from tool_calling.terminal import shorten
 
 GLAIVE_TURN = re.compile(r"(?:^|\n)[^\S\n]*(USER|ASSISTANT|FUNCTION RESPONSE):")

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import islice
 
+from tool_calling.data.calls import are_same_calls, to_tool_call
 from tool_calling.data.known_tools import ARGUMENT_KEYS, NAME_KEYS, Known, to_known, type_arguments
 from tool_calling.data.literals import (
     TOKEN,
@@ -16,7 +17,7 @@ from tool_calling.data.literals import (
     split_at_commas,
     split_tags,
 )
-from tool_calling.data.turns import ANSWERING, HERMES_MARKS, LATE_TEXT, are_same_calls, set_calls, to_tool_call
+from tool_calling.data.turns import ANSWERING, HERMES_MARKS, LATE_TEXT, set_calls
 from tool_calling.terminal import shorten
 
 Found = tuple[str, list]  # the text without its calls, and the calls

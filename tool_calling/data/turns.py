@@ -3,6 +3,7 @@
 import re
 from collections import Counter, defaultdict
 
+from tool_calling.data.calls import CALL_KEYS, ID_KEYS, REPLY_ID_KEYS, are_same_calls, first_of, get_calls, to_tool_call
 from tool_calling.data.known_tools import ARGUMENT_KEYS, NAME_KEYS
 from tool_calling.data.literals import as_list, to_json, unpack
 from tool_calling.terminal import shorten
@@ -39,12 +40,7 @@ KEYED_PARTS = {  # a key of a part, as of Gemini's or Bedrock's, which have no t
 TOOL_KEYS = ("tools", "functions", "tool_defs", "available_tools", "tool_definitions", "function_definitions")
 TOOL_KEYS += ("tool_list", "function_list", "tool_schemas", "toolDefinitions", "availableTools", "tools_json")
 TOOL_KEYS += ("functionDeclarations", "function_declarations")
-CALL_KEYS = ("tool_calls", "function_calls", "function_call")
 THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")
-NO_CALL = ({"name": None, "arguments": None}, {"name": "", "arguments": ""})  # of a table, or of a stream
-REPLY_ID_KEYS = ("call_id", "tool_call_id", "tool_use_id", "toolCallId", "toolUseId")
-ID_KEYS = (*REPLY_ID_KEYS, "id")  # of a call; in the Responses API the id is that of the item
-CALL_MEMBERS = {*ID_KEYS, *NAME_KEYS, *ARGUMENT_KEYS, "type", "index", "function"}
 # Whether a turn is trained, as different trainers say it: true or 1 if it is; or if it is not.
 LOSS_KEYS = {"weight", "loss", "train", "trainable", "training", "loss_mask", "train_mask", "loss_weight", "loss_scale"}
 LOSS_KEYS |= {"train_on_turn", "calculate_loss", "compute_loss", "is_trained", "train_detail", "supervised"}
@@ -85,40 +81,6 @@ def take(row: dict, key: str, kind: type):
     return [{k: v for k, v in item.items() if v is not None} for item in value] if kind is list else value
 
 
-def first_of(found: dict, keys) -> object:
-    """Return the value of the first of these keys that is there and not null."""
-    return next((found[key] for key in keys if found.get(key) is not None), None)
-
-
-def to_tool_call(call: object, changes: Counter, trained: bool = True) -> dict:
-    """Return a call in the OpenAI shape; ValueError if its arguments are no object, unless it is not trained."""
-    inner = call["function"] if isinstance(call, dict) and isinstance(call.get("function"), dict) else call
-    name = first_of(inner, NAME_KEYS) if isinstance(inner, dict) else None
-    if not isinstance(name, str):
-        raise ValueError(f'a call must be {{"name": "...", "arguments": {{...}}}}, got {shorten(inner)}')
-    given = {key: value for key, value in {**call, **inner}.items() if key in ARGUMENT_KEYS and value is not None}
-    arguments = first_of(given, ARGUMENT_KEYS)
-    if others := [key for key, value in given.items() if value and value != arguments]:
-        raise ValueError(f'call {shorten(name)}: has other arguments in "{others[0]}"; expected one object of them')
-    strays = [key for key in inner if key not in CALL_MEMBERS and inner[key] not in (None, "", [], {})]
-    if strays and arguments is None and trained:
-        raise ValueError(f'call {shorten(name)}: has "{strays[0]}" and no arguments; expected them in "arguments"')
-    changes.update(f"{key[:40]} of a call -> dropped" for key in strays)
-    if arguments in (None, [], "null", "[]") or (isinstance(arguments, str) and not arguments.strip()):
-        changes["call without arguments -> {}"] += 1
-        arguments = {}
-    try:
-        arguments = unpack(arguments, "arguments are")
-        if not isinstance(arguments, dict):
-            raise ValueError(f"arguments must be an object, got {shorten(arguments)}")
-    except ValueError as error:
-        if trained or not isinstance(arguments, str):
-            raise ValueError(f"call {shorten(name)}: {error}") from None
-    call_id = first_of(call, ID_KEYS)
-    call_id = {"id": call_id} if isinstance(call_id, str) and call_id else {}
-    return {**call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
-
-
 def peek(turn: dict) -> tuple[object, object]:
     """Return (role, content) of a turn as its row writes them."""
     return turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
@@ -133,13 +95,15 @@ def is_text_part(part: object) -> bool:
     return is_text and all(key in TEXT_PART or value is None for key, value in part.items())
 
 
-def join_text(content: object, role: object = "user") -> object:
-    """Return content as text where it is text, nothing, or a list of text parts; other content stays as it is.
+def join_parts(texts: list[str], role: object) -> str:
+    """Return the texts of a turn as one: of a prompt on lines of their own, as vLLM does, of an answer as written."""
+    return ("" if role in ANSWERING else "\n").join(texts)
 
-    Parts of a prompt stand on lines of their own, as vLLM joins them; those of an answer follow each other as written.
-    """
+
+def join_text(content: object, role: object = "user") -> object:
+    """Return content as text where it is text, nothing, or a list of text parts; other content stays as it is."""
     if content and isinstance(content, list) and all(map(is_text_part, content)):
-        return ("" if role in ANSWERING else "\n").join(part["text"] for part in content)
+        return join_parts([part["text"] for part in content], role)
     return "" if content is None else content
 
 
@@ -219,20 +183,6 @@ def split_thought(message: dict, content: object) -> tuple[str, object]:
     return thoughts[0] if thoughts else "", content
 
 
-def find_calls(message: dict) -> list | str:
-    """Return the calls under the one of CALL_KEYS that a message has, [] if none; as text if they are no JSON."""
-    given = [key for key in CALL_KEYS if message.get(key) and message[key] not in NO_CALL]
-    if not given:
-        return []
-    if len(given) > 1:
-        raise ValueError(f"a message holds {given[0]} and {given[1]}; expected one of them")
-    calls = unpack(message[given[0]], f"{given[0]} is")
-    calls = [calls] if given == ["function_call"] and isinstance(calls, dict) else calls
-    if not isinstance(calls, list | str):
-        raise ValueError(f"{given[0]} must be a list, got {shorten(calls)}")
-    return calls
-
-
 def read_weight(turn: dict, role: object, changes: Counter) -> dict:
     """Return {"weight": 0} for an assistant's turn that is not to be trained, else {}; ValueError if unclear."""
     if FLAG_KEYS.isdisjoint(turn):
@@ -293,8 +243,7 @@ def read_turn(turn: dict, changes: Counter) -> list[dict]:
     for group in groups:
         if group["text"] or group["thought"] or group["call"] or not (made or group["reply"]):
             said = {**turn, "reasoning": "\n\n".join(group["thought"])} if group["thought"] else turn
-            text = ("" if role in ANSWERING else "\n").join(group["text"])
-            made.append(make_message(role, said, text, group["call"], changes))
+            made.append(make_message(role, said, join_parts(group["text"], role), group["call"], changes))
         made += group["reply"]
     return made
 
@@ -306,10 +255,10 @@ def make_message(role: object, turn: dict, content: object, calls: list, changes
     weight = read_weight(turn, role, changes)
     if role not in ANSWERING:
         return {"role": role, "content": content}
-    (thought, content), given = split_thought(turn, content), find_calls(turn)
+    (thought, content), given = split_thought(turn, content), get_calls(turn)
     more = turn.get("additional_kwargs")
     if isinstance(more, dict):
-        given, thought = given or find_calls(more), thought or split_thought(more, "")[0]
+        given, thought = given or get_calls(more), thought or split_thought(more, "")[0]
     if isinstance(given, str):  # calls that are no JSON
         if content:
             raise ValueError("a message holds text and calls as text; expected the calls in the text")
@@ -324,11 +273,6 @@ def make_message(role: object, turn: dict, content: object, calls: list, changes
         raise ValueError("a message holds calls in its content and in another key; expected one of them")
     thought = {"reasoning_content": thought} if thought else {}
     return set_calls({"role": role, **thought, **weight}, content, given or calls)
-
-
-def are_same_calls(calls: list[dict], others: list[dict]) -> bool:
-    """Return whether two lists of calls are the same but for their ids."""
-    return [call["function"] for call in calls] == [call["function"] for call in others]
 
 
 def set_calls(message: dict, content: object, calls: list) -> dict:
