@@ -281,7 +281,7 @@ def settle_defaults(args: argparse.Namespace) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # Model and trainer
 # ----------------------------------------------------------------------------------------------------------------------
-def load_model(args: argparse.Namespace, engine: str, schedule):
+def load_model(args: argparse.Namespace, engine: str, schedule, tokenizer):
     """Return the base model, in 4 bits if asked, with fresh LoRA adapters on --target_modules."""
     from tool_calling.engines.device import use_checkpointing
 
@@ -295,13 +295,14 @@ def load_model(args: argparse.Namespace, engine: str, schedule):
         "target_modules": args.target_modules,
     }
     if engine == "transformers":
-        return load_stock_model(args, lora)
+        return load_stock_model(args, lora, tokenizer)
 
     from trl.trainer.utils import add_fused_lm_head
     from unsloth import FastLanguageModel
 
     from tool_calling.engines.compat import compile_attention
     from tool_calling.engines.graphs import can_record, find_recorded, read_streams
+    from tool_calling.engines.tokens import fit_vocabulary
 
     model, _ = FastLanguageModel.from_pretrained(
         args.model_id,
@@ -313,7 +314,10 @@ def load_model(args: argparse.Namespace, engine: str, schedule):
         use_exact_model_name=True,  # not a copy of it in Unsloth's own repositories
     )
     model = FastLanguageModel.get_peft_model(
-        model, **lora, random_state=args.seed, use_gradient_checkpointing="unsloth" if checkpointing else False
+        fit_vocabulary(model, tokenizer),
+        **lora,
+        random_state=args.seed,
+        use_gradient_checkpointing="unsloth" if checkpointing else False,
     )
     add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "is_top1"))
     compile_attention()
@@ -322,7 +326,7 @@ def load_model(args: argparse.Namespace, engine: str, schedule):
     return model
 
 
-def load_stock_model(args: argparse.Namespace, lora: dict):
+def load_stock_model(args: argparse.Namespace, lora: dict, tokenizer):
     """Return the same by Transformers and PEFT.
 
     With --lora_rank 0 it is the base alone, in fp32: late, small updates round to nothing in 16 bits. The trainer's
@@ -332,10 +336,12 @@ def load_stock_model(args: argparse.Namespace, lora: dict):
 
     from tool_calling.engines.fsdp import split_model
     from tool_calling.engines.loading import load_trainable
+    from tool_calling.engines.tokens import fit_vocabulary
 
     model = load_trainable(
         args.model_id, args.load_in_4bit, args.trust_remote_code, whole=not lora["r"], split=args.fsdp
     )
+    model = fit_vocabulary(model, tokenizer)
     if lora["r"]:
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
     return split_model(model) if args.fsdp else model
@@ -568,7 +574,7 @@ def train_and_save(args: argparse.Namespace, run: Run, trained, tokenizer, sched
     from tool_calling.training.selfcheck import check_sharing
 
     engine = trained.engine
-    model = load_model(args, engine, schedule)
+    model = load_model(args, engine, schedule, tokenizer)
     warn_of_frozen_experts(model)
     report_gpu()
     trainer = build_run_trainer(args, model, tokenizer, schedule, held_out, engine)

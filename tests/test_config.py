@@ -15,7 +15,7 @@ from train_small import make_base
 import train_qwen3_tool_calling as script
 from tool_calling.data.examples import Reading, check_rows
 from tool_calling.engines.choices import find_optim
-from tool_calling.engines.hub import count_parameters
+from tool_calling.engines.hub import count_parameters, load_tokenizer
 from tool_calling.estimates import Footprint
 from tool_calling.run_folder import NOT_REPEATED, write_run
 from tool_calling.samples import render_examples
@@ -326,7 +326,7 @@ def test_rslora_scales_by_the_root_of_the_rank(tmp_path):
                 *("--target_modules", "q_proj", flag),
             ]
         )
-        model = script.load_model(args, "transformers", make_schedule(TRAIN, 1))
+        model = script.load_model(args, "transformers", make_schedule(TRAIN, 1), load_tokenizer(args.model_id))
         layers = {
             name: layer.scaling["default"]
             for name, layer in model.named_modules()

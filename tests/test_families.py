@@ -307,14 +307,14 @@ def test_sharing_and_answers_are_exact_in_every_family(family):
     name, folder = family
     args = script.parse_args(["--model_id", str(folder), "--no-load_in_4bit", "--lora_rank", "4"])
     config = check_model(str(folder))
-    model = script.load_model(args, "transformers", schedule=None)
+    tokenizer = load_tokenizer(str(folder))
+    model = script.load_model(args, "transformers", None, tokenizer)
     trained = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
     assert count_parameters(config, 4)["adapter"] == sum(trained.values())
     assert any("mlp" in n for n in trained)  # experts, too
     for n, parameter in model.named_parameters():
         if "lora_B" in n:
             torch.nn.init.normal_(parameter, std=0.1)
-    tokenizer = load_tokenizer(str(folder))
     rows = to_samples(tokenizer)
     loss, gradient = compare_sharing(model, rows, (), "transformers")
     assert loss < 1e-5 and gradient < 1e-4
@@ -357,7 +357,7 @@ def build_trainer(args):
     """Return the trainer of a run over to_samples, with a model of its own."""
     tokenizer = load_tokenizer(args.model_id)
     schedule = plan_schedule(to_samples(tokenizer), pick(Batching, args), fill=False)
-    model = script.load_model(args, "transformers", schedule)
+    model = script.load_model(args, "transformers", schedule, tokenizer)
     return script.build_run_trainer(args, model, tokenizer, schedule, [], "transformers")
 
 

@@ -150,7 +150,7 @@ examples, _ = read_examples(args.dataset_path, script.to_reading(args))
 train, held_out = render_sides(tokenizer, examples, [], pick(Rendering, args))
 lengths = (1024, 2048)
 schedule = Schedule(train, 8, 1, Layout(8, lengths=lengths))
-model = script.load_model(args, engine, schedule)
+model = script.load_model(args, engine, schedule, tokenizer)
 model = script.build_run_trainer(args, model, tokenizer, schedule, held_out, engine).model
 for name, parameter in model.named_parameters():
     if "lora_B" in name:
@@ -233,7 +233,7 @@ if __name__ == "__main__":
     examples, _ = read_examples(args.dataset_path, script.to_reading(args))
     train, _ = render_sides(tokenizer, examples, [], pick(Rendering, args))
     schedule = plan_schedule(train, pick(Batching, args), fill=engine == "unsloth")
-    model = script.load_model(args, engine, schedule)
+    model = script.load_model(args, engine, schedule, tokenizer)
     trainer = script.build_run_trainer(args, model, tokenizer, schedule, [], engine)
     model = trainer.model.train()
     layout = schedule.layout

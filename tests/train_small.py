@@ -96,10 +96,11 @@ def live(folder: Path, flags: list[str]) -> None:
     )
     optim = script.choose_optim(args)
     run.check_agrees(schedule, optim)
-    model = script.load_model(args, engine, schedule)
+    tokenizer = load_tokenizer(args.model_id)
+    model = script.load_model(args, engine, schedule, tokenizer)
     held = sum(held_part(weight).numel() for weight in model.parameters())
     print(f"holds {held / sum(weight.numel() for weight in model.parameters()):.2f} of the weights")
-    trainer = script.build_run_trainer(args, model, load_tokenizer(args.model_id), schedule, held_out, engine)
+    trainer = script.build_run_trainer(args, model, tokenizer, schedule, held_out, engine)
     trainer.args.adam_epsilon = ADAM_EPSILON
     run.start(schedule, optim)
     train(trainer, run)

@@ -35,7 +35,7 @@ class Evaluation:
             raise UserError(f"{' '.join(paths)}: no row is left to score; add rows")
         if not held_out:
             warn(NOT_HELD_OUT)
-        model = load_scored(self.eval_only, base, flag, self.load_in_4bit, self.trust_remote_code)
+        model = load_scored(self.eval_only, base, flag, self.load_in_4bit, self.trust_remote_code, tokenizer)
         questions = Questions.of(samples, self.eval_batch_size, self.max_new_tokens)
         answers = questions.ask(model, tokenizer, self.eval_only)
         skipped = len(examples) - count_origins([*train, *held_out])

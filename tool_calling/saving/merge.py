@@ -17,6 +17,7 @@ from tool_calling.engines.graphs import empty_weights
 from tool_calling.engines.hub import load_config, load_tokenizer
 from tool_calling.engines.loading import find_place, load_adapter, load_base
 from tool_calling.engines.losses import measure_loss
+from tool_calling.engines.tokens import fit_vocabulary
 from tool_calling.files import discard_partial, partial_folder, put_in_place, write_file
 from tool_calling.run_folder import TOOLS, write_run
 from tool_calling.samples import Sample
@@ -176,6 +177,7 @@ def merge_adapter(trained: Trained) -> Path:
         del base
         free_gpu()
         base = load("cpu")
+    base = fit_vocabulary(base, load_tokenizer(trained.model_id, trained.trust))
     sums = sum_weights(base)
     model = load_adapter(base, trained.adapter)
     torch.manual_seed(trained.settings["seed"])

@@ -13,6 +13,7 @@ from tool_calling.engines.hub import load_tokenizer
 from tool_calling.engines.loading import find_place, load_adapter, load_base, warn_if_spread
 from tool_calling.engines.losses import measure_loss
 from tool_calling.engines.start import quiet_libraries
+from tool_calling.engines.tokens import fit_vocabulary
 from tool_calling.files import partial_folder, put_in_place
 from tool_calling.fresh import run_fresh
 from tool_calling.prompts import take_answer
@@ -76,11 +77,11 @@ def prove(trained: Trained, questions: Questions, layout: Layout, before: float 
     return proof
 
 
-def load_scored(model_id: str, base: str, flag: str, load_in_4bit: bool, trust: bool):
+def load_scored(model_id: str, base: str, flag: str, load_in_4bit: bool, trust: bool, tokenizer):
     """Return the model that --eval_only names, or its adapter on `base` (see find_base), to be scored."""
     if base == model_id:
-        return load_base(base, False, trust, place=find_place())
-    model = load_base(base, load_in_4bit, trust, place=find_place(load_in_4bit))
+        return fit_vocabulary(load_base(base, False, trust, place=find_place()), tokenizer)
+    model = fit_vocabulary(load_base(base, load_in_4bit, trust, place=find_place(load_in_4bit)), tokenizer)
     try:
         model = load_adapter(model, model_id)
     except torch.OutOfMemoryError:  # a RuntimeError
@@ -110,7 +111,7 @@ def merge_and_score(trained: Trained, questions: Questions, layout: Layout) -> d
         free_gpu()  # of what answers needed; a loss needs larger pieces
         results[name] = {"answers": answers, "loss": measure_loss(model, batches, "transformers")}
 
-    base = load_base(trained.base_id, False, trust, place=place)
+    base = fit_vocabulary(load_base(trained.base_id, False, trust, place=place), tokenizer)
     warn_if_spread(base)
     results["base"] = {"answers": questions.ask(base, tokenizer, "base")}
     sums = None if trained.adapter else sum_weights(base)
@@ -118,7 +119,7 @@ def merge_and_score(trained: Trained, questions: Questions, layout: Layout) -> d
         if trained.four_bit:
             del base
             free_gpu()
-            base = load_base(trained.model_id, True, trust, place=small_place)
+            base = fit_vocabulary(load_base(trained.model_id, True, trust, place=small_place), tokenizer)
         score("adapter", load_adapter(base, trained.adapter))
     del base
     free_gpu()
