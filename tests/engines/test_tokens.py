@@ -24,7 +24,7 @@ def test_new_tokens_have_rows_and_the_others_keep_theirs(more_tokens, tied):
     for model in models:
         model.resize_token_embeddings(size - 2, mean_resizing=False)
         torch.manual_seed(5)
-        for layer in {model.get_input_embeddings(), model.get_output_embeddings()}:
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             torch.nn.init.normal_(layer.weight)
     before = [models[0].get_input_embeddings().weight.clone(), models[0].get_output_embeddings().weight.clone()]
     first, second = (fit_vocabulary(model, more_tokens) for model in models)
