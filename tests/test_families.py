@@ -29,7 +29,8 @@ from tool_calling.data.examples import Example
 from tool_calling.engines.answers import find_stop_tokens, generate_answers
 from tool_calling.engines.hub import can_share, check_dropout, check_model, count_parameters, load_tokenizer
 from tool_calling.engines.loading import load_base, warn_of_frozen_experts
-from tool_calling.prompts import find_date, parse_calls
+from tool_calling.parsers import PARSERS, parse_calls
+from tool_calling.prompts import find_date
 from tool_calling.run_folder import Run
 from tool_calling.samples import Sample, render_examples
 from tool_calling.saving.merge import Trained, merge_adapter, read_back, save_adapter, save_whole
@@ -210,7 +211,7 @@ def test_what_a_template_has_no_place_for_is_a_problem(name, messages, problem):
 def test_a_template_that_cannot_do_what_the_rows_need_ends_the_run():
     tokenizer = make_tokenizer("qwen2.5")
     tokenizer.name_or_path, whole = "some/model", tokenizer.chat_template
-    expected = "; expected a model whose calls vLLM's parser hermes or llama3_json reads"
+    expected = f"; expected a chat template with tools whose calls one of vLLM's parsers reads: {', '.join(PARSERS)}"
 
     def refusal(template: str, messages: list[dict]) -> str:
         tokenizer.chat_template = template
@@ -224,7 +225,7 @@ def test_a_template_that_cannot_do_what_the_rows_need_ends_the_run():
     assert refusal(mute, CONVERSATIONS["tool reply"]) == "leaves out the replies of tools"
     other = whole.replace("'\\n<tool_call>\\n{", "'\\n<function>\\n{")
     assert refusal(other, CONVERSATIONS["one call"]).startswith(
-        "writes calls in a way that cannot be read back: its calls do not survive rendering and parsing"
+        r'writes calls in a way that cannot be read back: "<function>\n{\"name\": \"probe_tool\", '
     )
     assert refusal("{{ raise_exception('no ' ~ 'tools') if tools }}" + whole, CONVERSATIONS["one call"]) == (
         "refuses it: no tools"

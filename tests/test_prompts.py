@@ -5,7 +5,8 @@ from conftest import ALARM, WEATHER
 from conversations import CONVERSATIONS, EMPTY_THOUGHT, GREETING, says, supervised
 
 from tool_calling.data.examples import Example
-from tool_calling.prompts import parse_calls, take_answer
+from tool_calling.parsers import PARSERS, parse_calls
+from tool_calling.prompts import take_answer
 from tool_calling.samples import Sample, render_examples
 from tool_calling.terminal import UserError
 
@@ -101,8 +102,8 @@ def test_a_template_that_loses_the_calls_ends_the_run(tokenizer):
     with pytest.raises(UserError) as error:
         render_examples(Lossy(), examples, 4096)
     assert str(error.value) == (
-        "lossy: the chat template writes calls in a way that cannot be read back: its calls do not survive rendering "
-        'and parsing: ""; expected a model whose calls vLLM\'s parser hermes or llama3_json reads'
+        'lossy: the chat template writes calls in a way that cannot be read back: ""; expected a chat template with '
+        f"tools whose calls one of vLLM's parsers reads: {', '.join(PARSERS)}"
     )
 
 

@@ -9,7 +9,7 @@ from conversations import ASK, CONVERSATIONS, REPLY, calls, says, supervised
 import train_qwen3_tool_calling as script
 from tool_calling.data.examples import Example, Reading, to_examples
 from tool_calling.data.rows import read_rows
-from tool_calling.prompts import parse_calls
+from tool_calling.parsers import parse_calls
 from tool_calling.samples import (
     Rendering,
     Sample,

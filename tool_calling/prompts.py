@@ -1,6 +1,6 @@
-"""The prompt that a server renders, and the calls that it reads out of an answer."""
+"""The prompt that a server renders, and the answer that its chat template writes after it."""
 
-import json
+import contextlib
 import re
 import time
 from functools import partial
@@ -9,50 +9,23 @@ import jinja2
 
 from tool_calling.data.examples import Example
 from tool_calling.data.special_tokens import SPECIAL_TOKEN
-from tool_calling.terminal import UserError, shorten
+from tool_calling.parsers import PARSERS, parse_calls
+from tool_calling.terminal import UserError, shorten, warn
 
-PARSERS = ("hermes", "llama3_json")  # as vLLM's --tool-call-parser names them
 EMPTY_THOUGHT = "<think>\n\n</think>\n\n"  # of a turn served without thinking
-PROBE_SCHEMA = {"type": "object", "properties": {"probe": {"type": "string"}}}
+NUMBERS = {"type": "object", "properties": {"numbers": {"type": "array", "items": {"type": "number"}}}}
+PROBE_RULES = {"probe": {"type": "string"}, "count": {"type": "integer"}, "sure": {"type": "boolean"}, "more": NUMBERS}
+PROBE_SCHEMA = {"type": "object", "properties": PROBE_RULES}
 PROBE_FUNCTION = {"name": "probe_tool", "description": "Probe.", "parameters": PROBE_SCHEMA}
 PROBE_TOOL = {"type": "function", "function": PROBE_FUNCTION}
-PROBE_CALLED = {"name": "probe_tool", "arguments": {"probe": "value"}}
+PROBE_ARGUMENTS = {"probe": "value", "count": 3, "sure": True, "more": {"numbers": [1, 0.5]}}
+PROBE_CALLED = {"name": "probe_tool", "arguments": PROBE_ARGUMENTS}
 PROBE_CALL = {"type": "function", "id": "probe0001", "function": PROBE_CALLED}
 PROBE = [
     {"role": "user", "content": "probe"},
     {"role": "assistant", "content": "", "tool_calls": [PROBE_CALL]},
     {"role": "tool", "content": "probe reply", "name": "probe_tool", "tool_call_id": "probe0001"},
 ]
-
-
-def parse_llama_calls(text: str) -> list[dict]:
-    """Return the calls in an answer of one JSON object {"name", "parameters"}, or of several separated by ";".
-
-    Any other answer is plain text without calls. ValueError if it starts like a call and is not one.
-    """
-    rest, calls = text.strip().removeprefix("<|python_tag|>").lstrip(), []
-    if not rest.startswith("{"):
-        return []
-    while rest:
-        try:
-            call, end = json.JSONDecoder().raw_decode(rest)
-        except ValueError:
-            if '"name"' in text:
-                raise
-            return []
-        if not isinstance(call, dict) or "name" not in call or not call.keys() & {"parameters", "arguments"}:
-            return []
-        calls.append({"name": call["name"], "arguments": call.get("arguments", call.get("parameters"))})
-        rest = rest[end:].lstrip().removeprefix(";").lstrip()
-    return calls
-
-
-def parse_calls(text: str, parser: str = "hermes") -> list[dict]:
-    """Return the calls in an answer as the inference servers' parser of that name does; ValueError if one is broken."""
-    if parser == "llama3_json":
-        return parse_llama_calls(text)
-    blocks = re.findall(r"<tool_call>(.*?)</tool_call>|<tool_call>(.*)", text, re.DOTALL)
-    return [json.loads(closed or unclosed) for closed, unclosed in blocks]
 
 
 def take_answer(text: str, reference: str) -> str:
@@ -80,21 +53,18 @@ def render_text(tokenizer, messages: list[dict], date: str | None = None, **opti
         raise ValueError(f"the chat template refuses it: {error}") from None
 
 
-def render_turn(
-    tokenizer, example: Example, turn: int, parser: str = "hermes", date: str | None = None
-) -> tuple[str, str]:
-    """Return the (prompt, completion) text of the assistant turn `example.messages[turn]`.
+def render_turn(tokenizer, example: Example, turn: int, date: str | None = None) -> tuple[str, str, str]:
+    """Return the texts (prompt, completion, end token) of the assistant turn `example.messages[turn]`.
 
     A template may render one turn differently in the middle of a conversation and at its end: Qwen3 drops the think
     block of a turn that a tool reply follows. So the prompt is what a server renders before the turn, and the
-    completion is what the template adds when the turn is the last message. ValueError if the two do not fit together,
-    or if the parser does not read the same calls back.
+    completion is what the template adds when the turn is the last message. ValueError if the two do not fit together.
     """
     message, name = example.messages[turn], f"message {turn + 1}"
-    render = partial(render_text, tokenizer, date=date, tools=example.tools or None)
     thinks = "reasoning_content" in message
+    render = partial(render_text, tokenizer, date=date, tools=example.tools or None, enable_thinking=thinks)
     try:
-        prompt = render(example.messages[:turn], add_generation_prompt=True, enable_thinking=thinks)
+        prompt = render(example.messages[:turn], add_generation_prompt=True)
         whole = render(example.messages[: turn + 1])
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
@@ -102,20 +72,38 @@ def render_turn(
     start = len(prompt if whole.startswith(prompt) else prompt.removesuffix(EMPTY_THOUGHT))
     if whole[:start] != prompt[:start]:
         raise ValueError(f"{name}: the chat template does not render this answer after its serving prompt")
-    end = whole.rfind(tokenizer.eos_token)
-    if end < start:
+    end_token = find_turn_end(tokenizer, whole[start:], "tool_calls" in message)
+    if end_token is None:
         raise ValueError(f"{name}: the chat template does not end this answer with {tokenizer.eos_token}")
-    completion = whole[start:end]
+    completion = whole[start : whole.rfind(end_token)]
     for key in ("reasoning_content", "content"):
         if message.get(key, "").strip() not in completion:
             raise ValueError(f"{name}: the chat template leaves out its {key}; remove it, or choose another model")
+    return prompt, completion, end_token
+
+
+def find_turn_end(tokenizer, text: str, calls: bool) -> str | None:
+    """Return the token that ends the answer in a rendered text, or None.
+
+    It is the one that ends all answers. One with `calls` may end the text with another, at which servers stop as well:
+    FunctionGemma's <start_function_response>, Gemma 4's <|tool_response>, gpt-oss's <|call|>.
+    """
+    if tokenizer.eos_token in text:
+        return tokenizer.eos_token
+    last = re.search(r"(<[^<>/\s]+>)\s*\Z", text) if calls else None
+    known = last and tokenizer.convert_tokens_to_ids(last[1]) not in (None, tokenizer.unk_token_id)
+    return last[1] if known else None
+
+
+def check_calls(completion: str, example: Example, turn: int, parser: str) -> None:
+    """Raise a ValueError if the parser does not read exactly the calls of a turn back from its completion."""
+    message, name = example.messages[turn], f"message {turn + 1}"
     try:
-        calls = parse_calls(take_answer(completion, completion), parser)
+        calls = parse_calls(take_answer(completion, completion), parser, example.tools)
     except ValueError:
         raise ValueError(f"{name}: would be read as a broken call: {shorten(completion)}") from None
     if calls != [call["function"] for call in message.get("tool_calls", [])]:
         raise ValueError(f"{name}: its calls do not survive rendering and parsing: {shorten(completion)}")
-    return prompt, completion + tokenizer.eos_token
 
 
 def find_date(tokenizer) -> str | None:
@@ -143,21 +131,40 @@ def find_special_tokens(tokenizer) -> re.Pattern | None:
     return re.compile("|".join(map(re.escape, tokens))) if tokens else None
 
 
+def find_call_end(tokenizer) -> str | None:
+    """Return the token with which the chat template ends an answer with calls, or None if it renders none."""
+    try:
+        return render_turn(tokenizer, Example("", PROBE[:2], [PROBE_TOOL]), 1)[2]
+    except ValueError:
+        return None
+
+
 def find_parser(tokenizer) -> str:
-    """Return which of PARSERS reads the calls that the chat template writes; ValueError if none does."""
-    for parser in PARSERS:
-        try:
-            render_turn(tokenizer, Example("", PROBE[:2], [PROBE_TOOL]), 1, parser)
-            return parser
-        except ValueError as error:
-            reason = str(error).removeprefix("message 2: ")
-    raise ValueError(f"the chat template writes calls in a way that cannot be read back: {reason}")
+    """Return which of PARSERS reads the calls that the chat template writes; ValueError if none does.
+
+    If texts are all that one reads back, a warning says so; the rows with other values are then problems.
+    """
+    seen = []
+    for arguments in (PROBE_ARGUMENTS, {"probe": "value"}):
+        call = {**PROBE_CALL, "function": {**PROBE_CALLED, "arguments": arguments}}
+        example = Example("", [PROBE[0], {**PROBE[1], "tool_calls": [call]}], [PROBE_TOOL])
+        seen.append(render_turn(tokenizer, example, 1)[1])
+        for parser in PARSERS:
+            with contextlib.suppress(ValueError):
+                check_calls(seen[-1], example, 1, parser)
+                if len(seen) > 1:
+                    lost = "no numbers, truth values, lists or objects"
+                    warn(
+                        f"{tokenizer.name_or_path}: vLLM's parser {parser} reads only texts back from its calls, {lost}"
+                    )
+                return parser
+    raise ValueError(f"the chat template writes calls in a way that cannot be read back: {shorten(seen[0], 160)}")
 
 
 def check_template(tokenizer, examples: list[Example]) -> str:
     """Return the parser for the chat template's calls; UserError if the template leaves out what the rows use."""
     if not any(example.tools for example in examples):
-        return PARSERS[0]
+        return next(iter(PARSERS))
     replies = any(message["role"] == "tool" for example in examples for message in example.messages)
     try:
         if "probe_tool" not in render_text(tokenizer, PROBE[:1], tools=[PROBE_TOOL]):
@@ -166,5 +173,6 @@ def check_template(tokenizer, examples: list[Example]) -> str:
             raise ValueError("the chat template leaves out the replies of tools")
         return find_parser(tokenizer)
     except ValueError as error:
-        expected = f"expected a model whose calls vLLM's parser {' or '.join(PARSERS)} reads"
-        raise UserError(f"{tokenizer.name_or_path}: {error}; {expected}") from None
+        reason = str(error).removeprefix("message 2: ")
+        expected = f"expected a chat template with tools whose calls one of vLLM's parsers reads: {', '.join(PARSERS)}"
+        raise UserError(f"{tokenizer.name_or_path}: {reason}; {expected}") from None

@@ -16,7 +16,7 @@ from tool_calling.data.messages import is_trained
 from tool_calling.data.special_tokens import find_forbidden
 from tool_calling.data.splits import split_examples
 from tool_calling.files import digest
-from tool_calling.prompts import check_template, find_special_tokens, render_turn
+from tool_calling.prompts import check_calls, check_template, find_special_tokens, render_turn
 from tool_calling.terminal import UserError, hide_secrets, make_console, report_problems, say, warn
 
 NOT_HELD_OUT = "no row is held out: the scores will be those of training rows and say nothing about new requests"
@@ -49,17 +49,19 @@ def render_examples(
             check_special_tokens(example, special)
             for turn, message in enumerate(example.messages):
                 if is_trained(message):
-                    turns.append((index, turn, *render_turn(tokenizer, example, turn, parser, date)))
+                    prompt, completion, end = render_turn(tokenizer, example, turn, date)
+                    check_calls(completion, example, turn, parser)
+                    turns.append((index, turn, prompt, completion, end))
         except (ValueError, RecursionError) as error:
             problems[index] = str(error)
     # Prompt and completion are encoded apart: the model is served the tokens of the prompt and then writes its own.
     encode = partial(tokenizer, add_special_tokens=False, return_attention_mask=False)
-    prompts = encode([prompt for *_, prompt, _ in turns])["input_ids"] if turns else []
-    completions = encode([completion for *_, completion in turns])["input_ids"] if turns else []
+    prompts = encode([prompt for _, _, prompt, _, _ in turns])["input_ids"] if turns else []
+    completions = encode([completion + end for *_, completion, end in turns])["input_ids"] if turns else []
     groups: list[list[Sample]] = [[] for _ in examples]
-    for (index, turn, _, text), prompt, completion in zip(turns, prompts, completions):
+    for (index, turn, _, text, _), prompt, completion in zip(turns, prompts, completions):
         if index not in problems:
-            example, tokens, text = examples[index], prompt + completion, text.removesuffix(tokenizer.eos_token)
+            example, tokens = examples[index], prompt + completion
             request = next((m["content"] for m in reversed(example.messages[:turn]) if m["role"] == "user"), "")
             sample = Sample(example.source, tokens, len(prompt), text, example.tools, request, parser, index)
             groups[index].append(sample)

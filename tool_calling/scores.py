@@ -9,7 +9,8 @@ from itertools import chain, repeat
 from statistics import NormalDist
 from typing import NamedTuple
 
-from tool_calling.prompts import parse_calls, take_answer
+from tool_calling.parsers import parse_calls
+from tool_calling.prompts import take_answer
 from tool_calling.samples import Sample
 
 NO_CALL, EMPTY, BROKEN = "(no call)", "(empty)", "(broken)"  # labels beside the names of the tools
@@ -77,10 +78,10 @@ def score_answer(got: str, expected: str, tools: list[dict], parser: str = "herm
     as in JSON Schema, and true is never 1.
     """
     got, expected = (take_answer(text, expected) for text in (got, expected))
-    wanted = read_calls(expected, parser)
+    wanted = read_calls(expected, parser, tools)
     wanted_names = tuple(call["name"] for call in wanted)
     try:
-        calls = read_calls(got, parser)
+        calls = read_calls(got, parser, tools)
     except (ValueError, RecursionError):  # a model that repeats itself can open a thousand brackets
         return Verdict(False, False, True, wanted_names, (), not tools)
     schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
@@ -99,10 +100,10 @@ def score_answer(got: str, expected: str, tools: list[dict], parser: str = "herm
     return Verdict(exact, alike, False, wanted_names, tuple(call["name"] for call in calls), not tools)
 
 
-def read_calls(text: str, parser: str = "hermes") -> list[dict]:
+def read_calls(text: str, parser: str = "hermes", tools: list[dict] | tuple = ()) -> list[dict]:
     """Return the calls in an answer; ValueError if a server could not run one of them."""
     calls = []
-    for call in parse_calls(text, parser):
+    for call in parse_calls(text, parser, tools):
         match call:
             case {"name": str(name), "arguments": dict(arguments)}:
                 calls.append({"name": name, "arguments": arguments})

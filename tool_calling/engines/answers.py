@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from tool_calling.data.literals import as_list
 from tool_calling.engines.device import autocast
+from tool_calling.prompts import find_call_end
 from tool_calling.samples import Sample
 from tool_calling.streams import split_rows, to_tree
 
@@ -33,8 +34,9 @@ def generate_answers(
 
 
 def find_stop_tokens(model, tokenizer) -> list[int]:
-    """Return the tokens at which servers end an answer: the tokenizer's, and those of generation_config.json."""
-    return sorted({tokenizer.eos_token_id, *as_list(model.generation_config.eos_token_id)} - {None})
+    """Return the tokens at which servers end an answer: those of the chat template and of generation_config.json."""
+    call_end = tokenizer.convert_tokens_to_ids(find_call_end(tokenizer))
+    return sorted({tokenizer.eos_token_id, call_end, *as_list(model.generation_config.eos_token_id)} - {None})
 
 
 def generate_tokens(model, prompts: list[list[int]], stops: list[int], max_new_tokens: int) -> list[list[int]]:
