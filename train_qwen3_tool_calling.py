@@ -489,7 +489,7 @@ def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.Ex
     data = {"train": len(samples), "held_out": len(held_out), "skipped": skipped, "unit": name_unit(samples, held_out)}
     report = to_report(vars(args), command, proof, data | measure_lengths(samples), facts)
     report = finish(args.output_dir, report, proof)
-    hand_over(report, trained, tokenizer, gguf, Serving(config.model_type, samples[0].parser, thinks))
+    hand_over(report, trained, tokenizer, gguf, Serving.of(tokenizer, config.model_type, samples[0].parser, thinks))
     return report
 
 

@@ -1,6 +1,9 @@
 """Model cards, and the commands that serve a model."""
 
+from pathlib import Path
+
 import pytest
+import trl
 import yaml
 
 from tool_calling.saving.card import Serving, hide_folders, to_card, to_lora_words, write_card
@@ -183,7 +186,7 @@ def test_a_card_is_written_with_the_command_that_serves_its_folder(tmp_path, fol
     (tmp_path / folder).mkdir()
     if folder == "adapter":
         (tmp_path / folder / "adapter_config.json").write_text("{}")
-    write_card(tmp_path / folder, make_report(**settings), Serving("qwen3", "hermes", True).to_command)
+    write_card(tmp_path / folder, make_report(**settings), Serving("hermes", True, "qwen3").to_command)
     card = (tmp_path / folder / "README.md").read_text()
     command = f"vllm serve {served} --enable-auto-tool-choice --tool-call-parser hermes --reasoning-parser qwen3"
     assert f"```bash\n{command}\n```\n" in card and str(tmp_path) not in card
@@ -198,19 +201,33 @@ def test_a_card_names_the_file_of_the_tools(tmp_path, there, shown):
     assert f"```bash\nserve {tmp_path.name}{shown}\n```\n" in (tmp_path / "README.md").read_text()
 
 
+OFF, ON = (f" --default-chat-template-kwargs '{{\"enable_thinking\": {value}}}'" for value in ("false", "true"))
+
+
 @pytest.mark.parametrize(
-    "family, parser, thinks, expected",
+    "template, family, parser, thinks, expected",
     [
-        ("qwen3", "hermes", False, "hermes --default-chat-template-kwargs '{\"enable_thinking\": false}'"),
-        ("qwen3_moe", "hermes", True, "hermes --reasoning-parser qwen3"),
-        ("qwen2", "hermes", False, "hermes"),
-        ("llama", "llama3_json", False, "llama3_json"),
-        ("llama", "hermes", True, "hermes"),
+        ("qwen3", "qwen3", "hermes", False, OFF),
+        ("qwen3", "qwen3_moe", "hermes", True, " --reasoning-parser qwen3"),
+        ("qwen3", "llama", "hermes", True, " --reasoning-parser qwen3"),  # a base that was given this template
+        ("qwen3_instruct_2507", "qwen3", "hermes", False, ""),
+        ("qwen3_5_nothink", "qwen3_5_text", "qwen3_coder", False, ""),
+        ("qwen3_5_nothink", "qwen3_5_text", "qwen3_coder", True, f" --reasoning-parser qwen3{ON}"),
+        ("qwen3_5_think", "qwen3_5_text", "qwen3_coder", False, OFF),
+        ("nemotron_3_nano", "nemotron_h", "qwen3_coder", True, " --reasoning-parser nemotron_v3"),
+        ("gemma4_v5", "gemma4_text", "gemma4", False, ""),
+        ("gemma4_v5", "gemma4_text", "gemma4", True, f" --reasoning-parser gemma4{ON}"),
+        ("qwen2_5", "qwen2", "hermes", False, ""),
+        ("llama3_2", "llama", "llama3_json", False, ""),
     ],
 )
-def test_vllm_is_told_how_calls_look(family, parser, thinks, expected):
-    assert Serving(family, parser, thinks).to_command("a/b") == (
-        f"vllm serve a/b --enable-auto-tool-choice --tool-call-parser {expected}"
+def test_vllm_is_told_how_calls_and_thoughts_look(tokenizer, monkeypatch, template, family, parser, thinks, expected):
+    file = Path(trl.__file__).parent / "chat_templates" / f"{template}.jinja"
+    if not file.is_file():
+        pytest.skip("this TRL has no such template")
+    monkeypatch.setattr(tokenizer, "chat_template", file.read_text())
+    assert Serving.of(tokenizer, family, parser, thinks).to_command("a/b") == (
+        f"vllm serve a/b --enable-auto-tool-choice --tool-call-parser {parser}{expected}"
     )
 
 

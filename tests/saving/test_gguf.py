@@ -226,10 +226,13 @@ def test_the_modelfile_keeps_the_tools(tokenizer):
 
     assert to_modelfile(Qwen25(), "x", 4096, False).endswith('"""\nSYSTEM """You are Qwen."""\n')
 
+    class Xml:  # calls that the Modelfile does not write
+        def apply_chat_template(self, messages, **options):
+            return tokenizer.apply_chat_template(messages, **options).replace('{"name": <', "<function=<")
+
     class Other:
         def apply_chat_template(self, messages, **options):
             return "<s>[INST] " + messages[-1]["content"]
 
-    assert to_modelfile(Other(), "x", 4096, False) == (
-        "FROM ./x\nPARAMETER temperature 0\nPARAMETER num_ctx 4096\n"
-    )  # Ollama takes the template of the GGUF
+    for other in (Xml(), Other()):  # Ollama takes the template of the GGUF
+        assert to_modelfile(other, "x", 4096, False) == ("FROM ./x\nPARAMETER temperature 0\nPARAMETER num_ctx 4096\n")

@@ -34,7 +34,7 @@ def test_only_the_adapter_is_handed_over(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "hf_abcdefghij")
     base = args.model_id
     trained = Trained(base, base, None, "transformers", args.final_model_dir, "lora", vars(args), str(adapter))
-    hand_over(report, trained, None, ([], []), Serving("qwen3", "hermes", True))
+    hand_over(report, trained, None, ([], []), Serving("hermes", True, "qwen3"))
     assert pushed == [("me/tools", str(adapter))]
     assert sorted(path.name for path in adapter.iterdir()) == ["README.md", "adapter_config.json", "tools.json"]
     card = (adapter / "README.md").read_text()

@@ -1,5 +1,6 @@
 """Model cards, and the command that serves a model."""
 
+import json
 import re
 import shlex
 from collections.abc import Callable
@@ -10,28 +11,45 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from tool_calling.files import write_file
 from tool_calling.page import list_scores
+from tool_calling.prompts import PROBE, render_text
 from tool_calling.run_folder import AGREED, TOOLS
 from tool_calling.terminal import hide_secrets
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 
+# vLLM's --reasoning-parser by the family of a model, as config.json begins its name
+REASONING = {"gemma4": "gemma4", "nemotron": "nemotron_v3", "olmo3": "olmo3"}
+
+
 @dataclass(frozen=True)
 class Serving:
-    """How a server is to treat the model."""
+    """How a server is to treat the model, by vLLM's names."""
 
-    model_type: str  # its family, as in config.json
-    parser: str  # reads its calls, by vLLM's name
-    thinks: bool  # whether it was trained to think
+    parser: str  # reads its calls
+    thinks: bool = False  # whether it was trained to think
+    reasoning: str | None = None  # reads its thoughts; of a model that never thinks it would take the answers
+    switch: bool = False  # whether the chat template must be told that the model thinks, or does not
+
+    @classmethod
+    def of(cls, tokenizer, model_type: str, parser: str, thinks: bool) -> "Serving":
+        """Return how a model of this family is served if it was trained to think, or not to."""
+        texts = [
+            render_text(tokenizer, PROBE[:1], add_generation_prompt=True, **options)
+            for options in ({}, {"enable_thinking": thinks})
+        ]
+        tagged = "qwen3" if "<think>" in tokenizer.chat_template else None
+        reasoning = next((name for family, name in REASONING.items() if model_type.startswith(family)), tagged)
+        return cls(parser, thinks, reasoning if thinks else None, texts[0] != texts[1])
 
     def to_command(self, words: str) -> str:
         """Return the command by which vLLM serves a model, or to_lora_words, on the prompts that it was trained on."""
         command = f"vllm serve {words} --enable-auto-tool-choice --tool-call-parser {self.parser}"
-        if not self.model_type.startswith("qwen3"):
-            return command
-        # The reasoning parser would take the answers of a model that never thinks for thoughts.
-        no_thoughts = """--default-chat-template-kwargs '{"enable_thinking": false}'"""
-        return f"{command} {'--reasoning-parser qwen3' if self.thinks else no_thoughts}"
+        if self.reasoning:
+            command += f" --reasoning-parser {self.reasoning}"
+        if self.switch:
+            command += f" --default-chat-template-kwargs '{json.dumps({'enable_thinking': self.thinks})}'"
+        return command
 
 
 def name_tools(folder: str | Path, shown: str = TOOLS) -> str:

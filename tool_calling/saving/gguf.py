@@ -76,7 +76,7 @@ def to_modelfile(tokenizer, file: str, context: int, thinks: bool) -> str:
     user, tool = {"role": "user", "content": "USER"}, {"type": "function", "function": {"name": "x"}}
     before, _, after = render([{"role": "system", "content": "SYSTEM"}, user], tools=[tool]).partition(json.dumps(tool))
     fixed = {}
-    if before.startswith("<|im_start|>system\nSYSTEM\n\n") and "<tool_call>" in after:
+    if before.startswith("<|im_start|>system\nSYSTEM\n\n") and '<tool_call>\n{"name": ' in after:
         system = re.match(r"<\|im_start\|>system\n(.*?)<\|im_end\|>", render([user]), re.DOTALL)
         fixed = {
             "before": before.partition("SYSTEM\n\n")[2].rstrip("\n"),
