@@ -1,13 +1,14 @@
 """Calls as vLLM's tool parsers read them, and which of the parsers reads the calls of each chat template."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import trl
-from conftest import TINY, WEATHER
+from conftest import TINY, WEATHER, native, run_script, write_jsonl
 from conversations import ASK, calls, says, supervised
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from tool_calling.data.examples import Example
 from tool_calling.engines.answers import find_stop_tokens
@@ -339,3 +340,38 @@ def test_an_answer_is_scored_by_what_its_syntax_says():
     assert score_answer(other, wanted, [TOOL], "qwen3_coder")[:3] == (False, False, False)
     plain = '<tool_call>\n{"name": "f", "arguments": {"city": "Rome", "days": 3}}\n</tool_call>'
     assert score_answer(plain, wanted, [TOOL], "qwen3_coder")[:3] == (False, False, True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parser", ["qwen3_coder", "functiongemma"])
+def test_a_model_with_other_calls_runs_from_rows_to_its_serve_line(tmp_path, tools_path, parser):
+    xml_file = TEMPLATES / "qwen3_5_nothink.jinja"
+    if not xml_file.is_file():
+        pytest.skip("this TRL has no such template")
+    tokenizer = make_tokenizer(ESCAPED if parser == "functiongemma" else xml_file.read_text())
+    config = LlamaConfig(
+        vocab_size=4352, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    rows = [
+        native(f"rain in {city} {day}?", ("get_weather", {"city": city}))
+        for city in ("Rome", "Oslo", "Lima", "Bonn")
+        for day in ("today", "on Monday", "at all")
+    ]
+    write_jsonl(tmp_path / "rows.jsonl", [*rows, native("thanks", content="Bye."), native("ok", content="Bye.")])
+    result = run_script(
+        *("--model_id", tmp_path / "base", "--dataset_path", tmp_path / "rows.jsonl", "--tools_path", tools_path),
+        *("--output_dir", tmp_path / "out", "--final_model_dir", tmp_path / "final", "--no-load_in_4bit"),
+        *("--num_epochs", 1, "--max_new_tokens", 8, "--learning_rate", 0.01, "--warmup_steps", 0),
+    )
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert f"serve    vllm serve {tmp_path}/final --enable-auto-tool-choice --tool-call-parser {parser}" in lines
+    ends = ["<end_of_turn>", "<start_function_response>"] if parser == "functiongemma" else ["<|im_end|>"]
+    settings = json.loads((tmp_path / "final" / "generation_config.json").read_text())
+    stops = settings["eos_token_id"]
+    assert set(tokenizer.convert_tokens_to_ids(ends)) <= {*(stops if isinstance(stops, list) else [stops])}
+    answers = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    called = [answer["expected_calls"] for answer in answers if answer["expected_calls"]]
+    assert called and all(made[0]["name"] == "get_weather" and [*made[0]["arguments"]] == ["city"] for made in called)
