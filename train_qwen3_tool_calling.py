@@ -146,6 +146,9 @@ def build_parser() -> Parser:
     add("--use_rslora", action=switch, default=False, help="scale by alpha / sqrt(rank) (rsLoRA): for high ranks")
     add("--target_modules", nargs="+", default=" ".join(TARGET_MODULES), metavar="NAME",
         help="linear layers that get an adapter")
+    add("--train_tokens", nargs="+", default="auto", metavar="TOKEN",
+        help="tokens whose embedding rows are trained beside the adapter; auto: those in answers that were never "
+             "trained, off: none")
 
     train = parser.add_argument_group("training")
     add = train.add_argument
@@ -228,6 +231,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     del args.config, args.help
     args.dataset_path = as_list(args.dataset_path)  # a list as default would look like Python in --help
     args.target_modules = sorted({*" ".join(as_list(args.target_modules)).split()})  # their order means nothing
+    args.train_tokens = as_list(args.train_tokens)
     args.dry_run = bool(args.dry_run)
     check_together(args, parser.error)
     settle_defaults(args)
@@ -295,14 +299,14 @@ def load_model(args: argparse.Namespace, engine: str, schedule, tokenizer):
         "target_modules": args.target_modules,
     }
     if engine == "transformers":
-        return load_stock_model(args, lora, tokenizer)
+        return load_stock_model(args, lora, schedule, tokenizer)
 
     from trl.trainer.utils import add_fused_lm_head
     from unsloth import FastLanguageModel
 
     from tool_calling.engines.compat import compile_attention
     from tool_calling.engines.graphs import can_record, find_recorded, read_streams
-    from tool_calling.engines.tokens import fit_vocabulary
+    from tool_calling.engines.tokens import compute_rows_alone, prepare_tokens
 
     model, _ = FastLanguageModel.from_pretrained(
         args.model_id,
@@ -313,12 +317,11 @@ def load_model(args: argparse.Namespace, engine: str, schedule, tokenizer):
         trust_remote_code=args.trust_remote_code,
         use_exact_model_name=True,  # not a copy of it in Unsloth's own repositories
     )
+    lora |= prepare_tokens(model, tokenizer, schedule.samples, args.train_tokens)
     model = FastLanguageModel.get_peft_model(
-        fit_vocabulary(model, tokenizer),
-        **lora,
-        random_state=args.seed,
-        use_gradient_checkpointing="unsloth" if checkpointing else False,
+        model, **lora, random_state=args.seed, use_gradient_checkpointing="unsloth" if checkpointing else False
     )
+    compute_rows_alone(model)
     add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "is_top1"))
     compile_attention()
     recorded = args.cuda_graphs and can_record(schedule, args.lora_dropout)
@@ -326,7 +329,7 @@ def load_model(args: argparse.Namespace, engine: str, schedule, tokenizer):
     return model
 
 
-def load_stock_model(args: argparse.Namespace, lora: dict, tokenizer):
+def load_stock_model(args: argparse.Namespace, lora: dict, schedule, tokenizer):
     """Return the same by Transformers and PEFT.
 
     With --lora_rank 0 it is the base alone, in fp32: late, small updates round to nothing in 16 bits. The trainer's
@@ -336,14 +339,15 @@ def load_stock_model(args: argparse.Namespace, lora: dict, tokenizer):
 
     from tool_calling.engines.fsdp import split_model
     from tool_calling.engines.loading import load_trainable
-    from tool_calling.engines.tokens import fit_vocabulary
+    from tool_calling.engines.tokens import compute_rows_alone, prepare_tokens
 
     model = load_trainable(
         args.model_id, args.load_in_4bit, args.trust_remote_code, whole=not lora["r"], split=args.fsdp
     )
-    model = fit_vocabulary(model, tokenizer)
+    lora |= prepare_tokens(model, tokenizer, schedule.samples, args.train_tokens)
     if lora["r"]:
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
+        compute_rows_alone(model)
     return split_model(model) if args.fsdp else model
 
 

@@ -1,11 +1,25 @@
-"""Rows of the embeddings for tokens that a base was made without."""
+"""Rows of the embeddings: those of tokens that a base was made without, and those that no text has ever trained.
+
+Two tokens with the same row cannot be told apart, whatever an adapter on the projections learns: a model cannot write
+`<tool_call>` if its row equals those of all tokens that its training never met.
+"""
 
 import re
+from functools import partial
 from zlib import crc32
 
 import torch
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.utils.other import TrainableTokensWrapper
+
+from tool_calling.samples import Sample
+from tool_calling.terminal import UserError, list_first, say, warn
 
 SAMPLED_ROWS = 1000  # of the embeddings, whose length a new row takes
+# As a share of the usual length of a row. Ordinary tokens of Qwen2.5, SmolLM2 and models/tiny-qwen3 are 0.4 and more
+# from any other row; rows that no text has trained are within 0.08 of each other.
+NEAR = 0.1
+HELD_DISTANCES = 2**28  # computed at once: 1 GiB in fp32
 
 
 def start_row(token: str, tokenizer, rows: torch.Tensor) -> torch.Tensor:
@@ -23,6 +37,14 @@ def start_row(token: str, tokenizer, rows: torch.Tensor) -> torch.Tensor:
     return known + own.to(known.device) / own.norm() * length / 2
 
 
+def list_tables(model) -> dict[str, torch.nn.Module]:
+    """Return the embedding and, unless it is the same weight, the head of a model, by their names in it."""
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if tables[1] is None or tables[1].weight is tables[0].weight:
+        tables = tables[:1]
+    return {name: module for name, module in model.named_modules() if any(module is table for table in tables)}
+
+
 @torch.no_grad()
 def fit_vocabulary(model, tokenizer):
     """Return the model with a row in both embeddings for each token of the tokenizer, the new ones as start_row says.
@@ -33,8 +55,90 @@ def fit_vocabulary(model, tokenizer):
     if size <= known:
         return model
     model.resize_token_embeddings(size, mean_resizing=False)
-    layers = (model.get_input_embeddings(), model.get_output_embeddings())
-    for weight in {layer.weight for layer in layers if layer is not None}:  # one if they are tied
+    for table in list_tables(model).values():
         for index in range(known, size):
-            weight[index] = start_row(tokenizer.convert_ids_to_tokens(index), tokenizer, weight[:known])
+            table.weight[index] = start_row(tokenizer.convert_ids_to_tokens(index), tokenizer, table.weight[:known])
     return model
+
+
+@torch.no_grad()
+def find_untrained(weight, ids: list[int]) -> list[int]:
+    """Return those of `ids` whose rows in `weight` [tokens, width] are near zero, or nearly equal to another row."""
+    rows, found = weight.float(), []
+    usual = rows.norm(dim=1).median()
+    for part in torch.tensor(ids, device=rows.device).split(max(1, HELD_DISTANCES // len(rows))):
+        distances = torch.cdist(rows[part], rows, compute_mode="use_mm_for_euclid_dist")
+        distances[torch.arange(len(part)), part] = rows[part].norm(dim=1)  # its own: from zero
+        found += part[distances.min(dim=1).values < NEAR * usual].tolist()
+    return found
+
+
+def to_ids(tokenizer, tokens: list[str]) -> list[int]:
+    """Return the ids of tokens; UserError for a text that is not one token."""
+    vocabulary = tokenizer.get_vocab()
+    if unknown := [token for token in tokens if token not in vocabulary]:
+        raise UserError(f"--train_tokens {' '.join(unknown)}: not a token of the model; expected auto, off or tokens")
+    return [vocabulary[token] for token in tokens]
+
+
+@torch.no_grad()
+def prepare_tokens(model, tokenizer, samples: list[Sample], wanted: list[str]) -> dict:
+    """Fit the vocabulary; return the setting of PEFT's LoraConfig that trains rows of tokens, {} if there are none.
+
+    Rows that were never trained start as start_row says, and are printed.
+
+    Args:
+        samples: of which the supervised tokens are looked at.
+        wanted: ["auto"], ["off"], or the tokens whose rows are to be trained.
+    """
+    known, automatic = model.get_input_embeddings().weight.shape[0], wanted == ["auto"]
+    fit_vocabulary(model, tokenizer)
+    named = [] if automatic or wanted == ["off"] else to_ids(tokenizer, wanted)
+    ids = sorted({*named, *(token for sample in samples for token in sample.input_ids[sample.prompt_length :])})
+    tables, untrained = list_tables(model), {token for token in ids if token >= known}
+    for table in tables.values():
+        untrained |= {*find_untrained(table.weight, [token for token in ids if token < known])}
+    if untrained:
+        shown = list_first(tokenizer.convert_ids_to_tokens(sorted(untrained)), 8)
+        what = f"{len(untrained)} in answers have embedding rows that were never trained: {shown}"
+        if missed := untrained - {*named} if not automatic else ():
+            names = " ".join(tokenizer.convert_ids_to_tokens(sorted(missed)))
+            warn(f"{what}; without --train_tokens {names} these may not be learned")
+        else:
+            say("tokens", f"{what}; they start apart from each other and are trained")
+    for table in tables.values():
+        for token in untrained - {*range(known, len(table.weight))}:
+            table.weight[token] = start_row(tokenizer.convert_ids_to_tokens(token), tokenizer, table.weight)
+    trained = sorted(untrained) if automatic else sorted(named)
+    return {"trainable_token_indices": {name: trained for name in tables}} if trained else {}
+
+
+def compute_rows_alone(model) -> None:
+    """Make the layers of trained rows compute nothing but these rows, with gradients of their size.
+
+    PEFT copies the whole table in each forward pass and computes a gradient of its size. Nothing here waits for the
+    GPU, so that a CUDA graph can record it.
+    """
+    for layer in model.modules():
+        if isinstance(layer, TrainableTokensWrapper):
+            layer.bias = getattr(layer.original_module, "bias", None)  # hidden by PEFT, and TRL's fused head asks
+        if isinstance(layer, TrainableTokensLayer):
+            base, adapter = layer.get_base_layer(), layer.active_adapters[0]
+            ids = torch.tensor(layer.token_indices[adapter], device=base.weight.device)
+            way = read_rows if isinstance(base, torch.nn.Embedding) else multiply_rows
+            layer.forward = partial(way, layer, adapter, ids)
+
+
+def read_rows(layer: TrainableTokensLayer, adapter: str, ids, tokens):
+    """Return the embeddings [..., width] of tokens [...]: of `ids` the trained rows, of others those of the base."""
+    base, trained = layer.base_layer(tokens), layer.trainable_tokens_delta[adapter]
+    hits, scale = tokens[..., None] == ids, layer._get_embed_scale()
+    rows = hits.to(trained.dtype) @ trained * (1 if scale is None else scale)
+    return torch.where(hits.any(dim=-1, keepdim=True), rows.to(base.dtype), base)
+
+
+def multiply_rows(layer: TrainableTokensLayer, adapter: str, ids, hidden):
+    """Return the logits [..., vocabulary] of hidden states [..., width]: those of `ids` by the trained rows."""
+    logits = layer.base_layer(hidden)
+    own = torch.nn.functional.linear(hidden, layer.trainable_tokens_delta[adapter].to(hidden.dtype))
+    return logits.index_copy(-1, ids, own.to(logits.dtype))
