@@ -19,7 +19,7 @@ SAMPLED_ROWS = 1000  # of the embeddings, whose length a new row takes
 # As a share of the usual length of a row. Ordinary tokens of Qwen2.5, SmolLM2 and models/tiny-qwen3 are 0.4 and more
 # from any other row; rows that no text has trained are within 0.08 of each other.
 NEAR = 0.1
-HELD_DISTANCES = 2**28  # computed at once: 1 GiB in fp32
+COMPARED_ROWS = 2**14  # at once: they are held in fp32
 
 
 def start_row(token: str, tokenizer, rows: torch.Tensor) -> torch.Tensor:
@@ -64,13 +64,15 @@ def fit_vocabulary(model, tokenizer):
 @torch.no_grad()
 def find_untrained(weight, ids: list[int]) -> list[int]:
     """Return those of `ids` whose rows in `weight` [tokens, width] are near zero, or nearly equal to another row."""
-    rows, found = weight.float(), []
-    usual = rows.norm(dim=1).median()
-    for part in torch.tensor(ids, device=rows.device).split(max(1, HELD_DISTANCES // len(rows))):
-        distances = torch.cdist(rows[part], rows, compute_mode="use_mm_for_euclid_dist")
-        distances[torch.arange(len(part)), part] = rows[part].norm(dim=1)  # its own: from zero
-        found += part[distances.min(dim=1).values < NEAR * usual].tolist()
-    return found
+    index, own = torch.tensor(ids, device=weight.device), weight[ids].float()
+    nearest, start = own.norm(dim=1), 0  # from zero, then from any other row
+    for rows in weight.split(COMPARED_ROWS):
+        distances = torch.cdist(own, rows.float())
+        itself = index[:, None] == torch.arange(start, start + len(rows), device=weight.device)
+        nearest = torch.minimum(nearest, distances.masked_fill(itself, torch.inf).min(dim=1).values)
+        start += len(rows)
+    usual = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).median()
+    return index[nearest < NEAR * usual].tolist()
 
 
 def to_ids(tokenizer, tokens: list[str]) -> list[int]:
