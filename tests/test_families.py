@@ -33,7 +33,7 @@ from tool_calling.parsers import PARSERS, parse_calls
 from tool_calling.prompts import find_date
 from tool_calling.run_folder import Run
 from tool_calling.samples import Sample, render_examples
-from tool_calling.saving.merge import Trained, merge_adapter, read_back, save_adapter, save_whole
+from tool_calling.saving.merge import Trained, merge_adapter, save_adapter, save_whole
 from tool_calling.schedule import Batching, plan_schedule
 from tool_calling.scores import read_calls, score_answer
 from tool_calling.streams import count_tokens
@@ -393,7 +393,7 @@ def test_a_mixture_of_experts_is_merged_with_its_experts(tmp_path):
     adapter = save_adapter(trainer.model, args.output_dir)
     with torch.no_grad():
         expected, base = trainer.model.eval()(ids).logits, load_base(str(folder), False)(ids).logits
-        merged = read_back(merge_adapter(to_trained(args, adapter)))
+        merged = merge_adapter(to_trained(args, adapter))
         again = PeftModel.from_pretrained(load_base(str(folder), False), adapter).eval()
         torch.testing.assert_close(again(ids).logits, expected, rtol=1e-5, atol=1e-5)
         assert not torch.allclose(base, expected, atol=0.1)

@@ -101,7 +101,9 @@ def test_tokens_of_answers_that_were_never_trained_start_apart(tokenizer, capsys
     }
     line = "2 in answers have embedding rows that were never trained: <tool_call>, </tool_call>"
     assert f"tokens   {line}; they start apart from each other and are trained" in capsys.readouterr().out
-    assert find_untrained(weight, ids) == [] and (weight[ids[0]] - weight[ids[1]]).norm() > before.norm(dim=1).mean() / 2
+    assert (
+        find_untrained(weight, ids) == [] and (weight[ids[0]] - weight[ids[1]]).norm() > before.norm(dim=1).mean() / 2
+    )
     others = [index for index in range(len(before)) if index not in ids]
     assert torch.equal(weight[others], before[others])
 
@@ -123,7 +125,7 @@ def test_the_user_names_the_tokens(tokenizer, capsys):
     named = prepare_tokens(load_blank(tokenizer)[0], tokenizer, call(ids), [TAGS[1], "<|im_end|>"])
     assert named == {"trainable_token_indices": {"model.embed_tokens": sorted([ids[1], eos])}}
     assert "without --train_tokens <tool_call> these may not be learned" in capsys.readouterr().err
-    with pytest.raises(UserError, match="^--train_tokens <tool>: not a token of the model; expected auto, off or tokens"):
+    with pytest.raises(UserError, match="^--train_tokens <tool>: not a token of the model; expected auto, off"):
         prepare_tokens(model, tokenizer, call(ids), ["<tool>"])
 
 

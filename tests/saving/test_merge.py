@@ -13,14 +13,17 @@ from small import make_trainer
 from transformers import AutoModelForCausalLM
 
 import train_qwen3_tool_calling as script
+from tool_calling.engines.loading import load_base
 from tool_calling.samples import Sample
 from tool_calling.saving.merge import (
     Trained,
     collect_tools,
     merge_adapter,
     refuse_unchanged,
+    requantise,
     round_at_random,
     round_trained,
+    save_merged,
     save_whole,
     sum_weights,
 )
@@ -55,6 +58,12 @@ def test_rounding_at_random_keeps_sums(monkeypatch):
     assert downwards.double().mean().item() == pytest.approx(-1 - 2**-10, abs=4 * 2**-7 * (7 / 64 / 2**18) ** 0.5)
 
 
+def merge_and_save(folder: Path):
+    """Return the merged model of the adapter in a folder, as it is read back."""
+    settings = trained(folder).settings | {"load_in_4bit": False}
+    return AutoModelForCausalLM.from_pretrained(save_merged(replace(trained(folder), settings=settings), []))
+
+
 def test_a_merge_keeps_what_is_less_than_a_step_of_bf16(tmp_path, monkeypatch):
     """To the nearest number of bf16, most of this adapter would be lost."""
     base = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.bfloat16)
@@ -65,7 +74,7 @@ def test_a_merge_keeps_what_is_less_than_a_step_of_bf16(tmp_path, monkeypatch):
         if "lora_B" in name:
             weight.data.normal_(std=1e-5)
     model.save_pretrained(tmp_path / "adapter")
-    saved, again = (AutoModelForCausalLM.from_pretrained(merge_adapter(trained(tmp_path))) for _ in range(2))
+    saved, again = (merge_and_save(tmp_path) for _ in range(2))
     exact = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32), tmp_path / "adapter"
     ).merge_and_unload()
@@ -83,11 +92,54 @@ def test_a_merge_keeps_what_is_less_than_a_step_of_bf16(tmp_path, monkeypatch):
     places = layers | dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
     # What "auto" says if the GPUs cannot hold all:
     monkeypatch.setattr("tool_calling.saving.merge.find_place", lambda *_: places)
-    folder = merge_adapter(trained(tmp_path))
-    assert all(
-        torch.equal(*pair)
-        for pair in zip(saved.parameters(), AutoModelForCausalLM.from_pretrained(folder).parameters())
-    )
+    assert all(torch.equal(*pair) for pair in zip(saved.parameters(), merge_and_save(tmp_path).parameters()))
+
+
+def save_adapter_of(base, folder: Path, spread: float) -> None:
+    """Save an adapter of numbers of this spread to `folder`/adapter."""
+    torch.manual_seed(0)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM"))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(std=spread)
+    model.save_pretrained(folder / "adapter")
+
+
+def test_requantised_weights_are_those_of_4_bits():
+    exact, packed = (load_base(str(TINY), four_bit, dtype=torch.float32) for four_bit in (False, True))
+    ids = torch.arange(30)[None]
+    with torch.no_grad():
+        before, expected = exact(ids).logits, packed(ids).logits
+        requantise(exact)
+        torch.testing.assert_close(exact(ids).logits, expected, rtol=1e-4, atol=1e-4)
+        assert (before - expected).abs().max() > 0.1
+    assert exact.lm_head.weight is exact.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize(("losses", "kept"), [([1.5, 1.25], "latter"), ([1.25, 1.5], "former"), ([1.0, 1.0], "former")])
+def test_of_two_merges_of_a_4_bit_adapter_the_better_is_kept(tmp_path, monkeypatch, capsys, losses, kept):
+    save_adapter_of(AutoModelForCausalLM.from_pretrained(TINY), tmp_path, 0.01)
+    found = iter(losses)
+    monkeypatch.setattr("tool_calling.saving.merge.measure_loss", lambda *_: next(found))
+    settings = trained(tmp_path).settings | {"load_in_4bit": True}
+    of_4_bits = replace(trained(tmp_path), settings=settings)
+    saved = AutoModelForCausalLM.from_pretrained(save_merged(of_4_bits, []))
+    expected = merge_adapter(of_4_bits, four_bit=kept == "latter")
+    assert all(torch.equal(*pair) for pair in zip(saved.parameters(), expected.parameters()))
+    other = merge_adapter(of_4_bits, four_bit=kept == "former")
+    assert not torch.equal(saved.model.layers[0].mlp.down_proj.weight, other.model.layers[0].mlp.down_proj.weight)
+    line = f"held-out loss {losses[0]:.4f} on the 16-bit base, {losses[1]:.4f} on the 4-bit weights in 16 bits"
+    assert f"merge    {line}: the {kept} is kept" in capsys.readouterr().out
+
+
+def test_an_adapter_on_weights_that_came_in_4_bits_is_merged_into_the_original(tmp_path, monkeypatch):
+    save_adapter_of(AutoModelForCausalLM.from_pretrained(TINY), tmp_path, 0.01)
+    monkeypatch.setattr("tool_calling.saving.merge.measure_loss", lambda *_: pytest.fail("there is nothing to compare"))
+    settings = trained(tmp_path).settings | {"load_in_4bit": True}
+    quantised = replace(trained(tmp_path), settings=settings, model_id=str(TINY) + "/", base_id=str(TINY))
+    saved = AutoModelForCausalLM.from_pretrained(save_merged(quantised, []))
+    expected = merge_adapter(replace(quantised, model_id=str(TINY)))
+    assert all(torch.equal(*pair) for pair in zip(saved.parameters(), expected.parameters()))
 
 
 def test_a_merge_that_changes_nothing_is_refused(tmp_path):

@@ -112,7 +112,7 @@ def prepare_tokens(model, tokenizer, samples: list[Sample], wanted: list[str]) -
         for token in untrained - {*range(known, len(table.weight))}:
             table.weight[token] = start_row(tokenizer.convert_ids_to_tokens(token), tokenizer, table.weight)
     trained = sorted(untrained) if automatic else sorted(named)
-    return {"trainable_token_indices": {name: trained for name in tables}} if trained else {}
+    return {"trainable_token_indices": dict.fromkeys(tables, trained)} if trained else {}
 
 
 def compute_rows_alone(model) -> None:

@@ -22,10 +22,10 @@ from tool_calling.saving.merge import (
     MERGE_SLACK,
     Trained,
     is_worse,
-    merge_adapter,
     quantise_folder,
     read_back,
     refuse_unchanged,
+    save_merged,
     sum_weights,
 )
 from tool_calling.schedule import build_small_batches
@@ -125,9 +125,9 @@ def merge_and_score(trained: Trained, questions: Questions, layout: Layout) -> d
     free_gpu()
     if trained.method == "lora":
         return results
-    folder = merge_adapter(trained) if trained.adapter else partial_folder(trained.final)
+    folder = save_merged(trained, batches) if trained.adapter else partial_folder(trained.final)
     model = read_back(folder, trust, place)
-    if not trained.adapter:  # merge_adapter has done so
+    if not trained.adapter:  # save_merged has done so
         refuse_unchanged(sums, model)
     if trained.method == "merged_4bit":
         del model
