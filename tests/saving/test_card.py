@@ -37,6 +37,7 @@ SETTINGS = {
     "lora_dropout": 0.0,
     "use_rslora": False,
     "target_modules": ["q_proj"],
+    "train_tokens": ["auto"],
     "thinking": "auto",
     "share_prefix": True,
     "learning_rate": 2e-5,
@@ -104,6 +105,7 @@ python x.py --output_dir=out b 'a b.jsonl' $HF_TOKEN
 | `lora_dropout` | 0.0 |
 | `use_rslora` | False |
 | `target_modules` | ['q_proj'] |
+| `train_tokens` | ['auto'] |
 | `thinking` | auto |
 | `share_prefix` | True |
 | `learning_rate` | 2e-05 |
