@@ -1,5 +1,6 @@
 """Calls as vLLM's tool parsers read them, and which of the parsers reads the calls of each chat template."""
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -90,6 +91,10 @@ CASES = {
             call(),
         ],
         "Look: <|tool_call_start|>[f(days=3)]": [call(days=3)],
+        "<|tool_call_start|>[\nf(city='a\n\\'b\\n', note=\"it's\n\")\n]<|tool_call_end|>": [
+            call(city="a\n'b\n", note="it's\n")
+        ],
+        "<|tool_call_start|>[f(city='it's')]<|tool_call_end|>": BROKEN,
         "<|tool_call_start|>[f(days=-3)]<|tool_call_end|>": BROKEN,
         "<|tool_call_start|>f(days=3)<|tool_call_end|>": BROKEN,
         "<|tool_call_start|>": BROKEN,
@@ -152,6 +157,17 @@ def test_calls_are_read_as_the_server_reads_them(parser, text, expected):
         return
     with pytest.raises(ValueError):
         parse_calls(text, parser, [TOOL])
+
+
+@pytest.mark.parametrize("parser", PARSERS)
+def test_a_text_cut_anywhere_is_calls_or_a_broken_call(parser):
+    """A model may write anything: whoever reads it expects no other error."""
+    texts = [text for cases in CASES.values() for text in cases] + ["[TOOL_CALLS] [[]]", "[TOOL_CALLS] 5", "[f(x=1j)]"]
+    for text in texts:
+        for cut in range(len(text)):
+            for part in (text[:cut], text[cut:], text[: cut // 2] + text[cut:]):
+                with contextlib.suppress(ValueError):
+                    assert all(set(made) == {"name", "arguments"} for made in read_calls(part, parser, [TOOL]))
 
 
 @pytest.mark.parametrize(

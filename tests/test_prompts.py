@@ -159,6 +159,8 @@ PLAIN, THOUGHT, CLOSED = CALL, f"<think>\nWhy.\n</think>\n\n{CALL}", f"Why.\n</t
         (f"{DRAFT}</think>No.", CLOSED, "No."),  # the prompt has opened it
         (f"<think>{DRAFT}</think>No.</think>", CLOSED, "No.</think>"),
         (DRAFT, CLOSED, ""),
+        (f"<|channel>thought\n{DRAFT}<channel|>{CALL}", CALL, CALL),
+        (f"<|channel>thought\n{DRAFT}", CALL, ""),
     ],
 )
 def test_reasoning_is_taken_off_as_servers_do(text, reference, answer):

@@ -17,6 +17,7 @@ FUNCTION = re.compile(r"<function=([^>]*)>(.*?)(?:</function>|\Z)", re.DOTALL)
 PARAMETER = re.compile(r"<parameter=([^>]*)>(.*?)(?:</parameter>|(?=<parameter=)|\Z)", re.DOTALL)
 PYTHON_LIST = re.compile(r"\[\s*[A-Za-z_][\w.]*\(")
 RESERVED = re.compile(rf"\b({'|'.join(keyword.kwlist)})(?=\s*=)")  # from=1 is no Python
+QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 MARK = "ꙮ"  # makes a reserved word a name, and is in no data
 GEMMA_CALL = re.compile(r"<\|tool_call>\s*call:([^{]*)(\{.*?\})\s*(?:<tool_call\|>|\Z)", re.DOTALL)
 GEMMA_TEXT = re.compile(r'<\|"\|>(.*?)<\|"\|>|([^\s{}\[\],:][^{}\[\],:]*)', re.DOTALL)
@@ -154,11 +155,14 @@ def parse_llama4_pythonic(text: str, tools: list[dict]) -> list[dict]:
 
 
 def parse_lfm2(text: str, tools: list[dict]) -> list[dict]:
-    """<|tool_call_start|>[f(x=1), g()]<|tool_call_end|>, texts around it; keys may be reserved words of Python."""
+    """<|tool_call_start|>[f(x=1), g()]<|tool_call_end|>, texts around it.
+
+    Keys may be reserved words of Python, and texts may have several lines.
+    """
     _, started, rest = text.partition("<|tool_call_start|>")
     if not started:
         return []
-    code = rest.partition("<|tool_call_end|>")[0].strip()
+    code = QUOTED.sub(lambda text: text[0].replace("\n", "\\n"), rest.partition("<|tool_call_end|>")[0].strip())
     try:
         return read_python_calls(code)
     except ValueError:

@@ -12,6 +12,7 @@ from tool_calling.data.special_tokens import SPECIAL_TOKEN
 from tool_calling.parsers import PARSERS, parse_calls
 from tool_calling.terminal import UserError, shorten, warn
 
+THOUGHTS = (("<think>", "</think>"), ("<|channel>", "<channel|>"))  # marks of reasoning; the latter are Gemma 4's
 EMPTY_THOUGHT = "<think>\n\n</think>\n\n"  # of a turn served without thinking
 NUMBERS = {"type": "object", "properties": {"numbers": {"type": "array", "items": {"type": "number"}}}}
 PROBE_RULES = {"probe": {"type": "string"}, "count": {"type": "integer"}, "sure": {"type": "boolean"}, "more": NUMBERS}
@@ -34,9 +35,10 @@ def take_answer(text: str, reference: str) -> str:
     Reasoning that never ends leaves no answer. `reference` is the supervised text for the same prompt: if it closes a
     think block that it does not open, the prompt has opened it.
     """
-    before, closed, _ = reference.partition("</think>")
-    if (closed and "<think>" not in before) or text.lstrip().startswith("<think>"):
-        return text.partition("</think>")[2].lstrip()
+    for start, end in THOUGHTS:
+        before, closed, _ = reference.partition(end)
+        if (closed and start not in before) or text.lstrip().startswith(start):
+            return text.partition(end)[2].lstrip()
     return text
 
 
