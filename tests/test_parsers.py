@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import trl
-from conftest import TINY, WEATHER, native, run_script, write_jsonl
+from conftest import ALARM, TINY, WEATHER, native, run_script, write_jsonl
 from conversations import ASK, calls, says, supervised
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from tool_calling.data.examples import Example
 from tool_calling.engines.answers import find_stop_tokens
 from tool_calling.parsers import PARSERS, parse_calls
-from tool_calling.prompts import find_call_end, find_end_token, find_parser
+from tool_calling.prompts import find_call_end, find_end_token, find_parser, give_ids
 from tool_calling.samples import render_examples
 from tool_calling.scores import read_calls, score_answer
 from tool_calling.terminal import UserError
@@ -356,6 +356,71 @@ def test_an_answer_is_scored_by_what_its_syntax_says():
     assert score_answer(other, wanted, [TOOL], "qwen3_coder")[:3] == (False, False, False)
     plain = '<tool_call>\n{"name": "f", "arguments": {"city": "Rome", "days": 3}}\n</tool_call>'
     assert score_answer(plain, wanted, [TOOL], "qwen3_coder")[:3] == (False, False, True)
+
+
+KEYWORDS = (
+    "{{ name }}({% for key, value in values %}{{ ', ' if not loop.first }}{{ key }}={{ value | tojson }}{% endfor %})"
+)
+OBJECT = """{{ {'name': name, 'arguments': call.function.arguments, 'id': call.id} | tojson }}"""
+WRITTEN = {  # (what stands before the calls, each call, between two, behind them)
+    "pythonic": ("[", KEYWORDS, ", ", "]"),
+    "llama4_pythonic": ("<|python_start|>[", KEYWORDS, ", ", "]<|python_end|>"),
+    "olmo3": ("<function_calls>", KEYWORDS, "\n", "</function_calls>"),
+    "mistral": ("[TOOL_CALLS] [", f"{{{{ raise_exception('ids') if call.id | length != 9 }}}}{OBJECT}", ", ", "]"),
+    "mistral, newer": ("", "[TOOL_CALLS]{{ name }}[ARGS]{{ call.function.arguments | tojson }}", "", ""),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_the_parser_of_other_syntaxes_is_found(name):
+    before, one, between, behind = WRITTEN[name]
+    each = "{% set name = call.function.name %}{% set values = call.function.arguments.items() %}"
+    each += f"{one}{{{{ {between!r} if not loop.last }}}}"
+    listed = f"{before}{{% for call in message.tool_calls %}}{each}{{% endfor %}}{behind}"
+    answer = f"{{{{ message.content }}}}{{% if message.tool_calls %}}{listed}{{% endif %}}"
+    tokenizer = make_tokenizer(
+        "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}{% for message in messages %}<|im_start|>"
+        f"{{{{ message.role }}}}\n{answer}<|im_end|>\n"
+        "{% endfor %}{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
+    )
+    parser = name.partition(",")[0]
+    assert find_parser(tokenizer) == parser
+    (samples,), problems = render_examples(tokenizer, [Example("x:1", [ASK, calls("Rome", "Os'lo")], [WEATHER])], 4096)
+    assert problems == []
+    wanted = [call("get_weather", city=city) for city in ("Rome", "Os'lo")]
+    assert read_calls(samples[0].completion, parser) == wanted
+
+
+def test_replies_are_of_the_calls_that_they_answer():
+    """As served: clients send ids, by which Gemma 4's template finds the names of the tools."""
+    if not (TEMPLATES / "gemma4_v5.jinja").is_file():
+        pytest.skip("this TRL has no such template")
+    tokenizer = make_tokenizer((TEMPLATES / "gemma4_v5.jinja").read_text())
+    made = [("get_weather", {"city": "Rome"}), ("set_alarm", {"time": "7"})]
+    both = {**says(""), "tool_calls": [{"type": "function", "function": call(name, **more)} for name, more in made]}
+    rows = [ASK, both, {"role": "tool", "content": "rain"}, {"role": "tool", "content": "set"}, says("Done.")]
+    ((_, last),), problems = render_examples(tokenizer, [Example("x:1", rows, [WEATHER, ALARM])], 4096)
+    assert problems == []
+    prompt = tokenizer.decode(last.input_ids[: last.prompt_length])
+    assert re.findall(r"response:(\w+)\{value:<\|\"\|>(\w+)", prompt) == [("get_weather", "rain"), ("set_alarm", "set")]
+
+
+def test_ids_are_the_data_s_own_or_new_ones():
+    made = [{"id": "a"}, {}, {"id": "c"}]
+    reply = {"role": "tool", "content": "x"}
+    messages = [
+        {"role": "assistant", "tool_calls": made},
+        {**reply, "tool_call_id": "c"},
+        reply,
+        {**reply, "tool_call_id": "lost"},
+        reply,  # to no call
+        {"role": "assistant", "tool_calls": [{}]},
+        reply,
+    ]
+    given = give_ids(messages)
+    ids = [[made["id"] for made in message.get("tool_calls", [])] or message.get("tool_call_id") for message in given]
+    assert ids == [["a", "call00001", "c"], "c", "a", "call00001", None, ["call00003"], "call00003"]
+    assert made == [{"id": "a"}, {}, {"id": "c"}]
 
 
 @pytest.mark.slow

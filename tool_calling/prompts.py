@@ -55,6 +55,28 @@ def render_text(tokenizer, messages: list[dict], date: str | None = None, **opti
         raise ValueError(f"the chat template refuses it: {error}") from None
 
 
+def give_ids(messages: list[dict]) -> list[dict]:
+    """Return the messages with ids of all calls and replies, as clients send them: the data's own, or new ones.
+
+    By the ids templates find which tool a reply is of, and Mistral's wants nine letters or digits.
+    """
+    given, waiting, count = [], [], 0
+    for message in messages:
+        if calls := message.get("tool_calls"):
+            calls = [{"id": f"call{number:05}", **call} for number, call in enumerate(calls, start=count)]
+            message, waiting, count = (
+                {**message, "tool_calls": calls},
+                [call["id"] for call in calls],
+                count + len(calls),
+            )
+        elif message["role"] == "tool" and waiting:
+            known = message.get("tool_call_id") in waiting
+            message = {**message, "tool_call_id": message["tool_call_id"] if known else waiting[0]}
+            waiting.remove(message["tool_call_id"])
+        given.append(message)
+    return given
+
+
 def render_turn(tokenizer, example: Example, turn: int, date: str | None = None) -> tuple[str, str, str]:
     """Return the texts (prompt, completion, end token) of the assistant turn `example.messages[turn]`.
 

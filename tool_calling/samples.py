@@ -16,7 +16,7 @@ from tool_calling.data.messages import is_trained
 from tool_calling.data.special_tokens import find_forbidden
 from tool_calling.data.splits import split_examples
 from tool_calling.files import digest
-from tool_calling.prompts import check_calls, check_template, find_special_tokens, render_turn
+from tool_calling.prompts import check_calls, check_template, find_special_tokens, give_ids, render_turn
 from tool_calling.terminal import UserError, hide_secrets, make_console, report_problems, say, warn
 
 NOT_HELD_OUT = "no row is held out: the scores will be those of training rows and say nothing about new requests"
@@ -47,6 +47,7 @@ def render_examples(
     for index, example in enumerate(track(examples, "render", transient=True, disable=not sys.stdout.isatty())):
         try:
             check_special_tokens(example, special)
+            example = example._replace(messages=give_ids(example.messages))
             for turn, message in enumerate(example.messages):
                 if is_trained(message):
                     prompt, completion, end = render_turn(tokenizer, example, turn, date)
