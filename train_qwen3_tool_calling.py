@@ -317,7 +317,8 @@ def load_model(args: argparse.Namespace, engine: str, schedule, tokenizer):
         trust_remote_code=args.trust_remote_code,
         use_exact_model_name=True,  # not a copy of it in Unsloth's own repositories
     )
-    lora |= prepare_tokens(model, tokenizer, schedule.samples, args.train_tokens)
+    alone = args.save_method == "lora"
+    lora |= prepare_tokens(model, tokenizer, schedule.samples, args.train_tokens, alone)
     model = FastLanguageModel.get_peft_model(
         model, **lora, random_state=args.seed, use_gradient_checkpointing="unsloth" if checkpointing else False
     )
@@ -344,7 +345,8 @@ def load_stock_model(args: argparse.Namespace, lora: dict, schedule, tokenizer):
     model = load_trainable(
         args.model_id, args.load_in_4bit, args.trust_remote_code, whole=not lora["r"], split=args.fsdp
     )
-    lora |= prepare_tokens(model, tokenizer, schedule.samples, args.train_tokens)
+    alone = args.save_method == "lora"
+    lora |= prepare_tokens(model, tokenizer, schedule.samples, args.train_tokens, alone)
     if lora["r"]:
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
         compute_rows_alone(model)

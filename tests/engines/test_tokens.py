@@ -165,3 +165,10 @@ def test_rows_alone_compute_what_peft_computes(tied):
     assert len(rows) == len(names) and all(weight.grad.abs().sum() > 0 for weight in rows)
     for expected, got in zip(*found):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_that_no_server_loads_is_warned_of_before_training(tokenizer, capsys):
+    for alone in (False, True):
+        model, ids = load_blank(tokenizer)
+        assert prepare_tokens(model, tokenizer, call(ids), ["auto"], alone)
+        assert ("vLLM loads no adapter" in capsys.readouterr().err) == alone

@@ -19,6 +19,7 @@ SAMPLED_ROWS = 1000  # of the embeddings, whose length a new row takes
 # As a share of the usual length of a row. Ordinary tokens of Qwen2.5, SmolLM2 and models/tiny-qwen3 are 0.4 and more
 # from any other row; rows that no text has trained are within 0.08 of each other.
 NEAR = 0.1
+NO_ROWS = 'vLLM loads no adapter with trained rows of tokens ("unsupported LoRA weight"): serve the merged model'
 COMPARED_ROWS = 2**14  # at once: they are held in fp32
 
 
@@ -84,7 +85,7 @@ def to_ids(tokenizer, tokens: list[str]) -> list[int]:
 
 
 @torch.no_grad()
-def prepare_tokens(model, tokenizer, samples: list[Sample], wanted: list[str]) -> dict:
+def prepare_tokens(model, tokenizer, samples: list[Sample], wanted: list[str], alone: bool = False) -> dict:
     """Fit the vocabulary; return the setting of PEFT's LoraConfig that trains rows of tokens, {} if there are none.
 
     Rows that were never trained start as start_row says, and are printed.
@@ -92,6 +93,7 @@ def prepare_tokens(model, tokenizer, samples: list[Sample], wanted: list[str]) -
     Args:
         samples: of which the supervised tokens are looked at.
         wanted: ["auto"], ["off"], or the tokens whose rows are to be trained.
+        alone: whether the adapter is kept without a merged model.
     """
     known, automatic = model.get_input_embeddings().weight.shape[0], wanted == ["auto"]
     fit_vocabulary(model, tokenizer)
@@ -112,6 +114,8 @@ def prepare_tokens(model, tokenizer, samples: list[Sample], wanted: list[str]) -
         for token in untrained - {*range(known, len(table.weight))}:
             table.weight[token] = start_row(tokenizer.convert_ids_to_tokens(token), tokenizer, table.weight)
     trained = sorted(untrained) if automatic else sorted(named)
+    if trained and alone:
+        warn(f"{NO_ROWS}, of --save_method merged_16bit")
     return {"trainable_token_indices": dict.fromkeys(tables, trained)} if trained else {}
 
 

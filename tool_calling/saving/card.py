@@ -9,6 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from tool_calling.engines.tokens import NO_ROWS
 from tool_calling.files import write_file
 from tool_calling.page import list_scores
 from tool_calling.prompts import PROBE, render_text
@@ -52,9 +53,12 @@ class Serving:
         return command
 
 
-def name_tools(folder: str | Path, shown: str = TOOLS) -> str:
-    """Return the line below the command that serves `folder`: where its tools are, if it has any."""
-    return f"# requests send the tools in {shown}" if (Path(folder) / TOOLS).is_file() else ""
+def list_notes(folder: str | Path, shown: str = TOOLS) -> list[str]:
+    """Return the lines below the command that serves `folder`: what a server cannot do with it, and its tools."""
+    notes, config = [], Path(folder) / "adapter_config.json"
+    if config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("trainable_token_indices"):
+        notes.append(f"# {NO_ROWS}")
+    return notes + ([f"# requests send the tools in {shown}"] if (Path(folder) / TOOLS).is_file() else [])
 
 
 def to_lora_words(base: str, adapter: str, rank: int) -> str:
@@ -100,5 +104,5 @@ def write_card(folder: str | Path, report: dict, serve: Callable[[str], str]) ->
     name = uploaded or Path(folder).resolve().name
     base = hide_folders(args["model_id"].rstrip("/"))
     words = to_lora_words(base, name, args["lora_rank"]) if adapter else shlex.quote(name)
-    command = "\n".join(filter(None, (serve(words), name_tools(folder))))
+    command = "\n".join([serve(words), *list_notes(folder)])
     write_file(Path(folder) / "README.md", to_card(report, adapter, name, command))

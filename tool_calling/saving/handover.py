@@ -3,7 +3,7 @@
 import shlex
 
 from tool_calling.run_folder import TOOLS
-from tool_calling.saving.card import Serving, name_tools, to_lora_words, write_card
+from tool_calling.saving.card import Serving, list_notes, to_lora_words, write_card
 from tool_calling.saving.gguf import write_gguf
 from tool_calling.saving.merge import Trained
 from tool_calling.saving.upload import push_folder
@@ -34,5 +34,5 @@ def hand_over(
     if trained.method == "lora":
         words = to_lora_words(trained.model_id, result, settings["lora_rank"])
     say("serve", serving.to_command(words))
-    if note := name_tools(result, f"{result}/{TOOLS}"):
+    for note in list_notes(result, f"{result}/{TOOLS}"):
         say("", note)
