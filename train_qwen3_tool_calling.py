@@ -16,6 +16,7 @@ import os
 import shlex
 import sys
 import time
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -53,6 +54,7 @@ from tool_calling.samples import (
     show_rows,
 )
 from tool_calling.saving.gguf import check_gguf, find_gguf_tools
+from tool_calling.templates import check_name, list_bundled, read_template
 from tool_calling.terminal import FlagError, UserError, report_problems, say, warn
 
 __all__ = ["FlagError", "Interrupted", "UserError", "main"]  # of a program that imports this file
@@ -131,6 +133,8 @@ def build_parser() -> Parser:
 
     add = parser.add_argument_group("model").add_argument
     add("--model_id", default=MODEL_ID, help="Hub id or folder of the base model")
+    add("--chat_template", type=check_name, metavar="FILE|NAME",
+        help=f"Jinja file, or bundled: {', '.join(list_bundled())}; in place of the base's own, for one without tools")
     add("--merge_model_id", metavar="MODEL", help="16-bit original to merge into, when --model_id is already quantised")
     add("--engine", choices=["auto", "unsloth", "transformers"], default="auto",
         help="auto: Unsloth on CUDA, Transformers + PEFT elsewhere")
@@ -404,7 +408,8 @@ def build_run_trainer(args: argparse.Namespace, model, tokenizer, schedule, held
     from tool_calling.training.trainer import build_trainer
 
     config = to_sft_config(args, schedule, bool(held_out))
-    trainer = build_trainer(model, tokenizer, config, schedule, choose(held_out, len(held_out)), engine)
+    own = deepcopy(tokenizer)  # TRL changes what it is given, and the tokenizer is saved with the model
+    trainer = build_trainer(model, own, config, schedule, choose(held_out, len(held_out)), engine)
     if args.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
     return trainer
@@ -507,7 +512,8 @@ def to_reading(args: argparse.Namespace) -> Reading:
 
 def list_inputs(args: argparse.Namespace) -> dict[str, list[str]]:
     """Return what a run reads, by flag: paths and names on the Hub."""
-    flags = ("model_id", "merge_model_id", "dataset_path", "eval_dataset_path", "tools_path", "resume_from_checkpoint")
+    flags = """model_id chat_template merge_model_id dataset_path eval_dataset_path tools_path
+        resume_from_checkpoint""".split()
     return {flag: [split_share(path)[0] for path in as_list(getattr(args, flag) or [])] for flag in flags}
 
 
@@ -525,6 +531,7 @@ def check_models(args: argparse.Namespace, engine: str, gguf: tuple[list[str], l
     """Return (what will be Trained, tokenizer, config), after all checks that need no weights."""
     from tool_calling.engines.choices import check_optim, check_report_to
     from tool_calling.engines.hub import check_base, check_dropout, load_tokenizer
+    from tool_calling.engines.tokens import fit_config
     from tool_calling.saving.merge import Trained
 
     check_report_to(args.report_to)
@@ -533,7 +540,8 @@ def check_models(args: argparse.Namespace, engine: str, gguf: tuple[list[str], l
         args.model_id, args.merge_model_id, bool(args.lora_rank), args.save_method != "lora", args.trust_remote_code
     )
     check_dropout(args.lora_dropout, config, args.model_id)
-    tokenizer = load_tokenizer(args.model_id, args.trust_remote_code)
+    tokenizer = load_tokenizer(args.model_id, args.trust_remote_code, template=read_template(args.chat_template))
+    config = fit_config(config, tokenizer)
     if args.save_gguf:
         check_gguf(args.save_gguf, gguf[0], config, tokenizer)
     trained = Trained(args.model_id, base, config.dtype, engine, args.final_model_dir, args.save_method, vars(args))
@@ -593,7 +601,7 @@ def train_and_save(args: argparse.Namespace, run: Run, trained, tokenizer, sched
     facts = train(trainer, run)
     report_gpu()
     scored = choose(held_out or schedule.samples, args.eval_samples)
-    kept, layout = keep_trained(trained, trainer, scored), trainer.layout
+    kept, layout = keep_trained(trained, trainer, tokenizer, scored), trainer.layout
     del model, trainer
     free_gpu()
     return kept and (*kept, facts, layout, scored)
@@ -616,7 +624,7 @@ def dry_run(args: argparse.Namespace) -> dict:
     from tool_calling.schedule import Batching
 
     quiet_libraries()
-    tokenizer, missing, config = find_model(args.model_id, args.trust_remote_code)
+    tokenizer, missing, config = find_model(args.model_id, args.trust_remote_code, read_template(args.chat_template))
     data = Data(sides, tokenizer, missing, pick(Rendering, args))
     audit = data.audit()
     if data.train:

@@ -1255,7 +1255,7 @@ def main():
 
     began = time.time()
     tokenizer = train_tokenizer(arguments.seed, TOKENIZER_GROUPS)
-    template = (Path(__file__).parent / "tiny_qwen3_chat_template.jinja").read_text(encoding="utf-8")
+    template = (Path(__file__).parent.parent / "tool_calling/templates/qwen3.jinja").read_text(encoding="utf-8")
     check_prompts(save_tokenizer(tokenizer, template, arguments.output), arguments.seed)
     print(f"tokenizer: {tokenizer.get_vocab_size()} tokens, {time.time() - began:.0f} s", flush=True)
 

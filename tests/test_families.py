@@ -13,6 +13,7 @@ from conversations import ASK, CONVERSATIONS, calls, says, supervised
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import save_file
+from small import make_schedule
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -212,6 +213,7 @@ def test_a_template_that_cannot_do_what_the_rows_need_ends_the_run():
     tokenizer = make_tokenizer("qwen2.5")
     tokenizer.name_or_path, whole = "some/model", tokenizer.chat_template
     expected = f"; expected a chat template with tools whose calls one of vLLM's parsers reads: {', '.join(PARSERS)}"
+    expected += "; --chat_template gives a base another one"
 
     def refusal(template: str, messages: list[dict]) -> str:
         tokenizer.chat_template = template
@@ -309,7 +311,7 @@ def test_sharing_and_answers_are_exact_in_every_family(family):
     args = script.parse_args(["--model_id", str(folder), "--no-load_in_4bit", "--lora_rank", "4"])
     config = check_model(str(folder))
     tokenizer = load_tokenizer(str(folder))
-    model = script.load_model(args, "transformers", None, tokenizer)
+    model = script.load_model(args, "transformers", make_schedule([], 8), tokenizer)
     trained = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
     assert count_parameters(config, 4)["adapter"] == sum(trained.values())
     assert any("mlp" in n for n in trained)  # experts, too
@@ -377,7 +379,10 @@ def test_a_checkpoint_of_all_weights_holds_the_experts(tmp_path):
     assert all(
         torch.equal(weight, trained.model.get_parameter(name)) for name, weight in fresh.model.named_parameters()
     )
-    files = (path / "model.safetensors" for path in (folder, save_whole(to_trained(args), trained.model)))
+    files = (
+        path / "model.safetensors"
+        for path in (folder, save_whole(to_trained(args), trained.model, load_tokenizer(args.model_id)))
+    )
     names = [{*safe_open(file, "pt").keys()} for file in files]
     assert names[0] == names[1]  # as published: one by one
 
@@ -390,10 +395,11 @@ def test_a_mixture_of_experts_is_merged_with_its_experts(tmp_path):
     assert train(trainer, Run(tmp_path / "out", vars(args)))["steps"] == 2
     changed = {name for name, weight in trainer.model.named_parameters() if "lora_B" in name and weight.any()}
     assert any("experts" in name for name in changed) and any("q_proj" in name for name in changed)
-    adapter = save_adapter(trainer.model, args.output_dir)
+    tokenizer = load_tokenizer(args.model_id)
+    adapter = save_adapter(trainer.model, args.output_dir, tokenizer)
     with torch.no_grad():
         expected, base = trainer.model.eval()(ids).logits, load_base(str(folder), False)(ids).logits
-        merged = merge_adapter(to_trained(args, adapter))
+        merged = merge_adapter(to_trained(args, adapter), tokenizer)
         again = PeftModel.from_pretrained(load_base(str(folder), False), adapter).eval()
         torch.testing.assert_close(again(ids).logits, expected, rtol=1e-5, atol=1e-5)
         assert not torch.allclose(base, expected, atol=0.1)

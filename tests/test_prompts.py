@@ -103,7 +103,7 @@ def test_a_template_that_loses_the_calls_ends_the_run(tokenizer):
         render_examples(Lossy(), examples, 4096)
     assert str(error.value) == (
         'lossy: the chat template writes calls in a way that cannot be read back: ""; expected a chat template with '
-        f"tools whose calls one of vLLM's parsers reads: {', '.join(PARSERS)}"
+        f"tools whose calls one of vLLM's parsers reads: {', '.join(PARSERS)}; --chat_template gives a base another one"
     )
 
 

@@ -139,7 +139,7 @@ def test_two_runs_cannot_write_one_final_folder(job, tmp_path, monkeypatch):
     ],
 )
 def test_unsloth_records_streams_where_flags_and_steps_allow_it(monkeypatch, flags, recorded):
-    model, noted, asked, fitted = SimpleNamespace(config=None, get_base_model=lambda: None), [], [], []
+    model, noted, asked, fitted = SimpleNamespace(config=None, get_base_model=lambda: None, modules=list), [], [], []
     unsloth = SimpleNamespace(
         from_pretrained=lambda *_, **options: asked.append(options) or (model, None),
         get_peft_model=lambda model, **options: asked.append(options) or model,
@@ -149,10 +149,11 @@ def test_unsloth_records_streams_where_flags_and_steps_allow_it(monkeypatch, fla
     monkeypatch.setattr(compat, "compile_attention", lambda: None)
     monkeypatch.setattr(graphs, "find_recorded", lambda schedule, config, checkpointing: schedule.layout.lengths)
     monkeypatch.setattr(graphs, "read_streams", lambda model, recorded: noted.append(recorded))
-    monkeypatch.setattr(tokens, "fit_vocabulary", lambda model, tokenizer: fitted.append(tokenizer) or model)
+    monkeypatch.setattr(tokens, "prepare_tokens", lambda *given: fitted.append(given) or {"trainable_token_indices": 7})
     args = script.parse_args(["--gradient_checkpointing", "on", *flags])
     schedule = plan_schedule(TRAIN, pick(Batching, args), fill=True)
-    assert script.load_model(args, "unsloth", schedule, "its tokenizer") is model and fitted == ["its tokenizer"]
+    assert script.load_model(args, "unsloth", schedule, "its tokenizer") is model
+    assert fitted == [(model, "its tokenizer", TRAIN, ["auto"])] and asked[1]["trainable_token_indices"] == 7
     assert noted == [(128,) if recorded else ()]
     assert asked[0]["use_safetensors"] and asked[0]["load_in_4bit"] and not asked[0]["trust_remote_code"]
     assert asked[1]["use_gradient_checkpointing"] == "unsloth" and asked[1]["target_modules"] == args.target_modules

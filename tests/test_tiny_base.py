@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tool_calling.templates import read_template
+
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "models" / "tiny-qwen3"
 QWEN3_SPECIAL_TOKENS = {
@@ -259,7 +261,7 @@ def test_chat_template_writes_the_text_of_stock_qwen3(tokenizer):
 
 
 def test_chat_template_is_the_one_of_the_sources(tokenizer):
-    assert tokenizer.chat_template == (ROOT / "models" / "tiny_qwen3_chat_template.jinja").read_text(encoding="utf-8")
+    assert tokenizer.chat_template == read_template("qwen3")
 
 
 # --- disjoint from data/ --------------------------------------------------------------------------------------

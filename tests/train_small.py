@@ -110,9 +110,9 @@ def live(folder: Path, flags: list[str]) -> None:
         whole, _ = round_trained(trained, trainer.model, schedule.layout.batch(held_out))
     if leave_group():
         if args.lora_rank:
-            save_adapter(trainer.model, args.output_dir)
+            save_adapter(trainer.model, args.output_dir, tokenizer)
         else:
-            put_in_place(args.final_model_dir, save_whole(trained, whole))
+            put_in_place(args.final_model_dir, save_whole(trained, whole, tokenizer))
 
 
 def slow_down(step: int) -> None:

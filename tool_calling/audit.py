@@ -21,6 +21,7 @@ from tool_calling.data.splits import (
     list_calls,
 )
 from tool_calling.engines.hub import check_kind, load_config, load_tokenizer
+from tool_calling.engines.tokens import fit_config
 from tool_calling.files import digest, write_file
 from tool_calling.prompts import render_text
 from tool_calling.run_folder import mark_output
@@ -59,10 +60,10 @@ class Characters:
         return text + "<|im_start|>assistant\n" * add_generation_prompt
 
 
-def find_model(model_id: str, trust: bool) -> tuple:
+def find_model(model_id: str, trust: bool, template: str | None) -> tuple:
     """Return (tokenizer or Characters, why there is no tokenizer or "", the config or None)."""
     try:
-        tokenizer = load_tokenizer(model_id, trust)
+        tokenizer = load_tokenizer(model_id, trust, template=template)
     except UserError as error:
         return Characters(), str(error), None
     try:
@@ -70,7 +71,7 @@ def find_model(model_id: str, trust: bool) -> tuple:
     except UserError:
         return tokenizer, "", None
     check_kind(config, model_id)
-    return tokenizer, "", config
+    return tokenizer, "", fit_config(config, tokenizer)
 
 
 def audit_inputs(sides: list[Checked]) -> dict:

@@ -199,4 +199,5 @@ def check_template(tokenizer, examples: list[Example]) -> str:
     except ValueError as error:
         reason = str(error).removeprefix("message 2: ")
         expected = f"expected a chat template with tools whose calls one of vLLM's parsers reads: {', '.join(PARSERS)}"
+        expected += "; --chat_template gives a base another one"
         raise UserError(f"{tokenizer.name_or_path}: {reason}; {expected}") from None

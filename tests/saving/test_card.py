@@ -31,6 +31,7 @@ SETTINGS = {
     "batch_size": 2,
     "gradient_accumulation_steps": 4,
     "max_seq_length": 2048,
+    "chat_template": None,
     "load_in_4bit": False,
     "lora_rank": 24,
     "lora_alpha": 16,
@@ -156,6 +157,11 @@ def test_a_card_names_how_the_model_was_trained_and_saved(settings, adapter, wha
     }
 
 
+def test_a_card_names_the_template_without_its_folder():
+    text = to_card(make_report(chat_template="/home/me/mine.jinja"), False, "x", "vllm")
+    assert "\n| `chat_template` | mine.jinja |\n" in text
+
+
 def test_a_card_says_what_was_measured_and_trained():
     report = make_report(max_steps=7)
     report["data"]["held_out"] = 0
@@ -234,10 +240,11 @@ def test_vllm_is_told_how_calls_and_thoughts_look(tokenizer, monkeypatch, templa
 
 
 @pytest.mark.parametrize("rank, highest", [(1, 16), (16, 16), (17, 32), (32, 32), (100, 128)])
-def test_vllm_is_told_how_high_an_adapters_rank_is(rank, highest):
-    assert to_lora_words("my base", "out/a b", rank) == (
-        f"'my base' --enable-lora --max-lora-rank {highest} --lora-modules tools='out/a b'"
-    )
+def test_vllm_is_told_how_high_an_adapters_rank_is_and_where_its_template_is(rank, highest):
+    for template, tokenizer in ((None, ""), ("qwen3", " --tokenizer 'out/a b'")):
+        assert to_lora_words("my base", "out/a b", {"lora_rank": rank, "chat_template": template}) == (
+            f"'my base'{tokenizer} --enable-lora --max-lora-rank {highest} --lora-modules tools='out/a b'"
+        )
 
 
 def test_folders_of_this_machine_are_hidden_with_spaces_too():

@@ -58,13 +58,13 @@ def test_rounding_at_random_keeps_sums(monkeypatch):
     assert downwards.double().mean().item() == pytest.approx(-1 - 2**-10, abs=4 * 2**-7 * (7 / 64 / 2**18) ** 0.5)
 
 
-def merge_and_save(folder: Path):
+def merge_and_save(folder: Path, tokenizer):
     """Return the merged model of the adapter in a folder, as it is read back."""
     settings = trained(folder).settings | {"load_in_4bit": False}
-    return AutoModelForCausalLM.from_pretrained(save_merged(replace(trained(folder), settings=settings), []))
+    return AutoModelForCausalLM.from_pretrained(save_merged(replace(trained(folder), settings=settings), tokenizer, []))
 
 
-def test_a_merge_keeps_what_is_less_than_a_step_of_bf16(tmp_path, monkeypatch):
+def test_a_merge_keeps_what_is_less_than_a_step_of_bf16(tmp_path, tokenizer, monkeypatch):
     """To the nearest number of bf16, most of this adapter would be lost."""
     base = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.bfloat16)
     before = {name: weight.detach().clone() for name, weight in base.named_parameters()}
@@ -74,7 +74,7 @@ def test_a_merge_keeps_what_is_less_than_a_step_of_bf16(tmp_path, monkeypatch):
         if "lora_B" in name:
             weight.data.normal_(std=1e-5)
     model.save_pretrained(tmp_path / "adapter")
-    saved, again = (merge_and_save(tmp_path) for _ in range(2))
+    saved, again = (merge_and_save(tmp_path, tokenizer) for _ in range(2))
     exact = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32), tmp_path / "adapter"
     ).merge_and_unload()
@@ -92,7 +92,7 @@ def test_a_merge_keeps_what_is_less_than_a_step_of_bf16(tmp_path, monkeypatch):
     places = layers | dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
     # What "auto" says if the GPUs cannot hold all:
     monkeypatch.setattr("tool_calling.saving.merge.find_place", lambda *_: places)
-    assert all(torch.equal(*pair) for pair in zip(saved.parameters(), merge_and_save(tmp_path).parameters()))
+    assert all(torch.equal(*pair) for pair in zip(saved.parameters(), merge_and_save(tmp_path, tokenizer).parameters()))
 
 
 def save_adapter_of(base, folder: Path, spread: float) -> None:
@@ -117,45 +117,44 @@ def test_requantised_weights_are_those_of_4_bits():
 
 
 @pytest.mark.parametrize(("losses", "kept"), [([1.5, 1.25], "latter"), ([1.25, 1.5], "former"), ([1.0, 1.0], "former")])
-def test_of_two_merges_of_a_4_bit_adapter_the_better_is_kept(tmp_path, monkeypatch, capsys, losses, kept):
+def test_of_two_merges_of_a_4_bit_adapter_the_better_is_kept(tmp_path, tokenizer, monkeypatch, capsys, losses, kept):
     save_adapter_of(AutoModelForCausalLM.from_pretrained(TINY), tmp_path, 0.01)
     found = iter(losses)
     monkeypatch.setattr("tool_calling.saving.merge.measure_loss", lambda *_: next(found))
     settings = trained(tmp_path).settings | {"load_in_4bit": True}
     of_4_bits = replace(trained(tmp_path), settings=settings)
-    saved = AutoModelForCausalLM.from_pretrained(save_merged(of_4_bits, []))
-    expected = merge_adapter(of_4_bits, four_bit=kept == "latter")
+    saved = AutoModelForCausalLM.from_pretrained(save_merged(of_4_bits, tokenizer, []))
+    expected = merge_adapter(of_4_bits, tokenizer, four_bit=kept == "latter")
     assert all(torch.equal(*pair) for pair in zip(saved.parameters(), expected.parameters()))
-    other = merge_adapter(of_4_bits, four_bit=kept == "former")
+    other = merge_adapter(of_4_bits, tokenizer, four_bit=kept == "former")
     assert not torch.equal(saved.model.layers[0].mlp.down_proj.weight, other.model.layers[0].mlp.down_proj.weight)
     line = f"held-out loss {losses[0]:.4f} on the 16-bit base, {losses[1]:.4f} on the 4-bit weights in 16 bits"
     assert f"merge    {line}: the {kept} is kept" in capsys.readouterr().out
 
 
-def test_an_adapter_on_weights_that_came_in_4_bits_is_merged_into_the_original(tmp_path, monkeypatch):
+def test_an_adapter_on_weights_that_came_in_4_bits_is_merged_into_the_original(tmp_path, tokenizer, monkeypatch):
     save_adapter_of(AutoModelForCausalLM.from_pretrained(TINY), tmp_path, 0.01)
     monkeypatch.setattr("tool_calling.saving.merge.measure_loss", lambda *_: pytest.fail("there is nothing to compare"))
     settings = trained(tmp_path).settings | {"load_in_4bit": True}
     quantised = replace(trained(tmp_path), settings=settings, model_id=str(TINY) + "/", base_id=str(TINY))
-    saved = AutoModelForCausalLM.from_pretrained(save_merged(quantised, []))
-    expected = merge_adapter(replace(quantised, model_id=str(TINY)))
+    saved = AutoModelForCausalLM.from_pretrained(save_merged(quantised, tokenizer, []))
+    expected = merge_adapter(replace(quantised, model_id=str(TINY)), tokenizer)
     assert all(torch.equal(*pair) for pair in zip(saved.parameters(), expected.parameters()))
 
 
-def test_a_merge_that_changes_nothing_is_refused(tmp_path):
+def test_a_merge_that_changes_nothing_is_refused(tmp_path, tokenizer):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(TINY), LoraConfig(r=2, target_modules=["q_proj"]))
     model.save_pretrained(tmp_path / "adapter")  # as it begins: its second factor is zero
     with pytest.raises(UserError, match="the trained model equals the base"):
-        merge_adapter(trained(tmp_path))
+        merge_adapter(trained(tmp_path), tokenizer)
     assert names(tmp_path) == ["adapter"]
 
 
 def test_training_that_16_bits_do_not_hold_is_warned_of(tmp_path, tokenizer, monkeypatch, capsys):
-    losses = iter([1.0, 2.0])  # of ten tokens
+    model, losses = make_trainer(tmp_path, tokenizer, "--lora_rank", "0").model, iter([1.0, 2.0])  # of ten tokens
     monkeypatch.setattr("tool_calling.engines.losses.score_batches", lambda *_: torch.tensor([next(losses), 10, 0, 1]))
-    model = make_trainer(tmp_path, tokenizer, "--lora_rank", "0").model
     whole, loss = round_trained(trained(tmp_path, torch.bfloat16), model, [])
-    save_whole(replace(trained(tmp_path), tools=(ALARM, WEATHER)), whole)
+    save_whole(replace(trained(tmp_path), tools=(ALARM, WEATHER)), whole, tokenizer)
     assert json.loads((tmp_path / ".final.partial" / "tools.json").read_text()) == [ALARM, WEATHER]
     assert loss == pytest.approx(0.2)
     assert capsys.readouterr().err.startswith(

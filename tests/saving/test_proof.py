@@ -10,7 +10,7 @@ from bitsandbytes.nn import Linear4bit
 from jobs import names
 from peft import LoraConfig, get_peft_model
 from train_small import make_base, make_rows
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_qwen3_tool_calling as script
 from tool_calling.files import partial_folder
@@ -129,6 +129,7 @@ def adapted(tmp_path_factory) -> Path:
         LoraConfig(r=16, target_modules=script.TARGET_MODULES, init_lora_weights=False, task_type="CAUSAL_LM"),
     )
     model.save_pretrained(folder / "adapter")
+    AutoTokenizer.from_pretrained(folder / "base").save_pretrained(folder / "adapter")
     return folder
 
 

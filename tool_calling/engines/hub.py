@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tool_calling.prompts import find_end_token
+from tool_calling.templates import list_tokens
 from tool_calling.terminal import UserError, cut_text, list_first, say
 
 CHAT_MODEL = "Qwen/Qwen3-0.6B"  # suggested in place of a model without a usable chat template
@@ -47,22 +48,46 @@ def load_config(model_id: str, flag: str = "--model_id", trust: bool = False):
         raise UserError(f"{flag} {model_id}: {explain_hub_error(str(error), Path(model_id))}") from None
 
 
-def load_tokenizer(model_id: str, trust: bool = False, flag: str = "--model_id"):
+def find_tokenizer(model_id: str, base: str) -> str:
+    """Return which of the two a model is served with: its own tokenizer, if its folder has one, or that of its base."""
+    return model_id if (Path(model_id) / "tokenizer_config.json").is_file() else base
+
+
+def add_tokens(tokenizer, template: str) -> None:
+    """Add to a tokenizer what a chat template writes and the tokenizer would split, and say what that is.
+
+    Turns are special. Calls and thoughts are not, as in Qwen3: a server that leaves special tokens out of an answer
+    would leave no mark for its parser.
+    """
+    known = {*map(str, tokenizer.added_tokens_decoder.values())}
+    if added := [token for token in list_tokens(template) if token not in known]:
+        tokenizer.add_tokens([AddedToken(text, normalized=False, special=text.startswith("<|")) for text in added])
+        say("tokens", f"added for the chat template: {' '.join(added)}")
+
+
+def load_tokenizer(model_id: str, trust: bool = False, flag: str = "--model_id", template: str | None = None):
     """Return the model's own tokenizer; its eos_token is set to the one that ends the answers of its chat template.
 
     Bases have the template of their chat models and another eos_token, which would never be written.
+
+    Args:
+        template: the text of a chat template in place of the model's own; tokens that it needs are added.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_id, trust_remote_code=trust)
     except (OSError, ValueError, KeyError) as error:
         reason = explain_hub_error(str(error), Path(model_id))
         raise UserError(f"{flag} {model_id}: its tokenizer cannot be loaded: {reason}") from None
+    if template:
+        tokenizer.chat_template = template
+        add_tokens(tokenizer, template)
+    advice = f"use a chat model such as {CHAT_MODEL}, or give another template with --chat_template"
     if not tokenizer.chat_template:
-        raise UserError(f"{flag} {model_id}: has no chat template; use a chat model such as {CHAT_MODEL}")
+        raise UserError(f"{flag} {model_id}: has no chat template; {advice}")
     end = find_end_token(tokenizer)
     if end is None:
         reason = "its chat template does not end an answer with a token of its own, so the model could not stop"
-        raise UserError(f"{flag} {model_id}: {reason}; use a chat model such as {CHAT_MODEL}")
+        raise UserError(f"{flag} {model_id}: {reason}; {advice}")
     if end != tokenizer.eos_token:
         tokenizer.eos_token = end
     return tokenizer

@@ -46,13 +46,25 @@ def list_tables(model) -> dict[str, torch.nn.Module]:
     return {name: module for name, module in model.named_modules() if any(module is table for table in tables)}
 
 
+def count_rows(tokenizer) -> int:
+    """Return how many rows an embedding needs for all tokens; a tokenizer may leave some numbers out."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def fit_config(config, tokenizer):
+    """Return the config of a base as fit_vocabulary will leave it."""
+    text = config.get_text_config()
+    text.vocab_size = max(text.vocab_size, count_rows(tokenizer))
+    return config
+
+
 @torch.no_grad()
 def fit_vocabulary(model, tokenizer):
     """Return the model with a row in both embeddings for each token of the tokenizer, the new ones as start_row says.
 
     Every load of a base ends here, so that an adapter finds the rows with which it was trained.
     """
-    known, size = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values()) + 1
+    known, size = model.get_input_embeddings().weight.shape[0], count_rows(tokenizer)
     if size <= known:
         return model
     model.resize_token_embeddings(size, mean_resizing=False)

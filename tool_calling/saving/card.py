@@ -61,10 +61,14 @@ def list_notes(folder: str | Path, shown: str = TOOLS) -> list[str]:
     return notes + ([f"# requests send the tools in {shown}"] if (Path(folder) / TOOLS).is_file() else [])
 
 
-def to_lora_words(base: str, adapter: str, rank: int) -> str:
-    """Return the words by which vLLM serves an adapter on its base, for ranks up to a power of two from 16 on."""
-    highest = max(16, 1 << (rank - 1).bit_length())
-    return f"{shlex.quote(base)} --enable-lora --max-lora-rank {highest} --lora-modules tools={shlex.quote(adapter)}"
+def to_lora_words(base: str, adapter: str, settings: dict) -> str:
+    """Return the words by which vLLM serves an adapter on its base, for ranks up to a power of two from 16 on.
+
+    The base's tokenizer has its chat template, in place of which the run may have another.
+    """
+    highest, adapter = max(16, 1 << (settings["lora_rank"] - 1).bit_length()), shlex.quote(adapter)
+    tokenizer = f" --tokenizer {adapter}" if settings["chat_template"] else ""
+    return f"{shlex.quote(base)}{tokenizer} --enable-lora --max-lora-rank {highest} --lora-modules tools={adapter}"
 
 
 def hide_folders(text: str) -> str:
@@ -92,6 +96,7 @@ def to_card(report: dict, adapter: bool, name: str, command: str) -> str:
         paths=", ".join(f"`{hide_folders(path)}`" for path in args["dataset_path"]),
         losses=[log["loss"] for log in report["train"]["history"] if "loss" in log],  # also from before a resume
         repeat=shlex.join(hide_folders(word) for word in shlex.split(report["command"])),
+        shown=lambda value: hide_folders(str(value)),
         settings=[length, "batch_size", "gradient_accumulation_steps", "max_seq_length", *AGREED[1:]],
     )
     return hide_secrets(card.content + "\n")
@@ -103,6 +108,7 @@ def write_card(folder: str | Path, report: dict, serve: Callable[[str], str]) ->
     uploaded = args["push_to_hub"] if adapter == (args["save_method"] == "lora") else None  # of two, the model is
     name = uploaded or Path(folder).resolve().name
     base = hide_folders(args["model_id"].rstrip("/"))
-    words = to_lora_words(base, name, args["lora_rank"]) if adapter else shlex.quote(name)
-    command = "\n".join([serve(words), *list_notes(folder)])
+    words = to_lora_words(base, name, args) if adapter else shlex.quote(name)
+    command = "
+".join([serve(words), *list_notes(folder)])
     write_file(Path(folder) / "README.md", to_card(report, adapter, name, command))

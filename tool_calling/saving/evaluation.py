@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 
 from tool_calling.data.examples import Example
-from tool_calling.engines.hub import check_model, find_base, load_tokenizer
+from tool_calling.engines.hub import check_model, find_base, find_tokenizer, load_tokenizer
 from tool_calling.samples import NOT_HELD_OUT, Rendering, choose, count_origins, name_unit, render_valid
 from tool_calling.saving.proof import Questions, load_scored
 from tool_calling.scores import Proof
+from tool_calling.templates import read_template
 from tool_calling.terminal import UserError, warn
 
 
@@ -15,6 +16,7 @@ class Evaluation:
     """What is scored, and on how many rows: the flags of the same names."""
 
     eval_only: str
+    chat_template: str | None
     load_in_4bit: bool
     trust_remote_code: bool
     eval_dataset_path: list[str] | None
@@ -26,7 +28,8 @@ class Evaluation:
         """Return the proof of the model alone, the counts of rows (see to_report), and how long answers could be."""
         base, flag = find_base(self.eval_only)
         check_model(base, flag, self.trust_remote_code)
-        tokenizer = load_tokenizer(base, self.trust_remote_code, flag)
+        folder, template = find_tokenizer(self.eval_only, base), read_template(self.chat_template)
+        tokenizer = load_tokenizer(folder, self.trust_remote_code, flag, template)
         sides = ([], examples) if self.eval_dataset_path else (examples, [])
         train, held_out = render_valid(tokenizer, *sides, rendering)
         samples = choose(held_out or train, self.eval_samples)

@@ -15,7 +15,7 @@ from tool_calling.engines.answers import find_stop_tokens
 from tool_calling.engines.device import free_gpu, leave_group
 from tool_calling.engines.fsdp import gather_model, held_part, is_split
 from tool_calling.engines.graphs import empty_weights
-from tool_calling.engines.hub import load_config, load_tokenizer
+from tool_calling.engines.hub import load_config
 from tool_calling.engines.loading import find_place, load_adapter, load_base
 from tool_calling.engines.losses import measure_loss
 from tool_calling.engines.tokens import fit_vocabulary
@@ -33,7 +33,7 @@ ROUNDED_WEIGHTS = 2**26  # numbers of a weight that are rounded or summed at a t
 class Trained:
     """What was trained, and what is to be made of it."""
 
-    model_id: str  # the model that was trained on, whose tokenizer is kept
+    model_id: str  # the model that was trained on
     base_id: str  # the 16-bit model that an adapter is merged into
     dtype: object  # the type of the base's weights
     engine: str  # that trained it
@@ -55,7 +55,7 @@ class Trained:
         return find_place(four_bit, self.settings["fsdp"])
 
 
-def keep_trained(trained: Trained, trainer, samples: list[Sample]) -> tuple[Trained, float | None] | None:
+def keep_trained(trained: Trained, trainer, tokenizer, samples: list[Sample]) -> tuple[Trained, float | None] | None:
     """Save what a trainer has trained, and free its memory; None in all processes but the first.
 
     Args:
@@ -70,11 +70,11 @@ def keep_trained(trained: Trained, trainer, samples: list[Sample]) -> tuple[Trai
         return None
     trained = replace(trained, tools=collect_tools(trainer.schedule.samples))
     if lora:
-        adapter = save_adapter(model, trained.settings["output_dir"], trained.tools)
+        adapter = save_adapter(model, trained.settings["output_dir"], tokenizer, trained.tools)
         trained = replace(trained, adapter=adapter)
         say("save", f"adapter: {adapter}")
     else:
-        save_whole(trained, model)
+        save_whole(trained, model, tokenizer)
     if trained.engine == "unsloth":
         empty_weights(trainer.model)
     return trained, before
@@ -98,23 +98,23 @@ def write_tools(folder: str | Path, tools: tuple[dict, ...]) -> None:
         write_file(Path(folder) / TOOLS, json.dumps(tools, indent=1, ensure_ascii=False) + "\n")
 
 
-def save_adapter(model, output_dir: str, tools: tuple[dict, ...] = ()) -> str:
-    """Save the LoRA weights, and the tools they were trained with, to `output_dir`/adapter and return that path."""
+def save_adapter(model, output_dir: str, tokenizer, tools: tuple[dict, ...] = ()) -> str:
+    """Save the LoRA weights to `output_dir`/adapter, with tokenizer and tools of their training; return that path."""
     adapter = str(Path(output_dir) / "adapter")
     with discard_partial(adapter) as folder:
         model.save_pretrained(folder)
         (Path(folder) / "README.md").unlink(missing_ok=True)  # PEFT's empty form; a card with scores comes later
+        tokenizer.save_pretrained(folder)
         write_tools(folder, tools)
         put_in_place(adapter)
     return adapter
 
 
-def save_whole(trained: Trained, model) -> Path:
+def save_whole(trained: Trained, model, tokenizer) -> Path:
     """Save a model with its tokenizer, its tools and the run's settings; return its folder, not yet the final one."""
     folder = partial_folder(trained.final)
     shutil.rmtree(folder, ignore_errors=True)
     model.config.use_cache = True  # off only in training
-    tokenizer = load_tokenizer(trained.model_id, trained.trust)
     model.generation_config.eos_token_id = find_stop_tokens(model, tokenizer)
     model.save_pretrained(folder, save_original_format=True)
     tokenizer.save_pretrained(folder)
@@ -177,7 +177,7 @@ def requantise(model) -> None:
             layer.weight.data.copy_(dequantize_4bit(packed, state))
 
 
-def merge_adapter(trained: Trained, four_bit: bool = False):
+def merge_adapter(trained: Trained, tokenizer, four_bit: bool = False):
     """Return the 16-bit base with the adapter merged; with `four_bit`, on the numbers of requantise."""
 
     def load(place):
@@ -188,7 +188,7 @@ def merge_adapter(trained: Trained, four_bit: bool = False):
         del base
         free_gpu()
         base = load("cpu")
-    base = fit_vocabulary(base, load_tokenizer(trained.model_id, trained.trust))
+    base = fit_vocabulary(base, tokenizer)
     sums = sum_weights(base)
     if four_bit:
         requantise(base)
@@ -200,28 +200,28 @@ def merge_adapter(trained: Trained, four_bit: bool = False):
     return merged
 
 
-def save_merged(trained: Trained, batches: list[dict]) -> Path:
+def save_merged(trained: Trained, tokenizer, batches: list[dict]) -> Path:
     """Merge the adapter, save the model whole; return its folder, not yet the final one.
 
     Trained on 4-bit weights, the adapter fits these best, and the 16-bit base knows more: of both merges, the one with
     the lower loss on the held-out `batches` is kept.
     """
     if not trained.four_bit or trained.base_id != trained.model_id:  # weights that came quantised have other numbers
-        return save_whole(trained, merge_adapter(trained))
+        return save_whole(trained, merge_adapter(trained, tokenizer), tokenizer)
     losses, merged = {}, None
     for four_bit in (False, True):
         merged = None
         free_gpu()
-        merged = merge_adapter(trained, four_bit)
+        merged = merge_adapter(trained, tokenizer, four_bit)
         losses[four_bit] = measure_loss(merged, batches, "transformers")
     if losses[False] <= losses[True]:
         merged = None
         free_gpu()
-        merged = merge_adapter(trained)
+        merged = merge_adapter(trained, tokenizer)
     kept = "the former" if losses[False] <= losses[True] else "the latter"
     found = f"{losses[False]:.4f} on the 16-bit base, {losses[True]:.4f} on the 4-bit weights in 16 bits"
     say("merge", f"held-out loss {found}: {kept} is kept")
-    return save_whole(trained, merged)
+    return save_whole(trained, merged, tokenizer)
 
 
 def quantise_folder(folder: Path, trust: bool, place: str) -> None:

@@ -103,7 +103,7 @@ def merge_and_score(trained: Trained, questions: Questions, layout: Layout) -> d
     """
     quiet_libraries()
     trust, place, small_place = trained.trust, trained.find_place(), trained.find_place(four_bit=True)
-    tokenizer, results = load_tokenizer(trained.model_id, trust), {}
+    tokenizer, results = load_tokenizer(trained.adapter or str(partial_folder(trained.final)), trust), {}
     batches = build_small_batches(questions.samples, layout, len(tokenizer))
 
     def score(name, model):
@@ -125,7 +125,7 @@ def merge_and_score(trained: Trained, questions: Questions, layout: Layout) -> d
     free_gpu()
     if trained.method == "lora":
         return results
-    folder = save_merged(trained, batches) if trained.adapter else partial_folder(trained.final)
+    folder = save_merged(trained, tokenizer, batches) if trained.adapter else partial_folder(trained.final)
     model = read_back(folder, trust, place)
     if not trained.adapter:  # save_merged has done so
         refuse_unchanged(sums, model)
