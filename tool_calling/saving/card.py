@@ -109,6 +109,5 @@ def write_card(folder: str | Path, report: dict, serve: Callable[[str], str]) ->
     name = uploaded or Path(folder).resolve().name
     base = hide_folders(args["model_id"].rstrip("/"))
     words = to_lora_words(base, name, args) if adapter else shlex.quote(name)
-    command = "
-".join([serve(words), *list_notes(folder)])
+    command = "\n".join([serve(words), *list_notes(folder)])
     write_file(Path(folder) / "README.md", to_card(report, adapter, name, command))
