@@ -49,6 +49,7 @@ from tool_calling.samples import (
     check_sides,
     choose,
     count_origins,
+    find_longest,
     name_unit,
     render_sides,
     show_rows,
@@ -320,6 +321,7 @@ def load_model(args: argparse.Namespace, engine: str, schedule, tokenizer):
         use_safetensors=True,
         trust_remote_code=args.trust_remote_code,
         use_exact_model_name=True,  # not a copy of it in Unsloth's own repositories
+        text_only=True,  # of models that see images, too
     )
     alone = args.save_method == "lora"
     lora |= prepare_tokens(model, tokenizer, schedule.samples, args.train_tokens, alone)
@@ -328,6 +330,8 @@ def load_model(args: argparse.Namespace, engine: str, schedule, tokenizer):
     )
     compute_rows_alone(model)
     add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "is_top1"))
+    if not schedule.layout.share_prefix:
+        return model
     compile_attention()
     recorded = args.cuda_graphs and can_record(schedule, args.lora_dropout)
     read_streams(model, find_recorded(schedule, model.config, checkpointing) if recorded else ())
@@ -475,7 +479,7 @@ def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.Ex
     run = run.with_date(tokenizer)
     samples, held_out = render_sides(tokenizer, examples, held_out, pick(Rendering, args), run.date)
     show_rows(tokenizer, [*samples, *held_out] if args.show_row else samples, args.show_row)
-    schedule = plan_run(args, run, samples, engine, config)
+    schedule = plan_run(args, run, samples, find_longest([*samples, *held_out]), engine, config)
 
     # Train; then prove in a fresh process that what was saved does what was trained.
     if not existed:
@@ -555,14 +559,19 @@ def choose_optim(args: argparse.Namespace) -> str:
     return find_optim(args.optim, args.lora_rank, args.fsdp)
 
 
-def plan_run(args: argparse.Namespace, run: Run, samples: list, engine: str, config):
-    """Return the schedule of the run, after the checks of what it shares with a former run and of disk space."""
+def plan_run(args: argparse.Namespace, run: Run, samples: list, longest: int, engine: str, config):
+    """Return the schedule of the run, after the checks of what it shares with a former run and of disk space.
+
+    Args:
+        longest: tokens of the longest sample, held-out ones included.
+    """
     from tool_calling.engines.hub import can_share, count_parameters
     from tool_calling.estimates import Saving
     from tool_calling.schedule import Batching, plan_schedule, show_plan
 
     # A run that went on without sharing goes on without it.
-    args.share_prefix = args.share_prefix and run.former.get("share_prefix", True) and can_share(engine, config)
+    share = args.share_prefix and run.former.get("share_prefix", True)
+    args.share_prefix = share and can_share(engine, config, longest)
     schedule = plan_schedule(samples, pick(Batching, args), fill=engine == "unsloth")
     run.check_agrees(schedule, choose_optim(args))
     saving = pick(Saving, args)
@@ -629,7 +638,8 @@ def dry_run(args: argparse.Namespace) -> dict:
     audit = data.audit()
     if data.train:
         batching = replace(pick(Batching, args), max_seq_length=data.limit)
-        audit |= preview_run(data.train, config, batching, pick(Saving, args), pick(Training, args))
+        longest = find_longest([*data.train, *data.held_out])
+        audit |= preview_run(data.train, longest, config, batching, pick(Saving, args), pick(Training, args))
     audit = finish_audit(audit, data, args.show_row, vars(args))
     say("audit", f"{Path(args.output_dir) / 'audit.json'} ({time.perf_counter() - start:.1f} s)")
     report_problems(data.problems, args.on_invalid, data.total)

@@ -542,10 +542,15 @@ def test_no_weights_are_needed_and_a_config_only_for_memory(tmp_path):
     assert result.returncode == 0 and found["unit"] == "tokens" and result.stderr == ""
     assert found["disk_gb"]["merged_model"] == 0.02  # 11.5 million weights of 2 bytes
     config = json.loads((bare / "config.json").read_text())
-    (bare / "config.json").write_text(json.dumps(config | {"layer_types": ["sliding_attention"] * 8}))
+    windows = {"use_sliding_window": True, "sliding_window": 100, "layer_types": ["sliding_attention"] * 8}
+    (bare / "config.json").write_text(json.dumps(config | windows))
+    found, result = audit(tmp_path, "--model_id", bare)
+    padded = "plan     ordinary padded batches: this qwen3 has windows of 100 tokens, and samples of "
+    assert result.returncode == 0 and padded in result.stdout and not found["plan"]["share_prefix"]
+    (bare / "config.json").write_text(json.dumps(config | {"architectures": ["Qwen3Model"]}))
     found, result = audit(tmp_path, "--model_id", bare)
     assert result.returncode == 1 and result.stderr.startswith(
-        f"error: --model_id {bare}: has layers of sliding_attention"
+        f"error: --model_id {bare}: not a causal language model (Qwen3Model)"
     )
     (bare / "config.json").unlink()
     found, result = audit(tmp_path, "--model_id", bare)

@@ -12,23 +12,14 @@ from conftest import ALARM, TINY, WEATHER, native, run_script, write_jsonl
 from conversations import ASK, CONVERSATIONS, calls, says, supervised
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
-from safetensors.torch import save_file
 from small import make_schedule
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    Qwen2Config,
-    Qwen2MoeConfig,
-    Qwen3Config,
-    Qwen3MoeConfig,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2MoeConfig, Qwen3MoeConfig
 
 import train_qwen3_tool_calling as script
 from tool_calling.arguments import pick
 from tool_calling.data.examples import Example
 from tool_calling.engines.answers import find_stop_tokens, generate_answers
-from tool_calling.engines.hub import can_share, check_dropout, check_model, count_parameters, load_tokenizer
+from tool_calling.engines.hub import check_dropout, check_model, count_parameters, load_tokenizer
 from tool_calling.engines.loading import load_base, warn_of_frozen_experts
 from tool_calling.parsers import PARSERS, parse_calls
 from tool_calling.prompts import find_date
@@ -416,42 +407,6 @@ def test_experts_that_get_no_adapter_are_named(capsys):
         warn_of_frozen_experts(get_peft_model(model, LoraConfig(r=2, target_modules=script.TARGET_MODULES)))
     assert capsys.readouterr().err == (
         "warning: the experts of this qwen2_moe get no adapter: only the layers beside them are trained\n"
-    )
-
-
-def test_only_models_whose_layers_take_trees_share_with_unsloth(capsys):
-
-    assert [can_share("unsloth", config()) for config in (LlamaConfig, Qwen2Config, Qwen3Config)] == [True] * 3
-    assert can_share("transformers", Qwen3MoeConfig()) and capsys.readouterr().out == ""
-    assert not can_share("unsloth", Qwen3MoeConfig())
-    assert capsys.readouterr().out == (
-        "plan     ordinary padded batches: with Unsloth, only llama, qwen2, qwen3 share "
-        "prefixes, and this is qwen3_moe; --engine transformers shares them, too\n"
-    )
-
-
-@pytest.mark.parametrize(
-    "config, more, layers",
-    [
-        ("MistralConfig", {"sliding_window": 4096, "max_position_embeddings": 32768}, "sliding_attention"),
-        ("MistralConfig", {"sliding_window": None}, None),
-        ("Qwen2Config", {"use_sliding_window": True, "max_window_layers": 1}, "sliding_attention"),
-        ("Qwen3NextConfig", {}, "linear_attention"),
-    ],
-)
-def test_a_model_whose_layers_forget_is_refused(tmp_path, config, more, layers):
-
-    config = getattr(transformers, config)(**{**SHAPE, "num_hidden_layers": 4, **more})
-    config.architectures = ["ForCausalLM"]
-    config.save_pretrained(tmp_path)
-    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
-    if layers is None:
-        return check_model(str(tmp_path))
-    with pytest.raises(UserError) as error:
-        check_model(str(tmp_path))
-    assert str(error.value) == (
-        f"--model_id {tmp_path}: has layers of {layers}, which do not look back on all tokens; "
-        "expected full attention in every layer"
     )
 
 

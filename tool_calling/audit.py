@@ -70,8 +70,7 @@ def find_model(model_id: str, trust: bool, template: str | None) -> tuple:
         config = load_config(model_id, trust=trust)
     except UserError:
         return tokenizer, "", None
-    check_kind(config, model_id)
-    return tokenizer, "", fit_config(config, tokenizer)
+    return tokenizer, "", fit_config(check_kind(config, model_id), tokenizer)
 
 
 def audit_inputs(sides: list[Checked]) -> dict:

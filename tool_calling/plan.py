@@ -42,10 +42,16 @@ class Training:
         )
 
 
-def preview_run(samples: list[Sample], config, batching: Batching, saving: Saving, training: Training) -> dict:
-    """Return plan, tokens of an epoch and files of a run on CUDA; with a config also its memory and disk."""
+def preview_run(
+    samples: list[Sample], longest: int, config, batching: Batching, saving: Saving, training: Training
+) -> dict:
+    """Return plan, tokens of an epoch and files of a run on CUDA; with a config also its memory and disk.
+
+    Args:
+        longest: tokens of the longest sample, held-out ones included.
+    """
     engine = "transformers" if training.engine == "transformers" else "unsloth"
-    share = batching.share_prefix and (config is None or can_share(engine, config))
+    share = batching.share_prefix and (config is None or can_share(engine, config, longest))
     schedule = plan_schedule(samples, replace(batching, share_prefix=share), fill=engine == "unsloth")
     checkpoints = schedule.list_saves(saving.save_steps)
     audit = audit_schedule(schedule, checkpoints)

@@ -176,6 +176,11 @@ def count_origins(samples: list[Sample]) -> int:
     return len({sample.row for sample in samples})
 
 
+def find_longest(samples: list[Sample]) -> int:
+    """Return how many tokens the longest sample has."""
+    return max(len(sample.input_ids) for sample in samples)
+
+
 def name_unit(*sides: list[Sample]) -> str:
     """Return what samples are called on screen: rows, or turns where rows have several."""
     return "rows" if all(count_origins(side) == len(side) for side in sides) else "turns"

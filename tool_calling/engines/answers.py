@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from tool_calling.data.literals import as_list
 from tool_calling.engines.device import autocast
+from tool_calling.engines.reach import find_reach
 from tool_calling.prompts import find_call_end
 from tool_calling.samples import Sample
 from tool_calling.streams import split_rows, to_tree
@@ -42,12 +43,12 @@ def find_stop_tokens(model, tokenizer) -> list[int]:
 def generate_tokens(model, prompts: list[list[int]], stops: list[int], max_new_tokens: int) -> list[list[int]]:
     """Return the greedy answers to prompts as tokens, each without the one of `stops` that ended it.
 
-    The common prefix of all prompts is computed once and held once; the rest of each is padded on the left. A row that
-    is done leaves the batch.
+    The common prefix of all prompts is computed once and held once, if layers look back that far; the rest of each is
+    padded on the left. A row that is done leaves the batch.
     """
-    tree = to_tree([Sample("", prompt, len(prompt)) for prompt in prompts])
-    shared = min((length for _, length in tree[1:]), default=len(prompts[0]) - 1)
-    prefix, cache = DynamicCache(), DynamicCache()
+    whole = max(map(len, prompts)) + max_new_tokens <= find_reach(model.config)[0]
+    shared = count_shared(prompts) if whole else 0
+    prefix, cache = DynamicCache(), DynamicCache(config=None if whole else model.config)
     if shared:
         model(torch.tensor([prompts[0][:shared]], device=model.device), past_key_values=prefix, logits_to_keep=1)
     rests = [torch.tensor(prompt[shared:]) for prompt in prompts]
@@ -56,7 +57,7 @@ def generate_tokens(model, prompts: list[list[int]], stops: list[int], max_new_t
     positions = (shared + filled.cumsum(dim=1) - 1).clamp(min=0)
     # Padding sees itself, so that no token sees nothing; nothing else sees padding.
     own = torch.eye(ids.shape[1], dtype=torch.bool, device=ids.device)
-    mask = (filled[:, None, :].bool() & torch.ones_like(own).tril() | own)[:, None]
+    mask = (filled[:, None, :].bool() & torch.ones_like(own).tril() | own)[:, None] if whole else filled
     answers, open_rows = [[] for _ in prompts], range(len(prompts))
     options = {"past_key_values": cache, "prefix_cache": prefix if shared else None, "logits_to_keep": 1}
     for _ in range(max_new_tokens):
@@ -70,9 +71,15 @@ def generate_tokens(model, prompts: list[list[int]], stops: list[int], max_new_t
         if not going:
             break
         if len(going) < len(tokens):
-            cache.batch_select_indices(torch.tensor(going))
+            cache.reorder_cache(torch.tensor(going))
             open_rows, filled = [open_rows[index] for index in going], filled[going]
         ids, positions = tokens[going, None], positions[going, -1:] + 1
         filled = torch.cat([filled, torch.ones_like(ids)], dim=1)
-        mask = filled[:, None, None, :].bool()
+        mask = filled[:, None, None, :].bool() if whole else filled
     return answers
+
+
+def count_shared(prompts: list[list[int]]) -> int:
+    """Return how many tokens all prompts begin with, without the last one of each."""
+    tree = to_tree([Sample("", prompt, len(prompt)) for prompt in prompts])
+    return min((length for _, length in tree[1:]), default=len(prompts[0]) - 1)

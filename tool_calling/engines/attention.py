@@ -37,6 +37,8 @@ def attend_in_blocks(module, query, key, value, attention_mask, **options):
     """
     key_blocks, prefix_cache = options.pop("key_blocks", None), options.pop("prefix_cache", None)
     scaling = options.get("scaling")
+    if unknown := [name for name in ("softcap", "s_aux") if options.get(name) is not None]:  # see takes_sdpa
+        raise RuntimeError(f"attention with {unknown[0]} cannot be computed in blocks; expected plain attention")
     if prefix_cache is not None:
         layer = prefix_cache.layers[module.layer_idx]
         scores = query[0, :, :, 0].numel() * (layer.keys.shape[2] + key.shape[2])  # of one row

@@ -22,6 +22,7 @@ PRIVATE_NAMES = [
         "transformers 5.17",
     ),
     ("transformers.training_args", "_setup_devices _n_gpu", "transformers 5.17"),
+    ("transformers.cache_utils", "get_layer_types_and_kwargs", "transformers 5.17"),
     ("transformers.modeling_layers", "_gradient_checkpointing_func", "transformers 5.17"),
     ("trl.trainer.utils", "add_fused_lm_head", "trl 1.15"),
     ("accelerate.accelerator", "_is_accelerate_prepared", "accelerate 1.15"),

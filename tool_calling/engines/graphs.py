@@ -3,6 +3,7 @@
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from tool_calling.data.literals import as_list
 from tool_calling.engines.compat import cache_block_mask, list_rotations, plain_checkpointing
 from tool_calling.engines.device import free_gpu
 from tool_calling.schedule import Schedule
@@ -22,7 +23,8 @@ def count_token_bytes(config, checkpointing: bool, working: float) -> float:
     """
     heads, layers = config.num_attention_heads, config.num_hidden_layers
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kept = 4 * config.hidden_size + 3 * head_dim * (heads + config.num_key_value_heads) + 2 * config.intermediate_size
+    inner = max(as_list(config.intermediate_size))  # some models have one for each layer
+    kept = 4 * config.hidden_size + 3 * head_dim * (heads + config.num_key_value_heads) + 2 * inner
     return 2 * layers * config.hidden_size + working * 2 * kept if checkpointing else 2 * layers * kept
 
 

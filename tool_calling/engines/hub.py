@@ -1,14 +1,15 @@
 """Config, tokenizer and weights of a model, checked before it is loaded."""
 
 import json
-import math
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError, safe_open
-from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AddedToken, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from tool_calling.engines.reach import find_reach
 from tool_calling.prompts import find_end_token
 from tool_calling.templates import list_tokens
 from tool_calling.terminal import UserError, cut_text, list_first, say
@@ -99,7 +100,7 @@ def check_model(model_id: str, flag: str = "--model_id", trust: bool = False):
     if folder.is_dir() and not list(folder.glob("*.safetensors")):
         raise UserError(f"{flag} {model_id}: the folder holds no *.safetensors; give a folder saved by save_pretrained")
     config = load_config(model_id, flag, trust)
-    check_kind(config, model_id, flag)
+    config = check_kind(config, model_id, flag)
     check_weights(folder, f"{flag} {model_id}")
     return config
 
@@ -121,24 +122,39 @@ def check_weights(folder: Path, what: str) -> None:
             raise UserError(f"{what}: {file.name} holds no whole weights ({error}); download it again") from None
 
 
-def check_kind(config, model_id: str, flag: str = "--model_id") -> None:
-    """Refuse a model that is not a causal language model, or whose layers do not all look back on all tokens."""
-    names = config.architectures or []
-    if not any(name.endswith("ForCausalLM") for name in names):
-        raise UserError(f"{flag} {model_id}: not a causal language model ({', '.join(names) or config.model_type})")
-    layers = getattr(config, "layer_types", None) or []
-    kinds, window = {*layers} - {"full_attention"}, not layers and getattr(config, "sliding_window", None)
-    if kinds or window and window < getattr(config, "max_position_embeddings", math.inf):
-        found = f"has layers of {', '.join(sorted(kinds)) or 'sliding_attention'}, which do not look back on all tokens"
-        raise UserError(f"{flag} {model_id}: {found}; expected full attention in every layer")
+def check_kind(config, model_id: str, flag: str = "--model_id"):
+    """Return the config of the language model; UserError if that is not one that Transformers loads alone."""
+    names, kind = config.architectures or [], MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if any(name.endswith("ForCausalLM") for name in names):
+        return config
+    composed = any(name.endswith("ForConditionalGeneration") for name in names)
+    if not composed or not kind or not kind.__name__.endswith("ForCausalLM"):
+        found = f"not a causal language model ({', '.join(names) or config.model_type})"
+        if composed and kind:
+            found += ", and Transformers loads its language model only with the rest; expected a model of text alone"
+        raise UserError(f"{flag} {model_id}: {found}")
+    text = config.get_text_config(decoder=True)  # of a model that sees images, too: what is trained and saved
+    for name in ("dtype", "quantization_config"):
+        if getattr(text, name, None) is None and getattr(config, name, None) is not None:
+            setattr(text, name, getattr(config, name))
+    say("model", f"the language model of {model_id} alone, without what reads images")
+    return text
 
 
-def can_share(engine: str, config) -> bool:
-    """Return whether the engine's attention takes streams of this kind of model; if not, print one line."""
-    if engine != "unsloth" or config.model_type in UNSLOTH_TREES:
+def can_share(engine: str, config, longest: int) -> bool:
+    """Return whether samples of up to `longest` tokens can share prefixes; say so if that is no matter of course."""
+    reach, limit = find_reach(config)
+    named = engine != "unsloth" or config.model_type in UNSLOTH_TREES
+    if named and longest <= reach:
+        if limit:
+            say("plan", f"prefixes are shared: {limit} hold the longest sample, {longest:,} tokens")
         return True
-    reason = f"with Unsloth, only {', '.join(UNSLOTH_TREES)} share prefixes, and this is {config.model_type}"
-    say("plan", f"ordinary padded batches: {reason}; --engine transformers shares them, too")
+    if longest > reach:
+        reason = f"this {config.model_type} has {limit}" + (f", and samples of {longest:,} tokens" if reach else "")
+    else:
+        reason = f"with Unsloth, only {', '.join(UNSLOTH_TREES)} share prefixes, and this is {config.model_type}"
+        reason += "; --engine transformers shares them, too"
+    say("plan", f"ordinary padded batches: {reason}")
     return False
 
 
@@ -164,7 +180,9 @@ def find_base(model_id: str) -> tuple[str, str]:
 
 def check_dropout(dropout: float, config, model_id: str) -> None:
     """Refuse dropout for a mixture of experts: PEFT has none for experts, whose weights are one tensor per layer."""
-    if dropout and (getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)):
+    if dropout and any(
+        getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")
+    ):
         reason = f"{model_id} is a mixture of experts, whose adapters have no dropout"
         raise UserError(f"--lora_dropout {dropout}: {reason}; expected 0")
 
@@ -222,32 +240,39 @@ def build_skeleton(config, trust: bool):
 
 
 def count_parameters(config, rank: int, trust: bool = False, targets=PROJECTIONS) -> dict[str, int]:
-    """Return how many weights are in linear layers (which 4 bits hold), elsewhere, and in an adapter.
-
-    UserError for a name in `targets` that no linear layer has.
-    """
+    """Return how many weights are in linear layers (which 4 bits hold), elsewhere, and in an adapter."""
     skeleton = build_skeleton(config, trust)
     layers = {
         name: module
         for name, module in skeleton.named_modules()
         if isinstance(module, torch.nn.Linear) and not name.startswith("lm_head")
     }
-    experts = [
-        (name, *weight.shape[1:], weight.shape[0])
-        for name, weight in skeleton.named_parameters()
-        if name.endswith(("experts.gate_up_proj", "experts.down_proj"))
-    ]
-    names = {name.rsplit(".", 1)[-1] for name in layers} | ({"gate_proj", "up_proj", "down_proj"} if experts else set())
-    if rank and (missing := sorted({*targets} - names)):
-        expected = f"expected some of {', '.join(sorted(names))}"
-        raise UserError(f"--target_modules {' '.join(missing)}: the model has no such linear layer; {expected}")
     linear = sum(layer.weight.numel() for layer in layers.values())
-    adapter = sum(
-        rank * (layer.in_features + layer.out_features)
-        for name, layer in layers.items()
-        if name.rsplit(".", 1)[-1] in targets
-    )
-    for name, rows, columns, count in experts:  # gate and up are one weight, and their adapter has twice the rank
-        adapter += count * rank * (1 + name.endswith("gate_up_proj")) * (rows + columns)
-    other = sum(weight.numel() for weight in skeleton.parameters()) - linear
+    other, adapter = sum(weight.numel() for weight in skeleton.parameters()) - linear, 0
+    if rank:
+        experts = any(name.endswith("experts.gate_up_proj") for name, _ in skeleton.named_parameters())
+        names = {name.rsplit(".", 1)[-1] for name in layers}
+        check_targets({*targets}, names | ({"gate_proj", "up_proj", "down_proj"} if experts else set()))
+        lora = LoraConfig(task_type="CAUSAL_LM", r=rank, target_modules=[*targets], init_lora_weights=False)
+        try:
+            with torch.device("meta"):
+                adapted = get_peft_model(skeleton, lora)
+        except ValueError as error:  # layers that PEFT refuses, as Mamba's out_proj
+            raise UserError(f"--target_modules {' '.join(targets)}: {cut_text(str(error))}") from None
+        adapter = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
     return {"linear": linear, "other": other, "adapter": adapter}
+
+
+def check_targets(targets: set[str], names: set[str]) -> None:
+    """Refuse targets that no linear layer is named; of the default ones, as other families have, some are enough.
+
+    What they leave out is then said: families have layers with other names, as Mamba's and linear attention's are.
+    """
+    missing, default = targets - names, targets == {*PROJECTIONS}
+    if missing and not (default and targets & names):
+        expected = f"expected some of {', '.join(sorted(names))}"
+        raise UserError(f"--target_modules {' '.join(sorted(missing))}: the model has no such linear layer; {expected}")
+    left_out = sorted(name for name in names - targets if not name.endswith(("gate", "router")))
+    if default and left_out:
+        found = ", ".join(sorted(targets & names))
+        say("lora", f"on {found}; --target_modules can name more: {list_first(left_out, 10)}")

@@ -10,6 +10,7 @@ from tool_calling.engines.attention import attend_in_blocks
 from tool_calling.engines.compat import keep_4_bit_layout
 from tool_calling.engines.device import free_gpu, to_dtype
 from tool_calling.engines.hub import load_config
+from tool_calling.engines.reach import takes_sdpa
 from tool_calling.files import is_disk_full
 from tool_calling.terminal import UserError, list_first, warn
 
@@ -54,6 +55,8 @@ def load_base(
         raise UserError(f"{model_id}: its weights cannot be loaded: {str(error).splitlines()[0]}") from None
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{model_id}: has no weights for {list_first(missing, 3)}; download it again")
+    if not takes_sdpa(model, model.config):
+        model.set_attn_implementation("eager")
     keep_4_bit_layout(model)
     return model
 
