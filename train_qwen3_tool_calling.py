@@ -31,6 +31,7 @@ from tool_calling.data.splits import find_warnings, is_thinking
 from tool_calling.environment import refuse_telemetry, return_pages
 from tool_calling.failures import report_failure, report_interrupt
 from tool_calling.files import discard_partial, lock_folder
+from tool_calling.origins import LORA_FLAGS, is_adapter, list_trained_tokens, read_adapter, read_shape
 from tool_calling.processes import (
     LAUNCHER,
     PATIENCE,
@@ -42,7 +43,7 @@ from tool_calling.processes import (
     raise_interrupted,
     unwrap_interrupt,
 )
-from tool_calling.run_folder import Run, check_final, check_folder, mark_output, read_run, write_run
+from tool_calling.run_folder import Run, check_final, check_folder, check_models_stay, mark_output, read_run, write_run
 from tool_calling.samples import (
     Rendering,
     check_shown,
@@ -133,7 +134,7 @@ def build_parser() -> Parser:
     add("--show_row", type=count, metavar="N", help="print the N-th valid row whole, as the model sees it")
 
     add = parser.add_argument_group("model").add_argument
-    add("--model_id", default=MODEL_ID, help="Hub id or folder of the base model")
+    add("--model_id", default=MODEL_ID, help="Hub id or folder of the base model, or folder of an adapter to train on")
     add("--chat_template", type=check_name, metavar="FILE|NAME",
         help=f"Jinja file, or bundled: {', '.join(list_bundled())}; in place of the base's own, for one without tools")
     add("--merge_model_id", metavar="MODEL", help="16-bit original to merge into, when --model_id is already quantised")
@@ -226,7 +227,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """
     parser = build_parser()
     unset = [action.dest for action in parser._actions if action.default == argparse.SUPPRESS]
-    args = argparse.Namespace(**dict.fromkeys(unset))
+    args = argparse.Namespace(**dict.fromkeys([*unset, *LORA_FLAGS]))
     config = getattr(parser.parse_args(argv), "config", None)
     for words in (read_config(parser, config) if config else [], argv):
         share = args.warmup_ratio
@@ -235,12 +236,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             setattr(args, "warmup_steps" if share is None else "warmup_ratio", None)
     del args.config, args.help
     args.dataset_path = as_list(args.dataset_path)  # a list as default would look like Python in --help
-    args.target_modules = sorted({*" ".join(as_list(args.target_modules)).split()})  # their order means nothing
+    settle_shape(args, parser)
     args.train_tokens = as_list(args.train_tokens)
     args.dry_run = bool(args.dry_run)
     check_together(args, parser.error)
     settle_defaults(args)
     return args
+
+
+def settle_shape(args: argparse.Namespace, parser: Parser) -> None:
+    """Set the shape of the adapter: that of an adapter that is trained on, else what flags say, else the defaults."""
+    if args.target_modules is not None:  # their order means nothing
+        args.target_modules = sorted({*" ".join(args.target_modules).split()})
+    fixed = read_shape(args.model_id, "--model_id") if is_adapter(args.model_id) else {}
+    defaults = {flag: parser.get_default(flag) for flag in LORA_FLAGS} | {"target_modules": sorted(TARGET_MODULES)}
+    for flag, value in (defaults | fixed).items():
+        given = getattr(args, flag)
+        if fixed and given not in (None, value):
+            given, value = (" ".join(map(str, as_list(words))) for words in (given, value))
+            advice = "leave the flag out, or give a merged model as --model_id, which gets an adapter of its own"
+            parser.error(f"--{flag} {given}: the adapter --model_id {args.model_id} has {value}; {advice}")
+        setattr(args, flag, value if given is None else given)
 
 
 def check_together(args: argparse.Namespace, refuse) -> None:
@@ -291,7 +307,7 @@ def settle_defaults(args: argparse.Namespace) -> None:
 # Model and trainer
 # ----------------------------------------------------------------------------------------------------------------------
 def load_model(args: argparse.Namespace, engine: str, schedule, tokenizer):
-    """Return the base model, in 4 bits if asked, with fresh LoRA adapters on --target_modules."""
+    """Return the base model, in 4 bits if asked, with fresh LoRA on --target_modules or the adapter of --model_id."""
     from tool_calling.engines.device import use_checkpointing
 
     checkpointing = use_checkpointing(args.gradient_checkpointing)
@@ -311,10 +327,13 @@ def load_model(args: argparse.Namespace, engine: str, schedule, tokenizer):
 
     from tool_calling.engines.compat import compile_attention
     from tool_calling.engines.graphs import can_record, find_recorded, read_streams
+    from tool_calling.engines.hub import find_base
+    from tool_calling.engines.loading import set_adapter_weights
     from tool_calling.engines.tokens import compute_rows_alone, prepare_tokens
 
+    base, _ = find_base(args.model_id)
     model, _ = FastLanguageModel.from_pretrained(
-        args.model_id,
+        base,
         max_seq_length=args.max_seq_length,
         load_in_4bit=args.load_in_4bit,
         dtype=None,
@@ -323,11 +342,13 @@ def load_model(args: argparse.Namespace, engine: str, schedule, tokenizer):
         use_exact_model_name=True,  # not a copy of it in Unsloth's own repositories
         text_only=True,  # of models that see images, too
     )
-    alone = args.save_method == "lora"
-    lora |= prepare_tokens(model, tokenizer, schedule.samples, args.train_tokens, alone)
+    wanted = (args.train_tokens, list_trained_tokens(args.model_id), args.save_method == "lora")
+    lora |= prepare_tokens(model, tokenizer, schedule.samples, *wanted)
     model = FastLanguageModel.get_peft_model(
         model, **lora, random_state=args.seed, use_gradient_checkpointing="unsloth" if checkpointing else False
     )
+    if base != args.model_id:
+        set_adapter_weights(model, args.model_id)
     compute_rows_alone(model)
     add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "is_top1"))
     if not schedule.layout.share_prefix:
@@ -347,17 +368,19 @@ def load_stock_model(args: argparse.Namespace, lora: dict, schedule, tokenizer):
     from peft import LoraConfig, get_peft_model
 
     from tool_calling.engines.fsdp import split_model
-    from tool_calling.engines.loading import load_trainable
+    from tool_calling.engines.hub import find_base
+    from tool_calling.engines.loading import go_on_from, load_trainable
     from tool_calling.engines.tokens import compute_rows_alone, prepare_tokens
 
-    model = load_trainable(
-        args.model_id, args.load_in_4bit, args.trust_remote_code, whole=not lora["r"], split=args.fsdp
-    )
-    alone = args.save_method == "lora"
-    lora |= prepare_tokens(model, tokenizer, schedule.samples, args.train_tokens, alone)
-    if lora["r"]:
-        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
-        compute_rows_alone(model)
+    base, _ = find_base(args.model_id)
+    model = load_trainable(base, args.load_in_4bit, args.trust_remote_code, whole=not lora["r"], split=args.fsdp)
+    wanted = (args.train_tokens, list_trained_tokens(args.model_id), args.save_method == "lora")
+    rows = prepare_tokens(model, tokenizer, schedule.samples, *wanted)
+    if base != args.model_id:
+        model = go_on_from(model, args.model_id, rows)
+    elif lora["r"]:
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora, **rows))
+    compute_rows_alone(model)
     return split_model(model) if args.fsdp else model
 
 
@@ -454,6 +477,7 @@ def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.Ex
     if final:
         check_folder(final, "--final_model_dir")
         check_final(Path(final), Path(args.output_dir), list_inputs(args))
+    check_models_stay(Path(args.output_dir), list_inputs(args)["model_id"])
     if existed := Path(args.output_dir).is_dir():
         locks.enter_context(lock_folder(args.output_dir))
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
@@ -518,7 +542,10 @@ def list_inputs(args: argparse.Namespace) -> dict[str, list[str]]:
     """Return what a run reads, by flag: paths and names on the Hub."""
     flags = """model_id chat_template merge_model_id dataset_path eval_dataset_path tools_path
         resume_from_checkpoint""".split()
-    return {flag: [split_share(path)[0] for path in as_list(getattr(args, flag) or [])] for flag in flags}
+    inputs = {flag: [split_share(path)[0] for path in as_list(getattr(args, flag) or [])] for flag in flags}
+    if is_adapter(args.model_id):
+        inputs["model_id"].append(read_adapter(args.model_id, "--model_id")["base_model_name_or_path"])
+    return inputs
 
 
 def read_sides(args: argparse.Namespace) -> tuple[list, list, int]:
@@ -534,21 +561,28 @@ def read_sides(args: argparse.Namespace) -> tuple[list, list, int]:
 def check_models(args: argparse.Namespace, engine: str, gguf: tuple[list[str], list[str]]) -> tuple:
     """Return (what will be Trained, tokenizer, config), after all checks that need no weights."""
     from tool_calling.engines.choices import check_optim, check_report_to
-    from tool_calling.engines.hub import check_base, check_dropout, load_tokenizer
+    from tool_calling.engines.hub import check_base, check_dropout, find_tokenizer, load_tokenizer
     from tool_calling.engines.tokens import fit_config
     from tool_calling.saving.merge import Trained
 
     check_report_to(args.report_to)
     check_optim(choose_optim(args))
-    config, base = check_base(
+    base, config, merge_base = check_base(
         args.model_id, args.merge_model_id, bool(args.lora_rank), args.save_method != "lora", args.trust_remote_code
     )
     check_dropout(args.lora_dropout, config, args.model_id)
-    tokenizer = load_tokenizer(args.model_id, args.trust_remote_code, template=read_template(args.chat_template))
+    start = args.model_id if base != args.model_id else None
+    if start:
+        shape = ", ".join(f"{flag} {' '.join(map(str, as_list(getattr(args, flag))))}" for flag in LORA_FLAGS)
+        say("adapter", f"{start} is trained on, on its base {base}: {shape}")
+    folder, template = find_tokenizer(args.model_id, base), read_template(args.chat_template)
+    tokenizer = load_tokenizer(folder, args.trust_remote_code, template=template)
+    trained = Trained(
+        base, merge_base, config.dtype, engine, args.final_model_dir, args.save_method, vars(args), start=start
+    )
     config = fit_config(config, tokenizer)
     if args.save_gguf:
         check_gguf(args.save_gguf, gguf[0], config, tokenizer)
-    trained = Trained(args.model_id, base, config.dtype, engine, args.final_model_dir, args.save_method, vars(args))
     return trained, tokenizer, config
 
 

@@ -407,7 +407,7 @@ def test_scoring_alone_holds_out_the_rows_that_training_did(tmp_path, monkeypatc
         scored.extend(sample.source for sample in samples)
         return [""] * len(samples)
 
-    monkeypatch.setattr("tool_calling.saving.proof.load_base", lambda *_, **__: None)
+    monkeypatch.setattr("tool_calling.saving.evaluation.load_scored", lambda *_: None)
     monkeypatch.setattr("tool_calling.saving.proof.generate_answers", answer)
     result = run_here(*flags, "--eval_only", TINY, "--output_dir", tmp_path / "out")
     assert result.returncode == 0 and scored == [sample.source for sample in held_out], result.stderr

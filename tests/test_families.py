@@ -387,7 +387,7 @@ def test_a_mixture_of_experts_is_merged_with_its_experts(tmp_path):
     changed = {name for name, weight in trainer.model.named_parameters() if "lora_B" in name and weight.any()}
     assert any("experts" in name for name in changed) and any("q_proj" in name for name in changed)
     tokenizer = load_tokenizer(args.model_id)
-    adapter = save_adapter(trainer.model, args.output_dir, tokenizer)
+    adapter = save_adapter(trainer.model, vars(args), tokenizer)
     with torch.no_grad():
         expected, base = trainer.model.eval()(ids).logits, load_base(str(folder), False)(ids).logits
         merged = merge_adapter(to_trained(args, adapter), tokenizer)

@@ -153,8 +153,8 @@ def test_unsloth_records_streams_where_flags_and_steps_allow_it(monkeypatch, fla
     args = script.parse_args(["--gradient_checkpointing", "on", *flags])
     schedule = plan_schedule(TRAIN, pick(Batching, args), fill=True)
     assert script.load_model(args, "unsloth", schedule, "its tokenizer") is model
-    assert fitted == [(model, "its tokenizer", TRAIN, ["auto"])] and asked[1]["trainable_token_indices"] == 7
-    assert noted == [(128,) if recorded else ()]
+    assert fitted == [(model, "its tokenizer", TRAIN, ["auto"], [], False)] and asked[1]["trainable_token_indices"] == 7
+    assert noted == ([] if "--no-share_prefix" in flags else [(128,) if recorded else ()])
     assert asked[0]["use_safetensors"] and asked[0]["load_in_4bit"] and not asked[0]["trust_remote_code"]
     assert asked[1]["use_gradient_checkpointing"] == "unsloth" and asked[1]["target_modules"] == args.target_modules
 

@@ -110,7 +110,7 @@ def live(folder: Path, flags: list[str]) -> None:
         whole, _ = round_trained(trained, trainer.model, schedule.layout.batch(held_out))
     if leave_group():
         if args.lora_rank:
-            save_adapter(trainer.model, args.output_dir, tokenizer)
+            save_adapter(trainer.model, vars(args), tokenizer)
         else:
             put_in_place(args.final_model_dir, save_whole(trained, whole, tokenizer))
 

@@ -20,7 +20,7 @@ from tool_calling.data.splits import (
     find_warnings,
     list_calls,
 )
-from tool_calling.engines.hub import check_kind, load_config, load_tokenizer
+from tool_calling.engines.hub import check_kind, find_base, find_tokenizer, load_config, load_tokenizer
 from tool_calling.engines.tokens import fit_config
 from tool_calling.files import digest, write_file
 from tool_calling.prompts import render_text
@@ -63,14 +63,15 @@ class Characters:
 def find_model(model_id: str, trust: bool, template: str | None) -> tuple:
     """Return (tokenizer or Characters, why there is no tokenizer or "", the config or None)."""
     try:
-        tokenizer = load_tokenizer(model_id, trust, template=template)
+        base, flag = find_base(model_id)
+        tokenizer = load_tokenizer(find_tokenizer(model_id, base), trust, template=template)
     except UserError as error:
         return Characters(), str(error), None
     try:
-        config = load_config(model_id, trust=trust)
+        config = load_config(base, flag, trust)
     except UserError:
         return tokenizer, "", None
-    return tokenizer, "", fit_config(check_kind(config, model_id), tokenizer)
+    return tokenizer, "", fit_config(check_kind(config, base, flag), tokenizer)
 
 
 def audit_inputs(sides: list[Checked]) -> dict:

@@ -53,14 +53,27 @@ def check_final(final: Path, output: Path, inputs: dict[str, list[str]]) -> None
         if Path(path).resolve().is_relative_to(final.resolve()):
             found = f"is replaced as a whole and contains --{flag} {path}"
             raise UserError(f"--final_model_dir {final}: {found}; choose another folder")
-    inside = final.resolve().parent == output.resolve()
-    if inside and re.fullmatch(r"adapter|eval_only|checkpoint-\d+", final.name):
+    if is_result(final, output):
         raise UserError(f"--final_model_dir {final}: is where --output_dir has its {final.name}; choose another folder")
     if list_checkpoints(final) or (final / "adapter").exists():
         found = "is replaced as a whole and is the --output_dir of a run"
         raise UserError(f"--final_model_dir {final}: {found}; choose another folder")
     if not final.name or final.is_symlink() or final.is_mount() or not os.access(find_existing(final.parent), os.W_OK):
         raise UserError(f"--final_model_dir {final}: cannot be written and renamed there; choose another folder")
+
+
+def is_result(path: Path, output: Path) -> bool:
+    """Say whether a path is where the run of an output folder has its adapter, its checkpoints or its scores."""
+    inside = path.resolve().parent == output.resolve()
+    return inside and bool(re.fullmatch(r"adapter|eval_only|checkpoint-\d+", path.resolve().name))
+
+
+def check_models_stay(output: Path, model_ids: list[str]) -> None:
+    """Refuse to train on an adapter or a model that the run itself would replace or remove."""
+    for model_id in model_ids:
+        if is_result(Path(model_id), output):
+            found = f"its {Path(model_id).name} is replaced by this run and is what --model_id trains on"
+            raise UserError(f"--output_dir {output}: {found}; choose another folder")
 
 
 def write_run(settings: dict, folder: str | Path, **facts) -> None:

@@ -129,6 +129,20 @@ def test_the_user_names_the_tokens(tokenizer, capsys):
         prepare_tokens(model, tokenizer, call(ids), ["<tool>"])
 
 
+def test_rows_of_an_adapter_to_go_on_from_are_kept_whatever_else_is_trained(tokenizer, capsys):
+    model, ids = load_blank(tokenizer)
+    before = model.get_input_embeddings().weight.detach().clone()
+    capsys.readouterr()
+    for wanted in (["off"], ["auto"]):
+        assert prepare_tokens(model, tokenizer, call(ids), wanted, ids) == {
+            "trainable_token_indices": {"model.embed_tokens": ids}
+        }
+    assert capsys.readouterr() == ("", "") and torch.equal(model.get_input_embeddings().weight, before)
+    new = prepare_tokens(model, tokenizer, call(ids), ["auto"], ids[:1])
+    assert new == {"trainable_token_indices": {"model.embed_tokens": ids}}
+    assert "1 in answers have embedding rows that were never trained: </tool_call>;" in capsys.readouterr().out
+
+
 def test_tokens_that_were_added_are_trained_in_both_embeddings(more_tokens):
     model = make_qwen3(tied=False)
     model.resize_token_embeddings(len(more_tokens) - 2, mean_resizing=False)
@@ -170,5 +184,5 @@ def test_rows_alone_compute_what_peft_computes(tied):
 def test_an_adapter_that_no_server_loads_is_warned_of_before_training(tokenizer, capsys):
     for alone in (False, True):
         model, ids = load_blank(tokenizer)
-        assert prepare_tokens(model, tokenizer, call(ids), ["auto"], alone)
+        assert prepare_tokens(model, tokenizer, call(ids), ["auto"], alone=alone)
         assert ("vLLM loads no adapter" in capsys.readouterr().err) == alone

@@ -242,7 +242,7 @@ def test_vllm_is_told_how_calls_and_thoughts_look(tokenizer, monkeypatch, templa
 @pytest.mark.parametrize("rank, highest", [(1, 16), (16, 16), (17, 32), (32, 32), (100, 128)])
 def test_vllm_is_told_how_high_an_adapters_rank_is_and_where_its_template_is(rank, highest):
     for template, tokenizer in ((None, ""), ("qwen3", " --tokenizer 'out/a b'")):
-        assert to_lora_words("my base", "out/a b", {"lora_rank": rank, "chat_template": template}) == (
+        assert to_lora_words("my base", "out/a b", {"model_id": "x", "lora_rank": rank, "chat_template": template}) == (
             f"'my base'{tokenizer} --enable-lora --max-lora-rank {highest} --lora-modules tools='out/a b'"
         )
 

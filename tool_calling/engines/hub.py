@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AddedToken, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tool_calling.engines.reach import find_reach
+from tool_calling.origins import is_adapter, read_adapter
 from tool_calling.prompts import find_end_token
 from tool_calling.templates import list_tokens
 from tool_calling.terminal import UserError, cut_text, list_first, say
@@ -25,7 +26,7 @@ def explain_hub_error(message: str, folder: Path) -> str:
     text = message.lower()
     if folder.is_file():
         return "is a file; expected the folder of a model"
-    if (folder / "adapter_config.json").is_file():
+    if is_adapter(str(folder)):
         return "is an adapter; expected the model that it belongs to, its base"
     if "trust_remote_code" in text:
         return "brings Python code of its own, which is not run; if you know who wrote it, add --trust_remote_code"
@@ -158,24 +159,18 @@ def can_share(engine: str, config, longest: int) -> bool:
     return False
 
 
-def find_base(model_id: str) -> tuple[str, str]:
-    """Return (base, flag for messages) of what --eval_only names: an adapter's base, or the model itself.
+def find_base(model_id: str, flag: str = "--model_id") -> tuple[str, str]:
+    """Return (base, flag for messages) of what a flag names: an adapter's base, or the model itself.
 
     UserError if an adapter cannot be used.
     """
-    flag, settings = f"--eval_only {model_id}", Path(model_id) / "adapter_config.json"
-    if not settings.is_file():
-        return model_id, "--eval_only"
-    try:
-        base = json.loads(settings.read_text())["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError):
-        base = None
-    if not base:
-        raise UserError(f"{flag}: adapter_config.json names no base; expected one saved by PEFT")
-    if not list(settings.parent.glob("*.safetensors")):
-        raise UserError(f"{flag}: the adapter holds no *.safetensors; expected one saved by PEFT")
-    check_weights(settings.parent, flag)
-    return base, f"{flag}: its base"
+    if not is_adapter(model_id):
+        return model_id, flag
+    base, what = read_adapter(model_id, flag)["base_model_name_or_path"], f"{flag} {model_id}"
+    if not list(Path(model_id).glob("*.safetensors")):
+        raise UserError(f"{what}: the adapter holds no *.safetensors; expected one saved by PEFT")
+    check_weights(Path(model_id), what)
+    return base, f"{what}: its base"
 
 
 def check_dropout(dropout: float, config, model_id: str) -> None:
@@ -225,12 +220,17 @@ def check_merge_base(config, model_id: str, merge_model_id: str | None, trust: b
 
 
 def check_base(model_id: str, merge_model_id: str | None, adapter: bool, merged: bool, trust: bool) -> tuple:
-    """Return (config of the model to train, the 16-bit model that its adapter is merged into), after checks of both."""
-    config = check_model(model_id, trust=trust)
-    quantised = check_quantised(config, model_id, adapter)
+    """Return (the model to train on, its config, the 16-bit model to merge into), after checks of all of them.
+
+    Args:
+        model_id: a model, or an adapter, which is trained on its base.
+    """
+    base, flag = find_base(model_id)
+    config = check_model(base, flag, trust)
+    quantised = check_quantised(config, base, adapter)
     if merge_model_id or (quantised and merged):
-        return config, check_merge_base(config, model_id, merge_model_id, trust)
-    return config, model_id
+        return base, config, check_merge_base(config, base, merge_model_id, trust)
+    return base, config, base
 
 
 def build_skeleton(config, trust: bool):

@@ -1,8 +1,10 @@
 """Models loaded by plain Transformers, with their adapters."""
 
+import contextlib
+
 import torch
 from accelerate.utils import get_max_memory
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.masking_utils import sdpa_mask
 
@@ -13,6 +15,8 @@ from tool_calling.engines.hub import load_config
 from tool_calling.engines.reach import takes_sdpa
 from tool_calling.files import is_disk_full
 from tool_calling.terminal import UserError, list_first, warn
+
+TOKEN_ROWS = "trainable_tokens_delta"  # ends the name of an adapter's own rows of an embedding
 
 
 def load_base(
@@ -85,6 +89,45 @@ def load_adapter(model, adapter: str):
     places = getattr(model, "hf_device_map", {})
     device_map = {f"base_model.model.{name}".rstrip("."): place for name, place in places.items()}
     return PeftModel.from_pretrained(model, adapter, device_map=device_map)
+
+
+def go_on_from(model, adapter: str, rows: dict):
+    """Return a base with a copy of an adapter to be trained on, and the rows of tokens that prepare_tokens adds."""
+    config = PeftConfig.from_pretrained(adapter)
+    config.inference_mode = False
+    config.trainable_token_indices = rows.get("trainable_token_indices")
+    model = get_peft_model(model, config)
+    set_adapter_weights(model, adapter)
+    return model
+
+
+def set_adapter_weights(model, adapter: str) -> None:
+    """Give an adapter that was made fresh the weights of one in a folder; UserError if they are those of another."""
+    weights, trained = load_peft_weights(adapter, device="cpu"), PeftConfig.from_pretrained(adapter)
+    with refuse_other_base(f"--model_id {adapter}", model.get_base_model().name_or_path):
+        for name in [name for name in weights if name.endswith(TOKEN_ROWS)]:
+            table = name.removeprefix("base_model.model.").removesuffix(f".token_adapter.{TOKEN_ROWS}")
+            ids, old = (config.trainable_token_indices for config in (model.peft_config["default"], trained))
+            old = old[table] if isinstance(old, dict) else old
+            rows = model.get_parameter(f"{name}.default").detach().clone()  # those of other tokens stay as they are
+            rows[[ids[table].index(token) for token in old]] = weights[name].to(rows)
+            weights[name] = rows
+        result = set_peft_model_state_dict(model, weights)
+        missing = [name for name in result.missing_keys if "lora_" in name]
+        if strays := [*missing, *result.unexpected_keys]:
+            raise ValueError(f"missing or unknown weights: {list_first(strays, 3)}")
+
+
+@contextlib.contextmanager
+def refuse_other_base(what: str, base: str):
+    """Turn the error of an adapter that does not fit its base into a UserError, a line that begins with `what`."""
+    try:
+        yield
+    except torch.OutOfMemoryError:  # a RuntimeError
+        raise
+    except (RuntimeError, ValueError) as error:  # the last line names the first layer
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"{what}: its base {base} is another model than it was trained on ({reason})") from None
 
 
 def find_place(four_bit: bool = False, fsdp: bool = False) -> str:

@@ -97,7 +97,7 @@ def to_ids(tokenizer, tokens: list[str]) -> list[int]:
 
 
 @torch.no_grad()
-def prepare_tokens(model, tokenizer, samples: list[Sample], wanted: list[str], alone: bool = False) -> dict:
+def prepare_tokens(model, tokenizer, samples: list[Sample], wanted: list[str], kept=(), alone: bool = False) -> dict:
     """Fit the vocabulary; return the setting of PEFT's LoraConfig that trains rows of tokens, {} if there are none.
 
     Rows that were never trained start as start_row says, and are printed.
@@ -105,6 +105,7 @@ def prepare_tokens(model, tokenizer, samples: list[Sample], wanted: list[str], a
     Args:
         samples: of which the supervised tokens are looked at.
         wanted: ["auto"], ["off"], or the tokens whose rows are to be trained.
+        kept: ids of tokens whose rows an adapter has trained, which is to be trained on: they are trained on, too.
         alone: whether the adapter is kept without a merged model.
     """
     known, automatic = model.get_input_embeddings().weight.shape[0], wanted == ["auto"]
@@ -114,6 +115,7 @@ def prepare_tokens(model, tokenizer, samples: list[Sample], wanted: list[str], a
     tables, untrained = list_tables(model), {token for token in ids if token >= known}
     for table in tables.values():
         untrained |= {*find_untrained(table.weight, [token for token in ids if token < known])}
+    untrained -= {*kept}
     if untrained:
         shown = list_first(tokenizer.convert_ids_to_tokens(sorted(untrained)), 8)
         what = f"{len(untrained)} in answers have embedding rows that were never trained: {shown}"
@@ -125,7 +127,7 @@ def prepare_tokens(model, tokenizer, samples: list[Sample], wanted: list[str], a
     for table in tables.values():
         for token in untrained - {*range(known, len(table.weight))}:
             table.weight[token] = start_row(tokenizer.convert_ids_to_tokens(token), tokenizer, table.weight)
-    trained = sorted(untrained) if automatic else sorted(named)
+    trained = sorted({*kept, *(untrained if automatic else named)})
     if trained and alone:
         warn(f"{NO_ROWS}, of --save_method merged_16bit")
     return {"trainable_token_indices": dict.fromkeys(tables, trained)} if trained else {}

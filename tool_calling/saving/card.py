@@ -9,8 +9,10 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from tool_calling.engines.hub import find_base
 from tool_calling.engines.tokens import NO_ROWS
 from tool_calling.files import write_file
+from tool_calling.origins import is_adapter, list_ancestors, list_trained_tokens
 from tool_calling.page import list_scores
 from tool_calling.prompts import PROBE, render_text
 from tool_calling.run_folder import AGREED, TOOLS
@@ -55,19 +57,17 @@ class Serving:
 
 def list_notes(folder: str | Path, shown: str = TOOLS) -> list[str]:
     """Return the lines below the command that serves `folder`: what a server cannot do with it, and its tools."""
-    notes, config = [], Path(folder) / "adapter_config.json"
-    if config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("trainable_token_indices"):
-        notes.append(f"# {NO_ROWS}")
+    notes = [f"# {NO_ROWS}"] if list_trained_tokens(str(folder)) else []
     return notes + ([f"# requests send the tools in {shown}"] if (Path(folder) / TOOLS).is_file() else [])
 
 
 def to_lora_words(base: str, adapter: str, settings: dict) -> str:
     """Return the words by which vLLM serves an adapter on its base, for ranks up to a power of two from 16 on.
 
-    The base's tokenizer has its chat template, in place of which the run may have another.
+    The base's tokenizer has its chat template, in place of which the run may have another, or that of an adapter.
     """
     highest, adapter = max(16, 1 << (settings["lora_rank"] - 1).bit_length()), shlex.quote(adapter)
-    tokenizer = f" --tokenizer {adapter}" if settings["chat_template"] else ""
+    tokenizer = f" --tokenizer {adapter}" if settings["chat_template"] or is_adapter(settings["model_id"]) else ""
     return f"{shlex.quote(base)}{tokenizer} --enable-lora --max-lora-rank {highest} --lora-modules tools={adapter}"
 
 
@@ -79,8 +79,11 @@ def hide_folders(text: str) -> str:
 def to_card(report: dict, adapter: bool, name: str, command: str) -> str:
     """Return the model card of an adapter or of a whole model: what it is, how well it calls tools, how to use it."""
     args = report["args"]
+    ancestors = list_ancestors(args["model_id"])
+    base = next((name for name in ancestors if not Path(name).is_dir()), find_base(args["model_id"])[0])  # on the Hub
+    base, *shown = (hide_folders(name.rstrip("/")) for name in (base, *ancestors))
     head = ModelCardData(
-        base_model=hide_folders(args["model_id"].rstrip("/")),
+        base_model=base,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         tags=["tool-calling", "function-calling"],
@@ -91,6 +94,7 @@ def to_card(report: dict, adapter: bool, name: str, command: str) -> str:
         str(TEMPLATE),
         report=report,
         name=name,
+        origin=", which comes from ".join(f"`{name}`" for name in shown) if shown[1:] else None,
         scores=list_scores(report["scores"]),
         command=command,
         paths=", ".join(f"`{hide_folders(path)}`" for path in args["dataset_path"]),
@@ -104,10 +108,10 @@ def to_card(report: dict, adapter: bool, name: str, command: str) -> str:
 
 def write_card(folder: str | Path, report: dict, serve: Callable[[str], str]) -> None:
     """Write the card of an adapter or a whole model into its folder; `serve` is Serving.to_command of the run."""
-    args, adapter = report["args"], (Path(folder) / "adapter_config.json").is_file()
+    args, adapter = report["args"], is_adapter(str(folder))
     uploaded = args["push_to_hub"] if adapter == (args["save_method"] == "lora") else None  # of two, the model is
     name = uploaded or Path(folder).resolve().name
-    base = hide_folders(args["model_id"].rstrip("/"))
+    base = hide_folders(find_base(args["model_id"])[0].rstrip("/"))
     words = to_lora_words(base, name, args) if adapter else shlex.quote(name)
     command = "\n".join([serve(words), *list_notes(folder)])
     write_file(Path(folder) / "README.md", to_card(report, adapter, name, command))

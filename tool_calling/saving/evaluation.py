@@ -26,7 +26,7 @@ class Evaluation:
 
     def run(self, examples: list[Example], rendering: Rendering) -> tuple[Proof, dict, int]:
         """Return the proof of the model alone, the counts of rows (see to_report), and how long answers could be."""
-        base, flag = find_base(self.eval_only)
+        base, flag = find_base(self.eval_only, "--eval_only")
         check_model(base, flag, self.trust_remote_code)
         folder, template = find_tokenizer(self.eval_only, base), read_template(self.chat_template)
         tokenizer = load_tokenizer(folder, self.trust_remote_code, flag, template)
@@ -38,7 +38,7 @@ class Evaluation:
             raise UserError(f"{' '.join(paths)}: no row is left to score; add rows")
         if not held_out:
             warn(NOT_HELD_OUT)
-        model = load_scored(self.eval_only, base, flag, self.load_in_4bit, self.trust_remote_code, tokenizer)
+        model = load_scored(self.eval_only, base, self.load_in_4bit, self.trust_remote_code, tokenizer)
         questions = Questions.of(samples, self.eval_batch_size, self.max_new_tokens)
         answers = questions.ask(model, tokenizer, self.eval_only)
         skipped = len(examples) - count_origins([*train, *held_out])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from peft import load_peft_weights
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM
 
@@ -20,6 +21,7 @@ from tool_calling.engines.loading import find_place, load_adapter, load_base
 from tool_calling.engines.losses import measure_loss
 from tool_calling.engines.tokens import fit_vocabulary
 from tool_calling.files import discard_partial, partial_folder, put_in_place, write_file
+from tool_calling.origins import list_ancestors
 from tool_calling.run_folder import TOOLS, write_run
 from tool_calling.samples import Sample
 from tool_calling.schedule import build_small_batches
@@ -41,6 +43,7 @@ class Trained:
     method: str  # merged_16bit, merged_4bit, or lora: the adapter alone is kept
     settings: dict  # of the run: load_in_4bit, trust_remote_code, seed, fsdp, and all that run.yaml repeats
     adapter: str | None = None  # its folder; None if all weights were trained
+    start: str | None = None  # the adapter that training went on from
     tools: tuple[dict, ...] = ()  # with which it was trained; empty if that is no one list
 
     @property
@@ -70,7 +73,7 @@ def keep_trained(trained: Trained, trainer, tokenizer, samples: list[Sample]) ->
         return None
     trained = replace(trained, tools=collect_tools(trainer.schedule.samples))
     if lora:
-        adapter = save_adapter(model, trained.settings["output_dir"], tokenizer, trained.tools)
+        adapter = save_adapter(model, trained.settings, tokenizer, trained.tools)
         trained = replace(trained, adapter=adapter)
         say("save", f"adapter: {adapter}")
     else:
@@ -98,14 +101,15 @@ def write_tools(folder: str | Path, tools: tuple[dict, ...]) -> None:
         write_file(Path(folder) / TOOLS, json.dumps(tools, indent=1, ensure_ascii=False) + "\n")
 
 
-def save_adapter(model, output_dir: str, tokenizer, tools: tuple[dict, ...] = ()) -> str:
-    """Save the LoRA weights to `output_dir`/adapter, with tokenizer and tools of their training; return that path."""
-    adapter = str(Path(output_dir) / "adapter")
+def save_adapter(model, settings: dict, tokenizer, tools: tuple[dict, ...] = ()) -> str:
+    """Save the LoRA weights to OUTPUT_DIR/adapter, with tokenizer, tools and settings of the run; return that path."""
+    adapter = str(Path(settings["output_dir"]) / "adapter")
     with discard_partial(adapter) as folder:
         model.save_pretrained(folder)
         (Path(folder) / "README.md").unlink(missing_ok=True)  # PEFT's empty form; a card with scores comes later
         tokenizer.save_pretrained(folder)
         write_tools(folder, tools)
+        write_run(settings, folder, ancestors=list_ancestors(settings["model_id"]))
         put_in_place(adapter)
     return adapter
 
@@ -119,7 +123,7 @@ def save_whole(trained: Trained, model, tokenizer) -> Path:
     model.save_pretrained(folder, save_original_format=True)
     tokenizer.save_pretrained(folder)
     write_tools(folder, trained.tools)
-    write_run(trained.settings, folder)
+    write_run(trained.settings, folder, ancestors=list_ancestors(trained.settings["model_id"]))
     return folder
 
 
@@ -130,6 +134,14 @@ def sum_weights(model) -> dict[str, float]:
         for name, parameter in model.named_parameters()
         if parameter.device.type != "meta"
     }
+
+
+def refuse_same_adapter(trained: Trained) -> None:
+    """Refuse an adapter that equals the one that training went on from."""
+    before, after = (load_peft_weights(folder, device="cpu") for folder in (trained.start, trained.adapter))
+    if before.keys() == after.keys() and all(before[name].equal(after[name]) for name in before):
+        reason = "training changed nothing; train longer or raise --learning_rate"
+        raise UserError(f"the trained adapter equals {trained.start}: {reason}")
 
 
 def refuse_unchanged(sums: dict[str, float], model) -> None:

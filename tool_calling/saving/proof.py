@@ -5,12 +5,10 @@ import shutil
 import time
 from dataclasses import dataclass
 
-import torch
-
 from tool_calling.engines.answers import generate_answers
 from tool_calling.engines.device import free_gpu
 from tool_calling.engines.hub import load_tokenizer
-from tool_calling.engines.loading import find_place, load_adapter, load_base, warn_if_spread
+from tool_calling.engines.loading import find_place, load_adapter, load_base, refuse_other_base, warn_if_spread
 from tool_calling.engines.losses import measure_loss
 from tool_calling.engines.start import quiet_libraries
 from tool_calling.engines.tokens import fit_vocabulary
@@ -24,6 +22,7 @@ from tool_calling.saving.merge import (
     is_worse,
     quantise_folder,
     read_back,
+    refuse_same_adapter,
     refuse_unchanged,
     save_merged,
     sum_weights,
@@ -77,18 +76,13 @@ def prove(trained: Trained, questions: Questions, layout: Layout, before: float 
     return proof
 
 
-def load_scored(model_id: str, base: str, flag: str, load_in_4bit: bool, trust: bool, tokenizer):
+def load_scored(model_id: str, base: str, load_in_4bit: bool, trust: bool, tokenizer):
     """Return the model that --eval_only names, or its adapter on `base` (see find_base), to be scored."""
     if base == model_id:
         return fit_vocabulary(load_base(base, False, trust, place=find_place()), tokenizer)
     model = fit_vocabulary(load_base(base, load_in_4bit, trust, place=find_place(load_in_4bit)), tokenizer)
-    try:
+    with refuse_other_base(f"--eval_only {model_id}", base):
         model = load_adapter(model, model_id)
-    except torch.OutOfMemoryError:  # a RuntimeError
-        raise
-    except (RuntimeError, ValueError) as error:  # the last line names the first layer
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"{flag} {base} is another model than it was trained on ({reason})") from None
     say("load", f"adapter on its base {base} in {4 if load_in_4bit else 16} bits")
     return model
 
@@ -96,30 +90,44 @@ def load_scored(model_id: str, base: str, flag: str, load_in_4bit: bool, trust: 
 def merge_and_score(trained: Trained, questions: Questions, layout: Layout) -> dict:
     """Answer the questions with base, adapter, and the model to keep read back; return {model: result}.
 
-    A result is {"answers": [...], "loss": held-out loss}; that of the base has answers alone. This runs in a fresh
-    process, because Unsloth changes Transformers' classes for good, and the proof must hold where no Unsloth is. The
-    adapter stands on the base that it was trained on, in 4 bits if that was so; the others have 16. Without an adapter,
-    the trained model is already in its partial folder.
+    A result is {"answers": [...], "loss": held-out loss}; that of the base has answers alone, and so has "start", the
+    adapter that training went on from, in the place of the base. This runs in a fresh process, because Unsloth changes
+    Transformers' classes for good, and the proof must hold where no Unsloth is. Adapters stand on the base that they
+    were trained on, in 4 bits if that was so; the others have 16. Without an adapter, the trained model is already in
+    its partial folder.
     """
     quiet_libraries()
     trust, place, small_place = trained.trust, trained.find_place(), trained.find_place(four_bit=True)
     tokenizer, results = load_tokenizer(trained.adapter or str(partial_folder(trained.final)), trust), {}
     batches = build_small_batches(questions.samples, layout, len(tokenizer))
+    if trained.start:
+        refuse_same_adapter(trained)
 
     def score(name, model):
         answers = questions.ask(model, tokenizer, name)
         free_gpu()  # of what answers needed; a loss needs larger pieces
         results[name] = {"answers": answers, "loss": measure_loss(model, batches, "transformers")}
 
-    base = fit_vocabulary(load_base(trained.base_id, False, trust, place=place), tokenizer)
+    def load(model_id: str, four_bit: bool):
+        place = trained.find_place(four_bit)
+        return fit_vocabulary(load_base(model_id, four_bit, trust, place=place), tokenizer)
+
+    def load_trained_on():
+        return load(trained.model_id, True) if trained.four_bit else load(trained.base_id, False)
+
+    if trained.start:  # it stands on the base that both were trained on
+        base = load_adapter(load_trained_on(), trained.start)
+    else:
+        base = load(trained.base_id, False)
     warn_if_spread(base)
-    results["base"] = {"answers": questions.ask(base, tokenizer, "base")}
+    name = "start" if trained.start else "base"
+    results[name] = {"answers": questions.ask(base, tokenizer, name)}
     sums = None if trained.adapter else sum_weights(base)
     if trained.adapter:
-        if trained.four_bit:
+        if trained.four_bit or trained.start:
             del base
             free_gpu()
-            base = fit_vocabulary(load_base(trained.model_id, True, trust, place=small_place), tokenizer)
+            base = load_trained_on()
         score("adapter", load_adapter(base, trained.adapter))
     del base
     free_gpu()
