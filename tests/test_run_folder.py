@@ -81,6 +81,11 @@ def test_a_folder_is_ours_by_the_first_line_of_its_run_yaml(tmp_path):
             "is replaced as a whole and contains --dataset_path {folder}/data/rows.jsonl; choose another folder",
         ),
         (
+            "data",
+            ["--chat_template", "{folder}/data/mine.jinja"],
+            "is replaced as a whole and contains --chat_template {folder}/data/mine.jinja; choose another folder",
+        ),
+        (
             "other",
             ["--resume_from_checkpoint", "{folder}/other/checkpoint-5"],
             "is replaced as a whole and contains --resume_from_checkpoint {folder}/other/checkpoint-5; choose another "
@@ -95,6 +100,7 @@ def test_a_final_folder_that_would_take_others_with_it_is_refused(tmp_path, fina
     for name in ("base", "whole", "data", "other/checkpoint-5", "done/adapter"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "data" / "rows.jsonl").touch()
+    (tmp_path / "data" / "mine.jinja").write_text("{{ messages }}")
     final = os.path.join(tmp_path, final) if final else str(tmp_path)
     flags = [flag.format(folder=tmp_path) for flag in flags]
     args = script.parse_args(["--output_dir", f"{tmp_path}/out", "--model_id", f"{tmp_path}/base", *flags])
@@ -194,6 +200,7 @@ def check(run: Run, **changes) -> None:
     "name, value",
     [
         ("model_id", "other/model"),
+        ("chat_template", "qwen3"),
         ("load_in_4bit", False),
         ("lora_rank", 8),
         ("lora_alpha", 8),

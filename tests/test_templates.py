@@ -1,15 +1,29 @@
 """Chat templates that a user gives: the bundled one, files, what is refused, and the tokens that they need."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
-from conftest import ALARM, TINY, WEATHER
+import torch
+import yaml
+from conftest import ALARM, TINY, WEATHER, run_here, run_script, write_jsonl
+from doubles import make_tools
+from jobs import FINAL_FILES, ROWS, errors, names
+from safetensors import safe_open
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 import train_qwen3_tool_calling as script
 from tool_calling.engines.hub import load_tokenizer
+from tool_calling.engines.tokens import fit_config
 from tool_calling.prompts import find_parser
 from tool_calling.templates import list_bundled, list_tokens, read_template
 from tool_calling.terminal import FlagError, UserError
@@ -84,6 +98,7 @@ def test_a_tokenizer_gets_what_the_template_needs(tmp_path, capsys):
     added = {str(token): (index, token.special) for index, token in tokenizer.added_tokens_decoder.items()}
     assert [added[token] for token in QWEN3_TOKENS] == [(size + i, i < 2) for i in range(6)]
     assert tokenizer.eos_token == "<|im_end|>" and find_parser(tokenizer) == "hermes"
+    assert [fit_config(Qwen3Config(vocab_size=rows), tokenizer).vocab_size for rows in (size, 5000)] == [size + 6, 5000]
     # What a server reads back, and the text that the embedded base's own template writes.
     tokenizer.save_pretrained(tmp_path / "saved")
     again, stock = load_tokenizer(str(tmp_path / "saved")), load_tokenizer(str(TINY))
@@ -105,3 +120,133 @@ def test_a_template_takes_the_place_of_the_models_own(capsys):
     assert capsys.readouterr().out == ""  # it has all
     with pytest.raises(UserError, match="does not end an answer with a token of its own, .*--chat_template$"):
         load_tokenizer(str(TINY), template="{% for m in messages %}{{ m.content }}{% endfor %}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Runs
+# ---------------------------------------------------------------------------------------------------------------
+def make_bare_base(folder: Path) -> int:
+    """Save a random Qwen3 of two small layers that knows no turns, calls and thoughts; return its number of tokens."""
+    size = len(AutoTokenizer.from_pretrained(make_bare_tokenizer(folder)))
+    torch.manual_seed(1)
+    config = Qwen3Config(
+        vocab_size=size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    return size
+
+
+def to_flags(folder: Path, *more: object) -> list:
+    """Return the flags of a run of two steps from `folder`/base."""
+    return [
+        *("--model_id", folder / "base"),
+        *("--dataset_path", folder / "rows.jsonl"),
+        *("--tools_path", folder / "tools.json"),
+        *("--output_dir", folder / "out"),
+        *("--final_model_dir", folder / "final"),
+        *("--no-load_in_4bit", "--max_steps", 2, "--warmup_steps", 0, "--learning_rate", 0.02),
+        *("--train_test_split", 0.25, "--eval_samples", 4, "--max_new_tokens", 4),
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory) -> Path:
+    """A folder with a bare base, rows, tools and a template in a file."""
+    folder = tmp_path_factory.mktemp("templates")
+    make_bare_base(folder / "base")
+    write_jsonl(folder / "rows.jsonl", ROWS)
+    (folder / "tools.json").write_text(json.dumps([WEATHER, ALARM]))
+    (folder / "mine.jinja").write_text(read_template("qwen3").replace("# Tools\\n", "# My tools\\n"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def result(job):
+    """What a run with the template of the file ended with."""
+    flags = to_flags(job, "--chat_template", job / "mine.jinja", "--save_gguf", "q8_0")
+    return run_script(*flags, timeout=400, PATH=make_tools(job / "bin"))
+
+
+def test_a_dry_run_reads_the_rows_as_the_template_writes_them(job, tmp_path):
+    def audit(*more):
+        result = run_here(*to_flags(job, "--dry_run", "--output_dir", tmp_path / "out", *more))
+        assert result.returncode == 0, result.stderr
+        return json.loads((tmp_path / "out" / "audit.json").read_text()), result.stdout
+
+    found, printed = audit()
+    assert found["unit"] == "characters" and "has no chat template; " in found["tokenizer_missing"]
+    found, printed = audit("--chat_template", "qwen3")
+    assert found["unit"] == "tokens" and found["tokenizer_missing"] == "" and found["rows"]["valid"] == len(ROWS)
+    assert printed.count("added for the chat template") == 1
+
+
+@pytest.mark.slow
+def test_a_base_without_a_template_is_taught_and_served_with_a_file(job, result):
+    size, template = len(AutoTokenizer.from_pretrained(job / "base")), (job / "mine.jinja").read_text()
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count(f"tokens   added for the chat template: {' '.join(QWEN3_TOKENS)}\n") == 1
+    final, adapter = job / "final", job / "out" / "adapter"
+    assert names(final) == sorted([*FINAL_FILES, "gguf"])
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (final / file).read_bytes() == (adapter / file).read_bytes()
+    assert (final / "chat_template.jinja").read_text() == template
+    assert yaml.safe_load((job / "out" / "run.yaml").read_text())["chat_template"] == str(job / "mine.jinja")
+    assert "| `chat_template` | mine.jinja |" in (final / "README.md").read_text()
+    assert "# My tools" in (final / "gguf" / "Modelfile").read_text()
+    # Model and tokenizer as any server loads them.
+    tokenizer, model = AutoTokenizer.from_pretrained(final), AutoModelForCausalLM.from_pretrained(final)
+    assert len(tokenizer) == model.config.vocab_size == size + 6
+    assert model.get_input_embeddings().weight.shape == model.get_output_embeddings().weight.shape == (size + 6, 32)
+    assert tokenizer.eos_token == "<|im_end|>" and tokenizer.eos_token_id in model.generation_config.eos_token_id
+    ids = tokenizer("<tool_call>\n{}\n</tool_call><|im_end|>", add_special_tokens=False)["input_ids"]
+    assert [ids[0], *ids[-2:]] == [size + 2, size + 3, size + 1]
+    messages = [{"role": "user", "content": "rain?"}]
+    served = tokenizer.apply_chat_template(messages, tools=[WEATHER], tokenize=False, add_generation_prompt=True)
+    assert served.startswith("<|im_start|>system\n# My tools\n") and served.endswith("<|im_start|>assistant\n")
+    # What the base knew has its rows still.
+    old, new = (safe_open(folder / "model.safetensors", "pt") for folder in (job / "base", final))
+    rows = [file.get_tensor("model.embed_tokens.weight") for file in (old, new)]
+    assert torch.equal(rows[0], rows[1][:size])
+
+
+@pytest.mark.slow
+def test_what_was_trained_with_a_template_is_scored_and_resumed_with_it(job, result):
+    report = json.loads((job / "out" / "report.json").read_text())
+    rows = ("--dataset_path", job / "rows.jsonl", "--tools_path", job / "tools.json", "--train_test_split", 0.25)
+    rows += ("--eval_samples", 4, "--max_new_tokens", 4, "--no-load_in_4bit", "--output_dir", job / "scored")
+    for model, name, more in (
+        (job / "final", "merged", ()),
+        (job / "out" / "adapter", "adapter", ()),
+        (job / "base", "base", ("--chat_template", job / "mine.jinja")),
+    ):
+        alone = run_here(*rows, "--eval_only", model, *more)
+        assert alone.returncode == 0, alone.stderr
+        scored = json.loads((job / "scored" / "eval_only" / "report.json").read_text())
+        assert scored["scores"]["model"] == report["scores"][name]
+        assert ("added for the chat template" in alone.stdout) == (name == "base")
+    resumed = run_here(*to_flags(job, "--chat_template", "qwen3", "--resume_from_checkpoint"))
+    source = f"in the run that {job / 'out' / 'checkpoint-2'} is from"
+    assert resumed.returncode == 1 and errors(resumed) == [
+        f"error: --chat_template is qwen3, and {job / 'mine.jinja'} {source}; expected the same",
+        f"error: the training rows are not those {source}; expected the same rows in the same order",
+    ]
+
+
+@pytest.mark.slow
+def test_all_weights_of_a_bare_base_are_trained(job, tmp_path):
+    shutil.copytree(job / "base", tmp_path / "base")
+    for name in ("rows.jsonl", "tools.json"):
+        shutil.copy(job / name, tmp_path / name)
+    result = run_script(*to_flags(tmp_path, "--chat_template", "qwen3", "--lora_rank", 0))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("added for the chat template") == 1
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "final")
+    assert tokenizer.chat_template == read_template("qwen3")
+    assert len(tokenizer) == AutoConfig.from_pretrained(tmp_path / "final").vocab_size
