@@ -180,12 +180,12 @@ def test_a_card_says_what_was_measured_and_trained():
         (
             "adapter",
             {"push_to_hub": "me/tools"},
-            "Qwen3-0.6B --enable-lora --max-lora-rank 32 --lora-modules tools=adapter",
+            "Qwen3-0.6B --tokenizer adapter --enable-lora --max-lora-rank 32 --lora-modules tools=adapter",
         ),
         (
             "adapter",
             {"push_to_hub": "me/tools", "save_method": "lora", "model_id": "Qwen/Qwen3-0.6B"},
-            "Qwen/Qwen3-0.6B --enable-lora --max-lora-rank 32 --lora-modules tools=me/tools",
+            "Qwen/Qwen3-0.6B --tokenizer me/tools --enable-lora --max-lora-rank 32 --lora-modules tools=me/tools",
         ),
         ("my model", {}, "'my model'"),
     ],
@@ -241,10 +241,9 @@ def test_vllm_is_told_how_calls_and_thoughts_look(tokenizer, monkeypatch, templa
 
 @pytest.mark.parametrize("rank, highest", [(1, 16), (16, 16), (17, 32), (32, 32), (100, 128)])
 def test_vllm_is_told_how_high_an_adapters_rank_is_and_where_its_template_is(rank, highest):
-    for template, tokenizer in ((None, ""), ("qwen3", " --tokenizer 'out/a b'")):
-        assert to_lora_words("my base", "out/a b", {"model_id": "x", "lora_rank": rank, "chat_template": template}) == (
-            f"'my base'{tokenizer} --enable-lora --max-lora-rank {highest} --lora-modules tools='out/a b'"
-        )
+    assert to_lora_words("my base", "out/a b", rank) == (
+        f"'my base' --tokenizer 'out/a b' --enable-lora --max-lora-rank {highest} --lora-modules tools='out/a b'"
+    )
 
 
 def test_folders_of_this_machine_are_hidden_with_spaces_too():

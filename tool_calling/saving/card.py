@@ -61,14 +61,14 @@ def list_notes(folder: str | Path, shown: str = TOOLS) -> list[str]:
     return notes + ([f"# requests send the tools in {shown}"] if (Path(folder) / TOOLS).is_file() else [])
 
 
-def to_lora_words(base: str, adapter: str, settings: dict) -> str:
+def to_lora_words(base: str, adapter: str, rank: int) -> str:
     """Return the words by which vLLM serves an adapter on its base, for ranks up to a power of two from 16 on.
 
-    The base's tokenizer has its chat template, in place of which the run may have another, or that of an adapter.
+    The base's own tokenizer may have another chat template, or another token at the end of an answer.
     """
-    highest, adapter = max(16, 1 << (settings["lora_rank"] - 1).bit_length()), shlex.quote(adapter)
-    tokenizer = f" --tokenizer {adapter}" if settings["chat_template"] or is_adapter(settings["model_id"]) else ""
-    return f"{shlex.quote(base)}{tokenizer} --enable-lora --max-lora-rank {highest} --lora-modules tools={adapter}"
+    highest, adapter = max(16, 1 << (rank - 1).bit_length()), shlex.quote(adapter)
+    lora = f"--enable-lora --max-lora-rank {highest} --lora-modules tools={adapter}"
+    return f"{shlex.quote(base)} --tokenizer {adapter} {lora}"
 
 
 def hide_folders(text: str) -> str:
@@ -112,6 +112,6 @@ def write_card(folder: str | Path, report: dict, serve: Callable[[str], str]) ->
     uploaded = args["push_to_hub"] if adapter == (args["save_method"] == "lora") else None  # of two, the model is
     name = uploaded or Path(folder).resolve().name
     base = hide_folders(find_base(args["model_id"])[0].rstrip("/"))
-    words = to_lora_words(base, name, args) if adapter else shlex.quote(name)
+    words = to_lora_words(base, name, args["lora_rank"]) if adapter else shlex.quote(name)
     command = "\n".join([serve(words), *list_notes(folder)])
     write_file(Path(folder) / "README.md", to_card(report, adapter, name, command))

@@ -32,7 +32,7 @@ def hand_over(
     say("done", f"{kind}: {result}")
     words = shlex.quote(result)
     if trained.method == "lora":
-        words = to_lora_words(trained.model_id, result, settings)
+        words = to_lora_words(trained.model_id, result, settings["lora_rank"])
     say("serve", serving.to_command(words))
     for note in list_notes(result, f"{result}/{TOOLS}"):
         say("", note)
