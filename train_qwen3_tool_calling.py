@@ -201,7 +201,8 @@ def build_parser() -> Parser:
     add("--eval_batch_size", type=count, default=EVAL_BATCH_SIZE, metavar="N", help="answers generated at once")
     add("--max_new_tokens", type=count, metavar="N",
         help="longest answer (default: as long as the longest reference, and some more)")
-    add("--eval_only", metavar="MODEL", help="train nothing: score this model or adapter on the held-out rows")
+    add("--eval_only", nargs="+", metavar="MODEL",
+        help="train nothing: score these models and adapters on the held-out rows, side by side")
 
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", type=path, default=OUTPUT_DIR, help="folder for checkpoints and the adapter")
@@ -682,7 +683,7 @@ def dry_run(args: argparse.Namespace) -> dict:
 
 
 def evaluate_only(args: argparse.Namespace, command: str) -> dict:
-    """Score a model or an adapter on --eval_dataset_path, or on the held-out rows of --dataset_path; train nothing."""
+    """Score models and adapters on --eval_dataset_path, or on the held-out rows of --dataset_path; train nothing."""
     examples, skipped = read_examples(args.eval_dataset_path or args.dataset_path, to_reading(args))
     args.engine = "transformers"
 

@@ -121,18 +121,19 @@ def test_the_report_holds_what_it_promises(job):
 def test_a_model_and_an_adapter_are_scored_without_training(job, tmp_path):
     folder, _ = job
     trained = json.loads((folder / "out" / "report.json").read_text())["scores"]
-    for name, flags in (
-        ("merged", ["--eval_only", folder / "final"]),
-        ("adapter", ["--eval_only", folder / "out" / "adapter"]),
+    final, adapter = folder / "final", folder / "out" / "adapter"
+    for name, models, scores in (
+        ("alone", [adapter], {"model": trained["adapter"]}),
+        ("both", [final, adapter], {str(final): trained["merged"], str(adapter): trained["adapter"]}),
     ):
-        result = run_script(*arguments(folder, "--output_dir", tmp_path / name, *flags))
+        result = run_script(*arguments(folder, "--output_dir", tmp_path / name, "--eval_only", *models))
         assert result.returncode == 0, result.stderr
         assert names(tmp_path / name) == ["eval_only", "run.yaml"]  # a report of training there would be kept
         assert names(tmp_path / name / "eval_only") == ["answers.jsonl", "report.html", "report.json", "run.yaml"]
         answers = [json.loads(line) for line in (tmp_path / name / "eval_only" / "answers.jsonl").open()]
-        assert len(answers) == 6 and {answer["model"] for answer in answers} == {"model"}
+        assert [answer["model"] for answer in answers] == [model for model in scores for _ in range(6)]
         report = json.loads((tmp_path / name / "eval_only" / "report.json").read_text())
-        assert report["scores"] == {"model": trained[name]} and "train" not in report
+        assert report["scores"] == scores and "train" not in report
         assert report["data"]["path"] == str(folder / "rows.jsonl") and report["data"]["held_out"] == 6
 
 

@@ -339,7 +339,7 @@ def test_no_failures():
 
 def test_a_model_that_was_only_scored_is_the_one_that_is_named():
     report = full_report()
-    report["args"] |= {"eval_only": "models/mine", "model_id": "Qwen/Qwen3-0.6B"}
+    report["args"] |= {"eval_only": ["models/mine"], "model_id": "Qwen/Qwen3-0.6B"}
     lead = read_page(report).words("p")[0]
     assert lead.startswith("models/mine, ") and "Qwen" not in lead
     report["scores"] = {"model": report["scores"]["merged"]}
@@ -347,6 +347,24 @@ def test_a_model_that_was_only_scored_is_the_one_that_is_named():
         name: {"support": row["support"], "model": row["merged"]} for name, row in report["per_tool"].items()
     }
     assert "model model" not in (page := render_report(report)) and "called by the model." in page
+
+
+def test_models_side_by_side_are_called_by_their_names():
+    report = full_report()
+    del report["train"]
+    report["args"]["eval_only"] = ["some/a", "some/b"]
+    first, last = report["scores"]["merged"], report["scores"]["base"]
+    report["scores"] = {"some/a": first, "some/b": last}
+    report["per_tool"] = {
+        name: {"support": row["support"], "some/a": row["merged"], "some/b": row["base"]}
+        for name, row in report["per_tool"].items()
+    }
+    page = read_page(report)
+    assert page.words("p")[0].startswith("some/a and some/b, measured on ")
+    assert "some/b does worse than some/a." in page.words("p")
+    shares = [f"{100 * score['exact_match']:.1f}".removesuffix(".0") + " %" for score in (first, last)]
+    assert page.words("h1") == [f"{shares[0]} and {shares[1]} of 200 answers exact"]
+    assert "Grey is some/a, green some/b." in render_report(report) and "some/b model" not in render_report(report)
 
 
 @pytest.mark.parametrize(

@@ -34,22 +34,30 @@ def finish(folder: str | Path, report: dict, proof: Proof) -> dict:
 
 
 def show_answers(proof: Proof) -> None:
-    """Print request, reference, and the answers of the first and the last model for the first samples, no reasoning."""
+    """Print request, reference and answers for the first samples, without reasoning.
+
+    Of a training run, the first and the last model are shown; of models side by side, all.
+    """
     labels = {proof.first: "before", proof.last: "after"}  # a model alone is only the last
+    if len(proof.results) > 1 and "samples" in proof.results[proof.last]:
+        labels = {model: model for model in proof.results}
     for index, sample in enumerate(proof.samples[:SHOWN_ROWS]):
         print_safely(f"\n{sample.source}  {cut_text(sample.request)}")
-        print_safely(f"  {'expected':<9}{cut_text(take_answer(sample.completion, sample.completion))}")
+        print_safely(f"  {'expected':<8} {cut_text(take_answer(sample.completion, sample.completion))}")
         for model, label in labels.items():
             answer = cut_text(take_answer(proof.results[model]["answers"][index], sample.completion))
-            print_safely(f"  {label:<9}{answer} {'✓' if proof.verdicts[model][index].exact else '✗'}")
+            print_safely(f"  {label:<8} {answer} {'✓' if proof.verdicts[model][index].exact else '✗'}")
     print_safely("")
 
 
 def show_scores(scores: dict[str, dict]) -> None:
     """Print the scores of the models side by side, each share with its 95 % interval."""
     head = ("share, 95 % interval", "rows", [(model, "") for model in scores])
+    widths = [max(9, len(model) + 1) for model in scores]  # names of models side by side may be long
     for stage, (name, rows, cells) in zip_longest(["score"], [head, *list_scores(scores)], fillvalue=""):
-        line = f"{name:<23}{rows:>5}" + "".join(f"{value:>9} {interval:<10}" for value, interval in cells)
+        line = f"{name:<23}{rows:>5}" + "".join(
+            f"{value:>{width}} {interval:<10}" for width, (value, interval) in zip(widths, cells)
+        )
         say(stage, line.rstrip())
 
 
@@ -93,7 +101,7 @@ def list_failures(proof: Proof) -> list[dict]:
     return [
         {"where": sample.source, "request": sample.request, "expected": sample.completion}
         | {key: proof.results[model]["answers"][index] for key, model in models.items()}
-        for index, sample in enumerate(proof.samples)
+        for index, sample in enumerate(proof.asked(proof.last))
         if not proof.verdicts[proof.last][index].exact
     ]
 
@@ -117,7 +125,7 @@ def find_commit() -> str | None:
 def list_answers(proof: Proof) -> Iterator[dict]:
     """Yield every answer of every model with all that another checker needs; broken calls are None."""
     for model, result in proof.results.items():
-        for sample, answer, verdict in zip(proof.samples, result["answers"], proof.verdicts[model]):
+        for sample, answer, verdict in zip(proof.asked(model), result["answers"], proof.verdicts[model]):
             expected, got = (take_answer(text, sample.completion) for text in (sample.completion, answer))
             yield {
                 "source": sample.source,

@@ -33,6 +33,7 @@ class Sample(NamedTuple):
     request: str = ""  # the last user message
     parser: str = "hermes"  # reads the calls of the completion, see parse_calls
     row: int = 0  # the index of its example, of both sides: a row that is taken twice has two
+    turn: int = 0  # the index of its message in the example
 
 
 def render_examples(
@@ -64,7 +65,7 @@ def render_examples(
         if index not in problems:
             example, tokens = examples[index], prompt + completion
             request = next((m["content"] for m in reversed(example.messages[:turn]) if m["role"] == "user"), "")
-            sample = Sample(example.source, tokens, len(prompt), text, example.tools, request, parser, index)
+            sample = Sample(example.source, tokens, len(prompt), text, example.tools, request, parser, index, turn)
             groups[index].append(sample)
     kept, too_long = drop_long(groups, max_seq_length)
     return kept, [*((examples[index].source, problem) for index, problem in problems.items()), *too_long]
@@ -137,10 +138,29 @@ def render_valid(
     tokenizer, examples: list[Example], held_out: list[Example], rendering: Rendering, date: str | None = None
 ) -> tuple[list[Sample], list[Sample]]:
     """Return the training and held-out samples of the valid examples, split here if none are held out yet."""
+    return render_alike([tokenizer], examples, held_out, rendering, date)[0]
+
+
+def render_alike(
+    tokenizers: list, examples: list[Example], held_out: list[Example], rendering: Rendering, date: str | None = None
+) -> list[tuple[list[Sample], list[Sample]]]:
+    """Return what render_valid does for each of several models: the same turns of the same rows.
+
+    What one chat template has no place for, or what is too long for one tokenizer, is a problem for all.
+    """
     both = [*examples, *held_out]
-    groups, problems = render_examples(tokenizer, both, rendering.max_seq_length, date)
-    report_problems(problems, rendering.on_invalid, len(both))
-    return to_sides(examples, held_out, groups, rendering.train_test_split)
+    rendered = [render_examples(tokenizer, both, rendering.max_seq_length, date) for tokenizer in tokenizers]
+    problems = dict.fromkeys(problem for _, found in rendered for problem in found)
+    report_problems([*problems], rendering.on_invalid, len(both))
+    shared = [
+        set.intersection(*({sample.turn for sample in group} for group in row))
+        for row in zip(*(groups for groups, _ in rendered))
+    ]
+    sides = []
+    for groups, _ in rendered:
+        kept = [[sample for sample in group if sample.turn in turns] for group, turns in zip(groups, shared)]
+        sides.append(to_sides(examples, held_out, kept, rendering.train_test_split))
+    return sides
 
 
 def render_sides(

@@ -38,10 +38,13 @@ class Verdict(NamedTuple):
 
 @dataclass(frozen=True)
 class Proof:
-    """The answers of each model to the same samples, with their verdicts and scores; the model to keep is the last."""
+    """The answers of each model to the same samples, with their verdicts and scores; the model to keep is the last.
+
+    Models side by side may have templates of their own: then each has samples of its own, of the same turns.
+    """
 
     samples: list[Sample]
-    results: dict[str, dict]  # {model: {"answers": [text], "loss": nats per token}}; a base has no loss
+    results: dict[str, dict]  # {model: {"answers": [text], "loss": nats per token, "samples": its own}}
     verdicts: dict[str, list[Verdict]]
     scores: dict[str, dict]
 
@@ -50,15 +53,19 @@ class Proof:
         """Score the answers of each model."""
         verdicts = {}
         for name, result in results.items():
-            pairs = zip(result["answers"], samples)
+            pairs = zip(result["answers"], result.get("samples", samples))
             verdicts[name] = [score_answer(got, row.completion, row.tools, row.parser) for got, row in pairs]
         proof = cls(samples, results, verdicts, {name: count_scores(rows) for name, rows in verdicts.items()})
         if not any(sample.tools for sample in samples):
-            references, answers = [sample.completion for sample in samples], results[proof.last]["answers"]
+            references, answers = [row.completion for row in proof.asked(proof.last)], results[proof.last]["answers"]
             taken = (map(take_answer, texts, references) for texts in (references, answers))
             classes = count_classes([*zip(*taken)])
             proof.scores[proof.last] |= {} if classes is None else {"macro_f1": classes}
         return proof
+
+    def asked(self, model: str) -> list[Sample]:
+        """Return the samples that a model has answered."""
+        return self.results[model].get("samples", self.samples)
 
     @property
     def first(self) -> str:  # the model before training
