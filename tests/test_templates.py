@@ -10,6 +10,7 @@ import yaml
 from conftest import ALARM, TINY, WEATHER, run_here, run_script, write_jsonl
 from doubles import make_tools
 from jobs import FINAL_FILES, ROWS, errors, names
+from peft import PeftModel
 from safetensors import safe_open
 from tokenizers import Tokenizer
 from transformers import (
@@ -210,6 +211,14 @@ def test_a_base_without_a_template_is_taught_and_served_with_a_file(job, result)
     messages = [{"role": "user", "content": "rain?"}]
     served = tokenizer.apply_chat_template(messages, tools=[WEATHER], tokenize=False, add_generation_prompt=True)
     assert served.startswith("<|im_start|>system\n# My tools\n") and served.endswith("<|im_start|>assistant\n")
+    # The adapter brings the new rows and no whole table: with plain PEFT it is the same model.
+    base = AutoModelForCausalLM.from_pretrained(job / "base")
+    base.resize_token_embeddings(size + 6)
+    adapted = PeftModel.from_pretrained(base, adapter)
+    assert not any("base_layer" in name for name in safe_open(adapter / "adapter_model.safetensors", "pt").keys())
+    ids = torch.tensor([tokenizer(served, add_special_tokens=False)["input_ids"]])
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
     # What the base knew has its rows still.
     old, new = (safe_open(folder / "model.safetensors", "pt") for folder in (job / "base", final))
     rows = [file.get_tensor("model.embed_tokens.weight") for file in (old, new)]

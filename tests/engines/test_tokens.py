@@ -143,12 +143,13 @@ def test_rows_of_an_adapter_to_go_on_from_are_kept_whatever_else_is_trained(toke
     assert "1 in answers have embedding rows that were never trained: </tool_call>;" in capsys.readouterr().out
 
 
-def test_tokens_that_were_added_are_trained_in_both_embeddings(more_tokens):
+def test_all_tokens_that_were_added_are_trained_in_both_embeddings(more_tokens):
     model = make_qwen3(tied=False)
     model.resize_token_embeddings(len(more_tokens) - 2, mean_resizing=False)
     new = [len(more_tokens) - 2, len(more_tokens) - 1]
     found = prepare_tokens(model, more_tokens, [Sample("x:1", [1, 2, new[1]], 2)], ["auto"])
-    assert found == {"trainable_token_indices": {"model.embed_tokens": new[1:], "lm_head": new[1:]}}
+    assert found == {"trainable_token_indices": {"model.embed_tokens": new, "lm_head": new}}
+    assert prepare_tokens(model, more_tokens, [], ["auto"]) == {}  # nothing is new to it now
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -127,7 +127,9 @@ def prepare_tokens(model, tokenizer, samples: list[Sample], wanted: list[str], k
     for table in tables.values():
         for token in untrained - {*range(known, len(table.weight))}:
             table.weight[token] = start_row(tokenizer.convert_ids_to_tokens(token), tokenizer, table.weight)
-    trained = sorted({*kept, *(untrained if automatic else named)})
+    # With its new rows, also those of tokens in prompts alone, an adapter is whole on a base of as many rows.
+    new = range(known, count_rows(tokenizer))
+    trained = sorted({*kept, *({*untrained, *new} if automatic else named)})
     if trained and alone:
         warn(f"{NO_ROWS}, of --save_method merged_16bit")
     return {"trainable_token_indices": dict.fromkeys(tables, trained)} if trained else {}

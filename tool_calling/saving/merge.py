@@ -105,7 +105,7 @@ def save_adapter(model, settings: dict, tokenizer, tools: tuple[dict, ...] = ())
     """Save the LoRA weights to OUTPUT_DIR/adapter, with tokenizer, tools and settings of the run; return that path."""
     adapter = str(Path(settings["output_dir"]) / "adapter")
     with discard_partial(adapter) as folder:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, save_embedding_layers=False)
         (Path(folder) / "README.md").unlink(missing_ok=True)  # PEFT's empty form; a card with scores comes later
         tokenizer.save_pretrained(folder)
         write_tools(folder, tools)

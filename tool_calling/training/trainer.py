@@ -230,8 +230,10 @@ def build_trainer(model, tokenizer, config, schedule: Schedule, held_out: list[S
     """
     kind = SplitTrainer if is_split(model) else StreamTrainer
     trainer = kind(schedule, held_out, engine, model=model, args=config, processing_class=tokenizer)
-    if not isinstance(model, PeftModel):  # checkpoints hold weights as the model names them: all experts as one tensor
-        model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+    # Checkpoints hold weights as the model names them, all experts as one tensor; and of a larger vocabulary the rows
+    # that are trained, not the table.
+    options = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {"save_original_format": False}
+    model.save_pretrained = partial(model.save_pretrained, **options)
     # TRL makes the adapter of a 4-bit base bf16, in which late, small updates round to nothing.
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
