@@ -1,17 +1,21 @@
 """Architectures: how far the layers of each look back, and that training and answers are exact all the same."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from conftest import TINY, native, run_script, write_jsonl
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 import train_qwen3_tool_calling as script
 from tool_calling.engines.answers import generate_tokens
 from tool_calling.engines.attention import attend_in_blocks
-from tool_calling.engines.hub import can_share, check_dropout, count_parameters
+from tool_calling.engines.hub import can_share, check_dropout, check_model, count_parameters
 from tool_calling.engines.loading import load_base
 from tool_calling.engines.losses import compute_gradient
 from tool_calling.engines.reach import find_reach
@@ -268,3 +272,100 @@ def test_attention_that_needs_more_than_a_mask_is_not_computed_by_sdpa():
     for more in ({"softcap": 50.0}, {"s_aux": torch.zeros(2)}):
         with pytest.raises(RuntimeError, match="^attention with .* cannot be computed in blocks"):
             attend_in_blocks(None, query, query, query, None, **more)
+
+
+def save_base(config, folder: Path, kind=AutoModelForCausalLM) -> Path:
+    """Save a random model with the embedded base's tokenizer, and return its folder."""
+    torch.manual_seed(0)
+    kind.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
+    return folder
+
+
+def to_base_config(name: str, tokenizer, **more):
+    """Return the configuration of a model of an architecture that has the tokens of a tokenizer."""
+    kind, changes, _ = ARCHITECTURES[name]
+    ids = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    return getattr(transformers, kind)(**SHAPE | changes | ids | more)
+
+
+def run_job(folder: Path, tools_path: str, *flags: object):
+    """Train `folder`/base for two steps by the command line."""
+    cities = ("Rome", "Oslo", "Lima", "Bonn", "Cairo", "Quito")
+    rows = [native(f"rain in {city} {day}?", ("get_weather", {"city": city})) for city in cities for day in ("", "now")]
+    write_jsonl(folder / "rows.jsonl", [*rows, native("thanks", content="Bye."), native("ok", content="Bye.")])
+    return run_script(
+        *("--model_id", folder / "base", "--dataset_path", folder / "rows.jsonl", "--tools_path", tools_path),
+        *("--output_dir", folder / "out", "--final_model_dir", folder / "final"),
+        *("--max_steps", 2, "--warmup_steps", 0, "--learning_rate", 0.01),
+        *("--eval_samples", 2, "--max_new_tokens", 8, *flags),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, changes, flags, line",
+    [
+        ("qwen3.5", {}, ["--no-load_in_4bit"], "ordinary padded batches: this qwen3_5_text has layers of linear_"),
+        ("mistral", {}, ["--no-load_in_4bit"], "ordinary padded batches: this mistral has windows of 8 tokens, "),
+        ("gemma3 long", {"sliding_window": 2000}, [], "prefixes are shared: windows of 2,000 tokens hold the "),
+    ],
+)
+def test_a_run_goes_from_rows_to_a_merged_model(name, changes, flags, line, tmp_path, tools_path):
+    config = to_base_config(name, AutoTokenizer.from_pretrained(TINY), **changes)
+    save_base(config, tmp_path / "base")
+    if not flags:  # on a base in 4 bits, which so few steps teach nothing that its merge would keep
+        flags = ["--save_method", "lora"]
+    result = run_job(tmp_path, tools_path, *flags)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    assert f"\nplan     {line}" in result.stdout
+    assert ("\ncheck    sharing changes" in result.stdout) is line.startswith("prefixes")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    last = "merged" if "lora" not in flags else "adapter"
+    assert [*report["scores"]] == ["base", "adapter", "merged"][: 3 if last == "merged" else 2]
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
+    if last == "merged":
+        assert check_model(str(tmp_path / "final")).architectures == [
+            type(load_base(str(tmp_path / "final"), False)).__name__
+        ]
+
+
+def to_seeing(text) -> transformers.Qwen3_5Config:
+    """Return the configuration of a Qwen3.5 as it is published: with a part that reads images."""
+    sizes = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "num_position_embeddings": 16}
+    return transformers.Qwen3_5Config(
+        text_config=text.to_dict(),
+        vision_config={**sizes, "out_hidden_size": text.hidden_size},
+        **{"image_token_id": 4, "video_token_id": 5, "vision_start_token_id": 6, "vision_end_token_id": 7},
+    )
+
+
+@pytest.mark.slow
+def test_of_a_model_that_sees_images_the_language_model_is_trained_and_saved_alone(tmp_path, tools_path):
+    text = to_base_config("qwen3.5", AutoTokenizer.from_pretrained(TINY))
+    save_base(to_seeing(text), tmp_path / "base", AutoModelForImageTextToText)
+    assert json.loads((tmp_path / "base" / "config.json").read_text())["architectures"] == [
+        "Qwen3_5ForConditionalGeneration"
+    ]
+    result = run_job(tmp_path, tools_path, "--no-load_in_4bit")
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    said = f"\nmodel    the language model of {tmp_path / 'base'} alone, without what reads images\n"
+    assert said in f"\n{result.stdout}"
+    config = json.loads((tmp_path / "final" / "config.json").read_text())
+    assert (config["architectures"], config["model_type"]) == (["Qwen3_5ForCausalLM"], "qwen3_5_text")
+    with safe_open(tmp_path / "final" / "model.safetensors", "pt") as file:
+        names = {*file.keys()}
+    assert "model.embed_tokens.weight" in names and not any("language_model" in name for name in names)
+
+
+def test_a_language_model_that_is_loaded_only_with_the_rest_is_refused(tmp_path):
+    config = transformers.Gemma3Config(text_config={**SHAPE, **HEAD})
+    config.architectures = ["Gemma3ForConditionalGeneration"]
+    config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError) as error:
+        check_model(str(tmp_path))
+    assert str(error.value) == (
+        f"--model_id {tmp_path}: not a causal language model (Gemma3ForConditionalGeneration), and Transformers loads "
+        "its language model only with the rest; expected a model of text alone"
+    )

@@ -251,8 +251,7 @@ def count_parameters(config, rank: int, trust: bool = False, targets=PROJECTIONS
     other, adapter = sum(weight.numel() for weight in skeleton.parameters()) - linear, 0
     if rank:
         experts = any(name.endswith("experts.gate_up_proj") for name, _ in skeleton.named_parameters())
-        names = {name.rsplit(".", 1)[-1] for name in layers}
-        check_targets({*targets}, names | ({"gate_proj", "up_proj", "down_proj"} if experts else set()))
+        check_targets({*targets}, {name.rsplit(".", 1)[-1] for name in layers}, experts)
         lora = LoraConfig(task_type="CAUSAL_LM", r=rank, target_modules=[*targets], init_lora_weights=False)
         try:
             with torch.device("meta"):
@@ -263,14 +262,19 @@ def count_parameters(config, rank: int, trust: bool = False, targets=PROJECTIONS
     return {"linear": linear, "other": other, "adapter": adapter}
 
 
-def check_targets(targets: set[str], names: set[str]) -> None:
+def check_targets(targets: set[str], names: set[str], experts: bool) -> None:
     """Refuse targets that no linear layer is named; of the default ones, as other families have, some are enough.
 
     What they leave out is then said: families have layers with other names, as Mamba's and linear attention's are.
+
+    Args:
+        names: of the linear layers.
+        experts: whether there are experts, whose weights PEFT knows by the names of projections.
     """
-    missing, default = targets - names, targets == {*PROJECTIONS}
+    known = names | ({"gate_proj", "up_proj", "down_proj"} if experts else set())
+    missing, default = targets - known, targets == {*PROJECTIONS}
     if missing and not (default and targets & names):
-        expected = f"expected some of {', '.join(sorted(names))}"
+        expected = f"expected some of {', '.join(sorted(known))}"
         raise UserError(f"--target_modules {' '.join(sorted(missing))}: the model has no such linear layer; {expected}")
     left_out = sorted(name for name in names - targets if not name.endswith(("gate", "router")))
     if default and left_out:
