@@ -120,7 +120,7 @@ def save_whole(trained: Trained, model, tokenizer) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     model.config.use_cache = True  # off only in training
     model.generation_config.eos_token_id = find_stop_tokens(model, tokenizer)
-    config = load_config(trained.model_id, trust=trained.trust)
+    config = load_config(trained.base_id, trust=trained.trust)
     alone = config.get_text_config(decoder=True) is not config  # servers look for the names that it has alone
     model.save_pretrained(folder, save_original_format=not alone)
     tokenizer.save_pretrained(folder)
