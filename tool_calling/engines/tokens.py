@@ -147,8 +147,21 @@ def compute_rows_alone(model) -> None:
         if isinstance(layer, TrainableTokensLayer):
             base, adapter = layer.get_base_layer(), layer.active_adapters[0]
             ids = torch.tensor(layer.token_indices[adapter], device=base.weight.device)
-            way = read_rows if isinstance(base, torch.nn.Embedding) else multiply_rows
-            layer.forward = partial(way, layer, adapter, ids)
+            read = isinstance(base, torch.nn.Embedding)
+            layer.forward = partial(read_rows if read else multiply_rows, layer, adapter, ids)
+            # Unsloth asks for an embedding's weight in a CUDA graph, only to see whether it is trained whole.
+            layer.get_merged_weights = partial(look_at_base if read else put_rows, layer, adapter, ids)
+
+
+def look_at_base(layer: TrainableTokensLayer, adapter: str, ids, active):
+    """Return the table [tokens, width] of the base alone."""
+    return layer.base_layer.weight
+
+
+def put_rows(layer: TrainableTokensLayer, adapter: str, ids, active):
+    """Return the table [tokens, width] with the trained rows in it, for a head that is computed from its weight."""
+    weight = layer.base_layer.weight
+    return weight.index_copy(0, ids, layer.trainable_tokens_delta[adapter].to(weight.dtype))
 
 
 def read_rows(layer: TrainableTokensLayer, adapter: str, ids, tokens):
