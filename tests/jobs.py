@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from conftest import ROOT, TINY, native
+from safetensors.torch import load_file, save_file
 
 from tool_calling.files import write_manifest
 
@@ -59,6 +61,18 @@ def arguments(folder: Path, *more: object) -> list:
         *("--train_test_split", 0.25),
         *more,
     ]
+
+
+TAGS, UNUSED = [4084, 4085], 4090  # <tool_call>, </tool_call>, and a token that the texts of the embedded base lack
+
+
+def make_blank_base(folder: Path) -> Path:
+    """Write the embedded base to a folder with the rows of its call tags as if it had never read a call."""
+    shutil.copytree(TINY, folder, dirs_exist_ok=True)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][TAGS] = weights["model.embed_tokens.weight"][UNUSED].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def start(*command: object) -> subprocess.Popen:

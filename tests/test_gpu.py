@@ -10,7 +10,8 @@ import sys
 
 import pytest
 from conftest import ALARM, ROOT, TINY, WEATHER, native, run_script, write_jsonl
-from jobs import FINAL_FILES, ROWS, names
+from jobs import FINAL_FILES, ROWS, TAGS, make_blank_base, names
+from safetensors.torch import load_file
 
 import train_qwen3_tool_calling as script
 from tool_calling.arguments import pick
@@ -281,6 +282,21 @@ def test_a_step_that_does_not_fit_goes_on_in_smaller_streams(folder, flags):
 # ---------------------------------------------------------------------------------------------------------------
 # Two GPUs
 # ---------------------------------------------------------------------------------------------------------------
+def test_rows_of_tokens_are_trained_from_a_cuda_graph_and_trained_on_from_their_adapter(folder):
+    base, first, second = make_blank_base(folder / "blank"), folder / "rows", folder / "more"
+    places = {"--output_dir": first, "--final_model_dir": folder / "rows_final"}
+    out = run(folder, **{"--model_id": base, "--learning_rate": "1e-2"}, **places)
+    assert "2 in answers have embedding rows that were never trained: <tool_call>, </tool_call>" in out
+    assert "check    sharing changes" in out
+    config = json.loads((first / "adapter" / "adapter_config.json").read_text())
+    assert config["trainable_token_indices"] == {"model.embed_tokens": TAGS}
+    places = {"--output_dir": second, "--final_model_dir": folder / "more_final"}
+    more = run(folder, **{"--model_id": first / "adapter", "--learning_rate": "1e-2"}, **places)
+    assert "is trained on, on its base" in more and losses(more)[0] < losses(out)[0]
+    before, after = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (first, second))
+    assert before.keys() == after.keys() and all(not torch.equal(before[name], after[name]) for name in before)
+
+
 two_gpus = pytest.mark.skipif(not has_gpu or torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
 
 

@@ -1,29 +1,21 @@
 """A base that cannot write a call, because no text has ever trained the rows of its tags, learns to."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, WEATHER, native, run_script, write_jsonl
-from safetensors.torch import load_file, save_file
+from conftest import WEATHER, native, run_script, write_jsonl
+from jobs import TAGS, make_blank_base
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
-TAGS = [4084, 4085]  # <tool_call> and </tool_call> of the embedded base
-UNUSED = 4090  # a token that its texts never have
 CITIES = "Rome Oslo Bern Riga Lima Cairo Kyoto Paris".split()
 
 
 @pytest.fixture(scope="module")
 def blank_base(tmp_path_factory) -> Path:
-    """The embedded base with the rows of its tags as if it had never read a call."""
-    base = tmp_path_factory.mktemp("base")
-    shutil.copytree(TINY, base, dirs_exist_ok=True)
-    weights = load_file(base / "model.safetensors")
-    weights["model.embed_tokens.weight"][TAGS] = weights["model.embed_tokens.weight"][UNUSED].clone()
-    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    return base
+    return make_blank_base(tmp_path_factory.mktemp("base"))
 
 
 def run(base: Path, folder: Path, *more: object):

@@ -1,8 +1,12 @@
 """Tokens that a base was made without get rows of their own, the same in every process."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
-from conftest import TINY
+from conftest import ROOT, TINY
 from peft import LoraConfig, get_peft_model
 from small import make_qwen3
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -187,3 +191,14 @@ def test_an_adapter_that_no_server_loads_is_warned_of_before_training(tokenizer,
         model, ids = load_blank(tokenizer)
         assert prepare_tokens(model, tokenizer, call(ids), ["auto"], alone=alone)
         assert ("vLLM loads no adapter" in capsys.readouterr().err) == alone
+
+
+@pytest.mark.slow
+def test_trls_fused_head_computes_with_trained_rows_what_the_stock_head_does():
+    pytest.importorskip("triton")
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(ROOT / "tests" / "fused_head.py")]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout.split()[-1]) < 1e-5  # 40 times what the sums of 61 numbers round

@@ -116,11 +116,23 @@ def test_requantised_weights_are_those_of_4_bits():
     assert exact.lm_head.weight is exact.model.embed_tokens.weight
 
 
-@pytest.mark.parametrize(("losses", "kept"), [([1.5, 1.25], "latter"), ([1.25, 1.5], "former"), ([1.0, 1.0], "former")])
-def test_of_two_merges_of_a_4_bit_adapter_the_better_is_kept(tmp_path, tokenizer, monkeypatch, capsys, losses, kept):
+@pytest.mark.parametrize(
+    ("losses", "exact", "kept"),
+    [
+        ((1.5, 1.25), (7, 7), "latter"),
+        ((1.25, 1.5), (7, 7), "former"),
+        ((1.0, 1.0), (7, 7), "former"),
+        ((1.25, 1.5), (7, 8), "latter"),
+        ((1.5, 1.25), (8, 7), "former"),
+        ((float("nan"), 1.25), (0, 7), "latter"),
+    ],
+)
+def test_of_two_merges_of_a_4_bit_adapter_the_better_is_kept(
+    tmp_path, tokenizer, monkeypatch, capsys, losses, exact, kept
+):
     save_adapter_of(AutoModelForCausalLM.from_pretrained(TINY), tmp_path, 0.01)
-    found = iter(losses)
-    monkeypatch.setattr("tool_calling.saving.merge.measure_loss", lambda *_: next(found))
+    sums = iter([torch.tensor([20 * loss, 20, rows, 8]) for loss, rows in zip(losses, exact)])
+    monkeypatch.setattr("tool_calling.saving.merge.score_batches", lambda *_: next(sums))
     settings = trained(tmp_path).settings | {"load_in_4bit": True}
     of_4_bits = replace(trained(tmp_path), settings=settings)
     saved = AutoModelForCausalLM.from_pretrained(save_merged(of_4_bits, tokenizer, []))
@@ -128,13 +140,14 @@ def test_of_two_merges_of_a_4_bit_adapter_the_better_is_kept(tmp_path, tokenizer
     assert all(torch.equal(*pair) for pair in zip(saved.parameters(), expected.parameters()))
     other = merge_adapter(of_4_bits, tokenizer, four_bit=kept == "former")
     assert not torch.equal(saved.model.layers[0].mlp.down_proj.weight, other.model.layers[0].mlp.down_proj.weight)
-    line = f"held-out loss {losses[0]:.4f} on the 16-bit base, {losses[1]:.4f} on the 4-bit weights in 16 bits"
-    assert f"merge    {line}: the {kept} is kept" in capsys.readouterr().out
+    on_16, on_4 = (f"{rows / 8:.1%} (loss {loss:.4f})" for loss, rows in zip(losses, exact))
+    line = f"exact match {on_16} on the 16-bit base, {on_4} on its 4-bit weights in 16 bits: the {kept} is kept"
+    assert f"merge    {line}" in capsys.readouterr().out
 
 
 def test_an_adapter_on_weights_that_came_in_4_bits_is_merged_into_the_original(tmp_path, tokenizer, monkeypatch):
     save_adapter_of(AutoModelForCausalLM.from_pretrained(TINY), tmp_path, 0.01)
-    monkeypatch.setattr("tool_calling.saving.merge.measure_loss", lambda *_: pytest.fail("there is nothing to compare"))
+    monkeypatch.setattr("tool_calling.saving.merge.score_batches", lambda *_: pytest.fail("nothing to compare"))
     settings = trained(tmp_path).settings | {"load_in_4bit": True}
     quantised = replace(trained(tmp_path), settings=settings, model_id=str(TINY) + "/", base_id=str(TINY))
     saved = AutoModelForCausalLM.from_pretrained(save_merged(quantised, tokenizer, []))

@@ -18,7 +18,7 @@ from tool_calling.engines.fsdp import gather_model, held_part, is_split
 from tool_calling.engines.graphs import empty_weights
 from tool_calling.engines.hub import load_config
 from tool_calling.engines.loading import find_place, load_adapter, load_base
-from tool_calling.engines.losses import measure_loss
+from tool_calling.engines.losses import measure_loss, score_batches, to_metrics
 from tool_calling.engines.tokens import fit_vocabulary
 from tool_calling.files import discard_partial, partial_folder, put_in_place, write_file
 from tool_calling.origins import list_ancestors
@@ -217,24 +217,25 @@ def merge_adapter(trained: Trained, tokenizer, four_bit: bool = False):
 def save_merged(trained: Trained, tokenizer, batches: list[dict]) -> Path:
     """Merge the adapter, save the model whole; return its folder, not yet the final one.
 
-    Trained on 4-bit weights, the adapter fits these best, and the 16-bit base knows more: of both merges, the one with
-    the lower loss on the held-out `batches` is kept.
+    Trained on 4-bit weights, the adapter fits these best, and the 16-bit base knows more. Of both merges, the one is
+    kept that reproduces more of the held-out `batches`; of equals, the one with the lower loss.
     """
     if not trained.four_bit or trained.base_id != trained.model_id:  # weights that came quantised have other numbers
         return save_whole(trained, merge_adapter(trained, tokenizer), tokenizer)
-    losses, merged = {}, None
+    found, merged = {}, None
     for four_bit in (False, True):
         merged = None
         free_gpu()
         merged = merge_adapter(trained, tokenizer, four_bit)
-        losses[four_bit] = measure_loss(merged, batches, "transformers")
-    if losses[False] <= losses[True]:
+        found[four_bit] = to_metrics(score_batches(merged, batches, "transformers"))
+    best = max(found, key=lambda four_bit: (found[four_bit]["exact_match"], -found[four_bit]["loss"]))
+    if best is False:
         merged = None
         free_gpu()
         merged = merge_adapter(trained, tokenizer)
-    kept = "the former" if losses[False] <= losses[True] else "the latter"
-    found = f"{losses[False]:.4f} on the 16-bit base, {losses[True]:.4f} on the 4-bit weights in 16 bits"
-    say("merge", f"held-out loss {found}: {kept} is kept")
+    on_16, on_4 = (f"{scores['exact_match']:.1%} (loss {scores['loss']:.4f})" for scores in found.values())
+    kept = "the latter" if best else "the former"
+    say("merge", f"exact match {on_16} on the 16-bit base, {on_4} on its 4-bit weights in 16 bits: {kept} is kept")
     return save_whole(trained, merged, tokenizer)
 
 
