@@ -174,7 +174,13 @@ def test_rows_alone_compute_what_peft_computes(tied):
     for weight in rows:
         weight.data += 0.5
     tokens, found = torch.tensor([[1, 3, 5, 7], [7, 7, 2, 4]]), []
-    for prepare in (lambda model: None, compute_rows_alone):
+
+    def freeze_as_unsloth_does(model):
+        for weight in rows:
+            weight.requires_grad_(False)
+        compute_rows_alone(model)
+
+    for prepare in (lambda model: None, freeze_as_unsloth_does):
         prepare(model)
         model.zero_grad()
         logits = model(input_ids=tokens).logits

@@ -147,6 +147,7 @@ def compute_rows_alone(model) -> None:
         if isinstance(layer, TrainableTokensLayer):
             base, adapter = layer.get_base_layer(), layer.active_adapters[0]
             ids = torch.tensor(layer.token_indices[adapter], device=base.weight.device)
+            layer.trainable_tokens_delta[adapter].requires_grad_(True)  # Unsloth freezes all but the weights of LoRA
             read = isinstance(base, torch.nn.Embedding)
             layer.forward = partial(read_rows if read else multiply_rows, layer, adapter, ids)
             # Unsloth asks for an embedding's weight in a CUDA graph, only to see whether it is trained whole.
