@@ -277,9 +277,8 @@ def test_a_template_whose_calls_no_parser_reads_is_an_error_that_shows_them(name
     with pytest.raises(UserError) as error:
         render_examples(tokenizer, [Example("x:1", [ASK, calls("Rome")], [WEATHER])], 4096)
     assert str(error.value).startswith(f"some/model: the chat template {reason}")
-    assert str(error.value).endswith(
-        f"; expected a chat template with tools whose calls one of vLLM's parsers reads: {', '.join(PARSERS)}"
-    )
+    expected = f"expected a chat template with tools whose calls one of vLLM's parsers reads: {', '.join(PARSERS)}"
+    assert str(error.value).endswith(f"; {expected}; --chat_template gives a base another one")
 
 
 @pytest.mark.parametrize(

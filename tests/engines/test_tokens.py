@@ -3,14 +3,17 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, TINY
+from jobs import make_blank_base
 from peft import LoraConfig, get_peft_model
 from small import make_qwen3
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import train_qwen3_tool_calling as script
 from tool_calling.engines.tokens import compute_rows_alone, find_untrained, fit_vocabulary, prepare_tokens, start_row
 from tool_calling.samples import Sample
 from tool_calling.terminal import UserError
@@ -208,3 +211,13 @@ def test_trls_fused_head_computes_with_trained_rows_what_the_stock_head_does():
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
     assert result.returncode == 0, result.stderr
     assert float(result.stdout.split()[-1]) < 1e-5  # 40 times what the sums of 61 numbers round
+
+
+def test_all_weights_are_trained_from_rows_that_are_apart(tmp_path, tokenizer):
+    base, ids = make_blank_base(tmp_path), tokenizer.convert_tokens_to_ids(TAGS)
+    args, schedule = (
+        script.parse_args(["--model_id", str(base), "--lora_rank", "0"]),
+        SimpleNamespace(samples=call(ids)),
+    )
+    weight = script.load_stock_model(args, {"r": 0}, schedule, tokenizer).get_input_embeddings().weight
+    assert weight.dtype == torch.float32 and (weight[ids[0]] - weight[ids[1]]).norm() > weight.norm(dim=1).mean() / 2

@@ -1,12 +1,13 @@
 """Model cards, and the commands that serve a model."""
 
+import json
 from pathlib import Path
 
 import pytest
 import trl
 import yaml
 
-from tool_calling.saving.card import Serving, hide_folders, to_card, to_lora_words, write_card
+from tool_calling.saving.card import Serving, hide_folders, list_notes, to_card, to_lora_words, write_card
 
 SCORES = {
     "exact_match": 0.5,
@@ -199,6 +200,13 @@ def test_a_card_is_written_with_the_command_that_serves_its_folder(tmp_path, fol
     command = f"vllm serve {served} --enable-auto-tool-choice --tool-call-parser hermes --reasoning-parser qwen3"
     assert f"```bash\n{command}\n```\n" in card and str(tmp_path) not in card
     assert f"library_name: {'peft' if folder == 'adapter' else 'transformers'}\n" in card
+
+
+def test_what_a_server_cannot_load_stands_below_its_command(tmp_path):
+    why = 'vLLM loads no adapter with trained rows of tokens ("unsupported LoRA weight"): serve the merged model'
+    for rows, expected in ((None, []), ({"model.embed_tokens": [7]}, [f"# {why}"])):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"trainable_token_indices": rows}))
+        assert list_notes(tmp_path) == expected
 
 
 @pytest.mark.parametrize("there, shown", [(True, "\n# requests send the tools in tools.json"), (False, "")])
