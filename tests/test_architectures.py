@@ -307,7 +307,6 @@ def run_job(folder: Path, tools_path: str, *flags: object):
     "name, changes, flags, line",
     [
         ("qwen3.5", {}, ["--no-load_in_4bit"], "ordinary padded batches: this qwen3_5_text has layers of linear_"),
-        ("mistral", {}, ["--no-load_in_4bit"], "ordinary padded batches: this mistral has windows of 8 tokens, "),
         ("gemma3 long", {"sliding_window": 2000}, [], "prefixes are shared: windows of 2,000 tokens hold the "),
     ],
 )

@@ -1,7 +1,6 @@
 """Chat templates that a user gives: the bundled one, files, what is refused, and the tokens that they need."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -13,14 +12,7 @@ from jobs import FINAL_FILES, ROWS, errors, names
 from peft import PeftModel
 from safetensors import safe_open
 from tokenizers import Tokenizer
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import train_qwen3_tool_calling as script
 from tool_calling.engines.hub import load_tokenizer
@@ -246,16 +238,3 @@ def test_what_was_trained_with_a_template_is_scored_and_resumed_with_it(job, res
         f"error: --chat_template is qwen3, and {job / 'mine.jinja'} {source}; expected the same",
         f"error: the training rows are not those {source}; expected the same rows in the same order",
     ]
-
-
-@pytest.mark.slow
-def test_all_weights_of_a_bare_base_are_trained(job, tmp_path):
-    shutil.copytree(job / "base", tmp_path / "base")
-    for name in ("rows.jsonl", "tools.json"):
-        shutil.copy(job / name, tmp_path / name)
-    result = run_script(*to_flags(tmp_path, "--chat_template", "qwen3", "--lora_rank", 0))
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("added for the chat template") == 1
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "final")
-    assert tokenizer.chat_template == read_template("qwen3")
-    assert len(tokenizer) == AutoConfig.from_pretrained(tmp_path / "final").vocab_size
