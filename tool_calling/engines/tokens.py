@@ -46,6 +46,14 @@ def list_tables(model) -> dict[str, torch.nn.Module]:
     return {name: module for name, module in model.named_modules() if any(module is table for table in tables)}
 
 
+@torch.no_grad()
+def start_rows(model, tokenizer, ids, known: int) -> None:
+    """Give the tokens `ids` the rows of start_row in both embeddings, of which the first `known` are the base's."""
+    for table in list_tables(model).values():
+        for index in ids:
+            table.weight[index] = start_row(tokenizer.convert_ids_to_tokens(index), tokenizer, table.weight[:known])
+
+
 def count_rows(tokenizer) -> int:
     """Return how many rows an embedding needs for all tokens; a tokenizer may leave some numbers out."""
     return max(tokenizer.get_vocab().values()) + 1
@@ -58,19 +66,15 @@ def fit_config(config, tokenizer):
     return config
 
 
-@torch.no_grad()
 def fit_vocabulary(model, tokenizer):
     """Return the model with a row in both embeddings for each token of the tokenizer, the new ones as start_row says.
 
     Every load of a base ends here, so that an adapter finds the rows with which it was trained.
     """
     known, size = model.get_input_embeddings().weight.shape[0], count_rows(tokenizer)
-    if size <= known:
-        return model
-    model.resize_token_embeddings(size, mean_resizing=False)
-    for table in list_tables(model).values():
-        for index in range(known, size):
-            table.weight[index] = start_row(tokenizer.convert_ids_to_tokens(index), tokenizer, table.weight[:known])
+    if size > known:
+        model.resize_token_embeddings(size, mean_resizing=False)
+        start_rows(model, tokenizer, range(known, size), known)
     return model
 
 
@@ -96,7 +100,6 @@ def to_ids(tokenizer, tokens: list[str]) -> list[int]:
     return [vocabulary[token] for token in tokens]
 
 
-@torch.no_grad()
 def prepare_tokens(model, tokenizer, samples: list[Sample], wanted: list[str], kept=(), alone: bool = False) -> dict:
     """Fit the vocabulary; return the setting of PEFT's LoraConfig that trains rows of tokens, {} if there are none.
 
@@ -124,12 +127,9 @@ def prepare_tokens(model, tokenizer, samples: list[Sample], wanted: list[str], k
             warn(f"{what}; without --train_tokens {names} these may not be learned")
         else:
             say("tokens", f"{what}; they start apart from each other and are trained")
-    for table in tables.values():
-        for token in untrained - {*range(known, len(table.weight))}:
-            table.weight[token] = start_row(tokenizer.convert_ids_to_tokens(token), tokenizer, table.weight)
+    start_rows(model, tokenizer, [token for token in untrained if token < known], known)
     # With its new rows, also those of tokens in prompts alone, an adapter is whole on a base of as many rows.
-    new = range(known, count_rows(tokenizer))
-    trained = sorted({*kept, *({*untrained, *new} if automatic else named)})
+    trained = sorted({*kept, *({*untrained, *range(known, count_rows(tokenizer))} if automatic else named)})
     if trained and alone:
         warn(f"{NO_ROWS}, of --save_method merged_16bit")
     return {"trainable_token_indices": dict.fromkeys(tables, trained)} if trained else {}
