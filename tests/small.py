@@ -63,12 +63,12 @@ def make_schedule(samples: list[Sample], rows: int, lengths: tuple[int, ...] = (
     return Schedule(samples, rows, 1, Layout(rows, lengths=lengths), **more)
 
 
-def make_qwen3(tied: bool = False) -> Qwen3ForCausalLM:
-    """Return a Qwen3 of two small layers."""
+def make_qwen3(tied: bool = False, size: int = VOCABULARY) -> Qwen3ForCausalLM:
+    """Return a Qwen3 of two small layers, with `size` tokens."""
     torch.manual_seed(0)
     return Qwen3ForCausalLM(
         Qwen3Config(
-            vocab_size=VOCABULARY,
+            vocab_size=size,
             hidden_size=32,
             intermediate_size=64,
             num_hidden_layers=2,

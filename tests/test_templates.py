@@ -11,8 +11,9 @@ from doubles import make_tools
 from jobs import FINAL_FILES, ROWS, errors, names
 from peft import PeftModel
 from safetensors import safe_open
+from small import make_qwen3
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config
 
 import train_qwen3_tool_calling as script
 from tool_calling.engines.hub import load_tokenizer
@@ -121,17 +122,7 @@ def test_a_template_takes_the_place_of_the_models_own(capsys):
 def make_bare_base(folder: Path) -> int:
     """Save a random Qwen3 of two small layers that knows no turns, calls and thoughts; return its number of tokens."""
     size = len(AutoTokenizer.from_pretrained(make_bare_tokenizer(folder)))
-    torch.manual_seed(1)
-    config = Qwen3Config(
-        vocab_size=size,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    make_qwen3(size=size).save_pretrained(folder)
     return size
 
 
