@@ -1,8 +1,8 @@
 """The tools of a row as calls in a text need them: patterns of their names, and the types of their parameters."""
 
 import re
-from functools import lru_cache
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 from tool_calling.data.literals import as_list, parse_literal
 
@@ -10,46 +10,66 @@ from tool_calling.data.literals import as_list, parse_literal
 NAME_KEYS = ("name", "toolName", "tool_name", "tool", "function", "function_name", "action", "recipient_name")
 ARGUMENT_KEYS = ("arguments", "args", "input", "parameters", "params", "kwargs", "tool_input", "tool_args")
 ARGUMENT_KEYS += ("action_input", "tool_arguments")
+KEY = "|".join(NAME_KEYS)
+UNREAD = (  # of names: calls in syntaxes that are not known
+    rf"""(?<![\w])(?:NAME)["'`>]?:?\d*\s*(?:<[^<>\n]{{1,40}}>\s*)*(?:```\w*\s*)?\{{\s*["'}}]"""  # f{"a": 1}
+    rf"""|<(?:NAME)[\s>/]|<\w+[= ][^<>\n]{{0,40}}["'=](?:NAME)["']?[\s/>]"""  # <f>, <call name="f">
+    rf"""|["'](?:{KEY})["']\s*:\s*["'](?:NAME)["']\s*,\s*["'](?:{"|".join(ARGUMENT_KEYS)})["']\s*:"""
+    rf"""|\A\s*(?:```\w*\s*)?[\[{{](?s:.)*?["'](?:{KEY})["']\s*:\s*["'](?:NAME)["']"""  # JSON that names a tool
+    rf"""|\bto=[\w.]{{0,40}}(?:NAME)(?!\w)|\bcall:(?:NAME)\{{"""  # Harmony, FunctionGemma
+    rf"""|FUNCTION\W{{0,3}}:\s*(?:NAME)(?!\w)"""  # Qwen-Agent
+    rf"""|(?<!\w)(?:NAME)\(\s*\w+\s*=\s*(?:["'\[{{\d-]|(?:true|false|null|None)\b)"""  # f(a=1) in a sentence
+    rf"""|^[ \t]*Action[ \t]*:[ \t]*(?:NAME)(?!\w)"""
+    rf"""|^[ \t]*\w+[ \t]*=[ \t]*(?:await[ \t]+)?(?:NAME)\("""  # a = f(1), in code
+)
 
 
-class Known(NamedTuple):
-    """The tools that an answer may call, and patterns of their names."""
+@lru_cache(maxsize=8000)
+def compile_names(pattern: str, names: tuple[str, ...]) -> re.Pattern:
+    """Return a pattern with NAME in it, compiled for any of these names."""
+    one = "|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)"  # which is nowhere
+    return re.compile(pattern.replace("NAME", one), re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Known:
+    """The tools that an answer may call, and patterns of their names, compiled when first asked for.
+
+    Where each row has tools of its own, compiling all of them would take longer than reading the rows.
+    """
 
     parameters: dict[str, dict]  # {tool: {parameter: its schema}}
-    name: re.Pattern  # any of the names
-    call: re.Pattern  # a line, or a list in brackets, that begins with a call
-    more: re.Pattern  # the next call on that line
-    unread: re.Pattern  # a call in a syntax that is not known
 
+    def compile(self, pattern: str) -> re.Pattern:
+        """Return a pattern for the names of these tools."""
+        return compile_names(pattern, tuple(self.parameters))
 
-@lru_cache(maxsize=2000)
-def compile_names(names: tuple[str, ...]) -> tuple[re.Pattern, ...]:
-    """Return the patterns of Known."""
-    one = "|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)"  # which is nowhere
-    name = rf"(?<!\w)(?:{one})(?!\w)"
-    call = rf"(?:^|(?<=\[))[ \t]*(?:print\()?(?:default_api\.|functions\.)?(?P<name>{one})[ \t]*\("
-    key = "|".join(NAME_KEYS)
-    unread = (
-        rf"""(?<![\w])(?:{one})["'`>]?:?\d*\s*(?:<[^<>\n]{{1,40}}>\s*)*(?:```\w*\s*)?\{{\s*["'}}]"""  # f{"a": 1}
-        rf"""|<(?:{one})[\s>/]|<\w+[= ][^<>\n]{{0,40}}["'=](?:{one})["']?[\s/>]"""  # <f>, <call name="f">
-        rf"""|["'](?:{key})["']\s*:\s*["'](?:{one})["']\s*,\s*["'](?:{"|".join(ARGUMENT_KEYS)})["']\s*:"""
-        rf"""|\A\s*(?:```\w*\s*)?[\[{{](?s:.)*?["'](?:{key})["']\s*:\s*["'](?:{one})["']"""  # JSON that names a tool
-        rf"""|\bto=[\w.]{{0,40}}(?:{one})(?!\w)|\bcall:(?:{one})\{{"""  # Harmony, FunctionGemma
-        rf"""|FUNCTION\W{{0,3}}:\s*(?:{one})(?!\w)"""  # Qwen-Agent
-        rf"""|(?<!\w)(?:{one})\(\s*\w+\s*=\s*(?:["'\[{{\d-]|(?:true|false|null|None)\b)"""  # f(a=1) in a sentence
-        rf"""|^[ \t]*Action[ \t]*:[ \t]*(?:{one})(?!\w)"""
-        rf"""|^[ \t]*\w+[ \t]*=[ \t]*(?:await[ \t]+)?(?:{one})\("""  # a = f(1), in code
-    )
-    more = rf"[ \t]*[,;][ \t]*(?P<name>{one})[ \t]*\("
-    return tuple(re.compile(pattern, re.MULTILINE) for pattern in (name, call, more, unread))
+    @cached_property
+    def name(self) -> re.Pattern:
+        """Any of the names."""
+        return self.compile(r"(?<!\w)(?:NAME)(?!\w)")
+
+    @cached_property
+    def call(self) -> re.Pattern:
+        """A line, or a list in brackets, that begins with a call."""
+        return self.compile(r"(?:^|(?<=\[))[ \t]*(?:print\()?(?:default_api\.|functions\.)?(?P<name>NAME)[ \t]*\(")
+
+    @cached_property
+    def more(self) -> re.Pattern:
+        """The next call on that line."""
+        return self.compile(r"[ \t]*[,;][ \t]*(?P<name>NAME)[ \t]*\(")
+
+    @cached_property
+    def unread(self) -> re.Pattern:
+        """A call in a syntax that is not known."""
+        return self.compile(UNREAD)
 
 
 def to_known(tools: list[dict]) -> Known:
     """Return what checked tools say about calls in text."""
     schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
     parameters = {name: schema.get("properties") for name, schema in schemas.items() if name.strip()}
-    parameters = {name: found if isinstance(found, dict) else {} for name, found in parameters.items()}
-    return Known(parameters, *compile_names(tuple(parameters)))
+    return Known({name: found if isinstance(found, dict) else {} for name, found in parameters.items()})
 
 
 def list_kinds(schema: object) -> list[str]:
