@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """What fine-tuning forgets: the embedded base before and after, on requests for tools that it was not fine-tuned on.
 
-    python tests/bench_forgetting.py outputs/forgetting --shares 0 2 5 10
+    python tests/bench_forgetting.py outputs/forgetting
 
-Trains the base on the bundled rows once for each share of rows of other tools among them, each such row with a list of
-tools of its own; then scores base and tuned models side by side on 200 rows of still other tools, and on the held-out
-bundled rows. The rows come from models/make_tiny_qwen3.py, as those that the base was made with.
+Trains the base on the bundled rows, once for each share of rows of other tools among them; then scores the base and the
+tuned models side by side on 200 rows of still other tools. Each of these rows brings a list of invented tools of its
+own, as those that the base was made with (models/make_tiny_qwen3.py). Flags that this program does not have go to the
+training runs.
 """
 
 import argparse
@@ -16,50 +17,84 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT, ROWS = ROOT / "train_qwen3_tool_calling.py", ROOT / "data" / "synthetic_finetune_dataset.json"
-SCORED, MIXED = 200, 400
+BASE = ROOT / "models" / "tiny-qwen3"
+SCORED = 200  # rows of other tools
 FLAGS = """--num_epochs 1 --batch_size 32 --gradient_accumulation_steps 1 --learning_rate 1e-2 --no-load_in_4bit
-    --eval_samples 1 --eval_steps 1000""".split()
+    --on_invalid skip""".split()
 
 
-def write_rows(path: Path, kind: str, count: int) -> None:
-    """Write rows of invented tools in the OpenAI format; two kinds share no list of tools."""
+def make_rows(kind: str, count: int) -> list[dict]:
+    """Return rows of invented tools in the OpenAI format; those of two kinds have no list of tools in common."""
     from models.make_tiny_qwen3 import make_request, make_tools
 
-    with path.open("w", encoding="utf-8") as file:
-        for number in range(count):
-            rng = random.Random(f"{kind} {number}")
-            tools = make_tools(rng)
-            request, answer = make_request(tools, rng)
-            messages = [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]
-            tools = [tool["definition"] for tool in tools]
-            file.write(json.dumps({"messages": messages, "tools": tools}, ensure_ascii=False) + "\n")
+    rows = []
+    for number in range(count):
+        rng = random.Random(f"{kind} {number}")
+        tools = make_tools(rng)
+        request, answer = make_request(tools, rng)
+        turns = [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]
+        rows.append({"messages": turns, "tools": [tool["definition"] for tool in tools]})
+    return rows
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    """Write rows to a JSONL file; return its path."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 def start(*arguments: object) -> subprocess.Popen:
-    """Start the command line with these arguments."""
-    return subprocess.Popen([sys.executable, SCRIPT, *map(str, arguments)], cwd=ROOT)
+    """Start the command line of the project."""
+    command = [sys.executable, ROOT / "train_qwen3_tool_calling.py", *arguments]
+    return subprocess.Popen([*map(str, command)], cwd=ROOT)
 
 
-def read_scores(folder: Path) -> dict[str, str]:
-    """Return {model: its exact matches with their interval} of a report."""
-    scores = json.loads((folder / "eval_only" / "report.json").read_text())["scores"]
-    return {model: f"{values['exact_match']:.1%}" for model, values in scores.items()}
+def finish(runs: list[subprocess.Popen]) -> None:
+    """Wait for runs; end with an error if one of them did."""
+    if max(run.wait() for run in runs):
+        sys.exit("a run failed")
+
+
+def read_exact(report: Path) -> dict[str, float]:
+    """Return {model: exact match} of a report.json."""
+    return {model: scores["exact_match"] for model, scores in json.loads(report.read_text())["scores"].items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where rows, models and reports go")
-    parser.add_argument("--model_id", default=str(ROOT / "models" / "tiny-qwen3"))
-    parser.add_argument("--shares", type=int, nargs="+", default=[0, 2, 5, 10], help="percent of the rows trained on")
-    parser.add_argument("--side_by_side", action="store_true", help="train all at once")
-    args = parser.parse_args()
+    parser.add_argument("--shares", type=int, nargs="+", default=[0, 2, 5, 10], help="of other tools' rows, in percent")
+    parser.add_argument("--at_once", action="store_true", help="train all at the same time")
+    args, flags = parser.parse_known_args()
     folder = args.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    other, mixed = folder / "other.jsonl", folder / "mixed.jsonl"
-    write_rows(other, "scored", SCORED)
-    write_rows(mixed, "mixed", MIXED)
-    print(other, mixed)
+
+    bundled = json.loads((ROOT / "data" / "synthetic_finetune_dataset.json").read_text(encoding="utf-8"))
+    held_out = write(folder / "held_out.jsonl", bundled[::10])
+    bundled = [row for number, row in enumerate(bundled) if number % 10]
+    other = write(folder / "other.jsonl", make_rows("scored", SCORED))
+    runs, models = [], {}
+    for share in args.shares:
+        added = make_rows("trained", round(len(bundled) * share / (100 - share)))
+        rows = write(folder / f"train_{share}.jsonl", bundled + added)
+        models[share], out = folder / f"model_{share}", folder / f"out_{share}"
+        places = ("--output_dir", out, "--final_model_dir", models[share])
+        data = ("--dataset_path", rows, "--eval_dataset_path", held_out)
+        runs.append(start("--model_id", BASE, *data, *places, *FLAGS, *flags))
+        if not args.at_once:
+            finish(runs)
+    finish(runs)
+    models_flag = ("--eval_only", BASE, *models.values())
+    data = ("--eval_dataset_path", other, "--on_invalid", "skip", "--eval_samples", SCORED)
+    finish([start(*models_flag, *data, "--output_dir", folder)])
+
+    others = read_exact(folder / "eval_only" / "report.json")
+    first = read_exact(folder / f"out_{args.shares[0]}" / "report.json")
+    print("| rows of other tools | bundled rows, held out | rows of tools never seen |\n|---|---|---|")
+    print(f"| base | {first['base']:.1%} | {others[str(BASE)]:.1%} |")
+    for share, model in models.items():
+        own = read_exact(folder / f"out_{share}" / "report.json")["merged"]
+        print(f"| {share} % | {own:.1%} | {others[str(model)]:.1%} |")
 
 
 if __name__ == "__main__":

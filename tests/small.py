@@ -90,8 +90,8 @@ def make_adapted():
     return model
 
 
-def make_trainer(folder: Path, tokenizer, *flags: str, held_out=(), lengths: tuple[int, ...] = ()):
-    """Return a trainer of one epoch over TRAIN: of an adapter, or with --lora_rank 0 of all weights."""
+def make_trainer(folder: Path, tokenizer, *flags: str, held_out=(), lengths: tuple[int, ...] = (), tokens=None):
+    """Return a trainer of one epoch over TRAIN: of an adapter, with rows of `tokens`, or with --lora_rank 0 of all."""
     args = script.parse_args(
         ["--num_epochs", "1", "--warmup_steps", "0", "--learning_rate", "0.01", "--output_dir", str(folder), *flags]
     )
@@ -106,7 +106,8 @@ def make_trainer(folder: Path, tokenizer, *flags: str, held_out=(), lengths: tup
     )
     model = make_qwen3(tied=not args.lora_rank)
     if args.lora_rank:
-        model = get_peft_model(model, LoraConfig(r=4, target_modules=script.TARGET_MODULES, task_type="CAUSAL_LM"))
+        lora = {"r": 4, "target_modules": script.TARGET_MODULES, "task_type": "CAUSAL_LM"}
+        model = get_peft_model(model, LoraConfig(**lora, trainable_token_indices=tokens))
     trainer = script.build_run_trainer(args, model, tokenizer, schedule, list(held_out), "transformers")
     trainer.args.adam_epsilon = 1e-2  # or Adam turns rounding into other steps: see train_small.ADAM_EPSILON
     return trainer

@@ -198,6 +198,15 @@ def test_a_number_that_is_not_finite_ends_the_run_before_anything_is_saved(
     assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "one" / file).read_bytes()
 
 
+def test_rows_of_tokens_are_trained_at_a_rate_of_their_own(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, "--weight_decay", "0.1", tokens=[5, 6])
+    *others, rows = trainer.create_optimizer().param_groups
+    assert (rows["lr"], rows["weight_decay"], [weight.shape for weight in rows["params"]]) == (0.04, 0, [(2, 32)])
+    assert {group["lr"] for group in others} == {0.01}
+    grouped = [id(weight) for group in (*others, rows) for weight in group["params"]]
+    assert sorted(grouped) == sorted(id(weight) for weight in trainer.model.parameters() if weight.requires_grad)
+
+
 def test_rows_that_are_named_are_those_of_the_step():
     """A device that has none computes the first row, of which nothing is trained."""
     nothing = TRAIN[0]._replace(prompt_length=len(TRAIN[0].input_ids))

@@ -21,6 +21,7 @@ from tool_calling.engines.compat import mark_prepared
 from tool_calling.engines.device import autocast
 from tool_calling.engines.fsdp import gather_weights, gather_whole, is_split, split_as
 from tool_calling.engines.graphs import make_room
+from tool_calling.engines.loading import TOKEN_ROWS
 from tool_calling.engines.losses import compute_token_losses, score_batches, to_metrics
 from tool_calling.files import discard_partial, move_aside, put_in_place, write_manifest
 from tool_calling.processes import is_main
@@ -31,6 +32,7 @@ from tool_calling.terminal import UserError, list_first, plural, warn
 from tool_calling.training.callbacks import ProgressBar
 
 NAMED_ROWS = 8  # rows of a failed step that are named
+TOKEN_RATE = 4  # of rows of tokens, as a multiple of the adapter's rate: these start anew, and few steps meet them
 
 
 class StreamTrainer(SFTTrainer):
@@ -56,6 +58,18 @@ class StreamTrainer(SFTTrainer):
         self.accelerator.ddp_handler.gradient_as_bucket_view = True  # otherwise gradients are copied from their buckets
         self.remove_callback(PrinterCallback)
         self.add_callback(self.progress)
+
+    def create_optimizer(self, model=None):
+        """Return the optimizer, with a group of their own for rows of tokens: at TOKEN_RATE, and without decay."""
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(model)
+        rows = [weight for name, weight in self.model.named_parameters() if TOKEN_ROWS in name]
+        if rows:
+            for group in optimizer.param_groups:
+                group["params"] = [weight for weight in group["params"] if all(weight is not row for row in rows)]
+            optimizer.add_param_group({"params": rows, "lr": TOKEN_RATE * self.args.learning_rate, "weight_decay": 0.0})
+        return optimizer
 
     def create_model_card(self, *args, **kwargs):
         """Write none: TRL's knows no scores. A card with scores is written beside each model that is kept."""
