@@ -308,80 +308,61 @@ def settle_defaults(args: argparse.Namespace) -> None:
 # Model and trainer
 # ----------------------------------------------------------------------------------------------------------------------
 def load_model(args: argparse.Namespace, engine: str, schedule, tokenizer):
-    """Return the base model, in 4 bits if asked, with fresh LoRA on --target_modules or the adapter of --model_id."""
-    from tool_calling.engines.device import use_checkpointing
-
-    checkpointing = use_checkpointing(args.gradient_checkpointing)
-    lora = {
-        "r": args.lora_rank,
-        "lora_alpha": args.lora_alpha,
-        "lora_dropout": args.lora_dropout,
-        "bias": "none",
-        "use_rslora": args.use_rslora,
-        "target_modules": args.target_modules,
-    }
-    if engine == "transformers":
-        return load_stock_model(args, lora, schedule, tokenizer)
-
-    from trl.trainer.utils import add_fused_lm_head
-    from unsloth import FastLanguageModel
-
-    from tool_calling.engines.compat import compile_attention
-    from tool_calling.engines.graphs import can_record, find_recorded, read_streams
-    from tool_calling.engines.hub import find_base
-    from tool_calling.engines.loading import set_adapter_weights
-    from tool_calling.engines.tokens import compute_rows_alone, prepare_tokens
-
-    base, _ = find_base(args.model_id)
-    model, _ = FastLanguageModel.from_pretrained(
-        base,
-        max_seq_length=args.max_seq_length,
-        load_in_4bit=args.load_in_4bit,
-        dtype=None,
-        use_safetensors=True,
-        trust_remote_code=args.trust_remote_code,
-        use_exact_model_name=True,  # not a copy of it in Unsloth's own repositories
-        text_only=True,  # of models that see images, too
-    )
-    wanted = (args.train_tokens, list_trained_tokens(args.model_id), args.save_method == "lora")
-    lora |= prepare_tokens(model, tokenizer, schedule.samples, *wanted)
-    model = FastLanguageModel.get_peft_model(
-        model, **lora, random_state=args.seed, use_gradient_checkpointing="unsloth" if checkpointing else False
-    )
-    if base != args.model_id:
-        set_adapter_weights(model, args.model_id)
-    compute_rows_alone(model)
-    add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "is_top1"))
-    if not schedule.layout.share_prefix:
-        return model
-    compile_attention()
-    recorded = args.cuda_graphs and can_record(schedule, args.lora_dropout)
-    read_streams(model, find_recorded(schedule, model.config, checkpointing) if recorded else ())
-    return model
-
-
-def load_stock_model(args: argparse.Namespace, lora: dict, schedule, tokenizer):
-    """Return the same by Transformers and PEFT.
+    """Return the base model, in 4 bits if asked, with fresh LoRA on --target_modules or the adapter of --model_id.
 
     With --lora_rank 0 it is the base alone, in fp32: late, small updates round to nothing in 16 bits. The trainer's
     autocast computes in 16 bits on CUDA all the same, so only memory is the price. (TRL and Unsloth do so too.)
     """
-    from peft import LoraConfig, get_peft_model
+    if engine == "unsloth":
+        from unsloth import FastLanguageModel
 
+    from peft import LoraConfig, get_peft_model
+    from trl.trainer.utils import add_fused_lm_head
+
+    from tool_calling.engines.compat import compile_attention
+    from tool_calling.engines.device import use_checkpointing
     from tool_calling.engines.fsdp import split_model
+    from tool_calling.engines.graphs import can_record, find_recorded, read_streams
     from tool_calling.engines.hub import find_base
-    from tool_calling.engines.loading import go_on_from, load_trainable
+    from tool_calling.engines.loading import go_on_from, load_trainable, set_adapter_weights
     from tool_calling.engines.tokens import compute_rows_alone, prepare_tokens
 
     base, _ = find_base(args.model_id)
-    model = load_trainable(base, args.load_in_4bit, args.trust_remote_code, whole=not lora["r"], split=args.fsdp)
+    checkpointing = use_checkpointing(args.gradient_checkpointing)
+    if engine == "unsloth":
+        model, _ = FastLanguageModel.from_pretrained(
+            base,
+            max_seq_length=args.max_seq_length,
+            load_in_4bit=args.load_in_4bit,
+            dtype=None,
+            use_safetensors=True,
+            trust_remote_code=args.trust_remote_code,
+            use_exact_model_name=True,  # not a copy of it in Unsloth's own repositories
+            text_only=True,  # of models that see images, too
+        )
+    else:
+        model = load_trainable(base, args.load_in_4bit, args.trust_remote_code, not args.lora_rank, split=args.fsdp)
     wanted = (args.train_tokens, list_trained_tokens(args.model_id), args.save_method == "lora")
     rows = prepare_tokens(model, tokenizer, schedule.samples, *wanted)
-    if base != args.model_id:
+    names = ("lora_alpha", "lora_dropout", "use_rslora", "target_modules")
+    lora = {"r": args.lora_rank, "bias": "none", **{name: getattr(args, name) for name in names}, **rows}
+    if engine == "unsloth":
+        model = FastLanguageModel.get_peft_model(
+            model, **lora, random_state=args.seed, use_gradient_checkpointing="unsloth" if checkpointing else False
+        )
+        if base != args.model_id:
+            set_adapter_weights(model, args.model_id)
+    elif base != args.model_id:
         model = go_on_from(model, args.model_id, rows)
-    elif lora["r"]:
-        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora, **rows))
+    elif args.lora_rank:
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
     compute_rows_alone(model)
+    if engine == "unsloth":
+        add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "is_top1"))
+        if schedule.layout.share_prefix:
+            compile_attention()
+            recorded = args.cuda_graphs and can_record(schedule, args.lora_dropout)
+            read_streams(model, find_recorded(schedule, model.config, checkpointing) if recorded else ())
     return split_model(model) if args.fsdp else model
 
 

@@ -219,5 +219,5 @@ def test_all_weights_are_trained_from_rows_that_are_apart(tmp_path, tokenizer):
         script.parse_args(["--model_id", str(base), "--lora_rank", "0"]),
         SimpleNamespace(samples=call(ids)),
     )
-    weight = script.load_stock_model(args, {"r": 0}, schedule, tokenizer).get_input_embeddings().weight
+    weight = script.load_model(args, "transformers", schedule, tokenizer).get_input_embeddings().weight
     assert weight.dtype == torch.float32 and (weight[ids[0]] - weight[ids[1]]).norm() > weight.norm(dim=1).mean() / 2
