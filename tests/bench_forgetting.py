@@ -84,11 +84,10 @@ def main() -> None:
         if not args.at_once:
             finish(runs)
     finish(runs)
-    models_flag = ("--eval_only", BASE, *models.values())
     data = ("--eval_dataset_path", other, "--on_invalid", "skip", "--eval_samples", SCORED)
-    finish([start(*models_flag, *data, "--output_dir", folder)])
+    finish([start("--eval_only", BASE, *models.values(), *data, "--output_dir", folder / "out_other")])
 
-    others = read_exact(folder / "eval_only" / "report.json")
+    others = read_exact(folder / "out_other" / "eval_only" / "report.json")
     first = read_exact(folder / f"out_{args.shares[0]}" / "report.json")
     print("| rows of other tools | bundled rows, held out | rows of tools never seen |\n|---|---|---|")
     print(f"| base | {first['base']:.1%} | {others[str(BASE)]:.1%} |")
