@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -75,12 +76,20 @@ def run_script(*arguments: object, timeout: int = 240, **environment: str) -> su
 
 def run_here(*arguments: object) -> subprocess.CompletedProcess:
     """Run the command line in this process: for what trains nothing, importing torch again would take the longest."""
+    from forks import start_fresh
+
     import train_qwen3_tool_calling as script
+    from tool_calling import fresh
 
     out, err, former = io.StringIO(), io.StringIO(), sys.argv
     sys.argv = ["train_qwen3_tool_calling.py", *map(str, arguments)]
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.chdir(ROOT):
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            contextlib.chdir(ROOT),
+            mock.patch.object(fresh, "start_python", start_fresh),
+        ):
             code = script.run_command_line()
     except SystemExit as error:
         code = error.code

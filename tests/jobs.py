@@ -1,7 +1,6 @@
 """Runs of the real command line that several test files make: their rows, flags, processes and files."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import time
 from pathlib import Path
 
 from conftest import ROOT, TINY, native
+from forks import ENVIRONMENT, Fork
 from safetensors.torch import load_file, save_file
 
 from tool_calling.files import write_manifest
@@ -33,8 +33,6 @@ FINAL_FILES = [
     "tokenizer_config.json",
     "tools.json",
 ]
-# One thread: the same sums in the same order, and no fight for the cores.
-ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 STOPPING = "stopping after this step, with a checkpoint; once more stops at once"
 
 
@@ -88,10 +86,15 @@ def start(*command: object) -> subprocess.Popen:
     )
 
 
-def wait(process: subprocess.Popen, seconds: float = 120) -> subprocess.CompletedProcess:
+def wait(process: subprocess.Popen | Fork, seconds: float = 120) -> subprocess.CompletedProcess:
     """Return what a started process ended with."""
     stdout, stderr = process.communicate(timeout=seconds)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def run_forked(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    """Run the real command line in a fork that has the libraries; see forks.py for what only `run_script` shows."""
+    return wait(Fork(ROOT / "train_qwen3_tool_calling.py", *arguments, **environment), 240)
 
 
 def wait_for(condition, seconds: float = 90) -> None:

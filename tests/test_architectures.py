@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import TINY, native, run_script, write_jsonl
+from conftest import TINY, native, write_jsonl
+from jobs import run_forked
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
@@ -294,7 +295,7 @@ def run_job(folder: Path, tools_path: str, *flags: object):
     cities = ("Rome", "Oslo", "Lima", "Bonn", "Cairo", "Quito")
     rows = [native(f"rain in {city} {day}?", ("get_weather", {"city": city})) for city in cities for day in ("", "now")]
     write_jsonl(folder / "rows.jsonl", [*rows, native("thanks", content="Bye."), native("ok", content="Bye.")])
-    return run_script(
+    return run_forked(
         *("--model_id", folder / "base", "--dataset_path", folder / "rows.jsonl", "--tools_path", tools_path),
         *("--output_dir", folder / "out", "--final_model_dir", folder / "final"),
         *("--max_steps", 2, "--warmup_steps", 0, "--learning_rate", 0.01),

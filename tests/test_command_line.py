@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ALARM, ROOT, TINY, WEATHER, native, run_here, run_script, write_jsonl
-from jobs import FINAL_FILES, ROWS, arguments, errors, names
+from jobs import FINAL_FILES, ROWS, arguments, errors, names, run_forked
 
 import train_qwen3_tool_calling as script
 from tool_calling.data.examples import Reading, read_examples
@@ -29,7 +29,7 @@ def job(tmp_path_factory):
     folder = tmp_path_factory.mktemp("job")
     (folder / "tools.json").write_text(json.dumps([WEATHER, ALARM]))
     write_jsonl(folder / "rows.jsonl", ROWS)
-    return folder, run_script(*arguments(folder))
+    return folder, run_forked(*arguments(folder))
 
 
 @pytest.mark.slow
@@ -126,7 +126,7 @@ def test_a_model_and_an_adapter_are_scored_without_training(job, tmp_path):
         ("alone", [adapter], {"model": trained["adapter"]}),
         ("both", [final, adapter], {str(final): trained["merged"], str(adapter): trained["adapter"]}),
     ):
-        result = run_script(*arguments(folder, "--output_dir", tmp_path / name, "--eval_only", *models))
+        result = run_forked(*arguments(folder, "--output_dir", tmp_path / name, "--eval_only", *models))
         assert result.returncode == 0, result.stderr
         assert names(tmp_path / name) == ["eval_only", "run.yaml"]  # a report of training there would be kept
         assert names(tmp_path / name / "eval_only") == ["answers.jsonl", "report.html", "report.json", "run.yaml"]
@@ -216,7 +216,7 @@ def test_resume_ends_with_the_same_weights(job, tmp_path):
     again = tmp_path / "again"
     shutil.rmtree(again / "out" / "checkpoint-6")
     shutil.rmtree(again / "out" / "adapter")
-    result = run_script(*arguments(again, "--resume_from_checkpoint"))
+    result = run_forked(*arguments(again, "--resume_from_checkpoint"))
     assert result.returncode == 0, result.stderr
     assert f"resume   from {again / 'out' / 'checkpoint-3'}" in result.stdout.splitlines()
     assert "train    3 steps in" in result.stdout

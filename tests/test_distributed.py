@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy
 import pytest
 from conftest import ROOT, WEATHER, native, write_jsonl
+from forks import Fork
 from jobs import CITIES, ENVIRONMENT, FINAL_FILES, STOPPING, names, start, wait, wait_for
 from safetensors.numpy import load_file
 from train_small import make_base
@@ -41,8 +42,8 @@ FLAGS = [
 def train(folder, devices, *more):
     if not (folder / "base").exists():
         make_base(folder / "base")
-    launcher = TORCHRUN if devices == 2 else []
-    result = wait(start(*launcher, *SMALL, folder, 0, *FLAGS, "--gradient_accumulation_steps", 2 // devices, *more))
+    words = [*SMALL, folder, 0, *FLAGS, "--gradient_accumulation_steps", 2 // devices, *more]
+    result = wait(start(*TORCHRUN, *words) if devices == 2 else Fork(*words))
     assert result.returncode == 0, result.stderr
     return result.stdout
 

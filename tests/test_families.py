@@ -8,8 +8,9 @@ import pytest
 import torch
 import transformers
 import trl
-from conftest import ALARM, TINY, WEATHER, native, run_script, write_jsonl
+from conftest import ALARM, TINY, WEATHER, native, write_jsonl
 from conversations import ASK, CONVERSATIONS, calls, says, supervised
+from jobs import run_forked
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from small import make_schedule
@@ -430,7 +431,7 @@ def test_llama_runs_from_rows_to_a_merged_model_and_resumes_on_another_day(tmp_p
         *("--learning_rate", 0.01, "--warmup_steps", 0),
     ]
     today = time.strftime("%Y-%m-%d")
-    result = run_script(*arguments)
+    result = run_forked(*arguments)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     assert f"         the chat template writes the date into prompts: {today}, the day this run began" in result.stdout

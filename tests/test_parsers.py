@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import trl
-from conftest import ALARM, TINY, WEATHER, native, run_script, write_jsonl
+from conftest import ALARM, TINY, WEATHER, native, write_jsonl
 from conversations import ASK, calls, says, supervised
+from jobs import run_forked
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from tool_calling.data.examples import Example
@@ -436,7 +437,7 @@ def test_a_model_with_other_calls_runs_from_rows_to_its_serve_line(tmp_path, too
         for day in ("today", "on Monday", "at all")
     ]
     write_jsonl(tmp_path / "rows.jsonl", [*rows, native("thanks", content="Bye."), native("ok", content="Bye.")])
-    result = run_script(
+    result = run_forked(
         *("--model_id", tmp_path / "base", "--dataset_path", tmp_path / "rows.jsonl", "--tools_path", tools_path),
         *("--output_dir", tmp_path / "out", "--final_model_dir", tmp_path / "final", "--no-load_in_4bit"),
         *("--num_epochs", 1, "--max_new_tokens", 8, "--learning_rate", 0.01, "--warmup_steps", 0),

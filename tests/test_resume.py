@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, WEATHER, native, write_jsonl
+from forks import Fork
 from jobs import CITIES, STOPPING, errors, names, start, wait, wait_for
 from train_small import make_base
 
@@ -50,7 +51,7 @@ SMALL_FLAGS = [
 
 
 def train_small(folder: Path, kills: int, *flags: str) -> subprocess.CompletedProcess:
-    return wait(start(ROOT / "tests" / "train_small.py", folder, kills, *flags), 180)
+    return wait(Fork(ROOT / "tests" / "train_small.py", folder, kills, *flags), 180)
 
 
 def test_20_kills_at_random_moments_change_no_bit(tmp_path):
@@ -116,7 +117,7 @@ def job(tmp_path_factory) -> Path:
     make_base(folder / "base")
     write_jsonl(folder / "rows.jsonl", ROWS)
     (folder / "tools.json").write_text(json.dumps([WEATHER]))
-    result = wait(start(*command(folder, folder)))
+    result = wait(Fork(*command(folder, folder)))
     assert result.returncode == 0, result.stderr
     return folder
 
@@ -153,9 +154,9 @@ def assert_all_whole(out: Path) -> None:
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_in_training_leaves_a_checkpoint_and_the_command_that_goes_on(job, tmp_path, number, code):
-    process = start(*command(job, tmp_path))
+    process = Fork(*command(job, tmp_path))
     wait_for(lambda: "step     3 of 60" in process.stdout.readline())
-    second = wait(start(*command(job, tmp_path)))  # two runs at once
+    second = wait(Fork(*command(job, tmp_path)))  # two runs at once
     assert (
         errors(second)
         == [
@@ -175,7 +176,7 @@ def test_a_signal_in_training_leaves_a_checkpoint_and_the_command_that_goes_on(j
     assert names(tmp_path) == ["out"] and not (tmp_path / "out" / "adapter").exists()
     if number == signal.SIGINT:  # the printed command is to be the one that goes on
         line = result.stderr.splitlines()[-1].split("go on with: python ")[1]
-        resumed = wait(start(*shlex.split(line)))
+        resumed = wait(Fork(*shlex.split(line)))
         assert resumed.returncode == 0, resumed.stderr
         assert f"resume   from {found[-1]}" in resumed.stdout.splitlines()
         assert read_adapter(tmp_path) == read_adapter(job)
@@ -186,13 +187,13 @@ def test_a_signal_in_training_leaves_a_checkpoint_and_the_command_that_goes_on(j
 def test_sigkill_of_the_real_command_changes_no_bit(job, tmp_path):
     more = []
     for _ in range(2):
-        process = start(*command(job, tmp_path, *more))
+        process = Fork(*command(job, tmp_path, *more))
         wait_for(lambda process=process: " of 60  loss" in process.stdout.readline())
         time.sleep(0.4)
         process.kill()
         assert wait(process).returncode == -signal.SIGKILL
         more = ["--resume_from_checkpoint"] if list_checkpoints(tmp_path / "out") else []
-    result = wait(start(*command(job, tmp_path, *more)))
+    result = wait(start(*command(job, tmp_path, *more)))  # with another seed of hashes, too
     assert result.returncode == 0 and result.stderr == ""
     assert read_adapter(tmp_path) == read_adapter(job)
 
@@ -200,7 +201,7 @@ def test_sigkill_of_the_real_command_changes_no_bit(job, tmp_path):
 def test_a_second_signal_stops_at_once(tmp_path):
     """One step takes a minute here; the first signal waits for its end, the second does not."""
     flags = [*SMALL_FLAGS, "--slow_from", "4"]
-    process = start(ROOT / "tests" / "train_small.py", tmp_path, 0, *flags)
+    process = Fork(ROOT / "tests" / "train_small.py", tmp_path, 0, *flags)
     wait_for(lambda: (tmp_path / "out" / "checkpoint-3").is_dir())
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
@@ -216,7 +217,7 @@ def test_a_second_signal_stops_at_once(tmp_path):
 
 
 def test_a_signal_before_training_is_one_line_and_changes_nothing(job, tmp_path):
-    process = start(*command(job, tmp_path))
+    process = start(*command(job, tmp_path))  # a new process, which imports the libraries now
     wait_for(lambda: process.stdout.readline().startswith("read "))
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
@@ -232,7 +233,7 @@ def test_a_signal_while_merging_leaves_the_adapter_and_no_final_folder(job, tmp_
     shutil.copytree(job / "out", tmp_path / "out")
     shutil.rmtree(tmp_path / "out" / "adapter")
     resume = command(job, tmp_path, "--resume_from_checkpoint")
-    process = start(*resume)
+    process = (start if number == signal.SIGKILL else Fork)(*resume)
     wait_for((tmp_path / ".final.partial").is_dir)
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)  # as a terminal does
     result = wait(process)
@@ -246,7 +247,7 @@ def test_a_signal_while_merging_leaves_the_adapter_and_no_final_folder(job, tmp_
         assert names(tmp_path) == ["out"]
     else:
         wait_for(lambda: is_gone(process.pid), 10)  # the process that merges follows its parent
-        again = wait(start(*resume))
+        again = wait(Fork(*resume))
         assert again.returncode == 0 and names(tmp_path) == ["final", "out"]
         assert json.loads((tmp_path / "out" / "report.json").read_text())["train"]["steps"] == 0
 
@@ -256,7 +257,7 @@ def test_another_run_is_not_gone_on_with(job, tmp_path):
     before = read_tree(tmp_path)
     write_jsonl(tmp_path / "rows.jsonl", ROWS[:-1])
     other = ["--lora_rank", 8, "--max_steps", 59, "--dataset_path", tmp_path / "rows.jsonl"]
-    result = wait(start(*command(job, tmp_path, "--resume_from_checkpoint", *other)))
+    result = wait(Fork(*command(job, tmp_path, "--resume_from_checkpoint", *other)))
     newest = tmp_path / "out" / "checkpoint-60"
     assert result.returncode == 1
     assert errors(result) == [
@@ -277,11 +278,11 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(job, tmp_path):
     os.truncate(newest / "optimizer.pt", 1000)
     size = (job / "out" / "checkpoint-60" / "optimizer.pt").stat().st_size
     damage = f"optimizer.pt has 1,000 bytes instead of {size:,}"
-    result = wait(start(*command(job, tmp_path, "--resume_from_checkpoint", newest)))
+    result = wait(Fork(*command(job, tmp_path, "--resume_from_checkpoint", newest)))
     assert errors(result) == [
         f"error: --resume_from_checkpoint {newest}: is damaged: {damage}; expected a whole checkpoint"
     ]
-    result = wait(start(*command(job, tmp_path, "--resume_from_checkpoint")))
+    result = wait(Fork(*command(job, tmp_path, "--resume_from_checkpoint")))
     assert result.returncode == 0
     assert result.stderr == f"warning: {newest} is damaged: {damage}; the one before is used\n"
     assert f"resume   from {tmp_path / 'out' / 'checkpoint-40'}" in result.stdout.splitlines()
@@ -312,7 +313,7 @@ def small_disk(tmp_path):
 
 def test_a_disk_that_fills_in_training_keeps_the_earlier_checkpoints(job, tmp_path, small_disk):
     small_disk(tmp_path / "out", 40)  # two checkpoints and a part of the third
-    result = wait(start(*command(job, tmp_path)))
+    result = wait(Fork(*command(job, tmp_path)))
     assert result.returncode == 1
     assert errors(result) == [
         f"error: {tmp_path / 'out' / 'checkpoint-60'}: the disk is full; free some space, then "
@@ -327,7 +328,7 @@ def test_a_disk_that_fills_in_merging_keeps_the_adapter(job, tmp_path, small_dis
     shutil.copytree(job / "out", tmp_path / "out")
     small_disk(tmp_path / "models", 4)
     final = tmp_path / "models" / "final"
-    result = wait(start(*command(job, tmp_path, "--resume_from_checkpoint", "--final_model_dir", final)))
+    result = wait(Fork(*command(job, tmp_path, "--resume_from_checkpoint", "--final_model_dir", final)))
     assert result.returncode == 1
     assert errors(result) == [
         f"error: {final}: the disk is full; free some space, then go on from the last checkpoint "

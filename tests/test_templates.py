@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ALARM, TINY, WEATHER, run_here, run_script, write_jsonl
+from conftest import ALARM, TINY, WEATHER, run_here, write_jsonl
 from doubles import make_tools
-from jobs import FINAL_FILES, ROWS, errors, names
+from jobs import FINAL_FILES, ROWS, errors, names, run_forked
 from peft import PeftModel
 from safetensors import safe_open
 from small import make_qwen3
@@ -155,7 +155,7 @@ def job(tmp_path_factory) -> Path:
 def result(job):
     """What a run with the template of the file ended with."""
     flags = to_flags(job, "--chat_template", job / "mine.jinja", "--save_gguf", "q8_0")
-    return run_script(*flags, timeout=400, PATH=make_tools(job / "bin"))
+    return run_forked(*flags, PATH=make_tools(job / "bin"))
 
 
 def test_a_dry_run_reads_the_rows_as_the_template_writes_them(job, tmp_path):

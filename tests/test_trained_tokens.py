@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import WEATHER, native, run_script, write_jsonl
-from jobs import TAGS, make_blank_base
+from conftest import WEATHER, native, write_jsonl
+from jobs import TAGS, make_blank_base, run_forked
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -33,7 +33,7 @@ def run(base: Path, folder: Path, *more: object):
         1,
     ]
     flags += ["--model_id", base, "--dataset_path", dataset, "--tools_path", tools, "--output_dir", folder / "out"]
-    return run_script(*flags, "--final_model_dir", folder / "final", *more)
+    return run_forked(*flags, "--final_model_dir", folder / "final", *more)
 
 
 def test_rows_of_tags_are_trained_saved_merged_and_resumed(tmp_path):

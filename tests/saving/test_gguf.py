@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ALARM, TINY, WEATHER, native, run_script, write_jsonl
+from conftest import ALARM, TINY, WEATHER, native, write_jsonl
 from doubles import make_tools
+from jobs import run_forked
 from transformers import AutoConfig
 
 from tool_calling.saving.gguf import check_gguf, find_gguf_tools, to_modelfile, write_gguf
@@ -101,7 +102,7 @@ def test_gguf_tools_that_are_missing_end_the_run_before_training(tmp_path, tools
     nowhere = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "UNSLOTH_LLAMA_CPP_PATH": ""}
 
     def run(names: str) -> list[str]:
-        result = run_script(*command, "--save_gguf", names, **nowhere)
+        result = run_forked(*command, "--save_gguf", names, **nowhere)
         assert result.returncode == 1
         return [line for line in result.stderr.splitlines() if not line.startswith("warning: ")]
 
