@@ -1,8 +1,8 @@
-"""The training's end: what its losses say about the number of epochs."""
+"""The training's end: what its losses say about the number of epochs and the rate."""
 
 import pytest
 
-from tool_calling.training.loop import find_overfitting
+from tool_calling.training.loop import find_overfitting, find_unfinished
 
 
 def history(*epochs: tuple) -> list[dict]:
@@ -39,3 +39,21 @@ def test_nothing_is_pointed_out_where_nothing_is(epochs):
 
 def test_without_training_losses_in_between_nothing_is_pointed_out():
     assert find_overfitting([log for log in history((0.5, 0.3), (0.2, 0.6)) if "loss" not in log]) is None
+
+
+@pytest.mark.parametrize(
+    "matches, found",
+    [
+        ([0.445, 0.51, 0.615], "from 51.0% (epoch 2) to 61.5% (epoch 3)"),
+        ([0.0, 0.05], "from 0.0% (epoch 1) to 5.0% (epoch 2)"),
+        ([0.2, 0.95, 0.96], None),
+        ([0.2, 0.9, 0.8], None),
+        ([0.6], None),
+        ([], None),
+    ],
+)
+def test_an_exact_match_that_is_still_rising_is_pointed_out(matches, found):
+    logs = [{"eval_exact_match": match, "epoch": float(epoch)} for epoch, match in enumerate(matches, start=1)]
+    advice = "a higher --learning_rate or more epochs may teach more"
+    line = found and f"held-out exact match was still rising, {found}: {advice}"
+    assert find_unfinished([{"loss": 1.0}, *logs]) == line

@@ -15,6 +15,7 @@ from tool_calling.terminal import say, warn
 from tool_calling.training.callbacks import Stopper
 
 CLEAR_RISE = 0.02  # nats by which, and by a tenth, the held-out loss must rise to be pointed out
+CLEAR_GAIN = 0.05  # by which the held-out exact match must still rise: about what chance does to 200 rows
 
 
 def train(trainer, run: Run) -> dict:
@@ -50,7 +51,7 @@ def train(trainer, run: Run) -> dict:
         "tokens_computed": sum(gather_object([trainer.tokens_computed])),
         "tokens_padded": trainer.schedule.padded().count_tokens(range(first, last)),
         "history": history,
-        "advice": None if keeps_best else find_overfitting(history),
+        "advice": None if keeps_best else find_overfitting(history) or find_unfinished(history),
     }
     show_facts(facts, best, trainer.state.max_steps)
     return facts
@@ -120,3 +121,13 @@ def find_overfitting(history: list[dict]) -> str | None:
     first, then = (f"{log['eval_loss']:.3f} (epoch {log['epoch']:.3g})" for log in (best, last))
     found = f"held-out loss rose from {first} to {then} while the training loss fell"
     return f"{found}: fewer epochs, or --metric_for_best loss keeps the best checkpoint"
+
+
+def find_unfinished(history: list[dict]) -> str | None:
+    """Return a line of advice if the held-out exact match of a history was still rising clearly at the end."""
+    held = [log for log in history if "eval_exact_match" in log][-2:]
+    if len(held) < 2 or held[1]["eval_exact_match"] - held[0]["eval_exact_match"] < CLEAR_GAIN:
+        return None
+    first, then = (f"{log['eval_exact_match']:.1%} (epoch {log['epoch']:.3g})" for log in held)
+    found = f"held-out exact match was still rising, from {first} to {then}"
+    return f"{found}: a higher --learning_rate or more epochs may teach more"
