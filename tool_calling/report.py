@@ -14,9 +14,8 @@ import torch
 
 from tool_calling.files import write_file
 from tool_calling.page import list_scores, render_report
-from tool_calling.prompts import take_answer
 from tool_calling.samples import Sample
-from tool_calling.scores import Proof, count_confusion, count_per_tool, read_calls
+from tool_calling.scores import Proof, count_confusion, count_per_tool, read_reference
 from tool_calling.terminal import cut_text, hide_secrets, print_safely, say
 
 SHOWN_ROWS = 3  # requests whose answers before and after training are printed
@@ -43,9 +42,9 @@ def show_answers(proof: Proof) -> None:
         labels = {model: model for model in proof.results}
     for index, sample in enumerate(proof.samples[:SHOWN_ROWS]):
         print_safely(f"\n{sample.source}  {cut_text(sample.request)}")
-        print_safely(f"  {'expected':<8} {cut_text(take_answer(sample.completion, sample.completion))}")
+        print_safely(f"  {'expected':<8} {cut_text(read_reference(sample).text)}")
         for model, label in labels.items():
-            answer = cut_text(take_answer(proof.results[model]["answers"][index], sample.completion))
+            answer = cut_text(proof.said[model][index].text)
             print_safely(f"  {label:<8} {answer} {'✓' if proof.verdicts[model][index].exact else '✗'}")
     print_safely("")
 
@@ -125,17 +124,17 @@ def find_commit() -> str | None:
 def list_answers(proof: Proof) -> Iterator[dict]:
     """Yield every answer of every model with all that another checker needs; broken calls are None."""
     for model, result in proof.results.items():
-        for sample, answer, verdict in zip(proof.asked(model), result["answers"], proof.verdicts[model]):
-            expected, got = (take_answer(text, sample.completion) for text in (sample.completion, answer))
+        rows = zip(proof.asked(model), result["answers"], proof.said[model], proof.verdicts[model])
+        for sample, answer, said, verdict in rows:
             yield {
                 "source": sample.source,
                 "model": model,
                 "request": sample.request,
                 "tools": sample.tools,
                 "expected": sample.completion,
-                "expected_calls": read_calls(expected, sample.parser, sample.tools),
+                "expected_calls": read_reference(sample).calls,
                 "answer": answer,
-                "calls": None if verdict.broken else read_calls(got, sample.parser, sample.tools),
+                "calls": said.calls,
                 "exact": verdict.exact,
                 "ast": verdict.ast,
                 "broken": verdict.broken,

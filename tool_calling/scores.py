@@ -19,6 +19,13 @@ IGNORED = re.compile(r"[ ,./\-_*^]")  # in a string, as the Berkeley Function-Ca
 Z = NormalDist().inv_cdf(0.975)  # 95 % of a normal distribution lie within Z deviations of its mean
 
 
+class Said(NamedTuple):
+    """An answer without its reasoning, and the calls in it; None: a server could not run one of them."""
+
+    text: str
+    calls: list[dict] | None
+
+
 class Verdict(NamedTuple):
     """How an answer compares with its reference; `expected` and `got` name the tools they call, () is no call."""
 
@@ -44,22 +51,25 @@ class Proof:
     """
 
     samples: list[Sample]
-    results: dict[str, dict]  # {model: {"answers": [text], "loss": nats per token, "samples": its own}}
+    # {model: {"answers": [text], "calls": those that a server has read, "loss": nats per token, "samples": its own}}
+    results: dict[str, dict]
+    said: dict[str, list[Said]]
     verdicts: dict[str, list[Verdict]]
     scores: dict[str, dict]
 
     @classmethod
     def of(cls, samples: list[Sample], results: dict[str, dict]) -> "Proof":
         """Score the answers of each model."""
-        verdicts = {}
+        said, verdicts = {}, {}
         for name, result in results.items():
-            pairs = zip(result["answers"], result.get("samples", samples))
-            verdicts[name] = [score_answer(got, row.completion, row.tools, row.parser) for got, row in pairs]
-        proof = cls(samples, results, verdicts, {name: count_scores(rows) for name, rows in verdicts.items()})
+            rows, answers = result.get("samples", samples), result["answers"]
+            read = [*map(Said, answers, result["calls"])] if "calls" in result else [*map(read_answer, answers, rows)]
+            said[name] = read
+            verdicts[name] = [judge(got, read_reference(row), row.tools) for got, row in zip(read, rows)]
+        proof = cls(samples, results, said, verdicts, {name: count_scores(rows) for name, rows in verdicts.items()})
         if not any(sample.tools for sample in samples):
-            references, answers = [row.completion for row in proof.asked(proof.last)], results[proof.last]["answers"]
-            taken = (map(take_answer, texts, references) for texts in (references, answers))
-            classes = count_classes([*zip(*taken)])
+            references = [read_reference(row).text for row in proof.asked(proof.last)]
+            classes = count_classes([*zip(references, (got.text for got in said[proof.last]))])
             proof.scores[proof.last] |= {} if classes is None else {"macro_f1": classes}
         return proof
 
@@ -76,21 +86,37 @@ class Proof:
         return next(reversed(self.results))
 
 
+def read_answer(text: str, sample: Sample) -> Said:
+    """Return what an answer to a sample says."""
+    text = take_answer(text, sample.completion)
+    try:
+        return Said(text, read_calls(text, sample.parser, sample.tools))
+    except (ValueError, RecursionError):  # a model that repeats itself can open a thousand brackets
+        return Said(text, None)
+
+
+def read_reference(sample: Sample) -> Said:
+    """Return what the supervised text of a sample says; ValueError if it holds a broken call."""
+    text = take_answer(sample.completion, sample.completion)
+    return Said(text, read_calls(text, sample.parser, sample.tools))
+
+
 def score_answer(got: str, expected: str, tools: list[dict], parser: str = "hermes") -> Verdict:
+    """Compare the text of an answer with its reference, see judge; a call drafted inside of reasoning is none."""
+    sample = Sample("", [], 0, expected, tools, parser=parser)
+    return judge(read_answer(got, sample), read_reference(sample), tools)
+
+
+def judge(got: Said, expected: Said, tools: list[dict]) -> Verdict:
     """Compare an answer with its reference, exactly and by BFCL-like rules; without tools only the text counts.
 
-    Reasoning does not count, nor does a call drafted inside it. Where no call is expected, any text without a call is
-    right; an empty answer is wrong. Unlike BFCL's checker, ours takes defaults from the schema, knows one expected
-    value for each argument, pairs parallel calls by maximum matching, and compares at any depth. 5.0 is the integer 5,
-    as in JSON Schema, and true is never 1.
+    Where no call is expected, any text without a call is right; an empty answer is wrong. Unlike BFCL's checker, ours
+    takes defaults from the schema, knows one expected value for each argument, pairs parallel calls by maximum
+    matching, and compares at any depth. 5.0 is the integer 5, as in JSON Schema, and true is never 1.
     """
-    got, expected = (take_answer(text, expected) for text in (got, expected))
-    wanted = read_calls(expected, parser, tools)
-    wanted_names = tuple(call["name"] for call in wanted)
-    try:
-        calls = read_calls(got, parser, tools)
-    except (ValueError, RecursionError):  # a model that repeats itself can open a thousand brackets
-        return Verdict(False, False, True, wanted_names, (), not tools)
+    names = tuple(call["name"] for call in expected.calls)
+    if got.calls is None:
+        return Verdict(False, False, True, names, (), not tools)
     schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
 
     def fits(call: dict, other: dict) -> bool:
@@ -98,19 +124,24 @@ def score_answer(got: str, expected: str, tools: list[dict], parser: str = "herm
         return name == other["name"] and is_alike(call["arguments"], other["arguments"], schemas.get(name))
 
     if not tools:
-        exact = alike = got.strip() == expected.strip()
-    elif not got.strip():
+        exact = alike = got.text.strip() == expected.text.strip()
+    elif not got.text.strip():
         exact = alike = False
     else:
-        exact = can_pair(calls, wanted, is_same)
-        alike = exact or can_pair(calls, wanted, fits)
-    return Verdict(exact, alike, False, wanted_names, tuple(call["name"] for call in calls), not tools)
+        exact = can_pair(got.calls, expected.calls, is_same)
+        alike = exact or can_pair(got.calls, expected.calls, fits)
+    return Verdict(exact, alike, False, names, tuple(call["name"] for call in got.calls), not tools)
 
 
 def read_calls(text: str, parser: str = "hermes", tools: list[dict] | tuple = ()) -> list[dict]:
-    """Return the calls in an answer; ValueError if a server could not run one of them."""
+    """Return the calls in a text; ValueError if a server could not run one of them."""
+    return to_calls(parse_calls(text, parser, tools))
+
+
+def to_calls(parsed: list) -> list[dict]:
+    """Return parsed calls, each by name and arguments; ValueError if a server could not run one of them."""
     calls = []
-    for call in parse_calls(text, parser, tools):
+    for call in parsed:
         match call:
             case {"name": str(name), "arguments": dict(arguments)}:
                 calls.append({"name": name, "arguments": arguments})

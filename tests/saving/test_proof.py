@@ -17,7 +17,7 @@ from tool_calling.files import partial_folder
 from tool_calling.samples import Sample
 from tool_calling.saving.merge import Trained
 from tool_calling.saving.proof import Questions, check_merged, check_trained, merge_and_score
-from tool_calling.scores import Proof, Verdict
+from tool_calling.scores import Proof, Verdict, read_answer
 from tool_calling.streams import Layout
 from tool_calling.terminal import UserError
 
@@ -44,7 +44,8 @@ def test_a_merge_that_went_wrong_keeps_the_adapter_and_no_folder(tmp_path, capsy
         scores = {"adapter": {"exact_match": adapter_exact}, "merged": {"exact_match": merged_exact}}
         samples = [Sample("x:1", [1, 2], 1, "a")] * rows
         verdicts = [Verdict(exact, exact, False, (), ()) for exact in [False] * wrong + [True] * (rows - wrong)]
-        check_merged(trained, Proof(samples, results, {"adapter": verdicts}, scores))
+        said = {name: [*map(read_answer, result["answers"], samples)] for name, result in results.items()}
+        check_merged(trained, Proof(samples, results, said, {"adapter": verdicts}, scores))
 
     check(0.119, different=50)  # 4-bit: loss and score decide
     check(8.15, loss=8.0)  # 2 % of a large loss, 0.02 of a small one

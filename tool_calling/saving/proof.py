@@ -14,7 +14,6 @@ from tool_calling.engines.start import quiet_libraries
 from tool_calling.engines.tokens import fit_vocabulary
 from tool_calling.files import partial_folder, put_in_place
 from tool_calling.fresh import run_fresh
-from tool_calling.prompts import take_answer
 from tool_calling.samples import Sample
 from tool_calling.saving.merge import (
     MERGE_SLACK,
@@ -161,9 +160,8 @@ def check_merged(trained: Trained, proof: Proof) -> None:
     slack = max(MERGE_SLACK, 1 / len(exact))
     # Rounded to whole rows: a difference of two shares can be a little more than the share that it is.
     worse = round((before - after) * len(exact)) / len(exact)
-    references = [sample.completion for sample in proof.samples]
-    taken = (map(take_answer, result["answers"], references) for result in (expected, got))
-    different = sum(sure and a != b for sure, a, b in zip(exact, *taken)) / len(exact)
+    said = (proof.said[name] for name in ("adapter", "merged"))
+    different = sum(sure and a.text != b.text for sure, a, b in zip(exact, *said)) / len(exact)
     wrong = is_worse(got["loss"], expected["loss"]) or worse > slack
     found = f"held-out loss {got['loss']:.4f}, adapter {expected['loss']:.4f}; exact {after:.1%}, adapter {before:.1%}"
     if trained.method == "merged_4bit" and math.isfinite(got["loss"]):
