@@ -31,7 +31,7 @@ from tool_calling.data.splits import find_warnings, is_thinking
 from tool_calling.environment import refuse_telemetry, return_pages
 from tool_calling.failures import report_failure, report_interrupt
 from tool_calling.files import discard_partial, lock_folder
-from tool_calling.origins import LORA_FLAGS, is_adapter, list_trained_tokens, read_adapter, read_shape
+from tool_calling.origins import LORA_FLAGS, is_adapter, is_url, list_trained_tokens, read_adapter, read_shape
 from tool_calling.processes import (
     LAUNCHER,
     PATIENCE,
@@ -201,8 +201,10 @@ def build_parser() -> Parser:
     add("--eval_batch_size", type=count, default=EVAL_BATCH_SIZE, metavar="N", help="answers generated at once")
     add("--max_new_tokens", type=count, metavar="N",
         help="longest answer (default: as long as the longest reference, and some more)")
-    add("--eval_only", nargs="+", metavar="MODEL",
-        help="train nothing: score these models and adapters on the held-out rows, side by side")
+    add("--eval_only", nargs="+", metavar="MODEL|URL",
+        help="train nothing: score these models, adapters and OpenAI-compatible servers (http://localhost:8000/v1) on "
+             "the held-out rows, side by side")
+    add("--eval_model", metavar="NAME", help="model of the server of --eval_only (default: its only one)")
 
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", type=path, default=OUTPUT_DIR, help="folder for checkpoints and the adapter")
@@ -266,6 +268,8 @@ def check_together(args: argparse.Namespace, refuse) -> None:
         refuse("--target_modules: expected at least one name")
     if args.eval_only and (args.dry_run or args.show_row or args.resume_from_checkpoint):
         refuse("--eval_only trains nothing: leave out --dry_run, --show_row and --resume_from_checkpoint")
+    if args.eval_model and not any(map(is_url, args.eval_only or [])):
+        refuse(f"--eval_model {args.eval_model} is a model of a server: give its address to --eval_only")
     if args.convert_to and (args.dry_run or args.eval_only or args.show_row):
         refuse("--convert_to only writes rows: leave out --dry_run, --eval_only and --show_row")
     if args.dry_run and args.resume_from_checkpoint:
@@ -664,7 +668,7 @@ def dry_run(args: argparse.Namespace) -> dict:
 
 
 def evaluate_only(args: argparse.Namespace, command: str) -> dict:
-    """Score models and adapters on --eval_dataset_path, or on the held-out rows of --dataset_path; train nothing."""
+    """Score models and servers on --eval_dataset_path, or on the held-out rows of --dataset_path; train nothing."""
     examples, skipped = read_examples(args.eval_dataset_path or args.dataset_path, to_reading(args))
     args.engine = "transformers"
 

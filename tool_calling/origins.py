@@ -20,6 +20,11 @@ EXPERTS = {"gate_up_proj": ["gate_proj", "up_proj"]}  # {weight of experts: the 
 FOREIGN = ("modules_to_save", "bias", "lora_bias", "layer_replication")  # what a merge of ours would lose
 
 
+def is_url(model_id: str) -> bool:
+    """Say whether a name is the address of a server."""
+    return model_id.startswith(("http://", "https://"))
+
+
 def is_adapter(model_id: str) -> bool:
     """Say whether a name is the folder of an adapter."""
     return (Path(model_id) / SETTINGS).is_file()

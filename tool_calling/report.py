@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tool_calling.agreement import compare_served
 from tool_calling.files import write_file
 from tool_calling.page import list_scores, render_report
 from tool_calling.samples import Sample
@@ -26,6 +27,8 @@ def finish(folder: str | Path, report: dict, proof: Proof) -> dict:
     """Print the first answers and all scores; write report and answers into `folder`; return what report.json holds."""
     show_answers(proof)
     show_scores(proof.scores)
+    for server, agreement in report.get("served", {}).items():
+        show_agreement(server, agreement)
     write_answers(folder, proof)
     report = write_report(folder, report)
     say("report", f"{Path(folder) / 'report.html'}")
@@ -60,6 +63,21 @@ def show_scores(scores: dict[str, dict]) -> None:
         say(stage, line.rstrip())
 
 
+def show_agreement(server: str, agreement: dict) -> None:
+    """Print how the answers of a server agree with those of the model here, and the first row that differs."""
+    if "against" not in agreement:
+        return
+    here, rows, equal = agreement["against"], agreement["rows"], agreement["equal"]
+    counts = ", ".join(f"{count:,} of {rows:,} {name}" for name, count in equal.items())
+    say("served", f"{server} against {here}: equal are {counts}")
+    for row in agreement["different"][:1]:
+        say("", f"the first that differs: {row['where']}  {cut_text(row['request'])}")
+        texts = {"expected": row["expected"], here: row["here"], server: row["served"]}
+        for (name, text), mark in zip(texts.items(), ["", *(" ✓" if exact else " ✗" for exact in row["exact"])]):
+            say("", f"  {name}: {cut_text(text)}{mark}")
+        say("", f"  why: {row['why']}")
+
+
 def to_report(settings: dict, command: str, proof: Proof, data: dict, train: dict | None) -> dict:
     """Return what report.json holds of a run.
 
@@ -81,7 +99,8 @@ def to_report(settings: dict, command: str, proof: Proof, data: dict, train: dic
         "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu",
         "finished": time.strftime("%Y-%m-%d %H:%M"),
     }
-    return report | ({"train": train} if train else {})
+    served = compare_served(proof)
+    return report | ({"served": served} if served else {}) | ({"train": train} if train else {})
 
 
 def measure_lengths(samples: list[Sample]) -> dict:
