@@ -24,6 +24,7 @@ from tool_calling.files import discard_partial, partial_folder, put_in_place, wr
 from tool_calling.origins import list_ancestors
 from tool_calling.run_folder import TOOLS, write_run
 from tool_calling.samples import Sample
+from tool_calling.saving.portable import make_portable, save_tokenizer
 from tool_calling.schedule import build_small_batches
 from tool_calling.terminal import UserError, say, warn
 
@@ -107,7 +108,7 @@ def save_adapter(model, settings: dict, tokenizer, tools: tuple[dict, ...] = ())
     with discard_partial(adapter) as folder:
         model.save_pretrained(folder, save_embedding_layers=False)
         (Path(folder) / "README.md").unlink(missing_ok=True)  # PEFT's empty form; a card with scores comes later
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
         write_tools(folder, tools)
         write_run(settings, folder, ancestors=list_ancestors(settings["model_id"]))
         put_in_place(adapter)
@@ -123,7 +124,8 @@ def save_whole(trained: Trained, model, tokenizer) -> Path:
     config = load_config(trained.base_id, trust=trained.trust)
     alone = config.get_text_config(decoder=True) is not config  # servers look for the names that it has alone
     model.save_pretrained(folder, save_original_format=not alone)
-    tokenizer.save_pretrained(folder)
+    make_portable(folder)
+    save_tokenizer(tokenizer, folder)
     write_tools(folder, trained.tools)
     write_run(trained.settings, folder, ancestors=list_ancestors(trained.settings["model_id"]))
     return folder
@@ -245,6 +247,7 @@ def quantise_folder(folder: Path, trust: bool, place: str) -> None:
     for file in folder.glob("model*.safetensors*"):  # the model may still read it: removed, not written over
         file.unlink()
     model.save_pretrained(folder)
+    make_portable(folder)
 
 
 def read_back(folder: Path, trust: bool = False, place: str | None = None):
