@@ -25,6 +25,7 @@ ROWS = [
 FINAL_FILES = [
     "README.md",
     "chat_template.jinja",
+    "client.py",
     "config.json",
     "generation_config.json",
     "model.safetensors",

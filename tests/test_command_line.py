@@ -71,7 +71,10 @@ def test_a_run_says_what_it_did(job):
     for name in ("expected ", "before ", "after "):
         assert sum(line.startswith(f"  {name}") for line in lines) == 3
     assert lines[-3].startswith("done     merged model: ") and lines[-2].startswith("serve    vllm serve ")
-    assert lines[-1].startswith("         # requests send the tools in ") and lines[-1].endswith("/final/tools.json")
+    assert (
+        lines[-1].startswith("         # requests send the tools in ")
+        and "/final/tools.json, as client.py" in lines[-1]
+    )
     assert result.stderr == "warning: no row without a call: the model will forget to refuse\n"
 
 

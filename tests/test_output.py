@@ -67,7 +67,7 @@ def test_full_fine_tuning_is_checked_and_proven(full):
         f"done     trained model: {folder / 'final'}",
         f"serve    vllm serve {folder / 'final'} --enable-auto-tool-choice --tool-call-parser hermes "
         """--default-chat-template-kwargs '{"enable_thinking": false}'""",
-        f"         # requests send the tools in {folder / 'final'}/tools.json",
+        f"         # requests send the tools in {folder / 'final'}/tools.json, as client.py beside it does",
     ]
     assert result.stderr == "warning: no row without a call: the model will forget to refuse\n"
 

@@ -209,7 +209,10 @@ def test_what_a_server_cannot_load_stands_below_its_command(tmp_path):
         assert list_notes(tmp_path) == expected
 
 
-@pytest.mark.parametrize("there, shown", [(True, "\n# requests send the tools in tools.json"), (False, "")])
+SENT = "\n# requests send the tools in tools.json, as client.py beside it does"
+
+
+@pytest.mark.parametrize("there, shown", [(True, SENT), (False, "")])
 def test_a_card_names_the_file_of_the_tools(tmp_path, there, shown):
     if there:
         (tmp_path / "tools.json").write_text("[]")

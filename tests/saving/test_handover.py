@@ -46,10 +46,12 @@ def test_only_the_adapter_is_handed_over(tmp_path, monkeypatch, capsys):
         "vllm serve Qwen/Qwen3-0.6B --tokenizer {0} --enable-lora --max-lora-rank 32 --lora-modules tools={0} "
         "--enable-auto-tool-choice --tool-call-parser hermes --reasoning-parser qwen3"
     )
-    assert f"\n{served.format('me/tools')}\n# requests send the tools in tools.json\n" in card
+    assert (
+        f"\n{served.format('me/tools')}\n# requests send the tools in tools.json, as client.py beside it does\n" in card
+    )
     assert capsys.readouterr().out.splitlines() == [
         "push     address",
         f"done     adapter: {adapter}",
         f"serve    {served.format(adapter)}",
-        f"         # requests send the tools in {adapter}/tools.json",
+        f"         # requests send the tools in {adapter}/tools.json, as client.py beside it does",
     ]

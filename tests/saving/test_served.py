@@ -4,7 +4,10 @@ The server is one of the standard library in the process of the tests, which ans
 """
 
 import json
+import subprocess
+import sys
 import threading
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -12,6 +15,7 @@ from conftest import ALARM, TINY, WEATHER, native, run_here, write_jsonl
 from jobs import errors
 
 from tool_calling.saving import served as module
+from tool_calling.saving.merge import write_tools
 
 KEY = "sk-a-key-of-tests"
 TOOLS = [WEATHER, ALARM]
@@ -113,6 +117,22 @@ def flags(tmp_path):
     ]
 
 
+CALLED = [{"type": "function", "function": {"name": "set_alarm", "arguments": {"time": "é"}}}]
+WRONG = [{"type": "function", "function": {"name": "get_weather", "arguments": {"city": "X"}}}]
+MESSAGES = [
+    {"role": "system", "content": "Be short."},
+    {"role": "user", "content": "wake me at é"},
+    {"role": "assistant", "content": "", "tool_calls": CALLED},
+    {"role": "tool", "content": "done"},
+    {"role": "assistant", "content": "It is set."},
+    {"role": "user", "content": "rain?"},
+    {"role": "assistant", "content": "", "tool_calls": WRONG, "weight": 0},
+    {"role": "tool", "content": "no such city"},
+    {"role": "assistant", "content": "Where?"},
+]
+TURNS = [{"messages": MESSAGES, "tools": [ALARM, WEATHER]}, {"messages": [MESSAGES[1], MESSAGES[4]]}]
+
+
 def request_of(body: dict) -> str:
     return body["messages"][-1]["content"]
 
@@ -162,21 +182,7 @@ def test_a_server_is_scored_on_the_held_out_rows(tmp_path, serve, flags):
 
 
 def test_turns_with_replies_of_tools_are_sent_as_openai_wants_them(tmp_path, serve, flags):
-    called = [{"type": "function", "function": {"name": "set_alarm", "arguments": {"time": "é"}}}]
-    wrong = [{"type": "function", "function": {"name": "get_weather", "arguments": {"city": "X"}}}]
-    messages = [
-        {"role": "system", "content": "Be short."},
-        {"role": "user", "content": "wake me at é"},
-        {"role": "assistant", "content": "", "tool_calls": called},
-        {"role": "tool", "content": "done"},
-        {"role": "assistant", "content": "It is set."},
-        {"role": "user", "content": "rain?"},
-        {"role": "assistant", "content": "", "tool_calls": wrong, "weight": 0},
-        {"role": "tool", "content": "no such city"},
-        {"role": "assistant", "content": "Where?"},
-    ]
-    rows = [{"messages": messages, "tools": [ALARM, WEATHER]}, {"messages": [messages[1], messages[4]]}]
-    write_jsonl(tmp_path / "rows.jsonl", rows)
+    write_jsonl(tmp_path / "rows.jsonl", TURNS)
     server = serve(lambda body: completion("Where?"))
     assert run_here(*flags[:2], *flags[4:], server.url, "--eval_batch_size", 1).returncode == 0
 
@@ -187,10 +193,10 @@ def test_turns_with_replies_of_tools_are_sent_as_openai_wants_them(tmp_path, ser
             "function": {**call["function"], "arguments": to_text(call["function"])},
         }
 
-    whole = [dict(message) for message in messages]
-    whole[2]["tool_calls"] = [sent(called[0], "call00000")]
+    whole = [dict(message) for message in MESSAGES]
+    whole[2]["tool_calls"] = [sent(CALLED[0], "call00000")]
     whole[3]["tool_call_id"] = "call00000"
-    whole[6] = {"role": "assistant", "content": "", "tool_calls": [sent(wrong[0], "call00001")]}
+    whole[6] = {"role": "assistant", "content": "", "tool_calls": [sent(WRONG[0], "call00001")]}
     whole[7]["tool_call_id"] = "call00001"
     whole[2]["tool_calls"][0]["function"]["arguments"] = '{"time": "é"}'
     first, *bodies = [{key: body.get(key) for key in ("messages", "tools")} for body in server.requests]
@@ -464,3 +470,41 @@ def test_a_server_that_answers_alike_differs_in_nothing(tmp_path, serve, flags, 
 def test_a_server_that_refuses_ends_the_run_before_a_model_is_loaded(serve, flags, local):
     server = serve(fail(401, "no"))
     assert len(errors(run_here(*flags, TINY, server.url))) == 1 and local == []
+
+
+def test_what_is_sent_renders_as_the_prompt_that_was_trained(tmp_path, serve, flags, local, tokenizer):
+    """As vLLM does: arguments are read from their text, and the chat template gets messages and tools."""
+    prompts = []
+
+    def reply(body):
+        messages = body["messages"]
+        for call in (call["function"] for message in messages for call in message.get("tool_calls", [])):
+            call["arguments"] = json.loads(call["arguments"])
+        options = {"tools": body.get("tools"), "add_generation_prompt": True, "enable_thinking": False}
+        prompts.append(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        return completion("No.", tokens=len(tokenizer(prompts[-1], add_special_tokens=False)["input_ids"]))
+
+    flags[1] = write_jsonl(tmp_path / "turns.jsonl", [*TURNS, *ROWS])
+    result = run_here(*flags, TINY, serve(reply).url, "--eval_batch_size", 1)
+    assert result.returncode == 0, result.stderr
+    assert len(local) == 8 and prompts[1:] == [tokenizer.decode(row.input_ids[: row.prompt_length]) for row in local]
+    [agreement] = read_report(tmp_path)["served"].values()
+    assert agreement["equal"]["prompts"] == 8
+
+
+def test_the_client_beside_a_model_sends_its_tools(tmp_path, serve):
+    write_tools(tmp_path, tuple(TOOLS))
+    run = partial(subprocess.run, capture_output=True, text=True, timeout=60)
+    command = [sys.executable, str(tmp_path / "client.py")]
+    asked = "wake me at 6, and Rome?"
+    server = serve(answer_right, ["base", "tools"])
+    result = run([*command, asked, server.url])
+    assert result.stdout == 'get_weather {"city": "Rome"}\nset_alarm {"time": "6"}\n', result.stderr
+    [body] = server.requests
+    messages = [{"role": "user", "content": asked}]
+    assert body == {"model": "tools", "messages": messages, "tools": TOOLS, "temperature": 0}
+    assert run([*command, "hi", server.url]).stdout == "Hello!\n"
+    result = run(command)
+    assert result.returncode == 1 and result.stderr.startswith(
+        "Ask the model that `vllm serve` serves: python client.py"
+    )

@@ -15,7 +15,7 @@ from tool_calling.files import write_file
 from tool_calling.origins import is_adapter, list_ancestors, list_trained_tokens
 from tool_calling.page import list_scores
 from tool_calling.prompts import PROBE, render_text
-from tool_calling.run_folder import AGREED, TOOLS
+from tool_calling.run_folder import AGREED, CLIENT, TOOLS
 from tool_calling.terminal import hide_secrets
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -58,7 +58,8 @@ class Serving:
 def list_notes(folder: str | Path, shown: str = TOOLS) -> list[str]:
     """Return the lines below the command that serves `folder`: what a server cannot do with it, and its tools."""
     notes = [f"# {NO_ROWS}"] if list_trained_tokens(str(folder)) else []
-    return notes + ([f"# requests send the tools in {shown}"] if (Path(folder) / TOOLS).is_file() else [])
+    sent = f"# requests send the tools in {shown}, as {CLIENT} beside it does"
+    return notes + ([sent] if (Path(folder) / TOOLS).is_file() else [])
 
 
 def to_lora_words(base: str, adapter: str, rank: int) -> str:

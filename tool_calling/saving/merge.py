@@ -22,7 +22,7 @@ from tool_calling.engines.losses import measure_loss, score_batches, to_metrics
 from tool_calling.engines.tokens import fit_vocabulary
 from tool_calling.files import discard_partial, partial_folder, put_in_place, write_file
 from tool_calling.origins import list_ancestors
-from tool_calling.run_folder import TOOLS, write_run
+from tool_calling.run_folder import CLIENT, TOOLS, write_run
 from tool_calling.samples import Sample
 from tool_calling.saving.portable import make_portable, save_tokenizer
 from tool_calling.schedule import build_small_batches
@@ -97,8 +97,9 @@ def collect_tools(samples: list[Sample]) -> tuple[dict, ...]:
 
 
 def write_tools(folder: str | Path, tools: tuple[dict, ...]) -> None:
-    """Write the tools that a model was trained with into its folder, as a client sends them."""
+    """Write the tools that a model was trained with into its folder, and a client that sends them."""
     if tools:
+        shutil.copyfile(Path(__file__).with_name(f"{CLIENT}.txt"), Path(folder) / CLIENT)
         write_file(Path(folder) / TOOLS, json.dumps(tools, indent=1, ensure_ascii=False) + "\n")
 
 
