@@ -1,5 +1,6 @@
 """Answers of a model behind an OpenAI-compatible server, asked as any client of it asks."""
 
+import contextlib
 import json
 import os
 import sys
@@ -66,15 +67,12 @@ class Server:
         if error := ask(first).error:
             raise UserError(f"--eval_only {self.url}: {error}")
         replies, failed = [], []
-        with ThreadPool(min(questions.batch_size, len(samples))) as pool:
-            bar = track(
-                pool.imap(ask, samples),
-                f"answers of {self.model}",
-                total=len(samples),
-                transient=True,
-                disable=not sys.stdout.isatty(),
-            )
-            for sample, reply in zip(samples, bar):
+        shown = {"total": len(samples), "transient": True, "disable": not sys.stdout.isatty()}
+        with (
+            ThreadPool(min(questions.batch_size, len(samples))) as pool,  # its threads end with the run
+            contextlib.closing(track(pool.imap(ask, samples), f"answers of {self.model}", **shown)) as bar,
+        ):
+            for reply, sample in zip(bar, samples):
                 replies.append(reply)
                 if reply.error:
                     failed.append(f"{sample.source} ({reply.error})")
@@ -143,7 +141,7 @@ def explain(error: Exception, parser: str = "hermes") -> str:
         text = f"answers {error.status_code}: {cut_text(body) if isinstance(body, str) else shorten(body, 200)}"
         if isinstance(error, openai.NotFoundError) and "model" not in text:
             return f"{text}; expected the address of an OpenAI-compatible server, such as http://localhost:8000/v1"
-        if "tool" in text:
+        if "tool" in text.lower():
             text += f"; vLLM reads calls with --enable-auto-tool-choice --tool-call-parser {parser}"
             text += ", llama-server with --jinja"
         return text
