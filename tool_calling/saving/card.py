@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from tool_calling.engines.hub import find_base
 from tool_calling.engines.tokens import NO_ROWS
@@ -77,14 +79,23 @@ def hide_folders(text: str) -> str:
     return re.sub(r"(^|=)[/~].*/(?=[^/])", r"\1", text)
 
 
+def is_on_hub(name: str) -> bool:
+    """Return whether a model's name is one on the Hub, not a path."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).is_dir()
+
+
 def to_card(report: dict, adapter: bool, name: str, command: str) -> str:
     """Return the model card of an adapter or of a whole model: what it is, how well it calls tools, how to use it."""
     args = report["args"]
     ancestors = list_ancestors(args["model_id"])
-    base = next((name for name in ancestors if not Path(name).is_dir()), find_base(args["model_id"])[0])  # on the Hub
-    base, *shown = (hide_folders(name.rstrip("/")) for name in (base, *ancestors))
+    hub = next(filter(is_on_hub, ancestors), None)
+    base, *shown = (hide_folders(name.rstrip("/")) for name in (hub or find_base(args["model_id"])[0], *ancestors))
     head = ModelCardData(
-        base_model=base,
+        base_model=hub,  # for whoever reads it, an address on the Hub
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         tags=["tool-calling", "function-calling"],
@@ -95,6 +106,7 @@ def to_card(report: dict, adapter: bool, name: str, command: str) -> str:
         str(TEMPLATE),
         report=report,
         name=name,
+        base=base,
         origin=", which comes from ".join(f"`{name}`" for name in shown) if shown[1:] else None,
         scores=list_scores(report["scores"]),
         command=command,

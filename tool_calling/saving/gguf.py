@@ -19,6 +19,7 @@ from tool_calling.prompts import render_text
 from tool_calling.terminal import UserError
 
 CONVERTER, QUANTIZER = "convert_hf_to_gguf.py", "llama-quantize"
+NAMES = {CONVERTER: (CONVERTER, "convert-hf-to-gguf")}  # as llama.cpp has it, and as its package installs it
 MIN_CONTEXT = 4096  # tokens: requests may be longer than the samples
 FOLDER = Path(__file__).parent
 MODELFILE = Environment("<%", "%>", "<<", ">>", "<#", "#>", trim_blocks=True, loader=FileSystemLoader(FOLDER))
@@ -38,8 +39,9 @@ def find_gguf_tools(names: str | None) -> tuple[list[str], list[str]]:
 
 def find_llama_tool(name: str) -> list[str]:
     """Return the command of a program of llama.cpp, from PATH, a build or where Unsloth installs it; [] if none."""
-    if found := shutil.which(name):
-        return [found]
+    for same in NAMES.get(name, (name,)):
+        if found := shutil.which(same):
+            return [found]
     unsloth = os.environ.get("UNSLOTH_LLAMA_CPP_PATH") or Path.home() / ".unsloth" / "llama.cpp"
     folders = [str(Path(folder) / inner) for folder in ("llama.cpp", unsloth) for inner in ("", "build/bin")]
     if found := shutil.which(name, os.F_OK, os.pathsep.join(folders)):
@@ -66,15 +68,18 @@ def check_gguf(names: str, converter: list[str], config, tokenizer) -> None:
         run_llama_tool(command, f"--save_gguf {names}: --model_id {tokenizer.name_or_path}")
 
 
-def to_modelfile(tokenizer, file: str, context: int, thinks: bool) -> str:
+def to_modelfile(tokenizer, file: str, context: int, thinks: bool, tools: tuple[dict, ...] = ()) -> str:
     """Return an Ollama Modelfile for a GGUF file, whose template writes what the chat template writes.
 
-    Its fixed texts are cut from a rendered prompt, so they are those of training. Only the JSON of tools has the
-    spaces and the order of Ollama. A chat format other than Qwen's is left to Ollama, which knows the common ones.
+    Its fixed texts are cut from a rendered prompt, so they are those of training. So is the one list of `tools` with
+    which all rows were trained, where there is one: Ollama would space, order and prune the JSON of those that a
+    request brings, so they only say that there are some. A chat format other than Qwen's is left to Ollama, which
+    knows the common ones.
     """
     render = partial(render_text, tokenizer, add_generation_prompt=True, enable_thinking=thinks)
     user, tool = {"role": "user", "content": "USER"}, {"type": "function", "function": {"name": "x"}}
-    before, _, after = render([{"role": "system", "content": "SYSTEM"}, user], tools=[tool]).partition(json.dumps(tool))
+    asked = [{"role": "system", "content": "SYSTEM"}, user]
+    before, _, after = render(asked, tools=[tool]).partition(json.dumps(tool))
     fixed = {}
     if before.startswith("<|im_start|>system\nSYSTEM\n\n") and '<tool_call>\n{"name": ' in after:
         system = re.match(r"<\|im_start\|>system\n(.*?)<\|im_end\|>", render([user]), re.DOTALL)
@@ -84,17 +89,21 @@ def to_modelfile(tokenizer, file: str, context: int, thinks: bool) -> str:
             "opening": after.rpartition("<|im_end|>\n")[2],
             "system": system and system[1],  # Qwen2.5 says who it is where no system message does
         }
-    return MODELFILE.get_template("modelfile.jinja").render(file=file, context=context, **fixed)
+        if tools:
+            listed = render(asked, tools=[*tools]).removeprefix(before.rstrip("\n")).removesuffix(after)
+            fixed["tools"] = listed.replace("{{", '{{"{{"}}')  # Go's mark of an action
+    return MODELFILE.get_template("modelfile.jinja").render(file=file, context=max(MIN_CONTEXT, context), **fixed)
 
 
-def write_gguf(
-    model_dir: str | Path, names: str, tools: tuple[list[str], list[str]], tokenizer, context: int, thinks: bool
-) -> Path:
+def write_gguf(model_dir: str | Path, names: str, programs: tuple[list[str], list[str]], to_text) -> Path:
     """Write the 16-bit model in `model_dir` as GGUF files, with a Modelfile for the first; return their folder.
 
-    `names` are those of --save_gguf, `tools` is from find_gguf_tools, and `context` is the longest sample in tokens.
+    Args:
+        names: those of --save_gguf.
+        programs: from find_gguf_tools.
+        to_text: to_modelfile of the run, given the name of the first file.
     """
-    model, (converter, quantizer) = Path(model_dir), tools
+    model, (converter, quantizer) = Path(model_dir), programs
     what = f"--save_gguf (the model is whole in {model})"
     with discard_partial(model / "gguf") as folder:
         folder.mkdir()
@@ -109,7 +118,6 @@ def write_gguf(
             if not file.is_file():
                 raise UserError(f"{what}: llama.cpp wrote no {file.name}")
         whole.unlink(missing_ok=True)
-        modelfile = to_modelfile(tokenizer, next(iter(files.values())).name, max(MIN_CONTEXT, context), thinks)
-        (folder / "Modelfile").write_text(modelfile, encoding="utf-8")
+        (folder / "Modelfile").write_text(to_text(next(iter(files.values())).name), encoding="utf-8")
         put_in_place(model / "gguf")
     return model / "gguf"

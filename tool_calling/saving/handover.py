@@ -1,10 +1,11 @@
 """The end of a run: cards, GGUF files, an upload, and the command that serves the model."""
 
 import shlex
+from functools import partial
 
 from tool_calling.run_folder import TOOLS
 from tool_calling.saving.card import Serving, list_notes, to_lora_words, write_card
-from tool_calling.saving.gguf import write_gguf
+from tool_calling.saving.gguf import to_modelfile, write_gguf
 from tool_calling.saving.merge import Trained
 from tool_calling.saving.upload import push_folder
 from tool_calling.terminal import say
@@ -23,9 +24,12 @@ def hand_over(
     for folder in {trained.adapter, result} - {None}:
         write_card(folder, report, serving.to_command)
     if names := settings["save_gguf"]:
-        folder = write_gguf(result, names, gguf_tools, tokenizer, settings["max_seq_length"], serving.thinks)
-        modelfile = shlex.quote(str(folder / "Modelfile"))
-        say("gguf", f"{folder}: {names}; for Ollama: ollama create NAME -f {modelfile}")
+        tools, context = trained.tools if trained.alike else (), settings["max_seq_length"]
+        modelfile = partial(to_modelfile, tokenizer, context=context, thinks=serving.thinks, tools=tools)
+        folder = write_gguf(result, names, gguf_tools, modelfile)
+        say("gguf", f"{folder}: {names}; for Ollama: ollama create NAME -f {shlex.quote(str(folder / 'Modelfile'))}")
+        if not tools:
+            say("", "# Ollama writes the tools of a request with other spaces than those trained on: compare there")
     if repo := settings["push_to_hub"]:
         say("push", push_folder(repo, result))
     kind = "adapter" if trained.method == "lora" else "merged model" if trained.adapter else "trained model"

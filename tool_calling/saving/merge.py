@@ -46,6 +46,7 @@ class Trained:
     adapter: str | None = None  # its folder; None if all weights were trained
     start: str | None = None  # the adapter that training went on from
     tools: tuple[dict, ...] = ()  # with which it was trained; empty if that is no one list
+    alike: bool = False  # whether each row that has tools was trained with exactly these
 
     @property
     def trust(self) -> bool:
@@ -72,7 +73,9 @@ def keep_trained(trained: Trained, trainer, tokenizer, samples: list[Sample]) ->
         model, before = round_trained(trained, model, batches)
     if not leave_group():
         return None
-    trained = replace(trained, tools=collect_tools(trainer.schedule.samples))
+    tools = collect_tools(trainer.schedule.samples)
+    alike = all(tuple(sample.tools) in ((), tools) for sample in trainer.schedule.samples)
+    trained = replace(trained, tools=tools, alike=alike)
     if lora:
         adapter = save_adapter(model, trained.settings, tokenizer, trained.tools)
         trained = replace(trained, adapter=adapter)
