@@ -18,7 +18,7 @@ PRIVATE_NAMES = [
         "_get_grad_norm _maybe_log_save_evaluate _get_output_dir _save_checkpoint _wrap_model _save "
         "_save_optimizer_and_scheduler _load_optimizer_and_scheduler _load_from_checkpoint get_batch_samples "
         "autocast_smart_context_manager evaluation_loop training_step compute_loss get_train_dataloader save_model "
-        "create_model_card",
+        "create_model_card create_optimizer",
         "transformers 5.17",
     ),
     ("transformers.training_args", "_setup_devices _n_gpu", "transformers 5.17"),
