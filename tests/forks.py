@@ -2,29 +2,27 @@
 
 The server of multiprocessing imports the libraries and does nothing else, so that it has one thread and can be forked.
 A fork takes over the words, environment and files of a run, and then runs the script to its end as `python WORDS` does.
-The fresh process of a run is a fork of the run, made before the script begins.
+What a run starts later, a process that proves its model or the workers of torchrun, are forks of the run, made before
+it begins.
 
 Some things only a new process shows: what libraries read from the environment when they are imported, whether they are
 imported at all, what a signal does meanwhile, and what depends on the order of sets, whose seed all forks share.
 """
 
 import atexit
-import contextlib
 import multiprocessing
 import os
+import pickle
 import runpy
 import signal
 import socket
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import SimpleNamespace
+from threading import Thread
+from typing import TextIO
 from unittest import mock
-
-from tool_calling import fresh
-from tool_calling.processes import STOP_SIGNALS
 
 ROOT = Path(__file__).resolve().parent.parent
 # One thread: the same sums in the same order, and no fight for the cores.
@@ -34,38 +32,27 @@ SERVER.set_forkserver_preload(["torch", "transformers", "peft", "trl.trainer.sft
 ONE_THREAD = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}  # pyarrow would start one
 
 
-def fork(function, *arguments: object) -> multiprocessing.Process:
-    """Start a fork of the server that computes function(*arguments); the first one starts the server."""
-    process = SERVER.Process(target=function, args=arguments)
-    with mock.patch.dict(os.environ, ENVIRONMENT | ONE_THREAD):
-        process.start()
-    atexit.register(end, process)  # if a test that failed has left it
-    return process
+# ----------------------------------------------------------------------------------------------------------------------
+# In the process of pytest
+# ----------------------------------------------------------------------------------------------------------------------
+class Child:
+    """A process of multiprocessing, with what is used of subprocess.Popen."""
 
-
-def end(process: multiprocessing.Process) -> None:
-    """End a process at once, if it has not ended."""
-    if process.is_alive():
-        process.kill()
-
-
-class Fork:
-    """A fork that runs a script, with what tests use of subprocess.Popen."""
-
-    def __init__(self, *words: object, **environment: str):
-        """Start `python WORDS` in a session of its own; no library may read `environment` when it is imported."""
-        self.args = [*map(str, words)]
-        (out, stdout), (err, stderr) = SERVER.Pipe(duplex=False), SERVER.Pipe(duplex=False)
-        with out, stdout, err, stderr:
-            self.process = fork(run, self.args, ENVIRONMENT | environment, stdout, stderr)
-            self.stdout, self.stderr = (open(os.dup(pipe.fileno())) for pipe in (out, err))
-        self.pid = self.process.pid
+    def __init__(self, process: multiprocessing.Process):
+        self.process, self.pid = process, process.pid
 
     def poll(self) -> int | None:
         """Return the exit code, or None while it runs."""
         return self.process.exitcode
 
     returncode = property(poll)
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Return the exit code when it ends."""
+        self.process.join(timeout)
+        if self.poll() is None:
+            raise subprocess.TimeoutExpired(self.process.name, timeout)
+        return self.returncode
 
     def send_signal(self, number: int) -> None:
         """Send a signal, unless it has ended."""
@@ -74,69 +61,134 @@ class Fork:
 
     def kill(self) -> None:
         """End it at once, unless it has ended."""
-        end(self.process)
+        self.send_signal(signal.SIGKILL)
+
+
+def fork(function, *arguments: object) -> Child:
+    """Start a fork of the server that computes function(*arguments); the first one starts the server."""
+    process = SERVER.Process(target=function, args=arguments)
+    with mock.patch.dict(os.environ, ENVIRONMENT | ONE_THREAD):
+        process.start()
+    child = Child(process)
+    atexit.register(child.kill)  # if a test that failed has left it
+    return child
+
+
+class Fork(Child):
+    """A fork that runs a script and writes to pipes."""
+
+    def __init__(self, *words: object, **environment: str):
+        """Start `python WORDS` in a session of its own; no library may read `environment` when it is imported."""
+        self.args = [*map(str, words)]
+        (out, stdout), (err, stderr) = SERVER.Pipe(duplex=False), SERVER.Pipe(duplex=False)
+        with out, stdout, err, stderr:
+            child = fork(run, self.args, ENVIRONMENT | environment, stdout, stderr)
+            self.stdout, self.stderr = (open(os.dup(pipe.fileno())) for pipe in (out, err))
+        super().__init__(child.process)
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """Return the rest of what it writes; end it if it takes longer, or if the test is interrupted."""
-        with ThreadPoolExecutor() as readers, self.stdout, self.stderr:
-            texts = [readers.submit(stream.read) for stream in (self.stdout, self.stderr)]
-            try:
-                self.process.join(timeout)
-                if self.poll() is None:
-                    raise subprocess.TimeoutExpired(self.args, timeout)
-            finally:
-                self.kill()
-            return texts[0].result(), texts[1].result()
+        texts = ["", ""]
+
+        def read(number: int, stream: TextIO) -> None:
+            with stream:
+                texts[number] = stream.read()
+
+        readers = [Thread(target=read, args=pair, daemon=True) for pair in enumerate((self.stdout, self.stderr))]
+        for reader in readers:
+            reader.start()
+        try:
+            self.wait(timeout)
+        finally:
+            self.kill()
+        for reader in readers:
+            reader.join()
+        return texts[0], texts[1]
 
 
-def run(words: list[str], environment: dict[str, str], stdout: Connection, stderr: Connection) -> None:
-    """Be `python WORDS` in this fork."""
+def start_fresh(connection: Connection) -> Child:
+    """Do what start_python of tool_calling.fresh does, for a run in the process of pytest."""
+    return fork(serve_fresh, connection)
+
+
+def serve_fresh(connection: Connection) -> None:
+    """Do what `python -m tool_calling.fresh` does."""
+    from tool_calling.fresh import serve
+
+    serve(connection)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# In a fork
+# ----------------------------------------------------------------------------------------------------------------------
+def run(words: list[str], environment: dict[str, str], *outputs: Connection) -> None:
+    """Be `python WORDS`, with the outputs, if any, as stdout and stderr."""
     os.setsid()
-    with open(os.devnull) as stdin, stdout, stderr:
-        for number, file in enumerate((stdin, stdout, stderr)):
+    with open(os.devnull) as stdin:
+        for number, file in enumerate((stdin, *outputs)):
             os.dup2(file.fileno(), number)
+    for output in outputs:
+        output.close()
     sys.stdout = open(1, "w", closefd=False)
     sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
-    sys.argv[:] = words
-    sys.path.insert(0, os.path.dirname(words[0]))
     try:
-        with fork_fresh():
-            runpy.run_path(words[0], run_name="__main__")
+        if words[0] == "-m":
+            run_module(*words[1:])
+        else:
+            run_file(*words)
     finally:
         atexit._run_exitfuncs()  # multiprocessing leaves them out
 
 
-@contextlib.contextmanager
-def fork_fresh():
-    """Fork this process now for what tool_calling.fresh would later start as a new one."""
-    ours, theirs = socket.socketpair()
-    process = multiprocessing.get_context("fork").Process(target=wait_to_serve, args=(theirs, ours))
-    former = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # inherited
-    process.start()
+def run_file(*words: str) -> None:
+    """Run a script, with a fork for its fresh process."""
+    sys.argv[:] = words
+    sys.path.insert(0, os.path.dirname(words[0]))
+    from tool_calling import fresh, processes
+
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, processes.STOP_SIGNALS)  # inherited
+    waiting = Waiting(lambda connection: serve_fresh(Connection(connection)))
     signal.pthread_sigmask(signal.SIG_SETMASK, former)
-    theirs.close()
-
-    def start_python(connection: Connection) -> SimpleNamespace:
-        with ours:
-            socket.send_fds(ours, [b"serve"], [connection.fileno()])
-        return SimpleNamespace(kill=process.kill, wait=process.join)
-
-    with mock.patch.object(fresh, "start_python", start_python), ours:
-        yield
+    with mock.patch.object(fresh, "start_python", lambda connection: waiting.start(files=[connection.fileno()])):
+        runpy.run_path(words[0], run_name="__main__")
 
 
-def wait_to_serve(requests: socket.socket, other: socket.socket) -> None:
-    """Serve one connection, or none if the run ends without."""
-    other.close()
-    _, connections, *_ = socket.recv_fds(requests, 5, 1)
-    for number in connections:
-        fresh.serve(Connection(number))
+def run_module(name: str, *words: str) -> None:
+    """Run torchrun, with forks for two workers."""
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+
+    sys.argv[:] = [name, *words]
+    waiting = [Waiting(run), Waiting(run)]
+
+    def start_worker(handler, command: tuple[str, ...], environment: dict[str, str]) -> Child:
+        return waiting.pop().start([*command[2:]], environment)  # python -u WORDS
+
+    with mock.patch.object(SubprocessHandler, "_popen", start_worker):
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
-def start_fresh(connection: Connection) -> SimpleNamespace:
-    """Do what start_python of tool_calling.fresh does, for a run in the process of pytest."""
-    process = fork(fresh.serve, connection)
-    return SimpleNamespace(kill=process.kill, wait=process.join)
+class Waiting:
+    """A fork of this process that waits for the arguments of its function."""
+
+    def __init__(self, function):
+        self.ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # whole messages
+        process = multiprocessing.get_context("fork").Process(target=self.compute, args=(function, theirs))
+        process.start()
+        theirs.close()
+        self.child = Child(process)
+        atexit.register(self.ours.close)  # before multiprocessing waits for its end
+
+    def compute(self, function, requests: socket.socket) -> None:
+        """Receive the arguments and compute the function, or end when none can come any more."""
+        self.ours.close()
+        message, files, *_ = socket.recv_fds(requests, 2**20, 1)
+        if message:
+            function(*pickle.loads(message), *files)
+
+    def start(self, *arguments: object, files=()) -> Child:
+        """Let the function be computed with these arguments, and with the numbers of its own copies of the files."""
+        socket.send_fds(self.ours, [pickle.dumps(arguments)], files)
+        return self.child

@@ -43,7 +43,7 @@ def train(folder, devices, *more):
     if not (folder / "base").exists():
         make_base(folder / "base")
     words = [*SMALL, folder, 0, *FLAGS, "--gradient_accumulation_steps", 2 // devices, *more]
-    result = wait(start(*TORCHRUN, *words) if devices == 2 else Fork(*words))
+    result = wait(Fork(*(TORCHRUN if devices == 2 else []), *words))
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -238,7 +238,7 @@ def test_the_command_line_on_two_processes_speaks_once_stops_together_and_goes_o
 @pytest.mark.slow
 def test_the_command_line_trains_all_weights_split_and_proves_the_model_that_it_saves(command, tmp_path):
     folders = ["--output_dir", tmp_path / "out", "--final_model_dir", tmp_path / "final"]
-    result = wait(start(*command, *folders, "--fsdp", "--lora_rank", 0, "--num_epochs", 2))
+    result = wait(Fork(*command, *folders, "--fsdp", "--lora_rank", 0, "--num_epochs", 2))
     assert result.returncode == 0, result.stderr
     saved = re.search(r"16-bit, read back by a fresh process: held-out loss (\S+), before saving (\S+) ", result.stdout)
     assert float(saved[1]) == pytest.approx(float(saved[2]), rel=1e-3)
@@ -255,7 +255,7 @@ def test_two_machines_make_one_model(command, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend", "c10d"]
     folders = ["--output_dir", tmp_path / "out", "--final_model_dir", tmp_path / "final"]
     words = [*launcher, "--rdzv_endpoint", endpoint, *command[len(TORCHRUN) :], *folders, "--num_epochs", 2]
-    machines = [start(*words) for _ in range(2)]
+    machines = [Fork(*words) for _ in range(2)]
     results = [wait(machine) for machine in machines]
     assert [result.returncode for result in results] == [0, 0], results[0].stderr + results[1].stderr
     assert sorted(result.stdout.count("done     merged model: ") for result in results) == [0, 1]
