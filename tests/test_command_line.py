@@ -22,6 +22,8 @@ from tool_calling.run_folder import WRITTEN_BY
 from tool_calling.samples import render_examples, to_sides
 from tool_calling.terminal import UserError
 
+SHORT = ("--max_new_tokens", 24)  # hardly more than the references have: so little training answers at length
+
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
@@ -29,7 +31,7 @@ def job(tmp_path_factory):
     folder = tmp_path_factory.mktemp("job")
     (folder / "tools.json").write_text(json.dumps([WEATHER, ALARM]))
     write_jsonl(folder / "rows.jsonl", ROWS)
-    return folder, run_forked(*arguments(folder))
+    return folder, run_forked(*arguments(folder, *SHORT))
 
 
 @pytest.mark.slow
@@ -129,7 +131,7 @@ def test_a_model_and_an_adapter_are_scored_without_training(job, tmp_path):
         ("alone", [adapter], {"model": trained["adapter"]}),
         ("both", [final, adapter], {str(final): trained["merged"], str(adapter): trained["adapter"]}),
     ):
-        result = run_forked(*arguments(folder, "--output_dir", tmp_path / name, "--eval_only", *models))
+        result = run_forked(*arguments(folder, *SHORT, "--output_dir", tmp_path / name, "--eval_only", *models))
         assert result.returncode == 0, result.stderr
         assert names(tmp_path / name) == ["eval_only", "run.yaml"]  # a report of training there would be kept
         assert names(tmp_path / name / "eval_only") == ["answers.jsonl", "report.html", "report.json", "run.yaml"]
@@ -219,7 +221,7 @@ def test_resume_ends_with_the_same_weights(job, tmp_path):
     again = tmp_path / "again"
     shutil.rmtree(again / "out" / "checkpoint-6")
     shutil.rmtree(again / "out" / "adapter")
-    result = run_forked(*arguments(again, "--resume_from_checkpoint"))
+    result = run_forked(*arguments(again, *SHORT, "--resume_from_checkpoint"))
     assert result.returncode == 0, result.stderr
     assert f"resume   from {again / 'out' / 'checkpoint-3'}" in result.stdout.splitlines()
     assert "train    3 steps in" in result.stdout
@@ -274,7 +276,7 @@ def test_a_quantised_model_trains_and_names_its_original(tmp_path):
     four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     AutoModelForCausalLM.from_pretrained(TINY, quantization_config=four_bit).save_pretrained(tmp_path / "quantised")
     AutoTokenizer.from_pretrained(TINY).save_pretrained(tmp_path / "quantised")
-    command = arguments(tmp_path, "--max_steps", 2, "--model_id", tmp_path / "quantised")
+    command = arguments(tmp_path, *SHORT, "--max_steps", 2, "--model_id", tmp_path / "quantised")
     result = run_here(*command)
     assert result.returncode == 1
     assert errors(result) == [
@@ -709,7 +711,7 @@ def test_a_model_that_cannot_be_had_is_one_line(tmp_path, tools_path):
         str(empty): "the folder holds no *.safetensors; give a folder saved by save_pretrained",
         str(bert): "not a causal language model (BertForMaskedLM)",
     }
-    for run, (model_id, message) in zip((run_script, run_here, run_here), expected.items()):
+    for run, (model_id, message) in zip((run_forked, run_here, run_here), expected.items()):
         result = small_job(tmp_path, tools_path, "--model_id", model_id, run=run)
         assert result.returncode == 1
         assert errors(result) == [f"error: --model_id {model_id}: {message}"]

@@ -3,7 +3,7 @@
 import copy
 import json
 
-from conftest import TINY, WEATHER, native, run_script, write_jsonl
+from conftest import TINY, WEATHER, native, run_here, write_jsonl
 
 from tool_calling.data.examples import Reading, to_examples
 from tool_calling.page import render_report
@@ -18,7 +18,7 @@ def test_a_row_of_a_million_characters_is_too_long_and_says_so(tmp_path):
             native("word " * 200_000, ("get_weather", {"city": "Rome"})),
         ],
     )
-    result = run_script(
+    result = run_here(
         "--dry_run",
         "--dataset_path",
         path,

@@ -11,6 +11,7 @@ from conftest import ALARM, TINY, WEATHER, run_here, write_jsonl
 from jobs import ROWS, arguments, errors
 from peft import LoraConfig, get_peft_model
 from small import make_qwen3
+from train_small import make_base
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import train_qwen3_tool_calling as script
@@ -247,6 +248,8 @@ def test_a_card_that_says_nothing_invents_nothing(tmp_path, text):
 def test_a_run_goes_on_from_an_adapter_and_from_a_merged_model(tmp_path):
     (tmp_path / "tools.json").write_text(json.dumps([WEATHER, ALARM]))
     write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    base = tmp_path / "tiny-qwen3"
+    make_base(base)
 
     def run(model, name: str, *flags) -> dict:
         folders = ["--output_dir", tmp_path / name / "out", "--final_model_dir", tmp_path / name / "final"]
@@ -255,10 +258,10 @@ def test_a_run_goes_on_from_an_adapter_and_from_a_merged_model(tmp_path):
         assert result.returncode == 0, result.stderr
         return json.loads((tmp_path / name / "out" / "report.json").read_text()) | {"screen": result.stdout}
 
-    first = run(TINY, "first", "--lora_rank", 4, "--target_modules", "q_proj", "v_proj", "--learning_rate", 0.01)
+    first = run(base, "first", "--lora_rank", 4, "--target_modules", "q_proj", "v_proj", "--learning_rate", 0.01)
     adapter = tmp_path / "first" / "out" / "adapter"
     second = run(adapter, "second", "--save_steps", 1)
-    assert f"adapter  {adapter} is trained on, on its base {TINY}: lora_rank 4, lora_alpha 16," in second["screen"]
+    assert f"adapter  {adapter} is trained on, on its base {base}: lora_rank 4, lora_alpha 16," in second["screen"]
     assert list(second["scores"]) == ["start", "adapter", "merged"]
     assert second["scores"]["start"] == first["scores"]["adapter"]
     assert second["args"]["lora_rank"] == 4 and second["args"]["target_modules"] == ["q_proj", "v_proj"]
@@ -273,7 +276,7 @@ def test_a_run_goes_on_from_an_adapter_and_from_a_merged_model(tmp_path):
     )
     assert "base_model" not in yaml.safe_load(card.split("---\n")[1])  # it is on no Hub
     settings = json.loads((tmp_path / "second" / "out" / "adapter" / "adapter_config.json").read_text())
-    assert settings["base_model_name_or_path"] == str(TINY) and settings["r"] == 4
+    assert settings["base_model_name_or_path"] == str(base) and settings["r"] == 4
 
     resumed = ["--output_dir", tmp_path / "second" / "out", "--resume_from_checkpoint", "--max_steps", 3]
     third = run(adapter, "second", "--save_steps", 1, *resumed)
