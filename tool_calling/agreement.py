@@ -46,7 +46,9 @@ def compare(proof: Proof, here: str, server: str) -> dict:
         for index in sorted(range(len(samples)), key=verdicts.__getitem__)
         if not (verdicts[index] and answers[index])
     ]
-    counts = {"verdicts": sum(verdicts), "answers": sum(answers), "prompts": sum(counted)}
+    counts = {"verdicts": sum(verdicts), "answers": sum(answers)}
+    if any(reply.prompt_tokens for reply in replies):  # not all servers count them
+        counts["prompt_lengths"] = sum(counted)
     return {"against": here, "rows": len(samples), "equal": counts, "different": different}
 
 

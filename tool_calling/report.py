@@ -68,8 +68,8 @@ def show_agreement(server: str, agreement: dict) -> None:
     if "against" not in agreement:
         return
     here, rows, equal = agreement["against"], agreement["rows"], agreement["equal"]
-    counts = ", ".join(f"{count:,} of {rows:,} {name}" for name, count in equal.items())
-    say("served", f"{server} against {here}: equal are {counts}")
+    counts = (f"{count:,} of {rows:,} {name.replace('_', ' ')}" for name, count in equal.items())
+    say("served", f"{server} against {here}: equal are {', '.join(counts)}")
     for row in agreement["different"][:1]:
         say("", f"the first that differs: {row['where']}  {cut_text(row['request'])}")
         texts = {"expected": row["expected"], here: row["here"], server: row["served"]}

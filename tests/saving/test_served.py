@@ -436,7 +436,7 @@ def test_served_and_scored_here_are_compared_row_by_row(tmp_path, serve, flags, 
         "model": "tuned",
         "against": str(TINY),
         "rows": 4,
-        "equal": {"verdicts": 3, "answers": 1, "prompts": 2},
+        "equal": {"verdicts": 3, "answers": 1, "prompt_lengths": 2},
     }
     assert [row["request"] for row in different] == ["rain in Oslo?", "wake me at 6, and Rome?", "hi"]
     assert different[0]["exact"] == [True, False] and different[0]["where"] == f"{tmp_path / 'rows.jsonl'}:2"
@@ -448,7 +448,7 @@ def test_served_and_scored_here_are_compared_row_by_row(tmp_path, serve, flags, 
     assert different[1]["why"].startswith("the prompts are equally long: rounding")
     screen = result.stdout.splitlines()
     at = screen.index(
-        f"served   {server.url} against {TINY}: equal are 3 of 4 verdicts, 1 of 4 answers, 2 of 4 prompts"
+        f"served   {server.url} against {TINY}: equal are 3 of 4 verdicts, 1 of 4 answers, 2 of 4 prompt lengths"
     )
     assert [line.strip() for line in screen[at + 1 : at + 6]] == [
         f"the first that differs: {tmp_path / 'rows.jsonl'}:2  rain in Oslo?",
@@ -463,7 +463,7 @@ def test_a_server_that_answers_alike_differs_in_nothing(tmp_path, serve, flags, 
     server = serve(lambda body: answer_right(body) if "wake" not in request_of(body) else completion("", WAKE, ROME))
     result = run_here(*flags, TINY, server.url)
     agreement = read_report(tmp_path)["served"][server.url]
-    assert agreement["equal"] == {"verdicts": 4, "answers": 4, "prompts": 0} and agreement["different"] == []
+    assert agreement["equal"] == {"verdicts": 4, "answers": 4} and agreement["different"] == []
     assert "the first that differs" not in result.stdout
 
 
@@ -489,10 +489,10 @@ def test_what_is_sent_renders_as_the_prompt_that_was_trained(tmp_path, serve, fl
     assert result.returncode == 0, result.stderr
     assert len(local) == 8 and prompts[1:] == [tokenizer.decode(row.input_ids[: row.prompt_length]) for row in local]
     [agreement] = read_report(tmp_path)["served"].values()
-    assert agreement["equal"]["prompts"] == 8
+    assert agreement["equal"]["prompt_lengths"] == 8
 
 
-def test_the_client_beside_a_model_sends_its_tools(tmp_path, serve):
+def test_the_client_beside_a_model_sends_its_tools(tmp_path, serve, monkeypatch):
     write_tools(tmp_path, tuple(TOOLS))
     run = partial(subprocess.run, capture_output=True, text=True, timeout=60)
     command = [sys.executable, str(tmp_path / "client.py")]
@@ -503,7 +503,9 @@ def test_the_client_beside_a_model_sends_its_tools(tmp_path, serve):
     [body] = server.requests
     messages = [{"role": "user", "content": asked}]
     assert body == {"model": "tools", "messages": messages, "tools": TOOLS, "temperature": 0}
+    monkeypatch.setenv("OPENAI_API_KEY", "")
     assert run([*command, "hi", server.url]).stdout == "Hello!\n"
+    assert [headers["Authorization"] for headers in server.headers] == [f"Bearer {KEY}", "Bearer none"]
     result = run(command)
     assert result.returncode == 1 and result.stderr.startswith(
         "Ask the model that `vllm serve` serves: python client.py"
