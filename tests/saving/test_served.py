@@ -206,23 +206,23 @@ def test_turns_with_replies_of_tools_are_sent_as_openai_wants_them(tmp_path, ser
 
 
 @pytest.mark.parametrize(
-    "reply, exact, broken, left",
+    "reply, exact, broken",
     [
-        (completion("", ROME), True, False, False),
-        (completion(None, ROME), True, False, False),
-        (completion("<think>\nhm\n</think>\n\n", ROME), True, False, False),
-        (completion("hm</think>I look.", ROME, WAKE), False, False, False),
-        (completion("", {"name": "get_weather", "arguments": '{"city": '}), False, True, False),
-        (completion("", {"name": "get_weather", "arguments": '["Rome"]'}), False, True, False),
-        (completion("", {"name": "get_weather", "arguments": ""}), False, True, False),
-        (completion(f"<tool_call>{json.dumps(ROME)}</tool_call>"), False, True, True),
-        (completion("<tool_call>{"), False, True, True),
-        (completion("<think>It never ends"), False, False, False),
-        (completion("No."), False, False, False),
-        (completion(""), False, False, False),
+        (completion("", ROME), True, False),
+        (completion(None, ROME), True, False),
+        (completion("<think>\nhm\n</think>\n\n", ROME), True, False),
+        (completion("hm</think>I look.", ROME, WAKE), False, False),
+        (completion("", {"name": "get_weather", "arguments": '{"city": '}), False, True),
+        (completion("", {"name": "get_weather", "arguments": '["Rome"]'}), False, True),
+        (completion("", {"name": "get_weather", "arguments": ""}), False, True),
+        (completion(f"<tool_call>{json.dumps(ROME)}</tool_call>"), False, True),
+        (completion("<tool_call>{"), False, True),
+        (completion("<think>It never ends"), False, False),
+        (completion("No."), False, False),
+        (completion(""), False, False),
     ],
 )
-def test_what_counts_of_an_answer_is_what_a_client_gets(tmp_path, serve, flags, reply, exact, broken, left):
+def test_what_counts_of_an_answer_is_what_a_client_gets(tmp_path, serve, flags, reply, exact, broken):
     write_jsonl(tmp_path / "rows.jsonl", ROWS[:1])
     result = run_here(*flags, serve(lambda body: reply).url)
     assert result.returncode == 0, result.stderr
