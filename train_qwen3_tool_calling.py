@@ -43,6 +43,7 @@ from tool_calling.processes import (
     raise_interrupted,
     unwrap_interrupt,
 )
+from tool_calling.prompts import set_default
 from tool_calling.run_folder import Run, check_final, check_folder, check_models_stay, mark_output, read_run, write_run
 from tool_calling.samples import (
     Rendering,
@@ -488,6 +489,7 @@ def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.Ex
     trained, tokenizer, config = check_models(args, engine, gguf)
     run = run.with_date(tokenizer)
     samples, held_out = render_sides(tokenizer, examples, held_out, pick(Rendering, args), run.date)
+    set_default(tokenizer, thinks)  # rendering did not depend on it
     show_rows(tokenizer, [*samples, *held_out] if args.show_row else samples, args.show_row)
     schedule = plan_run(args, run, samples, find_longest([*samples, *held_out]), engine, config)
 

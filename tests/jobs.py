@@ -27,6 +27,7 @@ FINAL_FILES = [
     "chat_template.jinja",
     "client.py",
     "config.json",
+    "generation_config.base.json",
     "generation_config.json",
     "model.safetensors",
     "run.yaml",

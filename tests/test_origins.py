@@ -18,6 +18,7 @@ import train_qwen3_tool_calling as script
 from tool_calling.engines.hub import check_base, find_base
 from tool_calling.engines.loading import go_on_from, load_adapter, load_base, set_adapter_weights
 from tool_calling.origins import list_ancestors, list_trained_tokens, read_shape
+from tool_calling.prompts import DEFAULT
 from tool_calling.run_folder import check_models_stay, write_run
 from tool_calling.saving.merge import Trained, refuse_same_adapter
 from tool_calling.terminal import FlagError, UserError
@@ -272,7 +273,7 @@ def test_a_run_goes_on_from_an_adapter_and_from_a_merged_model(tmp_path):
     assert "\nContinued from `adapter`, which comes from `tiny-qwen3`.\n" in card
     assert (
         "--lora-modules tools=adapter" in of_adapter
-        and "vllm serve tiny-qwen3 --tokenizer adapter --enable-lora" in of_adapter
+        and "vllm serve tiny-qwen3 --tokenizer adapter --generation-config adapter" in of_adapter
     )
     assert "base_model" not in yaml.safe_load(card.split("---\n")[1])  # it is on no Hub
     settings = json.loads((tmp_path / "second" / "out" / "adapter" / "adapter_config.json").read_text())
@@ -286,6 +287,8 @@ def test_a_run_goes_on_from_an_adapter_and_from_a_merged_model(tmp_path):
     fourth = run(merged, "fourth", "--lora_rank", 2, "--learning_rate", 0.001)
     assert list(fourth["scores"]) == ["base", "adapter", "merged"]
     assert fourth["scores"]["base"] == third["scores"]["merged"]
+    ends = [(tmp_path / name / "final" / "chat_template.jinja").read_text() for name in ("first", "second", "fourth")]
+    assert ends == [DEFAULT.format("false") + (TINY / "chat_template.jinja").read_text()] * 3
     card = (tmp_path / "fourth" / "final" / "README.md").read_text()
     assert "Continued from `final`, which comes from `adapter`, which comes from `tiny-qwen3`.\n" in card
 

@@ -1,12 +1,15 @@
 """Prompts: exact supervised text, the serving prompt token by token, and the round trip of every call."""
 
+from pathlib import Path
+
 import pytest
+import trl
 from conftest import ALARM, WEATHER
 from conversations import CONVERSATIONS, EMPTY_THOUGHT, GREETING, says, supervised
 
 from tool_calling.data.examples import Example
 from tool_calling.parsers import PARSERS, parse_calls
-from tool_calling.prompts import take_answer
+from tool_calling.prompts import needs_switch, set_default, take_answer
 from tool_calling.samples import Sample, render_examples
 from tool_calling.terminal import UserError
 
@@ -177,3 +180,63 @@ def test_a_template_that_opens_the_reasoning_itself_is_trained_and_scored(tokeni
     assert sample.completion == f"The user asks for Rome.\n</think>\n\n{rome}"
     assert take_answer(f"Oslo? No.</think>{rome}", sample.completion) == rome
     assert take_answer(rome, sample.completion) == ""  # the server takes it for reasoning
+
+
+OFF, ON = (
+    f"{{% if enable_thinking is not defined %}}{{% set enable_thinking = {x} %}}{{% endif %}}\n"
+    for x in ("false", "true")
+)
+SWITCHES = [{}, {"enable_thinking": True}, {"enable_thinking": False}]
+
+
+def serve(tokenizer, messages: list[dict], **options) -> str:
+    """Return the prompt that a server renders for the next turn."""
+    return tokenizer.apply_chat_template(messages, [WEATHER], tokenize=False, add_generation_prompt=True, **options)
+
+
+@pytest.mark.parametrize(
+    "template, thinks, line",
+    [
+        ("qwen3", False, OFF),
+        ("qwen3", True, ""),
+        ("qwen3_instruct_2507", False, ""),
+        ("qwen3_5_nothink", False, ""),
+        ("qwen3_5_nothink", True, ON),
+        ("qwen3_5_think", False, OFF),
+        ("gemma4_v5", True, ON),
+        ("qwen2_5", True, ""),
+        ("llama3_2", False, ""),
+    ],
+)
+def test_a_template_does_by_default_what_was_trained(tokenizer, monkeypatch, template, thinks, line):
+    """It says so in one line, in the place of the one that it had; what a client says is rendered as before."""
+    file = Path(trl.__file__).parent / "chat_templates" / f"{template}.jinja"
+    if not file.is_file():
+        pytest.skip("this TRL has no such template")
+    own = file.read_text()
+    conversations = [CONVERSATIONS["one call"][:1], CONVERSATIONS["tool reply"][:3]]
+    monkeypatch.setattr(tokenizer, "chat_template", own)
+    before = [[serve(tokenizer, messages, **switch) for switch in SWITCHES] for messages in conversations]
+    for former in ("", OFF, ON):
+        tokenizer.chat_template = former + own
+        set_default(tokenizer, thinks)
+        assert tokenizer.chat_template == line + own and not needs_switch(tokenizer, thinks)
+        after = [[serve(tokenizer, messages, **switch) for switch in SWITCHES] for messages in conversations]
+        assert [texts[1:] for texts in after] == [texts[1:] for texts in before]
+        assert [texts[0] for texts in after] == [texts[1 if thinks else 2] for texts in before]
+
+
+def test_of_several_templates_none_is_changed(tokenizer, monkeypatch):
+    several = {"default": tokenizer.chat_template, "tool_use": tokenizer.chat_template}
+    monkeypatch.setattr(tokenizer, "chat_template", dict(several))
+    set_default(tokenizer, False)
+    assert tokenizer.chat_template == several and needs_switch(tokenizer, False)
+
+
+def test_macros_and_loops_of_a_template_see_its_default(tokenizer, monkeypatch):
+    inner = "{{ 'on' if enable_thinking else 'off' }}"
+    text = f"{{% macro a() %}}{inner}{{% endmacro %}}{{% for m in messages %}}{{{{ a() }}}} {inner}{{% endfor %}}"
+    monkeypatch.setattr(tokenizer, "chat_template", "  {% if true %}" + text + "{% endif %}")
+    set_default(tokenizer, True)
+    assert tokenizer.chat_template.startswith(ON + "  {% if")
+    assert [serve(tokenizer, [{"role": "user"}], **switch) for switch in SWITCHES] == ["on on", "on on", "off off"]

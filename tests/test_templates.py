@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import train_qwen3_tool_calling as script
 from tool_calling.engines.hub import load_tokenizer
 from tool_calling.engines.tokens import fit_config
-from tool_calling.prompts import find_parser
+from tool_calling.prompts import DEFAULT, find_parser
 from tool_calling.templates import list_bundled, list_tokens, read_template
 from tool_calling.terminal import FlagError, UserError
 
@@ -180,7 +180,7 @@ def test_a_base_without_a_template_is_taught_and_served_with_a_file(job, result)
     assert names(final) == sorted([*FINAL_FILES, "gguf"])
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (final / file).read_bytes() == (adapter / file).read_bytes()
-    assert (final / "chat_template.jinja").read_text() == template
+    assert (final / "chat_template.jinja").read_text() == DEFAULT.format("false") + template
     assert yaml.safe_load((job / "out" / "run.yaml").read_text())["chat_template"] == str(job / "mine.jinja")
     assert "| `chat_template` | mine.jinja |" in (final / "README.md").read_text()
     assert "# My tools" in (final / "gguf" / "Modelfile").read_text()
@@ -193,7 +193,9 @@ def test_a_base_without_a_template_is_taught_and_served_with_a_file(job, result)
     assert [ids[0], *ids[-2:]] == [size + 2, size + 3, size + 1]
     messages = [{"role": "user", "content": "rain?"}]
     served = tokenizer.apply_chat_template(messages, tools=[WEATHER], tokenize=False, add_generation_prompt=True)
-    assert served.startswith("<|im_start|>system\n# My tools\n") and served.endswith("<|im_start|>assistant\n")
+    assert served.startswith("<|im_start|>system\n# My tools\n") and served.endswith(
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    )
     # The adapter brings the new rows and no whole table: with plain PEFT it is the same model.
     base = AutoModelForCausalLM.from_pretrained(job / "base")
     base.resize_token_embeddings(size + 6)

@@ -14,6 +14,7 @@ from tool_calling.terminal import UserError, shorten, warn
 
 THOUGHTS = (("<think>", "</think>"), ("<|channel>", "<channel|>"))  # marks of reasoning; the latter are Gemma 4's
 EMPTY_THOUGHT = "<think>\n\n</think>\n\n"  # of a turn served without thinking
+DEFAULT = "{{% if enable_thinking is not defined %}}{{% set enable_thinking = {} %}}{{% endif %}}\n"
 NUMBERS = {"type": "object", "properties": {"numbers": {"type": "array", "items": {"type": "number"}}}}
 PROBE_RULES = {"probe": {"type": "string"}, "count": {"type": "integer"}, "sure": {"type": "boolean"}, "more": NUMBERS}
 PROBE_SCHEMA = {"type": "object", "properties": PROBE_RULES}
@@ -53,6 +54,24 @@ def render_text(tokenizer, messages: list[dict], date: str | None = None, **opti
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except (jinja2.TemplateError, TypeError, ValueError) as error:  # the last two: Python's own, inside the template
         raise ValueError(f"the chat template refuses it: {error}") from None
+
+
+def needs_switch(tokenizer, thinks: bool) -> bool:
+    """Return whether the chat template must be told that the model thinks, or does not, because its default differs."""
+    render = partial(render_text, tokenizer, PROBE[:1], add_generation_prompt=True)
+    return render() != render(enable_thinking=thinks)
+
+
+def set_default(tokenizer, thinks: bool) -> None:
+    """Let the chat template think by default if the model does: not all clients say so.
+
+    A line before it does that where it must, in the place of one from an earlier run. What a client says still counts.
+    """
+    if isinstance(tokenizer.chat_template, str):  # or there are several, by name
+        lines = {value: DEFAULT.format(str(value).lower()) for value in (True, False)}
+        own = tokenizer.chat_template = tokenizer.chat_template.removeprefix(lines[True]).removeprefix(lines[False])
+        if needs_switch(tokenizer, thinks):
+            tokenizer.chat_template = lines[thinks] + own
 
 
 def give_ids(messages: list[dict]) -> list[dict]:

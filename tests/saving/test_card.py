@@ -188,12 +188,14 @@ def test_a_card_says_what_was_measured_and_trained():
         (
             "adapter",
             {"push_to_hub": "me/tools"},
-            "Qwen3-0.6B --tokenizer adapter --enable-lora --max-lora-rank 32 --lora-modules tools=adapter",
+            "Qwen3-0.6B --tokenizer adapter --generation-config adapter --enable-lora --max-lora-rank 32 "
+            "--lora-modules tools=adapter",
         ),
         (
             "adapter",
             {"push_to_hub": "me/tools", "save_method": "lora", "model_id": "Qwen/Qwen3-0.6B"},
-            "Qwen/Qwen3-0.6B --tokenizer me/tools --enable-lora --max-lora-rank 32 --lora-modules tools=me/tools",
+            "Qwen/Qwen3-0.6B --tokenizer me/tools --generation-config me/tools --enable-lora --max-lora-rank 32 "
+            "--lora-modules tools=me/tools",
         ),
         ("my model", {}, "'my model'"),
     ],
@@ -217,6 +219,17 @@ def test_what_a_server_cannot_load_stands_below_its_command(tmp_path):
 
 
 SENT = "\n# requests send the tools in tools.json, as client.py beside it does"
+
+
+def test_a_card_has_all_commands_that_serve_its_folder(tmp_path):
+    write_card(tmp_path, make_report(), lambda words: f"serve {words}", ("llama-server x", "y"))
+    assert f"```bash\nserve {tmp_path.name}\nllama-server x\ny\n```\n" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("thinks, more", [(False, " --reasoning off"), (True, "")])
+def test_llama_cpp_is_told_that_a_model_does_not_think(thinks, more):
+    command = Serving("hermes", thinks).to_llama_command(Path("a b/x.gguf"))
+    assert command == f"llama-server -m 'a b/x.gguf' --jinja --temp 0{more}"
 
 
 @pytest.mark.parametrize("there, shown", [(True, SENT), (False, "")])
@@ -260,7 +273,8 @@ def test_vllm_is_told_how_calls_and_thoughts_look(tokenizer, monkeypatch, templa
 @pytest.mark.parametrize("rank, highest", [(1, 16), (16, 16), (17, 32), (32, 32), (100, 128)])
 def test_vllm_is_told_how_high_an_adapters_rank_is_and_where_its_template_is(rank, highest):
     assert to_lora_words("my base", "out/a b", rank) == (
-        f"'my base' --tokenizer 'out/a b' --enable-lora --max-lora-rank {highest} --lora-modules tools='out/a b'"
+        f"'my base' --tokenizer 'out/a b' --generation-config 'out/a b' --enable-lora --max-lora-rank {highest} "
+        "--lora-modules tools='out/a b'"
     )
 
 

@@ -43,8 +43,8 @@ def test_only_the_adapter_is_handed_over(tmp_path, monkeypatch, capsys):
     assert "\npython x.py --output_dir=out b $HF_TOKEN\n" in card
     assert "8 samples of `data/synthetic_finetune_dataset.json`, 2 held out; 3 steps;\ncpu, 2026-01-01 00:00." in card
     served = (
-        "vllm serve Qwen/Qwen3-0.6B --tokenizer {0} --enable-lora --max-lora-rank 32 --lora-modules tools={0} "
-        "--enable-auto-tool-choice --tool-call-parser hermes --reasoning-parser qwen3"
+        "vllm serve Qwen/Qwen3-0.6B --tokenizer {0} --generation-config {0} --enable-lora --max-lora-rank 32 "
+        "--lora-modules tools={0} --enable-auto-tool-choice --tool-call-parser hermes --reasoning-parser qwen3"
     )
     assert (
         f"\n{served.format('me/tools')}\n# requests send the tools in tools.json, as client.py beside it does\n" in card

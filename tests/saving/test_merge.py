@@ -1,6 +1,7 @@
 """The merged and the fully trained model: rounded so that sums are kept, and refused if nothing changed."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from jobs import names
 from peft import LoraConfig, PeftModel, get_peft_model
 from small import make_trainer
 from transformers import AutoModelForCausalLM
+from transformers import __version__ as VERSION
 
 import train_qwen3_tool_calling as script
 from tool_calling.engines.loading import load_base
@@ -23,6 +25,7 @@ from tool_calling.saving.merge import (
     requantise,
     round_at_random,
     round_trained,
+    save_adapter,
     save_merged,
     save_whole,
     sum_weights,
@@ -178,6 +181,55 @@ def test_training_that_16_bits_do_not_hold_is_warned_of(tmp_path, tokenizer, mon
     assert saved.dtype == torch.bfloat16 and saved.config.use_cache
     with pytest.raises(UserError, match="the trained model equals the base"):
         refuse_unchanged(sum_weights(saved), saved)
+
+
+BASE_SETTINGS = {
+    "bos_token_id": 7,
+    "pad_token_id": 4070,
+    "eos_token_id": 4071,
+    "do_sample": True,
+    "temperature": 0.6,
+    "top_k": 20,
+    "top_p": 0.95,
+    "repetition_penalty": 1.1,
+    "max_new_tokens": 2048,
+    "note": "of the base",
+}
+
+
+def test_what_is_saved_answers_greedily_and_keeps_the_settings_of_the_base(tmp_path, tokenizer):
+    """Also when it is trained on: the settings that stay are those of the first base."""
+    base, greedy = tmp_path / "base", {"do_sample": True, "top_k": 1, "eos_token_id": [4071, 4072]}
+    greedy |= {"bos_token_id": 7, "pad_token_id": 4070, "max_new_tokens": 2048, "transformers_version": VERSION}
+    shutil.copytree(TINY, base)
+    (base / "generation_config.json").write_text(json.dumps(BASE_SETTINGS))
+    for folder in (tmp_path / "once", tmp_path / "twice"):
+        model = AutoModelForCausalLM.from_pretrained(base)
+        assert model.generation_config.top_k == (20 if folder.name == "once" else 1)
+        of_base = replace(trained(folder), model_id=str(base), base_id=str(base))
+        base = save_whole(of_base, model, tokenizer)
+        assert json.loads((base / "generation_config.json").read_text()) == greedy
+        assert json.loads((base / "generation_config.base.json").read_text()) == BASE_SETTINGS
+    inputs = tokenizer("wake me at", return_tensors="pt")
+    answer = AutoModelForCausalLM.from_pretrained(base).eval().generate(**inputs, max_new_tokens=12, pad_token_id=4070)
+    rest = inputs["input_ids"]
+    for token in answer[0, rest.shape[1] :]:
+        assert model(rest).logits[0, -1].argmax() == token
+        rest = torch.cat([rest, token[None, None]], dim=1)
+
+
+def test_an_adapter_has_settings_for_its_server(tmp_path, tokenizer):
+    settings = vars(script.parse_args(["--output_dir", str(tmp_path), "--model_id", str(TINY)]))
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(TINY), LoraConfig(r=2, target_modules=["q_proj"]))
+    folder = Path(save_adapter(model, settings, tokenizer))
+    assert json.loads((folder / "generation_config.json").read_text()) == {
+        "do_sample": True,
+        "top_k": 1,
+        "eos_token_id": [4070, 4072],
+        "pad_token_id": 4070,
+        "transformers_version": VERSION,
+    }
+    assert not (folder / "generation_config.base.json").exists()
 
 
 def test_weights_are_summed_in_pieces(monkeypatch):

@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, Ll
 
 import train_qwen3_tool_calling as script
 from tool_calling.engines.hub import load_tokenizer
-from tool_calling.prompts import PROBE, render_text
+from tool_calling.prompts import PROBE, render_text, set_default
 from tool_calling.saving.merge import Trained, save_whole
 from tool_calling.saving.portable import add_old_keys, save_tokenizer
 from tool_calling.templates import read_template
@@ -29,13 +29,15 @@ def list_new(config: dict) -> dict:
     return {key: value for key, value in add_old_keys(config).items() if key not in config}
 
 
-def save_tiny(folder: Path, template: str | None = None, **rope) -> Path:
+def save_tiny(folder: Path, **rope) -> Path:
     """Save the embedded base, with other numbers of its rotary embeddings, as a trained model is saved."""
     model = AutoModelForCausalLM.from_pretrained(TINY)
     model.config.rope_parameters |= rope
     settings = vars(script.parse_args([]))
     trained = Trained(str(TINY), str(TINY), model.dtype, "transformers", str(folder), "merged_16bit", settings)
-    return save_whole(trained, model, load_tokenizer(str(TINY), template=template))
+    tokenizer = load_tokenizer(str(TINY))
+    set_default(tokenizer, thinks=False)
+    return save_whole(trained, model, tokenizer)
 
 
 def test_a_saved_model_has_the_keys_of_both_generations(tmp_path):
@@ -189,8 +191,10 @@ prompt = tokenizer.apply_chat_template(**request, add_generation_prompt=True, to
 tokens = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
 with torch.no_grad():
     logits = model(**tokens).logits[0]
+    answer = model.generate(**tokens, max_new_tokens=24)[0, tokens["input_ids"].shape[1]:]
 json.dump({"version": transformers.__version__, "prompt": prompt, "ids": tokens["input_ids"][0].tolist(),
-           "logits": logits.tolist(), "base": model.config.rope_theta, "names": [*tokens]}, sys.stdout)
+           "logits": logits.tolist(), "base": model.config.rope_theta, "names": [*tokens],
+           "answer": tokenizer.decode(answer)}, sys.stdout)
 """
 
 
@@ -212,12 +216,17 @@ def test_transformers_4_reads_what_is_saved(tmp_path, capsys, version, tokenizer
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompt = render_text(tokenizer, MESSAGES, tools=request["tools"], add_generation_prompt=True)
+    options = {"tools": request["tools"], "add_generation_prompt": True, "enable_thinking": False}
+    prompt = render_text(tokenizer, MESSAGES, **options)
     tokens = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
-        expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(**tokens).logits[0]
+        expected = model(**tokens).logits[0]
+        greedy = model.generate(**tokens, max_new_tokens=24, do_sample=False, top_k=None)
     assert (found["version"], found["prompt"], found["base"]) == (version, prompt, 1e6)
     assert (found["ids"], found["names"]) == (tokens["input_ids"][0].tolist(), ["input_ids", "attention_mask"])
+    answer = tokenizer.decode(greedy[0, len(found["ids"]) :])
+    assert answer.startswith("<tool_call>\n") and answer == found["answer"]
     difference = (torch.tensor(found["logits"]) - expected).abs().max().item()
     with capsys.disabled():
         print(f"\ntransformers {version}: {len(found['ids'])} tokens, logits differ by at most {difference:.2g}")

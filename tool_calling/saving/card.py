@@ -16,7 +16,7 @@ from tool_calling.engines.tokens import NO_ROWS
 from tool_calling.files import write_file
 from tool_calling.origins import is_adapter, list_ancestors, list_trained_tokens
 from tool_calling.page import list_scores
-from tool_calling.prompts import PROBE, render_text
+from tool_calling.prompts import needs_switch
 from tool_calling.run_folder import AGREED, CLIENT, TOOLS
 from tool_calling.terminal import hide_secrets
 
@@ -39,13 +39,9 @@ class Serving:
     @classmethod
     def of(cls, tokenizer, model_type: str, parser: str, thinks: bool) -> "Serving":
         """Return how a model of this family is served if it was trained to think, or not to."""
-        texts = [
-            render_text(tokenizer, PROBE[:1], add_generation_prompt=True, **options)
-            for options in ({}, {"enable_thinking": thinks})
-        ]
         tagged = "qwen3" if "<think>" in tokenizer.chat_template else None
         reasoning = next((name for family, name in REASONING.items() if model_type.startswith(family)), tagged)
-        return cls(parser, thinks, reasoning if thinks else None, texts[0] != texts[1])
+        return cls(parser, thinks, reasoning if thinks else None, needs_switch(tokenizer, thinks))
 
     def to_command(self, words: str) -> str:
         """Return the command by which vLLM serves a model, or to_lora_words, on the prompts that it was trained on."""
@@ -55,6 +51,11 @@ class Serving:
         if self.switch:
             command += f" --default-chat-template-kwargs '{json.dumps({'enable_thinking': self.thinks})}'"
         return command
+
+    def to_llama_command(self, file: str | Path) -> str:
+        """Return the command by which llama.cpp serves a GGUF file; it lets all templates think that can, by itself."""
+        command = f"llama-server -m {shlex.quote(str(file))} --jinja --temp 0"
+        return command if self.thinks else f"{command} --reasoning off"
 
 
 def list_notes(folder: str | Path, shown: str = TOOLS) -> list[str]:
@@ -67,11 +68,12 @@ def list_notes(folder: str | Path, shown: str = TOOLS) -> list[str]:
 def to_lora_words(base: str, adapter: str, rank: int) -> str:
     """Return the words by which vLLM serves an adapter on its base, for ranks up to a power of two from 16 on.
 
-    The base's own tokenizer may have another chat template, or another token at the end of an answer.
+    The base's own tokenizer may have another chat template, or another token at the end of an answer, and its settings
+    for answers are not greedy.
     """
     highest, adapter = max(16, 1 << (rank - 1).bit_length()), shlex.quote(adapter)
     lora = f"--enable-lora --max-lora-rank {highest} --lora-modules tools={adapter}"
-    return f"{shlex.quote(base)} --tokenizer {adapter} {lora}"
+    return f"{shlex.quote(base)} --tokenizer {adapter} --generation-config {adapter} {lora}"
 
 
 def hide_folders(text: str) -> str:
@@ -119,12 +121,17 @@ def to_card(report: dict, adapter: bool, name: str, command: str) -> str:
     return hide_secrets(card.content + "\n")
 
 
-def write_card(folder: str | Path, report: dict, serve: Callable[[str], str]) -> None:
-    """Write the card of an adapter or a whole model into its folder; `serve` is Serving.to_command of the run."""
+def write_card(folder: str | Path, report: dict, serve: Callable[[str], str], also: tuple[str, ...] = ()) -> None:
+    """Write the card of an adapter or a whole model into its folder.
+
+    Args:
+        serve: Serving.to_command of the run.
+        also: other commands that serve what is in the folder.
+    """
     args, adapter = report["args"], is_adapter(str(folder))
     uploaded = args["push_to_hub"] if adapter == (args["save_method"] == "lora") else None  # of two, the model is
     name = uploaded or Path(folder).resolve().name
     base = hide_folders(find_base(args["model_id"])[0].rstrip("/"))
     words = to_lora_words(base, name, args["lora_rank"]) if adapter else shlex.quote(name)
-    command = "\n".join([serve(words), *list_notes(folder)])
+    command = "\n".join([serve(words), *also, *list_notes(folder)])
     write_file(Path(folder) / "README.md", to_card(report, adapter, name, command))

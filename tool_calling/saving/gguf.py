@@ -95,6 +95,11 @@ def to_modelfile(tokenizer, file: str, context: int, thinks: bool, tools: tuple[
     return MODELFILE.get_template("modelfile.jinja").render(file=file, context=max(MIN_CONTEXT, context), **fixed)
 
 
+def name_gguf(model_dir: str | Path, name: str) -> str:
+    """Return the file name of the GGUF file of this type, of the model in `model_dir`."""
+    return f"{Path(model_dir).resolve().name}-{name}.gguf"
+
+
 def write_gguf(model_dir: str | Path, names: str, programs: tuple[list[str], list[str]], to_text) -> Path:
     """Write the 16-bit model in `model_dir` as GGUF files, with a Modelfile for the first; return their folder.
 
@@ -108,7 +113,7 @@ def write_gguf(model_dir: str | Path, names: str, programs: tuple[list[str], lis
     with discard_partial(model / "gguf") as folder:
         folder.mkdir()
         whole = folder / "whole.gguf"
-        files = {name: folder / f"{model.resolve().name}-{name}.gguf" for name in names.split(",")}
+        files = {name: folder / name_gguf(model, name) for name in names.split(",")}
         if quantizer:
             run_llama_tool([*converter, str(model), "--outfile", str(whole), "--outtype", "bf16"], what)
         for name, file in files.items():

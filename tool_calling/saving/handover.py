@@ -5,7 +5,7 @@ from functools import partial
 
 from tool_calling.run_folder import TOOLS
 from tool_calling.saving.card import Serving, list_notes, to_lora_words, write_card
-from tool_calling.saving.gguf import to_modelfile, write_gguf
+from tool_calling.saving.gguf import name_gguf, to_modelfile, write_gguf
 from tool_calling.saving.merge import Trained
 from tool_calling.saving.upload import push_folder
 from tool_calling.terminal import say
@@ -23,6 +23,7 @@ def hand_over(
     settings, result = report["args"], trained.adapter if trained.method == "lora" else trained.final
     for folder in {trained.adapter, result} - {None}:
         write_card(folder, report, serving.to_command)
+    also = []
     if names := settings["save_gguf"]:
         tools, context = trained.tools if trained.alike else (), settings["max_seq_length"]
         modelfile = partial(to_modelfile, tokenizer, context=context, thinks=serving.thinks, tools=tools)
@@ -30,6 +31,9 @@ def hand_over(
         say("gguf", f"{folder}: {names}; for Ollama: ollama create NAME -f {shlex.quote(str(folder / 'Modelfile'))}")
         if not tools:
             say("", "# Ollama writes the tools of a request with other spaces than those trained on: compare there")
+        file = name_gguf(result, names.split(",")[0])
+        also = [serving.to_llama_command(folder / file)]
+        write_card(result, report, serving.to_command, (serving.to_llama_command(f"{folder.name}/{file}"),))
     if repo := settings["push_to_hub"]:
         say("push", push_folder(repo, result))
     kind = "adapter" if trained.method == "lora" else "merged model" if trained.adapter else "trained model"
@@ -38,5 +42,5 @@ def hand_over(
     if trained.method == "lora":
         words = to_lora_words(trained.model_id, result, settings["lora_rank"])
     say("serve", serving.to_command(words))
-    for note in list_notes(result, f"{result}/{TOOLS}"):
-        say("", note)
+    for line in also + list_notes(result, f"{result}/{TOOLS}"):
+        say("", line)

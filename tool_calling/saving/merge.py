@@ -10,7 +10,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from peft import load_peft_weights
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from tool_calling.engines.answers import find_stop_tokens
 from tool_calling.engines.device import free_gpu, leave_group
@@ -24,11 +24,14 @@ from tool_calling.files import discard_partial, partial_folder, put_in_place, wr
 from tool_calling.origins import list_ancestors
 from tool_calling.run_folder import CLIENT, TOOLS, write_run
 from tool_calling.samples import Sample
-from tool_calling.saving.portable import make_portable, save_tokenizer
+from tool_calling.saving.portable import make_portable, read_own, save_tokenizer, write_json
 from tool_calling.schedule import build_small_batches
 from tool_calling.terminal import UserError, say, warn
 
 MERGE_SLACK = 0.02  # nats per token (a share of losses over 1), and share of the rows, that a merge may cost
+# What of the base's settings for answers stays: all else says how to sample, and scores are those of greedy answers.
+KEPT = ("bos_token_id", "pad_token_id", "max_length", "max_new_tokens", "cache_implementation")
+GENERATION, BASE_GENERATION = "generation_config.json", "generation_config.base.json"
 ROUNDED_WEIGHTS = 2**26  # numbers of a weight that are rounded or summed at a time: it takes as much memory again
 
 
@@ -113,10 +116,20 @@ def save_adapter(model, settings: dict, tokenizer, tools: tuple[dict, ...] = ())
         model.save_pretrained(folder, save_embedding_layers=False)
         (Path(folder) / "README.md").unlink(missing_ok=True)  # PEFT's empty form; a card with scores comes later
         save_tokenizer(tokenizer, folder)
+        to_greedy(model, tokenizer).save_pretrained(folder)  # for servers: PEFT and Transformers use the base's
         write_tools(folder, tools)
         write_run(settings, folder, ancestors=list_ancestors(settings["model_id"]))
         put_in_place(adapter)
     return adapter
+
+
+def to_greedy(model, tokenizer) -> GenerationConfig:
+    """Return the settings by which servers answer as scored, greedily, and stop where the chat template ends a turn.
+
+    Taking the likeliest token alone is greedy everywhere; vLLM samples even where `do_sample` is false.
+    """
+    kept = {key: getattr(model.generation_config, key, None) for key in KEPT}
+    return GenerationConfig(do_sample=True, top_k=1, eos_token_id=find_stop_tokens(model, tokenizer), **kept)
 
 
 def save_whole(trained: Trained, model, tokenizer) -> Path:
@@ -124,11 +137,13 @@ def save_whole(trained: Trained, model, tokenizer) -> Path:
     folder = partial_folder(trained.final)
     shutil.rmtree(folder, ignore_errors=True)
     model.config.use_cache = True  # off only in training
-    model.generation_config.eos_token_id = find_stop_tokens(model, tokenizer)
+    model.generation_config = to_greedy(model, tokenizer)
     config = load_config(trained.base_id, trust=trained.trust)
     alone = config.get_text_config(decoder=True) is not config  # servers look for the names that it has alone
     model.save_pretrained(folder, save_original_format=not alone)
     make_portable(folder)
+    if own := read_own(trained.base_id, BASE_GENERATION) or read_own(trained.base_id, GENERATION):
+        write_json(folder / BASE_GENERATION, own)
     save_tokenizer(tokenizer, folder)
     write_tools(folder, trained.tools)
     write_run(trained.settings, folder, ancestors=list_ancestors(trained.settings["model_id"]))

@@ -46,10 +46,10 @@ def make_portable(folder: str | Path) -> None:
     write_json(path, add_old_keys(json.loads(path.read_text(encoding="utf-8"))))
 
 
-def read_own(tokenizer, name: str) -> dict:
-    """Return a JSON file of the folder or repository that a tokenizer comes from; {} if there is none."""
+def read_own(model_id: str, name: str) -> dict:
+    """Return a JSON file of a folder or repository; {} if there is none."""
     try:
-        return json.loads(Path(cached_file(tokenizer.name_or_path, name)).read_text(encoding="utf-8"))
+        return json.loads(Path(cached_file(model_id, name)).read_text(encoding="utf-8"))
     except OSError:
         return {}
 
@@ -60,9 +60,9 @@ def to_settings(tokenizer, saved: dict) -> dict:
     Args:
         saved: as Transformers 5 writes them; of a tokenizer that comes without settings these are taken.
     """
-    named = read_own(tokenizer, "special_tokens_map.json")
+    named = read_own(tokenizer.name_or_path, "special_tokens_map.json")
     named = {key: value["content"] if isinstance(value, dict) else value for key, value in named.items()}
-    settings = named | (read_own(tokenizer, SETTINGS) or saved)
+    settings = named | (read_own(tokenizer.name_or_path, SETTINGS) or saved)
     for key in (*OF_THIS_MACHINE, "chat_template"):  # the template has a file of its own
         settings.pop(key, None)
     settings["eos_token"] = saved["eos_token"]
