@@ -1,5 +1,6 @@
 """The proof: what is saved is scored, compared with what was trained, and refused if it does not do the same."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -152,6 +153,8 @@ def test_a_model_merged_into_4_bits_is_loaded_by_plain_transformers(adapted):
     state = quantised[0].weight.quant_state
     assert state.quant_type == "nf4" and state.nested and model.config.quantization_config.bnb_4bit_use_double_quant
     assert sorted(path.name for path in (adapted / ".final.partial").glob("*.safetensors")) == ["model.safetensors"]
+    config = json.loads((adapted / ".final.partial" / "config.json").read_text())
+    assert (config["torch_dtype"], config["rope_theta"]) == (config["dtype"], config["rope_parameters"]["rope_theta"])
 
 
 def test_only_the_adapter_is_kept_and_scored(adapted):
