@@ -1,6 +1,7 @@
 """Paths and small helpers that several test files share."""
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -18,6 +19,12 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "models" / "tiny-qwen3"
 REAL_TOKENIZER = ROOT.parent / "shared" / "qwen3-tokenizer"  # the stock Qwen3 tokenizer, where there is one
 sys.path.insert(0, str(ROOT))
+
+
+def pytest_collection_finish() -> None:
+    """Spare the many objects of the libraries each gc.collect(); that of a trainer takes longer than all its steps."""
+    gc.freeze()
+
 
 WEATHER = {
     "type": "function",

@@ -10,6 +10,7 @@ imported at all, what a signal does meanwhile, and what depends on the order of 
 """
 
 import atexit
+import gc
 import multiprocessing
 import os
 import pickle
@@ -123,6 +124,7 @@ def serve_fresh(connection: Connection) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 def run(words: list[str], environment: dict[str, str], *outputs: Connection) -> None:
     """Be `python WORDS`, with the outputs, if any, as stdout and stderr."""
+    gc.freeze()  # as in conftest.py
     os.setsid()
     with open(os.devnull) as stdin:
         for number, file in enumerate((stdin, *outputs)):
