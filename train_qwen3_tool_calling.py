@@ -56,7 +56,7 @@ from tool_calling.samples import (
     render_sides,
     show_rows,
 )
-from tool_calling.saving.gguf import check_gguf, find_gguf_tools
+from tool_calling.saving.gguf import check_gguf, find_gguf_tools, find_server
 from tool_calling.templates import check_name, list_bundled, read_template
 from tool_calling.terminal import FlagError, UserError, report_problems, say, warn
 
@@ -207,6 +207,10 @@ def build_parser() -> Parser:
              "the held-out rows, side by side")
     add("--eval_model", metavar="NAME", help="model of the server of --eval_only (default: its only one)")
 
+    add("--serve_check", action="store_true", default=False,
+        help="at the end, serve the model with an installed vLLM or llama-server and compare its answers with the "
+             "scored ones")
+
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", type=path, default=OUTPUT_DIR, help="folder for checkpoints and the adapter")
     add("--final_model_dir", type=path, default=FINAL_MODEL_DIR, help="folder for the merged model")
@@ -267,8 +271,9 @@ def check_together(args: argparse.Namespace, refuse) -> None:
     """Refuse flags that exclude each other."""
     if args.lora_rank and not args.target_modules:
         refuse("--target_modules: expected at least one name")
-    if args.eval_only and (args.dry_run or args.show_row or args.resume_from_checkpoint):
-        refuse("--eval_only trains nothing: leave out --dry_run, --show_row and --resume_from_checkpoint")
+    if args.eval_only and (args.dry_run or args.show_row or args.resume_from_checkpoint or args.serve_check):
+        flags = "--dry_run, --show_row, --resume_from_checkpoint and --serve_check"
+        refuse(f"--eval_only trains nothing: leave out {flags}")
     if args.eval_model and not any(map(is_url, args.eval_only or [])):
         refuse(f"--eval_model {args.eval_model} is a model of a server: give its address to --eval_only")
     if args.convert_to and (args.dry_run or args.eval_only or args.show_row):
@@ -290,6 +295,8 @@ def check_together(args: argparse.Namespace, refuse) -> None:
             f"--fsdp --lora_rank 0 splits the optimizer too, which only PyTorch's can: leave out --optim "
             f"{args.optim}, or give adamw_torch or adamw_torch_fused"
         )
+    if args.serve_check and args.save_method == "lora":
+        refuse("--serve_check serves a whole model: leave out --save_method lora")
     if args.save_gguf and args.save_method != "merged_16bit":
         refuse(f"--save_gguf is made from the 16-bit model: leave out --save_method {args.save_method}")
     if (args.metric_for_best or args.early_stopping_patience) and args.save_steps not in (None, args.eval_steps):
@@ -474,13 +481,10 @@ def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.Ex
 
     # Read and check the rows, and what else can be checked before torch is imported.
     examples, held_out, total = read_sides(args)
-    check_shown(args.show_row, [*examples, *held_out])
+    asked = [*examples, *held_out]
+    check_shown(args.show_row, asked)
     thinks = is_thinking(examples)
-    gguf = find_gguf_tools(args.save_gguf)
-    if args.push_to_hub:
-        from tool_calling.saving.upload import check_hub
-
-        check_hub(args.push_to_hub)
+    gguf, server = find_programs(args)
 
     # Import the engine first, then what is built on it. Render the samples and plan the steps.
     from tool_calling.engines.start import start_engine
@@ -516,8 +520,19 @@ def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.Ex
     data = {"train": len(samples), "held_out": len(held_out), "skipped": skipped, "unit": name_unit(samples, held_out)}
     report = to_report(vars(args), command, proof, data | measure_lengths(samples), facts)
     report = finish(args.output_dir, report, proof)
-    hand_over(report, trained, tokenizer, gguf, Serving.of(tokenizer, config.model_type, samples[0].parser, thinks))
-    return report
+    serving = Serving.of(tokenizer, config.model_type, samples[0].parser, thinks)
+    commands = hand_over(report, trained, tokenizer, gguf, serving)
+    return check_served(args, report, proof, questions, asked, (server, commands)) if server else report
+
+
+def check_served(args: argparse.Namespace, report: dict, proof, questions, examples: list, ways: tuple) -> dict:
+    """Return the report with how a server answers as scored; `ways` are its program, and commands that serve."""
+    from tool_calling.report import write_report
+    from tool_calling.saving.rehearsal import rehearse, to_words
+
+    command = to_words(*ways, args.max_seq_length + questions.max_new_tokens)
+    served = rehearse(proof, questions, examples, command, Path(args.output_dir) / "serve_check.log")
+    return write_report(args.output_dir, report | {"serve_check": served})
 
 
 def to_reading(args: argparse.Namespace) -> Reading:
@@ -544,6 +559,17 @@ def read_sides(args: argparse.Namespace) -> tuple[list, list, int]:
     for warning in find_warnings(examples, held_out):
         warn(warning)
     return examples, held_out, len(examples) + len(held_out) + skipped + more
+
+
+def find_programs(args: argparse.Namespace) -> tuple:
+    """Return the programs of --save_gguf and of --serve_check, after a look at the repository of --push_to_hub."""
+    gguf = find_gguf_tools(args.save_gguf)
+    server = find_server(args.save_gguf) if args.serve_check else None
+    if args.push_to_hub:
+        from tool_calling.saving.upload import check_hub
+
+        check_hub(args.push_to_hub)
+    return gguf, server
 
 
 def check_models(args: argparse.Namespace, engine: str, gguf: tuple[list[str], list[str]]) -> tuple:

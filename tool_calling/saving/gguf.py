@@ -18,7 +18,7 @@ from tool_calling.files import discard_partial, put_in_place
 from tool_calling.prompts import render_text
 from tool_calling.terminal import UserError
 
-CONVERTER, QUANTIZER = "convert_hf_to_gguf.py", "llama-quantize"
+CONVERTER, QUANTIZER, SERVER = "convert_hf_to_gguf.py", "llama-quantize", "llama-server"
 NAMES = {CONVERTER: (CONVERTER, "convert-hf-to-gguf")}  # as llama.cpp has it, and as its package installs it
 MIN_CONTEXT = 4096  # tokens: requests may be longer than the samples
 FOLDER = Path(__file__).parent
@@ -47,6 +47,16 @@ def find_llama_tool(name: str) -> list[str]:
     if found := shutil.which(name, os.F_OK, os.pathsep.join(folders)):
         return [sys.executable, found] if found.endswith(".py") else [found]
     return []
+
+
+def find_server(names: str | None) -> list[str]:
+    """Return the program of --serve_check: vLLM or, for GGUF files of these names, llama.cpp's; UserError if none."""
+    if found := shutil.which("vllm"):
+        return [found]
+    if names and (found := find_llama_tool(SERVER)):
+        return found
+    advice = f"vllm is not on PATH{f', nor is {SERVER} where llama.cpp is looked for' if names else ''}"
+    raise UserError(f"--serve_check: {advice}; install it, or leave out the flag")
 
 
 def run_llama_tool(command: list[str], what: str) -> None:

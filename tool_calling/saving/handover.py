@@ -13,8 +13,10 @@ from tool_calling.terminal import say
 
 def hand_over(
     report: dict, trained: Trained, tokenizer, gguf_tools: tuple[list[str], list[str]], serving: Serving
-) -> None:
+) -> list[str]:
     """Write model cards and GGUF files, upload, and print how to serve; what was proven stays, whatever fails here.
+
+    Returns: the commands that serve the model: by vLLM and, where there are GGUF files, by llama.cpp.
 
     Args:
         report: as write_report returns it; its settings say what to write and where to upload.
@@ -41,6 +43,8 @@ def hand_over(
     words = shlex.quote(result)
     if trained.method == "lora":
         words = to_lora_words(trained.model_id, result, settings["lora_rank"])
-    say("serve", serving.to_command(words))
+    command = serving.to_command(words)
+    say("serve", command)
     for line in also + list_notes(result, f"{result}/{TOOLS}"):
         say("", line)
+    return [command, *also]
