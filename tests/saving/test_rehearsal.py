@@ -2,11 +2,12 @@
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, WEATHER, native, write_jsonl
+from conftest import ROOT, TINY, WEATHER, native, run_script, write_jsonl
 from doubles import make_tools
 from jobs import run_forked
 
@@ -187,3 +188,17 @@ def test_a_run_ends_with_the_answers_of_a_server(tmp_path, tools_path):
     refused = run_forked(*flags, "--save_method", "lora")
     assert refused.returncode == 2
     assert "--serve_check serves a whole model: leave out --save_method lora" in refused.stderr
+
+
+@pytest.mark.serve
+@pytest.mark.skipif(not shutil.which("vllm"), reason="vllm is not on PATH")
+def test_vllm_answers_as_scored(tmp_path):
+    """The real one, of any environment: PATH=$PATH:.../bin python -m pytest -m serve"""
+    flags = ["--model_id", TINY, "--max_steps", 10, "--batch_size", 32, "--gradient_accumulation_steps", 1]
+    flags += ["--learning_rate", 0.01, "--warmup_steps", 2, "--no-load_in_4bit", "--eval_samples", 50, "--serve_check"]
+    flags += ["--output_dir", tmp_path / "out", "--final_model_dir", tmp_path / "final"]
+    result = run_script(*flags, timeout=1200, VLLM_CPU_KVCACHE_SPACE="2")  # GiB
+    assert result.returncode == 0, result.stderr
+    agreement = json.loads((tmp_path / "out" / "report.json").read_text())["serve_check"]
+    assert (agreement["rows"], agreement["equal"]["prompt_lengths"]) == (50, 50)
+    assert agreement["equal"]["verdicts"] >= 50 - rehearsal.TIES and "--serve_check" not in result.stderr
