@@ -484,7 +484,7 @@ def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.Ex
     asked = [*examples, *held_out]
     check_shown(args.show_row, asked)
     thinks = is_thinking(examples)
-    gguf, server = find_programs(args)
+    gguf = find_programs(args)
 
     # Import the engine first, then what is built on it. Render the samples and plan the steps.
     from tool_calling.engines.start import start_engine
@@ -522,15 +522,15 @@ def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.Ex
     report = finish(args.output_dir, report, proof)
     serving = Serving.of(tokenizer, config.model_type, samples[0].parser, thinks)
     commands = hand_over(report, trained, tokenizer, gguf, serving)
-    return check_served(args, report, proof, questions, asked, (server, commands)) if server else report
+    return check_served(args, report, proof, questions, asked, commands) if args.serve_check else report
 
 
-def check_served(args: argparse.Namespace, report: dict, proof, questions, examples: list, ways: tuple) -> dict:
-    """Return the report with how a server answers as scored; `ways` are its program, and commands that serve."""
+def check_served(args: argparse.Namespace, report: dict, proof, questions, examples: list, commands: list) -> dict:
+    """Return the report with how a server, started by one of hand_over's `commands`, answers as scored."""
     from tool_calling.report import write_report
     from tool_calling.saving.rehearsal import rehearse, to_words
 
-    command = to_words(*ways, args.max_seq_length + questions.max_new_tokens)
+    command = to_words(find_server(args.save_gguf), commands, args.max_seq_length + questions.max_new_tokens)
     served = rehearse(proof, questions, examples, command, Path(args.output_dir) / "serve_check.log")
     return write_report(args.output_dir, report | {"serve_check": served})
 
@@ -561,15 +561,16 @@ def read_sides(args: argparse.Namespace) -> tuple[list, list, int]:
     return examples, held_out, len(examples) + len(held_out) + skipped + more
 
 
-def find_programs(args: argparse.Namespace) -> tuple:
-    """Return the programs of --save_gguf and of --serve_check, after a look at the repository of --push_to_hub."""
+def find_programs(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Return the programs of --save_gguf, after a look for that of --serve_check and at the Hub for --push_to_hub."""
     gguf = find_gguf_tools(args.save_gguf)
-    server = find_server(args.save_gguf) if args.serve_check else None
+    if args.serve_check:
+        find_server(args.save_gguf)
     if args.push_to_hub:
         from tool_calling.saving.upload import check_hub
 
         check_hub(args.push_to_hub)
-    return gguf, server
+    return gguf
 
 
 def check_models(args: argparse.Namespace, engine: str, gguf: tuple[list[str], list[str]]) -> tuple:

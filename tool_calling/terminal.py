@@ -11,12 +11,8 @@ from rich.console import Console
 from tool_calling.processes import is_main
 
 SHOWN_PROBLEMS = 20
-SECRETS = (
-    "HF_TOKEN",
-    "HUGGING_FACE_HUB_TOKEN",
-    "WANDB_API_KEY",
-    "OPENAI_API_KEY",
-)  # variables whose values are never written
+# Variables whose values are never written.
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY")
 
 
 class UserError(Exception):
