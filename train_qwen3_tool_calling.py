@@ -126,6 +126,9 @@ def build_parser() -> Parser:
         help="a row with a problem: end the run, skip the row, or keep it if only a schema refuses its calls")
     add("--thinking", choices=["auto", "on", "off"], default="auto",
         help="train answers with reasoning: auto: those that have some, on: all must, off: drop it")
+    add("--compact_tools", type=number(float, 0, 1), default=0.0, metavar="SHARE",
+        help="train this share of the rows, chosen by hash, on their tools as Ollama writes them: without spaces, keys "
+             "in another order, keywords that it does not know left out")
     add("--eval_dataset_path", nargs="+", type=path, metavar="PATH",
         help="rows to hold out, instead of a share of --dataset_path; as there")
     add("--convert_to", type=path, metavar="PATH",

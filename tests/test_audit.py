@@ -610,6 +610,19 @@ def test_show_row_prints_every_trained_turn_whole(tmp_path, tokenizer):
     assert result.stdout.split(expected)[1].startswith("audit    ")
 
 
+def test_rows_with_compact_tools_are_counted_and_shown_so(dry, tmp_path):
+    found, result = audit(tmp_path, "--compact_tools", 0.5, "--show_row", 4)
+    assert result.returncode == 0, result.stderr
+    assert found["rows"] == {**dry[1]["rows"], "compact": 2}  # the fourth and the last
+    assert line(result, "rows") == (
+        "rows     6 valid, 0 with problems; 6 for training (2 with compact tools), 0 held out"
+    )
+    shown = '{"type": "function", "function": {"name":"get_weather","description":"Weather of a city.","parameters":'
+    assert result.stdout.count(shown) == 1 and json.dumps(WEATHER) not in result.stdout
+    assert found["epoch"]["shared_prefix"] > dry[1]["epoch"]["shared_prefix"]  # two lists of tools instead of one
+    assert found["sizes"] == dry[1]["sizes"]  # of the rows as they are
+
+
 def test_show_row_beyond_the_end_is_one_line(tmp_path):
     found, result = audit(tmp_path, "--show_row", 7)
     assert result.returncode == 1 and found is None and result.stdout == ""

@@ -81,6 +81,31 @@ def test_a_run_says_what_it_did(job):
 
 
 @pytest.mark.slow
+def test_a_share_of_the_rows_is_trained_with_compact_tools(job, tmp_path):
+    folder, whole = job
+    flags = arguments(folder, *SHORT, "--num_epochs", 1, "--learning_rate", 0.01, "--output_dir", tmp_path / "out")
+    flags += ["--final_model_dir", tmp_path / "final", "--compact_tools"]
+    result = run_forked(*flags, 0.5)
+    assert result.returncode == 0, result.stderr
+    count = re.match(
+        r"render   18 training \((\d+) with compact tools\) and 6 held-out samples", result.stdout.splitlines()[1]
+    )
+    assert count and 4 < int(count[1]) < 14
+    assert yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())["compact_tools"] == 0.5
+    reports = [json.loads((out / "report.json").read_text()) for out in (tmp_path / "out", folder / "out")]
+    assert reports[0]["scores"]["base"] == reports[1]["scores"]["base"]  # asked with the same prompts
+    assert json.loads((tmp_path / "final" / "tools.json").read_text()) == to_tools([WEATHER, ALARM])[0]
+    again = run_forked(*flags, 0.25, "--resume_from_checkpoint")
+    assert again.returncode == 1
+    newest = tmp_path / "out" / "checkpoint-3"
+    assert errors(again) == [
+        f"error: --compact_tools is 0.25, and 0.5 in the run that {newest} is from; expected the same",
+        f"error: the training rows are not those in the run that {newest} is from; expected the same rows in the same "
+        "order",
+    ]
+
+
+@pytest.mark.slow
 def test_the_report_holds_what_it_promises(job):
     folder, result = job
     report = json.loads((folder / "out" / "report.json").read_text())

@@ -9,7 +9,7 @@ from conversations import CONVERSATIONS, EMPTY_THOUGHT, GREETING, says, supervis
 
 from tool_calling.data.examples import Example
 from tool_calling.parsers import PARSERS, parse_calls
-from tool_calling.prompts import needs_switch, set_default, take_answer
+from tool_calling.prompts import needs_switch, set_default, take_answer, write_as_ollama
 from tool_calling.samples import Sample, render_examples
 from tool_calling.terminal import UserError
 
@@ -35,6 +35,51 @@ def test_the_supervised_text_is_exact(tokenizer):
         f"<think>\nRome first.\n</think>\n\n{rome}<|im_end|>",
         "<think>\nIt rains.\n</think>\n\nYes.<|im_end|>",
     ]
+
+
+RICH = {
+    "type": "function",
+    "function": {
+        "name": "book",
+        "description": "Book a table for <n> & more.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "at": {"description": "HH:MM, Köln", "type": "string", "pattern": "^..:..$"},
+                "guests": {"type": "array", "items": {"type": "string"}, "minItems": 1},
+                "size": {"anyOf": [{"minimum": 1, "type": "integer"}, {"type": "null"}], "default": None},
+                "where": {
+                    "enum": [],
+                    "required": ["room"],
+                    "properties": {"room": {"enum": ["A", "B"], "type": "string"}},
+                    "type": "object",
+                },
+            },
+            "required": ["at"],
+            "additionalProperties": False,
+        },
+    },
+}
+BARE = {"type": "function", "function": {"name": "stop", "description": "Stop.", "parameters": {"type": "object"}}}
+AS_OLLAMA = [  # what Go makes of them by Ollama's types
+    r'{"type": "function", "function": {"name":"book","description":"Book a table for \u003cn\u003e \u0026 more.",'
+    r'"parameters":{"type":"object","required":["at"],"properties":{'
+    r'"at":{"type":"string","description":"HH:MM, Köln"},"guests":{"type":"array","items":{"type":"string"}},'
+    r'"size":{"anyOf":[{"type":"integer"},{"type":"null"}]},'
+    r'"where":{"type":"object","properties":{"room":{"type":"string","enum":["A","B"]}}}}}}}',
+    '{"type": "function", "function": {"name":"stop","description":"Stop.","parameters":{"type":"object"}}}',
+]
+
+
+@pytest.mark.parametrize("which", ["tokenizer", "real_tokenizer"])
+def test_tools_as_ollama_writes_them_change_nothing_else_in_a_prompt(request, which):
+    tokenizer = request.getfixturevalue(which)
+    prompt = tokenizer.apply_chat_template(CONVERSATIONS["system"][:2], tools=[RICH, BARE], tokenize=False)
+    before, after = prompt.split("<tools>\n", 1)[0], prompt.rpartition("\n</tools>")[2]
+    assert write_as_ollama(prompt, [RICH, BARE]) == (before + "<tools>\n" + "\n".join(AS_OLLAMA) + "\n</tools>" + after)
+    assert write_as_ollama(prompt, []) == prompt
+    with pytest.raises(ValueError, match="^the chat template does not write each tool as JSON on a line of its own$"):
+        write_as_ollama(prompt, [RICH, WEATHER])
 
 
 def test_a_greeting_is_the_whole_answer_after_its_serving_prompt(tokenizer):

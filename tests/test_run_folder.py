@@ -217,6 +217,7 @@ def check(run: Run, **changes) -> None:
         ("use_rslora", True),
         ("target_modules", ["q_proj"]),
         ("thinking", "off"),
+        ("compact_tools", 0.1),
         ("warmup_ratio", 0.5),
     ],
 )

@@ -1,6 +1,7 @@
 """Samples: one for each supervised turn, never cut; of the bundled data, every one."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from conftest import ROOT, WEATHER
@@ -10,16 +11,21 @@ import train_qwen3_tool_calling as script
 from tool_calling.data.examples import Example, Reading, to_examples
 from tool_calling.data.rows import read_rows
 from tool_calling.parsers import parse_calls
+from tool_calling.prompts import write_as_ollama
 from tool_calling.samples import (
     Rendering,
     Sample,
     check_sides,
     choose,
     count_origins,
+    make_compact,
     name_unit,
     render_examples,
+    render_valid,
     to_sides,
 )
+from tool_calling.schedule import group_samples
+from tool_calling.streams import count_tokens
 from tool_calling.terminal import UserError
 
 
@@ -80,6 +86,70 @@ def test_turns_of_a_row_stay_on_one_side_and_rows_with_problems_are_on_none():
     assert sorted(sum(sides, [])) == [*GROUPS[0], *GROUPS[2], *GROUPS[3]] and all(sides)
     assert not {sample.source for sample in sides[0]} & {sample.source for sample in sides[1]}
     assert to_sides(EXAMPLES, [], GROUPS, 0) == ([*GROUPS[0], *GROUPS[2], *GROUPS[3]], [])
+
+
+def make_rows(count: int) -> list[Example]:
+    asks = [{"role": "user", "content": f"rain in town {i}?"} for i in range(count)]
+    return [Example(f"x:{i}", [ask, calls("Rome"), REPLY, says("Yes.")], [WEATHER]) for i, ask in enumerate(asks)]
+
+
+def test_a_hash_chooses_the_rows_with_compact_tools_and_held_out_rows_are_served_ones(tokenizer):
+    rows, bare = make_rows(60), Example("x:bare", [ASK, says("Yes.")], [])
+    rendering = Rendering(["x"], 0.25, 2048, "error", None, None)
+
+    def render(examples, share):
+        return render_valid(tokenizer, examples, [], replace(rendering, compact_tools=share))
+
+    def list_compact(samples):
+        return [(sample.source, sample.turn) for sample in samples if sample.compact]
+
+    (plain, held_out), (train, same) = (render([*rows, bare], share) for share in (0, 0.3))
+    assert same == held_out and not list_compact(plain)
+    chosen = list_compact(train)
+    assert [turn for _, turn in chosen] == [1, 3] * 12  # of 45 rows; both turns of each
+    assert [row for row, compact in zip(plain, train) if not compact.compact] == [
+        sample for sample in train if not sample.compact
+    ]
+    turned = render([bare, *reversed(rows)], 0.3)
+    assert sorted(list_compact(turned[0])) == sorted(chosen) and {*chosen} < {*list_compact(render(rows, 0.6)[0])}
+    for before, sample in zip(plain, train):
+        if sample.compact:
+            texts = [tokenizer.decode(row.input_ids) for row in (before, sample)]
+            assert write_as_ollama(texts[0], [WEATHER]) == texts[1] != texts[0]
+            assert supervised(tokenizer, sample) == supervised(tokenizer, before)
+            assert sample[3:-1] == before[3:-1]  # the tools of the row, too
+
+
+def test_a_row_stays_as_it_is_where_compact_tools_would_not_fit(tokenizer):
+    (rows,), _ = render_examples(tokenizer, make_rows(1), 2048)
+    longest = max(len(sample.input_ids) for sample in make_compact(tokenizer, rows, make_rows(1), 1, 2048))
+    sizes = [make_compact(tokenizer, rows, make_rows(1), 1, longest - less) for less in (0, 1)]
+    assert [[sample.compact for sample in group] for group in sizes] == [[True, True], [True, False]]
+    assert sizes[1][1] == rows[1]
+
+
+def test_compact_tools_need_a_template_that_writes_tools_as_json(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", tokenizer.chat_template.replace("tojson", "tojson(indent=4)"))
+    (rows,), _ = render_examples(tokenizer, make_rows(1), 2048)
+    with pytest.raises(UserError) as error:
+        make_compact(tokenizer, rows, make_rows(1), 1, 2048)
+    assert str(error.value) == (
+        f"--compact_tools: {tokenizer.name_or_path}: the chat template does not write each tool as JSON on a line of "
+        "its own"
+    )
+
+
+def test_compact_rows_share_a_prefix_of_their_own(tokenizer):
+    """The tree of a stream has the plain list of tools once, and the compact one."""
+    groups, _ = render_examples(tokenizer, rows := make_rows(12), 2048)
+    plain = [group[0] for group in groups]
+    train = make_compact(tokenizer, plain, rows, 0.5, 2048)
+    compact = [sample for sample in train if sample.compact]
+    assert 3 < len(compact) < 9
+    assert sorted(map(len, group_samples(train))) == sorted([len(compact), 12 - len(compact)])
+    both = count_tokens(train)
+    one = compact[0].prompt_length
+    assert count_tokens(plain) + one / 2 < both < count_tokens(plain) + one
 
 
 def test_scored_samples_are_chosen_by_hash_whatever_their_order():

@@ -31,6 +31,7 @@ from tool_calling.samples import (
     Sample,
     count_origins,
     drop_long,
+    make_compact,
     render_examples,
     show_rows,
     to_sides,
@@ -50,7 +51,8 @@ class Characters:
         return {"input_ids": [[ord(character) for character in text] for text in texts]}
 
     def apply_chat_template(self, messages: list[dict], tools=None, add_generation_prompt=False, **options) -> str:
-        text = "".join(["<tools>\n", *(json.dumps(tool) + "\n" for tool in tools), "</tools>\n"]) if tools else ""
+        listed = [json.dumps(tool, ensure_ascii=False) + "\n" for tool in tools or []]
+        text = "".join(["<tools>\n", *listed, "</tools>\n"]) if tools else ""
         for message in messages:
             thought = message.get("reasoning_content")
             calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", [])]
@@ -194,12 +196,13 @@ class Data:
         self.groups, unrendered = render_examples(tokenizer, sum(examples, []), sys.maxsize)
         self.kept, too_long = drop_long(self.groups, self.limit)
         self.problems = [*dict.fromkeys([*sides[0].problems, *sides[1].problems, *unrendered, *too_long])]
-        self.train, self.held_out = to_sides(*examples, self.kept, rendering.train_test_split)
+        train, self.held_out = to_sides(*examples, self.kept, rendering.train_test_split)
+        self.train = make_compact(tokenizer, train, examples[0], rendering.compact_tools, self.limit)
 
     def audit(self) -> dict:
         """Return what the rows are and call, how long they are, and what is wrong with them."""
         examples, valid = [side.examples for side in self.sides], sum(map(bool, self.kept))
-        both = sum(examples, [])
+        both, compact = sum(examples, []), [sample for sample in self.train if sample.compact]
         unmeasured = self.train and not self.held_out and self.rendering.train_test_split > 0  # a share of 0 is meant
         return {
             "rows": {
@@ -208,6 +211,7 @@ class Data:
                 "with_problems": self.total - valid,
                 "training": count_origins(self.train),
                 "held_out": count_origins(self.held_out),
+                **({"compact": count_origins(compact)} if self.rendering.compact_tools else {}),
             },
             "inputs": audit_inputs(self.sides),
             **audit_calls(both),
@@ -238,7 +242,9 @@ def finish_audit(audit: dict, data: Data, shown: int | None, settings: dict) -> 
     if shown and data.missing:
         warn("--show_row: without the tokenizer a row cannot be shown as the model sees it")
     elif shown:
-        show_rows(data.tokenizer, [sample for group in data.groups for sample in group], shown)
+        trained = {(sample.row, sample.turn): sample for sample in data.train}  # some of them with compact tools
+        rendered = [sample for group in data.groups for sample in group]
+        show_rows(data.tokenizer, [trained.get((turn.row, turn.turn), turn) for turn in rendered], shown)
     return write_audit(audit, settings, settings["output_dir"])
 
 

@@ -1,6 +1,7 @@
 """The prompt that a server renders, and the answer that its chat template writes after it."""
 
 import contextlib
+import json
 import re
 import time
 from functools import partial
@@ -15,6 +16,10 @@ from tool_calling.terminal import UserError, shorten, warn
 THOUGHTS = (("<think>", "</think>"), ("<|channel>", "<channel|>"))  # marks of reasoning; the latter are Gemma 4's
 EMPTY_THOUGHT = "<think>\n\n</think>\n\n"  # of a turn served without thinking
 DEFAULT = "{{% if enable_thinking is not defined %}}{{% set enable_thinking = {} %}}{{% endif %}}\n"
+# What Ollama keeps of the schema of a tool's arguments and of one argument, in the order in which it writes them.
+ARGUMENTS_KEYS = ("type", "$defs", "items", "required", "properties")
+ARGUMENT_KEYS = ("anyOf", "type", "items", "description", "enum", "properties")
+ESCAPED = {ord(mark): f"\\u{ord(mark):04x}" for mark in "<>&"}  # as Go writes them in JSON
 NUMBERS = {"type": "object", "properties": {"numbers": {"type": "array", "items": {"type": "number"}}}}
 PROBE_RULES = {"probe": {"type": "string"}, "count": {"type": "integer"}, "sure": {"type": "boolean"}, "more": NUMBERS}
 PROBE_SCHEMA = {"type": "object", "properties": PROBE_RULES}
@@ -94,6 +99,34 @@ def give_ids(messages: list[dict]) -> list[dict]:
             waiting.remove(message["tool_call_id"])
         given.append(message)
     return given
+
+
+def prune(schema: dict | bool, keys: tuple[str, ...] = ARGUMENT_KEYS) -> dict | bool:
+    """Return a JSON Schema with these keys alone, in this order, and without empty texts and lists."""
+    if not isinstance(schema, dict):
+        return schema
+    kept = {key: schema[key] for key in keys if schema.get(key) not in (None, "", [])}
+    if "properties" in kept:
+        kept["properties"] = {name: prune(rules) for name, rules in kept["properties"].items()}
+    if "anyOf" in kept:
+        kept["anyOf"] = [*map(prune, kept["anyOf"])]
+    return kept
+
+
+def write_as_ollama(prompt: str, tools: list[dict]) -> str:
+    """Return a rendered prompt with its tools as Ollama writes them; ValueError if not each is JSON on one line.
+
+    Ollama writes no spaces, and its own keys in its own order; around the function stands what Qwen's template has.
+    """
+    for tool in tools:
+        function = prune(tool["function"], ("name", "description"))
+        function["parameters"] = prune(tool["function"].get("parameters", {}), ARGUMENTS_KEYS)
+        compact = json.dumps(function, ensure_ascii=False, separators=(",", ":")).translate(ESCAPED)
+        before, found, after = prompt.partition(json.dumps(tool, ensure_ascii=False))
+        if not found:
+            raise ValueError("the chat template does not write each tool as JSON on a line of its own")
+        prompt = f'{before}{{"type": "function", "function": {compact}}}{after}'
+    return prompt
 
 
 def render_turn(tokenizer, example: Example, turn: int, date: str | None = None) -> tuple[str, str, str]:

@@ -24,9 +24,10 @@ EARLY_FILES = {LOCK, "unsloth_compiled"}  # in the output folder of a run that e
 NOT_REPEATED = ("resume_from_checkpoint", "dry_run", "show_row")  # left out of run.yaml, which repeats a run
 TOOLS = "tools.json"  # beside adapter and model: the tools of training, as a client sends them
 CLIENT = "client.py"  # beside it: sends them
+# A resumed run must share these with the run that it continues.
 AGREED = """model_id chat_template load_in_4bit lora_rank lora_alpha lora_dropout use_rslora target_modules train_tokens
-    thinking share_prefix learning_rate lr_scheduler_type warmup_steps warmup_ratio weight_decay optim seed
-    metric_for_best early_stopping_patience""".split()  # a resumed run must share these with the run that it continues
+    thinking compact_tools share_prefix learning_rate lr_scheduler_type warmup_steps warmup_ratio weight_decay optim
+    seed metric_for_best early_stopping_patience""".split()
 
 
 def check_folder(path: str, flag: str) -> None:

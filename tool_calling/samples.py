@@ -16,7 +16,14 @@ from tool_calling.data.messages import is_trained
 from tool_calling.data.special_tokens import find_forbidden
 from tool_calling.data.splits import split_examples
 from tool_calling.files import digest
-from tool_calling.prompts import check_calls, check_template, find_special_tokens, give_ids, render_turn
+from tool_calling.prompts import (
+    check_calls,
+    check_template,
+    find_special_tokens,
+    give_ids,
+    render_turn,
+    write_as_ollama,
+)
 from tool_calling.terminal import UserError, hide_secrets, make_console, report_problems, say, warn
 
 NOT_HELD_OUT = "no row is held out: the scores will be those of training rows and say nothing about new requests"
@@ -34,6 +41,7 @@ class Sample(NamedTuple):
     parser: str = "hermes"  # reads the calls of the completion, see parse_calls
     row: int = 0  # the index of its example, of both sides: a row that is taken twice has two
     turn: int = 0  # the index of its message in the example
+    compact: bool = False  # whether its prompt has the tools as Ollama writes them
 
 
 def render_examples(
@@ -104,6 +112,31 @@ def to_sides(
     return tuple([sample for example in side for sample in samples[id(example)]] for side in (train, test))
 
 
+def make_compact(
+    tokenizer, samples: list[Sample], examples: list[Example], share: float, limit: int, date: str | None = None
+) -> list[Sample]:
+    """Return the samples, those of a `share` of the rows with tools as Ollama writes them.
+
+    A hash of its messages chooses a row, so neither order nor other rows matter. A sample without tools stays as it is,
+    and so does one that would have more than `limit` tokens.
+    """
+    made = []
+    for sample in samples:
+        example = examples[sample.row]
+        if share and sample.tools and int(digest(["compact", example.messages])[:12], 16) < share * 16**12:
+            example = example._replace(messages=give_ids(example.messages))
+            try:
+                prompt = write_as_ollama(render_turn(tokenizer, example, sample.turn, date)[0], sample.tools)
+            except ValueError as error:
+                raise UserError(f"--compact_tools: {tokenizer.name_or_path}: {error}") from None
+            start = tokenizer([prompt], add_special_tokens=False)["input_ids"][0]
+            tokens = start + sample.input_ids[sample.prompt_length :]
+            if len(tokens) <= limit:
+                sample = sample._replace(input_ids=tokens, prompt_length=len(start), compact=True)
+        made.append(sample)
+    return made
+
+
 def choose(samples: list[Sample], count: int) -> list[Sample]:
     """Return at most `count` different samples, chosen by hash, in their order.
 
@@ -127,6 +160,7 @@ class Rendering:
     on_invalid: str
     metric_for_best: str | None
     early_stopping_patience: int | None
+    compact_tools: float = 0
 
     @property
     def choosing(self) -> str | None:  # the flag that chooses a checkpoint by held-out rows, if one is given
@@ -138,7 +172,8 @@ def render_valid(
     tokenizer, examples: list[Example], held_out: list[Example], rendering: Rendering, date: str | None = None
 ) -> tuple[list[Sample], list[Sample]]:
     """Return the training and held-out samples of the valid examples, split here if none are held out yet."""
-    return render_alike([tokenizer], examples, held_out, rendering, date)[0]
+    train, test = render_alike([tokenizer], examples, held_out, rendering, date)[0]
+    return make_compact(tokenizer, train, examples, rendering.compact_tools, rendering.max_seq_length, date), test
 
 
 def render_alike(
@@ -175,7 +210,8 @@ def render_sides(
     tokens = [len(sample.input_ids) for sample in (*train, *test)]
     sizes = f"{sum(tokens) // len(tokens):,} tokens on average, {max(tokens):,} at most"
     seconds = time.perf_counter() - start
-    say("render", f"{len(train):,} training and {len(test):,} held-out samples of {sizes} ({seconds:.1f} s)")
+    compact = f" ({sum(sample.compact for sample in train):,} with compact tools)" if rendering.compact_tools else ""
+    say("render", f"{len(train):,} training{compact} and {len(test):,} held-out samples of {sizes} ({seconds:.1f} s)")
     if date:
         say("", f"the chat template writes the date into prompts: {date}, the day this run began, also when resumed")
     return train, test

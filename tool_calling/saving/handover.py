@@ -31,8 +31,9 @@ def hand_over(
         modelfile = partial(to_modelfile, tokenizer, context=context, thinks=serving.thinks, tools=tools)
         folder = write_gguf(result, names, gguf_tools, modelfile)
         say("gguf", f"{folder}: {names}; for Ollama: ollama create NAME -f {shlex.quote(str(folder / 'Modelfile'))}")
-        if not tools:
-            say("", "# Ollama writes the tools of a request with other spaces than those trained on: compare there")
+        if not (tools or settings["compact_tools"]):
+            found = "Ollama writes the tools of a request with other spaces than those trained on"
+            say("", f"# {found}: compare there, or train with --compact_tools")
         file = name_gguf(result, names.split(",")[0])
         also = [serving.to_llama_command(folder / file)]
         write_card(result, report, serving.to_command, (serving.to_llama_command(f"{folder.name}/{file}"),))
