@@ -533,7 +533,7 @@ def check_served(args: argparse.Namespace, report: dict, proof, questions, examp
     from tool_calling.report import write_report
     from tool_calling.saving.rehearsal import rehearse, to_words
 
-    command = to_words(find_server(args.save_gguf), commands, args.max_seq_length + questions.max_new_tokens)
+    command = to_words(find_server(args.save_gguf), commands, questions)
     served = rehearse(proof, questions, examples, command, Path(args.output_dir) / "serve_check.log")
     return write_report(args.output_dir, report | {"serve_check": served})
 

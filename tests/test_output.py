@@ -66,7 +66,7 @@ def test_full_fine_tuning_is_checked_and_proven(full):
     assert lines[-4:] == [
         f"done     trained model: {folder / 'final'}",
         f"serve    vllm serve {folder / 'final'} --enable-auto-tool-choice --tool-call-parser hermes",
-        f"         llama-server -m {folder / 'final'}/gguf/final-q8_0.gguf --jinja --temp 0 --reasoning off",
+        f"         llama-server -m {folder}/final/gguf/final-q8_0.gguf --port 8000 --jinja --temp 0 --reasoning off",
         f"         # requests send the tools in {folder / 'final'}/tools.json, as client.py beside it does",
     ]
     assert result.stderr == "warning: no row without a call: the model will forget to refuse\n"
@@ -89,7 +89,7 @@ def test_the_model_card_says_what_it_is_and_names_no_folder_of_this_machine(full
     assert "18 samples of `rows.jsonl`, 6 held out; 6 steps," in text and "| `learning_rate` | 0.001 |" in text
     assert (
         "\nvllm serve me/tools --enable-auto-tool-choice --tool-call-parser hermes\n"
-        "llama-server -m gguf/final-q8_0.gguf --jinja --temp 0 --reasoning off\n# requests send "
+        "llama-server -m gguf/final-q8_0.gguf --port 8000 --jinja --temp 0 --reasoning off\n# requests send "
     ) in text
     assert "--model_id tiny-qwen3 --dataset_path rows.jsonl" in text
     assert str(folder) not in card and str(ROOT) not in card and TOKEN not in card

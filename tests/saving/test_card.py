@@ -229,7 +229,7 @@ def test_a_card_has_all_commands_that_serve_its_folder(tmp_path):
 @pytest.mark.parametrize("thinks, more", [(False, " --reasoning off"), (True, "")])
 def test_llama_cpp_is_told_that_a_model_does_not_think(thinks, more):
     command = Serving("hermes", thinks).to_llama_command(Path("a b/x.gguf"))
-    assert command == f"llama-server -m 'a b/x.gguf' --jinja --temp 0{more}"
+    assert command == f"llama-server -m 'a b/x.gguf' --port 8000 --jinja --temp 0{more}"
 
 
 @pytest.mark.parametrize("there, shown", [(True, SENT), (False, "")])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from jobs import run_forked
 
 from tool_calling.data.examples import Example
 from tool_calling.samples import Sample
-from tool_calling.saving import rehearsal
+from tool_calling.saving import rehearsal, served
 from tool_calling.saving.gguf import find_server
 from tool_calling.saving.proof import Questions
 from tool_calling.saving.rehearsal import rehearse, run_server, to_words
@@ -77,7 +78,7 @@ def test_a_server_that_answers_as_scored_is_said_to_and_stopped(scored, tmp_path
     program, log = write_program(tmp_path / "bin", **{city: city for city in CITIES}), tmp_path / "log"
     agreement = rehearse(*scored, [str(program), "serve", "final"], log)
     assert agreement["equal"] == {"verdicts": 4, "answers": 4} and agreement["different"] == []
-    assert agreement["against"] == "merged" and agreement["model"] == "tuned"
+    assert (agreement["server"], agreement["against"], agreement["model"]) == ("vllm", "merged", "tuned")
     out, err = capsys.readouterr()
     assert f"rehearse vllm serve final; what it prints is in {log}\n" in out and err == ""
     assert "served   vllm against merged: equal are 4 of 4 verdicts, 4 of 4 answers\n" in out
@@ -100,6 +101,14 @@ def test_two_rows_may_be_ties(scored, tmp_path, capsys):
     program = write_program(tmp_path / "bin", Rome="Rome", Oslo="Oslo", Lima="x", Cairo="x")
     assert rehearse(*scored, [str(program)], tmp_path / "log")["equal"]["verdicts"] == 2
     assert capsys.readouterr().err == ""
+
+
+def test_a_server_that_answers_no_request_is_warned_of(scored, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(served, "RETRIES", 0)
+    program = write_program(tmp_path / "bin")
+    assert rehearse(*scored, [str(program), "serve"], tmp_path / "log") is None
+    port, out = (tmp_path / "log").read_text().split()[5], capsys.readouterr()
+    assert out.err.startswith(f"warning: --serve_check http://127.0.0.1:{port}/v1: cannot be reached (")
 
 
 def test_a_server_that_does_not_start_is_warned_of(scored, tmp_path, capsys):
@@ -151,9 +160,16 @@ def test_the_program_that_is_there_serves(tmp_path, monkeypatch):
     assert find_server("q8_0") == llama
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
     assert find_server("q8_0") == find_server(None) == vllm
-    commands = ["vllm serve final --tool-call-parser hermes", "llama-server -m 'a b.gguf' --jinja"]
-    assert to_words(vllm, commands, 99) == [*vllm, *"serve final --tool-call-parser hermes --max-model-len 99".split()]
-    assert to_words(llama, commands, 99) == [*llama, "-m", "a b.gguf", "--jinja"]
+
+
+def test_a_server_has_room_for_the_longest_prompt_with_its_answer():
+    commands = ["vllm serve final --tool-call-parser hermes", "llama-server -m 'a b.gguf' --port 8000 --jinja"]
+    questions = Questions([Sample("x:1", [0] * 80, 60), Sample("x:2", [0] * 75, 70)], 4, 29)
+    vllm, llama = ["/bin/vllm"], ["llama.cpp/llama-server"]
+    words = "serve final --tool-call-parser hermes --max-model-len 99".split()
+    assert to_words(vllm, commands, questions) == [*vllm, *words]
+    words = ["-m", "a b.gguf", "--jinja", "--parallel", "4", "--ctx-size", "396"]
+    assert to_words(llama, commands, questions) == [*llama, *words]
 
 
 @pytest.mark.slow
@@ -183,7 +199,7 @@ def test_a_run_ends_with_the_answers_of_a_server(tmp_path, tools_path):
     equal = agreement["equal"]["verdicts"]
     assert agreement["rows"] == 2 and f"served   vllm against merged: equal are {equal} of 2" in result.stdout
     assert log.startswith(f"up serve {tmp_path / 'final'} --enable-auto-tool-choice --tool-call-parser hermes ")
-    assert "--max-model-len 2072 --host 127.0.0.1 --port " in log
+    assert re.search(r" --max-model-len \d{3} --host 127.0.0.1 --port ", log)
 
     refused = run_forked(*flags, "--save_method", "lora")
     assert refused.returncode == 2

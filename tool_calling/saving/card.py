@@ -21,6 +21,7 @@ from tool_calling.run_folder import AGREED, CLIENT, TOOLS
 from tool_calling.terminal import hide_secrets
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
+PORT = "--port 8000"  # which client.py asks, and vLLM's default; llama.cpp's is another
 
 
 # vLLM's --reasoning-parser by the family of a model, as config.json begins its name
@@ -54,7 +55,7 @@ class Serving:
 
     def to_llama_command(self, file: str | Path) -> str:
         """Return the command by which llama.cpp serves a GGUF file; it lets all templates think that can, by itself."""
-        command = f"llama-server -m {shlex.quote(str(file))} --jinja --temp 0"
+        command = f"llama-server -m {shlex.quote(str(file))} {PORT} --jinja --temp 0"
         return command if self.thinks else f"{command} --reasoning off"
 
 

@@ -23,7 +23,7 @@ def hand_over(
         gguf_tools: see find_gguf_tools.
     """
     settings, result = report["args"], trained.adapter if trained.method == "lora" else trained.final
-    for folder in {trained.adapter, result} - {None}:
+    for folder in {trained.adapter, result} - {None}:  # before GGUF files, whose tags are those of the card
         write_card(folder, report, serving.to_command)
     also = []
     if names := settings["save_gguf"]:

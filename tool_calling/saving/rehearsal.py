@@ -16,27 +16,31 @@ from tool_calling.agreement import compare_served
 from tool_calling.data.examples import Example
 from tool_calling.report import show_agreement
 from tool_calling.samples import choose
+from tool_calling.saving.card import PORT
 from tool_calling.saving.proof import Questions
 from tool_calling.saving.served import Server
 from tool_calling.scores import Proof
 from tool_calling.terminal import UserError, cut_text, say, warn
 
+FLAG = "--serve_check"
 ROWS = 50  # that the server answers
 TIES = 2  # of these rows whose verdicts may differ: where two tokens are almost equally likely, rounding decides
 STARTING = 900  # seconds: the first start of vLLM compiles
 STOPPING = 30
+SLOTS = 4  # requests that llama-server answers at once, as by default
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever proxy the environment names
 
 
-def to_words(program: list[str], commands: list[str], context: int) -> list[str]:
+def to_words(program: list[str], commands: list[str], questions: Questions) -> list[str]:
     """Return the words that start a program of find_server, by that one of hand_over's commands which is for it.
 
-    Args:
-        context: tokens of the longest prompt with its answer; vLLM would reserve memory for the base's longest.
+    Both servers would reserve memory for the longest prompts that the base can read; these are for those asked.
     """
-    command = next(command for command in commands if command.split()[0] == Path(program[-1]).name)
-    length = ["--max-model-len", str(context)] if command.startswith("vllm ") else []
-    return [*program, *shlex.split(command)[1:], *length]
+    name = Path(program[-1]).name
+    command = next(command for command in commands if command.split()[0] == name)
+    longest = max(sample.prompt_length for sample in questions.samples) + questions.max_new_tokens
+    length = f"--max-model-len {longest}" if name == "vllm" else f"--parallel {SLOTS} --ctx-size {SLOTS * longest}"
+    return [*program, *shlex.split(command.replace(f" {PORT}", ""))[1:], *length.split()]
 
 
 def rehearse(proof: Proof, questions: Questions, examples: list[Example], command: list[str], log: Path) -> dict | None:
@@ -55,9 +59,9 @@ def rehearse(proof: Proof, questions: Questions, examples: list[Example], comman
     try:
         with run_server(command, log) as url:
             ready = time.perf_counter()
-            served = Server.find(url, None).answer(replace(questions, samples=asked), examples)
+            served = Server.find(url, None, FLAG).answer(replace(questions, samples=asked), examples)
     except UserError as error:
-        return warn(f"--serve_check: {error}")
+        return warn(str(error))
     here = {"answers": [answers[id(sample)] for sample in asked]}
     agreement = compare_served(Proof.of(asked, {proof.last: here, name: served}))[name]
     show_agreement(name, agreement)
@@ -65,8 +69,8 @@ def rehearse(proof: Proof, questions: Questions, examples: list[Example], comman
     say("", "started in {:.0f} s, answered in {:.0f} s".format(*seconds))
     if (different := len(asked) - agreement["equal"]["verdicts"]) > TIES:
         found = f"{different} of {len(asked)} verdicts differ, more than rounding explains"
-        warn(f"--serve_check: {name} does not answer as scored: {found}")
-    return agreement
+        warn(f"{FLAG}: {name} does not answer as scored: {found}")
+    return {"server": name, **agreement}
 
 
 @contextlib.contextmanager
@@ -98,9 +102,9 @@ def wait_until_ready(process: subprocess.Popen, address: str, log: Path) -> None
         if process.poll() is not None:
             lines = log.read_text(errors="replace").split("\n")
             last = next((line for line in reversed(lines) if line.strip()), "it printed nothing")
-            raise UserError(f"{name} ended before it served anything: {cut_text(last.strip())}; more in {log}")
+            raise UserError(f"{FLAG}: {name} ended before it served anything: {cut_text(last.strip())}; more in {log}")
         with contextlib.suppress(OSError):  # not there yet, or still loading
             DIRECT.open(address, timeout=10).close()
             return
         time.sleep(0.5)
-    raise UserError(f"{name} is not ready after {STARTING} s; see {log}")
+    raise UserError(f"{FLAG}: {name} is not ready after {STARTING} s; see {log}")

@@ -33,9 +33,10 @@ class Server:
     url: str
     model: str
     client: openai.OpenAI
+    flag: str = "--eval_only"  # that errors name
 
     @classmethod
-    def find(cls, url: str, model: str | None) -> "Server":
+    def find(cls, url: str, model: str | None, flag: str = "--eval_only") -> "Server":
         """Return the model of that name behind a server, or its only one; UserError if there is none."""
         key = os.environ.get(KEY, "").strip()
         if not (key.isascii() and key.isprintable()):
@@ -47,13 +48,13 @@ class Server:
             names = [model] if model else found
         except Exception as error:  # of whatever layer: a name without a host is no OpenAIError
             if not (model and isinstance(error, openai.NotFoundError)):  # not all servers list their models
-                raise UserError(f"--eval_only {url}: {explain(error)}") from None
+                raise UserError(f"{flag} {url}: {explain(error)}") from None
         if len(names) != 1:
             listed = f": {list_first(names, 20)}" if names else ""
             advice = f"has {len(names)} models{listed}; name one with --eval_model"
-            raise UserError(f"--eval_only {url}: {advice}")
+            raise UserError(f"{flag} {url}: {advice}")
         say("server", f"{url}: {names[0]}")
-        return cls(url, names[0], client)
+        return cls(url, names[0], client, flag)
 
     def answer(self, questions: Questions, examples: list[Example]) -> dict:
         """Return the result of a model (see Proof) whose answers a server gives, several at a time.
@@ -65,7 +66,7 @@ class Server:
         ask = partial(self.ask, examples=examples, longest=questions.max_new_tokens)
         first = min(samples, key=lambda sample: (not sample.tools, sample.prompt_length))
         if error := ask(first).error:
-            raise UserError(f"--eval_only {self.url}: {error}")
+            raise UserError(f"{self.flag} {self.url}: {error}")
         replies, failed = [], []
         shown = {"total": len(samples), "transient": True, "disable": not sys.stdout.isatty()}
         with (
@@ -77,7 +78,7 @@ class Server:
                 if reply.error:
                     failed.append(f"{sample.source} ({reply.error})")
                 if 2 * len(failed) > len(samples):
-                    raise UserError(f"--eval_only {self.url}: most requests fail; the first: {failed[0]}")
+                    raise UserError(f"{self.flag} {self.url}: most requests fail; the first: {failed[0]}")
         if failed:
             named = list_first(failed, SHOWN_FAILURES)
             warn(f"{self.url}: {len(failed):,} of {len(samples):,} requests failed and count as wrong: {named}")
@@ -97,7 +98,7 @@ class Server:
             )
             return read_reply(completion, sample)
         except NO_SERVER as error:
-            raise UserError(f"--eval_only {self.url}: {explain(error)}") from None
+            raise UserError(f"{self.flag} {self.url}: {explain(error)}") from None
         except (openai.OpenAIError, ValueError) as error:
             return Reply(error=explain(error, sample.parser))
 
