@@ -44,6 +44,26 @@ def failure(line: int, request: str, expected: str, got: str) -> dict:
     return {"where": f"data/x.json:{line}", "request": request, "expected": expected, "got": got, "before": "I cannot."}
 
 
+def agreement(rows: int) -> dict:
+    """Return how a server agrees that answers this many rows otherwise."""
+    different = {
+        "where": "data/x.json:17",
+        "request": "Wake me at half past seven",
+        "expected": answer("set_alarm", time="07:30"),
+        "here": answer("set_alarm", time="07:30"),
+        "served": '{"name": "set_alarm", "arguments": {"time": "19:30"}}',
+        "exact": [True, False],
+        "why": "the prompts are equally long: rounding, or a server that samples at temperature 0",
+    }
+    return {
+        "model": "tuned",
+        "against": "merged",
+        "rows": 50,
+        "equal": {"verdicts": 49, "answers": 50 - rows, "prompt_lengths": 50},
+        "different": [different] * rows,
+    }
+
+
 def answer(name: str, **arguments) -> str:
     call = str({"name": name, "arguments": arguments}).replace("'", '"')
     return f"<tool_call>\n{call}\n</tool_call>"
@@ -112,6 +132,7 @@ def full_report() -> dict:
                 '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"',
             ),
         ],
+        "serve_check": {"server": "llama-server", **agreement(2)},
         "versions": {
             "python": "3.11.7",
             "torch": "2.14.1",
@@ -216,6 +237,7 @@ def test_full_report():
     assert page.words("h1") == ["25.5 % → 86 % of 200 answers exact"] == page.words("title")
     assert page.words("h2") == [
         "Scores",
+        "Served",
         "Learning",
         "Tools",
         "Confusion",
@@ -262,6 +284,27 @@ def test_score_table():
         "call recall",
         "broken calls",
     ]
+
+
+def test_served_answers_stand_beside_those_here():
+    page = read_page(full_report())
+    [row] = [words for words in page.words("tr") if words.startswith("llama-server")]
+    assert row.split() == ["llama-server", "50", "49", "48", "50"]
+    html = render_report(full_report()).replace("\n", "").replace("&#34;", "'")
+    assert "<div>merged ✓<pre><ins>&lt;tool_call&gt;</ins>" in html
+    assert "<div>llama-server ✗<pre>{'name': 'set_alarm', 'arguments': {'time': '<del>19:30</del>'}}</pre>" in html
+    assert html.count("the prompts are equally long: rounding") == 2
+
+
+def test_servers_side_by_side_are_shown_with_their_first_rows():
+    served = {"http://a/v1": agreement(0), "http://b/v1": agreement(13), "http://c/v1": {"model": "alone"}}
+    del served["http://a/v1"]["equal"]["prompt_lengths"]
+    page = read_page(minimal_report() | {"served": served})
+    rows = [words.split() for words in page.words("tr") if words.startswith("http")]
+    assert rows == [["http://a/v1", "50", "49", "50", "–"], ["http://b/v1", "50", "49", "37", "50"]]
+    assert page.words("summary") == ["data/x.json:17 Wake me at half past seven"] * 10
+    assert "3 more rows of http://b/v1 in report.json." in page.words("p")
+    assert "Served" not in read_page(minimal_report() | {"served": {"model": {"model": "alone"}}}).words("h2")
 
 
 def test_the_interval_of_each_tool_is_drawn():
@@ -388,6 +431,7 @@ def test_numbers_are_shown_with_three_digits(number, shown):
 def test_report_of_next_to_nothing():
     assert read_page({}).words("h1") == ["Trained, not measured"]
     report = full_report() | {"scores": {}, "per_tool": {}, "confusion": None, "failures": []}
+    report["serve_check"] = None
     report["train"] |= {"history": [], "peak_memory_gib": None, "tokens_computed": 0}
     page = read_page(report)
     assert page.words("h1") == ["Trained, not measured"]
@@ -403,7 +447,7 @@ def test_a_worse_model_is_called_worse():
 
 
 def test_every_failure_is_listed():
-    report = full_report()
+    report = full_report() | {"serve_check": None}
     report["failures"] = [failure(i, f"request {i}", "a", "b") for i in range(200)]
     assert read_page(report).words("summary") == [f"data/x.json:{i} request {i}" for i in range(200)]
 
@@ -412,11 +456,11 @@ def test_hostile_text_stays_text():
     report = hostile_report()
     page = read_page(copy.deepcopy(report))
     shown = HOSTILE.replace("\u202e", "⟨U+202E⟩").replace("\0", "⟨U+0000⟩").replace("\ud800", "⟨U+D800⟩")
-    assert page.words("summary") == [f"data/x.json:{i} {shown}" for i in range(200)]
-    assert page.words("pre")[-1] == shown
+    assert page.words("summary") == [f"{shown} {shown}"] * 2 + [f"data/x.json:{i} {shown}" for i in range(200)]
+    assert page.words("pre")[-1] == shown and page.words("pre")[:6] == [shown] * 6
     assert shown in page.words("dt") and shown in page.words("th")
     assert page.words("ins")[0] == "y" * 2000
-    assert page.words("pre")[0] == "y" * 2000 + "… 50,000 more characters"
+    assert page.words("pre")[6] == "y" * 2000 + "… 50,000 more characters"
     assert "https://evil.example/" + "x" * 1979 + "… 48,021 more characters" in page.words("dd")
 
 

@@ -14,6 +14,7 @@ from tool_calling.terminal import plural
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 SHOWN_CHARACTERS = 2000  # of each text; of the rest only the length is shown
+SHOWN_ROWS = 10  # of those that a server answers otherwise
 SCORE_NAMES = {
     "exact_match": "exact",
     "call_exact": "exact, call expected",
@@ -39,8 +40,8 @@ def render_report(report: dict) -> str:
         "breakable": lambda name: Markup("_<wbr>").join(show_text(name).split("_")),
         "whole": lambda text: Markup(escape(show_text(text, sys.maxsize))),  # it is there to be copied
     }
-    functions = (draw_curve, list_scores, mark_difference, shade_confusion, show_interval, show_percent)
-    page.globals |= {function.__name__: function for function in functions}
+    functions = (draw_curve, list_scores, list_servers, mark_difference, shade_confusion, show_interval, show_percent)
+    page.globals |= {function.__name__: function for function in functions} | {"SHOWN_ROWS": SHOWN_ROWS}
     return page.from_string(TEMPLATE.read_text(encoding="utf-8")).render(report)
 
 
@@ -84,6 +85,12 @@ def list_scores(scores: dict[str, dict]) -> list[tuple[str, str, list[tuple[str,
         cells = [(show(score[key]) or "–", show_interval(score["interval"].get(key))) for score in scores.values()]
         lines.append((name, show_number(rows.pop()) or "" if len(rows) == 1 else "", cells))
     return lines
+
+
+def list_servers(served: dict | None, check: dict | None) -> dict[str, dict]:
+    """Return {server: how it agrees with a model here} of those of --eval_only and that of --serve_check."""
+    servers = (served or {}) | ({check["server"]: check} if check else {})
+    return {name: agreement for name, agreement in servers.items() if "against" in agreement}
 
 
 def mark_difference(expected: str, got: str) -> list[Markup]:
