@@ -41,6 +41,7 @@ SETTINGS = {
     "target_modules": ["q_proj"],
     "train_tokens": ["auto"],
     "thinking": "auto",
+    "compact_tools": 0.0,
     "share_prefix": True,
     "learning_rate": 2e-5,
     "lr_scheduler_type": "linear",
@@ -108,6 +109,7 @@ python x.py --output_dir=out b 'a b.jsonl' $HF_TOKEN
 | `target_modules` | ['q_proj'] |
 | `train_tokens` | ['auto'] |
 | `thinking` | auto |
+| `compact_tools` | 0.0 |
 | `share_prefix` | True |
 | `learning_rate` | 2e-05 |
 | `lr_scheduler_type` | linear |
