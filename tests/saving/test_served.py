@@ -323,6 +323,13 @@ def test_an_address_where_no_server_is_is_one_line(serve, flags, monkeypatch):
     assert errors(run_here(*flags, server.url)) == ["error: OPENAI_API_KEY: holds characters that no key has"]
 
 
+def test_a_server_on_this_machine_is_asked_without_a_proxy(serve, flags, monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for url in (serve(answer_right).url, serve(answer_right).url.replace("127.0.0.1", "localhost")):
+        assert run_here(*flags, url).returncode == 0
+
+
 def test_without_a_key_a_server_that_wants_one_says_so(serve, flags, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     server = serve(fail(401, "no key"))

@@ -20,6 +20,7 @@ from tool_calling.scores import read_answer, to_calls
 from tool_calling.terminal import UserError, cut_text, list_first, say, shorten, warn
 
 KEY = "OPENAI_API_KEY"
+HERE = ("all://localhost", "all://127.0.0.1")  # asked without the proxy that the environment may name
 TIMEOUT = 300  # seconds for one try: a small server works requests off one after another
 RETRIES = 3  # of a request that a busy server refuses, or whose connection breaks
 SHOWN_FAILURES = 5  # rows whose requests failed that a warning names
@@ -43,7 +44,9 @@ class Server:
             raise UserError(f"{KEY}: holds characters that no key has")
         names = [model]
         try:
-            client = openai.OpenAI(base_url=url, api_key=key or "none", timeout=TIMEOUT, max_retries=RETRIES)
+            direct = openai.DefaultHttpxClient(mounts=dict.fromkeys(HERE))
+            more = {"timeout": TIMEOUT, "max_retries": RETRIES, "http_client": direct}
+            client = openai.OpenAI(base_url=url, api_key=key or "none", **more)
             found = [served.id for served in client.with_options(timeout=30).models.list().data]
             names = [model] if model else found
         except Exception as error:  # of whatever layer: a name without a host is no OpenAIError
