@@ -31,6 +31,7 @@ from tool_calling.data.splits import find_warnings, is_thinking
 from tool_calling.environment import refuse_telemetry, return_pages
 from tool_calling.failures import report_failure, report_interrupt
 from tool_calling.files import discard_partial, lock_folder
+from tool_calling.fresh import start_fresh
 from tool_calling.origins import LORA_FLAGS, is_adapter, is_url, list_trained_tokens, read_adapter, read_shape
 from tool_calling.processes import (
     LAUNCHER,
@@ -88,7 +89,7 @@ LORA_DROPOUT = 0.0  # 0 lets steps be recorded as CUDA graphs
 TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 EVAL_SAMPLES = 200  # held-out samples answered by the base, the adapter and the merged model: +-3 of 100 at 95 %
-EVAL_BATCH_SIZE = 64  # answers generated at once
+EVAL_BATCH_SIZE = None  # answers generated at once; None: 64, on a GPU as many as fit
 
 PROGRAM = sys.argv[0] if __name__ == "__main__" else __file__  # as the command line is shown
 
@@ -202,7 +203,8 @@ def build_parser() -> Parser:
         help="stop after N evaluations without improvement (default: never)")
     add("--eval_samples", type=count, default=EVAL_SAMPLES, metavar="N",
         help="held-out rows, chosen by hash, to answer at the end with base, adapter and merged model")
-    add("--eval_batch_size", type=count, default=EVAL_BATCH_SIZE, metavar="N", help="answers generated at once")
+    add("--eval_batch_size", type=count, default=EVAL_BATCH_SIZE, metavar="N",
+        help="answers generated at once (default: 64, on a GPU as many as fit, at most 256)")
     add("--max_new_tokens", type=count, metavar="N",
         help="longest answer (default: as long as the longest reference, and some more)")
     add("--eval_only", nargs="+", metavar="MODEL|URL",
@@ -470,11 +472,7 @@ def main(argv: list[str] | None = None) -> dict | None:
 
 def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.ExitStack) -> dict | None:
     """Train, save, score and report as `args` say, with the folders locked; or audit all of it with --dry_run."""
-    final = args.final_model_dir if args.save_method != "lora" else None
-    if final:
-        check_folder(final, "--final_model_dir")
-        check_final(Path(final), Path(args.output_dir), list_inputs(args))
-    check_models_stay(Path(args.output_dir), list_inputs(args)["model_id"])
+    final = check_final_folder(args)
     if existed := Path(args.output_dir).is_dir():
         locks.enter_context(lock_folder(args.output_dir))
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
@@ -486,19 +484,22 @@ def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.Ex
     examples, held_out, total = read_sides(args)
     asked = [*examples, *held_out]
     check_shown(args.show_row, asked)
-    thinks = is_thinking(examples)
-    gguf = find_programs(args)
+    thinks, gguf = is_thinking(examples), find_programs(args)
+    compute = locks.enter_context(start_fresh("tool_calling.saving.proof")) if is_main() else None
 
     # Import the engine first, then what is built on it. Render the samples and plan the steps.
     from tool_calling.engines.start import start_engine
 
+    run.watch.note("read")
     engine = start_engine(args.engine, args.share_prefix, args.output_dir, args.seed)
+    run.watch.note("import")
     trained, tokenizer, config = check_models(args, engine, gguf)
     run = run.with_date(tokenizer)
     samples, held_out = render_sides(tokenizer, examples, held_out, pick(Rendering, args), run.date)
     set_default(tokenizer, thinks)  # rendering did not depend on it
     show_rows(tokenizer, [*samples, *held_out] if args.show_row else samples, args.show_row)
     schedule = plan_run(args, run, samples, find_longest([*samples, *held_out]), engine, config)
+    run.watch.note("render")
 
     # Train; then prove in a fresh process that what was saved does what was trained.
     if not existed:
@@ -516,16 +517,29 @@ def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.Ex
         trained, before, facts, layout, scored = saved
         questions = Questions.of(scored, args.eval_batch_size, args.max_new_tokens)
         args.max_new_tokens = questions.max_new_tokens
-        proof = prove(trained, questions, layout, before)
+        proof = prove(trained, questions, layout, before, compute)
+        run.watch.note("prove")
+        run.watch.show()
 
     # Report, and hand over.
     skipped = total - count_origins(samples) - count_origins(held_out)
     data = {"train": len(samples), "held_out": len(held_out), "skipped": skipped, "unit": name_unit(samples, held_out)}
+    facts |= {"stages": run.watch.seconds}
     report = to_report(vars(args), command, proof, data | measure_lengths(samples), facts)
     report = finish(args.output_dir, report, proof)
     serving = Serving.of(tokenizer, config.model_type, samples[0].parser, thinks)
     commands = hand_over(report, trained, tokenizer, gguf, serving)
     return check_served(args, report, proof, questions, asked, commands) if args.serve_check else report
+
+
+def check_final_folder(args: argparse.Namespace) -> str | None:
+    """Return the folder of the model to keep, None for an adapter, after all that can be wrong with it."""
+    final = args.final_model_dir if args.save_method != "lora" else None
+    if final:
+        check_folder(final, "--final_model_dir")
+        check_final(Path(final), Path(args.output_dir), list_inputs(args))
+    check_models_stay(Path(args.output_dir), list_inputs(args)["model_id"])
+    return final
 
 
 def check_served(args: argparse.Namespace, report: dict, proof, questions, examples: list, commands: list) -> dict:
@@ -653,13 +667,16 @@ def train_and_save(args: argparse.Namespace, run: Run, trained, tokenizer, sched
     warn_of_frozen_experts(model)
     report_gpu()
     trainer = build_run_trainer(args, model, tokenizer, schedule, held_out, engine)
+    run.watch.note("load")
     if args.share_prefix and not check_sharing(trainer.model, schedule, engine):
         args.share_prefix = False
         make_room(trainer.model)  # of what the check has recorded
         schedule = plan_schedule(schedule.samples, pick(Batching, args), fill=engine == "unsloth")
         trainer = build_run_trainer(args, model, tokenizer, schedule, held_out, engine)
+    run.watch.note("check")
     run.start(schedule, choose_optim(args))
     facts = train(trainer, run)
+    run.watch.note("train")
     report_gpu()
     scored = choose(held_out or schedule.samples, args.eval_samples)
     kept, layout = keep_trained(trained, trainer, tokenizer, scored), trainer.layout

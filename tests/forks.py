@@ -107,7 +107,7 @@ class Fork(Child):
         return texts[0], texts[1]
 
 
-def start_fresh(connection: Connection) -> Child:
+def start_fresh(connection: Connection, *modules: str) -> Child:
     """Do what start_python of tool_calling.fresh does, for a run in the process of pytest."""
     return fork(serve_fresh, connection)
 
@@ -154,7 +154,9 @@ def run_file(*words: str) -> None:
     former = signal.pthread_sigmask(signal.SIG_BLOCK, processes.STOP_SIGNALS)  # inherited
     waiting = Waiting(lambda connection: serve_fresh(Connection(connection)))
     signal.pthread_sigmask(signal.SIG_SETMASK, former)
-    with mock.patch.object(fresh, "start_python", lambda connection: waiting.start(files=[connection.fileno()])):
+    with mock.patch.object(
+        fresh, "start_python", lambda connection, *modules: waiting.start(files=[connection.fileno()])
+    ):
         runpy.run_path(words[0], run_name="__main__")
 
 

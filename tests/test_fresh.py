@@ -14,11 +14,17 @@ import psutil
 import pytest
 from conftest import ROOT
 
-from tool_calling.fresh import run_fresh
+from tool_calling.fresh import start_fresh
 from tool_calling.processes import Interrupted, handle_signals, raise_interrupted
 from tool_calling.terminal import UserError, report_problems
 
 KILLED = "^the process that merges was killed; it needs memory for the whole 16-bit model$"
+
+
+def run_fresh(function, *arguments):
+    """Return function(*arguments), computed in a new process."""
+    with start_fresh() as compute:
+        return compute(function, *arguments)
 
 
 def run_python(*words: object, **settings) -> str:
@@ -85,12 +91,42 @@ def test_a_program_without_a_main_guard_runs_once_in_any_folder(tmp_path):
     (tmp_path / "here" / "pickle.py").write_text("raise SystemExit('a file of the user, not the library')")
     program = tmp_path / "programs" / "program.py"
     program.write_text(
-        "from tool_calling.fresh import run_fresh\n"
+        "from tool_calling.fresh import start_fresh\n"
         "print('before', flush=True)\n"
-        "run_fresh(print, 'inside')\n"
-        "print(run_fresh(sum, [1, 2]))\n"
+        "with start_fresh() as compute:\n"
+        "    compute(print, 'inside')\n"
+        "with start_fresh() as compute:\n"
+        "    print(compute(sum, [1, 2]))\n"
     )
     assert run_python(program, cwd=tmp_path / "here") == "before\ninside\n3\n"
+
+
+def test_modules_are_imported_before_the_function_comes(tmp_path, monkeypatch):
+    (tmp_path / "slow.py").write_text(
+        f"open({str(tmp_path / 'imported')!r}, 'w').close()\n\ndef one():\n    return 1\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with start_fresh("no_such_module", "slow") as compute:
+        while not (tmp_path / "imported").exists():
+            time.sleep(0.05)
+        assert compute(importlib.import_module("slow").one) == 1
+
+
+def test_a_process_without_a_function_ends_with_the_block(capfd):
+    before = {*psutil.Process().children()}
+    with start_fresh():
+        [process] = {*psutil.Process().children()} - before
+    assert not process.is_running()
+    parent = "import os\nfrom tool_calling.fresh import start_fresh\nwith start_fresh():\n    os._exit(3)\n"
+    result = subprocess.run([sys.executable, "-c", parent], cwd=ROOT)
+    assert result.returncode == 3 and capfd.readouterr() == ("", "")
+
+
+def test_it_shares_no_work_of_several_processes(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run_fresh(os.getenv, "RANK") is None and run_fresh(os.getenv, "WORLD_SIZE") is None
 
 
 def test_nothing_is_read_from_the_terminal():
@@ -107,10 +143,11 @@ def test_ctrl_c_reaches_the_parent_alone(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
         "import os, signal, subprocess, threading\n"
-        "from tool_calling.fresh import run_fresh\n"
+        "from tool_calling.fresh import start_fresh\n"
         "signal.signal(signal.SIGINT, lambda number, frame: print('parent', flush=True))\n"
         "threading.Timer(1, os.killpg, [0, signal.SIGINT]).start()\n"
-        "print(run_fresh(subprocess.call, ['sleep', '2']))\n"
+        "with start_fresh() as compute:\n"
+        "    print(compute(subprocess.call, ['sleep', '2']))\n"
     )
     assert run_python(program, start_new_session=True) == "parent\n0\n"
 
@@ -147,7 +184,8 @@ def test_the_process_that_merges_ends_with_the_one_that_waits_for_it(tmp_path):
             "-c",
             f"""if __name__ == "__main__":
         import subprocess, tool_calling.fresh
-        tool_calling.fresh.run_fresh(subprocess.call, {words})""",
+        with tool_calling.fresh.start_fresh() as compute:
+            compute(subprocess.call, {words})""",
         ],
         cwd=ROOT,
     )

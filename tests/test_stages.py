@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -76,14 +77,15 @@ def test_a_saved_model_that_is_worse_takes_no_final_name(job, tmp_path, monkeypa
         losses = {"base": None, "adapter": 0.1, "merged": 9.0} if trained.adapter else {"base": None, "trained": 9.0}
         return {name: {"answers": answers, "loss": loss} for name, loss in losses.items()}
 
-    monkeypatch.setattr(proof, "run_fresh", prove)
+    monkeypatch.setattr(script, "start_fresh", lambda module: nullcontext(prove))
     with pytest.raises(UserError, match=message):
         run(job, tmp_path, "--lora_rank", rank)
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / kept).is_dir()
 
 
 def test_only_an_adapter_is_saved_if_so_wished(job, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(proof, "run_fresh", lambda function, *arguments: function(*arguments))
+    here = nullcontext(lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(script, "start_fresh", lambda module: here)
     report = run(job, tmp_path, "--save_method", "lora", "--lora_rank", 4)
     assert list(report["scores"]) == ["base", "adapter"] and [path.name for path in tmp_path.iterdir()] == ["out"]
     assert "--enable-lora" in capsys.readouterr().out.splitlines()[-2]  # the last one names the tools

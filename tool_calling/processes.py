@@ -12,6 +12,8 @@ from typing import NoReturn
 
 PATIENCE = 3600  # seconds that processes wait for each other, e.g. while one writes a large checkpoint
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# By which the libraries of a process find those that share its work.
+GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Interrupted(BaseException):

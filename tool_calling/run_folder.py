@@ -14,7 +14,7 @@ from tool_calling.checkpoints import find_best, list_checkpoints, read_state, to
 from tool_calling.files import LOCK, find_damage, find_existing, move_aside, write_file
 from tool_calling.processes import is_main
 from tool_calling.prompts import find_date
-from tool_calling.terminal import UserError, hide_secrets, warn
+from tool_calling.terminal import UserError, Watch, hide_secrets, warn
 
 if TYPE_CHECKING:  # a schedule needs torch, and folders are checked before torch is imported
     from tool_calling.schedule import Schedule
@@ -128,6 +128,7 @@ class Run:
     settings: dict
     checkpoint: str | None = None
     former: dict = field(default_factory=dict)
+    watch: Watch = field(default_factory=Watch)
     date: str | None = None  # that the chat template writes into prompts: the day on which the run began
 
     @property

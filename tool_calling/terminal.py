@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+import time
 
 from rich.console import Console
 
@@ -42,6 +43,23 @@ def print_safely(text: str) -> None:
 def say(stage: str, text: str) -> None:
     """Print one line for a stage of the run."""
     print_safely(f"{stage:<9}{text}")
+
+
+class Watch:
+    """The seconds that each stage of a run takes, from the one noted before it to its own end."""
+
+    def __init__(self):
+        self.seconds, self.last = {}, time.perf_counter()
+
+    def note(self, stage: str) -> None:
+        """Note that a stage ends now."""
+        now = time.perf_counter()
+        self.seconds[stage], self.last = now - self.last, now
+
+    def show(self) -> None:
+        """Print all stages in one line."""
+        parts = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in self.seconds.items())
+        say("time", f"{sum(self.seconds.values()):.0f} s: {parts}")
 
 
 def drop_output() -> None:

@@ -1,35 +1,53 @@
 """Greedy answers of a model of plain Transformers."""
 
-import contextlib
 import sys
-from functools import partial
 
 import torch
-from rich.progress import track
+from rich.progress import Progress
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
+from transformers.cache_utils import Cache, StaticLayer
 
 from tool_calling.data.literals import as_list
-from tool_calling.engines.device import autocast
+from tool_calling.engines.device import autocast, free_gpu, is_on_one_gpu
 from tool_calling.engines.reach import find_reach
 from tool_calling.prompts import find_call_end
 from tool_calling.samples import Sample
 from tool_calling.streams import split_rows, to_tree
+from tool_calling.terminal import warn
+
+CPU_ROWS, GPU_ROWS = 64, 256  # answered at once, if that many fit
+HELD_SHARE = 0.5  # of the free GPU memory: the keys and values of rows that are answered at once
 
 
 def generate_answers(
-    model, tokenizer, samples: list[Sample], batch_size: int, max_new_tokens: int, name: str
+    model, tokenizer, samples: list[Sample], rows: int | None, max_new_tokens: int, name: str
 ) -> list[str]:
-    """Return the greedy answer to the prompt of each sample, at most `max_new_tokens` long; `name` is on the bar."""
+    """Return the greedy answer to the prompt of each sample, at most `max_new_tokens` long; `name` is on the bar.
+
+    Args:
+        rows: answered at once; None: as many as fit. If memory runs out, half as many.
+    """
     stops, answers = find_stop_tokens(model, tokenizer), {}
     model.eval()
-    batches = split_rows(samples, batch_size)
-    bar = track(batches, f"answers of {name}", transient=True, disable=not sys.stdout.isatty())
-    with contextlib.closing(bar):
-        for batch in bar:
+    waiting = split_rows(samples, rows or count_rows(model, samples, max_new_tokens))
+    with Progress(transient=True, disable=not sys.stdout.isatty()) as bar:
+        task = bar.add_task(f"answers of {name}", total=len(samples))
+        while waiting:
+            batch, tokens = waiting.pop(0), None
             prompts = [list(sample.input_ids[: sample.prompt_length]) for sample in batch]
-            with torch.inference_mode(), autocast(model):
-                tokens = generate_tokens(model, prompts, stops, max_new_tokens)
+            try:
+                with torch.inference_mode(), autocast(model):
+                    tokens = generate_tokens(model, prompts, stops, max_new_tokens)
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+            if tokens is None:  # not above, where the failed computation is still held
+                free_gpu()
+                waiting[:0] = split_rows(batch, -(-len(batch) // 2))
+                continue
+            bar.advance(task, len(batch))
             answers |= {id(sample): tokenizer.decode(answer) for sample, answer in zip(batch, tokens)}
     return [answers[id(sample)] for sample in samples]
 
@@ -40,42 +58,37 @@ def find_stop_tokens(model, tokenizer) -> list[int]:
     return sorted({tokenizer.eos_token_id, call_end, *as_list(model.generation_config.eos_token_id)} - {None})
 
 
-def generate_tokens(model, prompts: list[list[int]], stops: list[int], max_new_tokens: int) -> list[list[int]]:
-    """Return the greedy answers to prompts as tokens, each without the one of `stops` that ended it.
+def count_rows(model, samples: list[Sample], max_new_tokens: int) -> int:
+    """Return how many of these samples can be answered at once: as many as HELD_SHARE allows on a GPU."""
+    if not is_on_one_gpu(model):
+        return CPU_ROWS
+    prompts = [list(sample.input_ids[: sample.prompt_length]) for sample in samples]
+    longest, config = max(map(len, prompts)) + max_new_tokens, model.config.get_text_config(decoder=True)
+    own = longest - (count_shared(prompts) if longest <= find_reach(config)[0] else 0)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    row = own * 2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize
+    free_gpu()
+    return min(GPU_ROWS, max(1, int(HELD_SHARE * torch.cuda.mem_get_info()[0] / row)))
 
-    The common prefix of all prompts is computed once and held once, if layers look back that far; the rest of each is
-    padded on the left. A row that is done leaves the batch.
-    """
-    whole = max(map(len, prompts)) + max_new_tokens <= find_reach(model.config)[0]
-    shared = count_shared(prompts) if whole else 0
-    prefix, cache = DynamicCache(), DynamicCache(config=None if whole else model.config)
-    if shared:
-        model(torch.tensor([prompts[0][:shared]], device=model.device), past_key_values=prefix, logits_to_keep=1)
-    rests = [torch.tensor(prompt[shared:]) for prompt in prompts]
-    pad = partial(pad_sequence, batch_first=True, padding_side="left")
-    ids, filled = (pad(rows).to(model.device) for rows in (rests, [*map(torch.ones_like, rests)]))
-    positions = (shared + filled.cumsum(dim=1) - 1).clamp(min=0)
-    # Padding sees itself, so that no token sees nothing; nothing else sees padding.
-    own = torch.eye(ids.shape[1], dtype=torch.bool, device=ids.device)
-    mask = (filled[:, None, :].bool() & torch.ones_like(own).tril() | own)[:, None] if whole else filled
-    answers, open_rows = [[] for _ in prompts], range(len(prompts))
-    options = {"past_key_values": cache, "prefix_cache": prefix if shared else None, "logits_to_keep": 1}
+
+def generate_tokens(model, prompts: list[list[int]], stops: list[int], max_new_tokens: int) -> list[list[int]]:
+    """Return the greedy answers to prompts as tokens, each without the one of `stops` that ended it."""
+    batch, answers = Batch(model, prompts, max_new_tokens), [[] for _ in prompts]
+    rows = [*range(len(prompts))]  # whose answer stands in each row of the batch
     for _ in range(max_new_tokens):
-        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, **options).logits
-        tokens = logits[:, -1].argmax(dim=-1)
-        going = []  # on the CPU, from where it can index the caches of layers on any GPU
-        for index, (row, token) in enumerate(zip(open_rows, tokens.tolist())):
-            if token not in stops:
-                answers[row].append(token)
-                going.append(index)
+        going = []
+        for place, token in enumerate(batch.step()):
+            if rows[place] is None or token in stops:
+                rows[place] = None
+            else:
+                answers[rows[place]].append(token)
+                going.append(place)
         if not going:
             break
-        if len(going) < len(tokens):
-            cache.reorder_cache(torch.tensor(going))
-            open_rows, filled = [open_rows[index] for index in going], filled[going]
-        ids, positions = tokens[going, None], positions[going, -1:] + 1
-        filled = torch.cat([filled, torch.ones_like(ids)], dim=1)
-        mask = filled[:, None, None, :].bool() if whole else filled
+        if len(going) <= batch.worth_leaving * len(rows):
+            batch.keep(going)
+            rows = [rows[place] for place in going]
     return answers
 
 
@@ -83,3 +96,97 @@ def count_shared(prompts: list[list[int]]) -> int:
     """Return how many tokens all prompts begin with, without the last one of each."""
     tree = to_tree([Sample("", prompt, len(prompt)) for prompt in prompts])
     return min((length for _, length in tree[1:]), default=len(prompts[0]) - 1)
+
+
+class Batch:
+    """Rows that are answered together, one token at a time.
+
+    The common prefix of all prompts is computed once and held once, if layers look back that far; the rest of each is
+    padded on the left. On a GPU, a small model takes ten times as long to launch the kernels of a token as to compute
+    them, so the step to the next token is recorded as a CUDA graph.
+    """
+
+    def __init__(self, model, prompts: list[list[int]], room: int):
+        """Compute the prompts, with room for so many more tokens."""
+        self.model, self.room = model, room
+        self.whole = max(map(len, prompts)) + room <= find_reach(model.config)[0]
+        self.recorded = self.whole and is_on_one_gpu(model)
+        self.worth_leaving = 0.5 if self.recorded else 1  # of the rows: from then on those that are done are left out
+        self.graph, self.steps = None, 0
+        shared, prefix = count_shared(prompts) if self.whole else 0, DynamicCache()
+        if shared:
+            model(torch.tensor([prompts[0][:shared]], device=model.device), past_key_values=prefix, logits_to_keep=1)
+        rests = [torch.tensor(prompt[shared:]) for prompt in prompts]
+        ids, filled = (
+            pad_sequence(rows, batch_first=True, padding_side="left").to(model.device)
+            for rows in (rests, [*map(torch.ones_like, rests)])
+        )
+        layers, length = model.config.get_text_config(decoder=True).num_hidden_layers, ids.shape[1]
+        cache = Cache(layers=[StaticLayer(length + room) for _ in range(layers)]) if self.whole else None
+        self.options = {
+            "past_key_values": cache or DynamicCache(config=model.config),
+            "prefix_cache": prefix if shared else None,
+            "logits_to_keep": 1,
+        }
+        self.seen = pad(filled, (0, room)).bool() if self.whole else filled  # by the next token of each row
+        self.column = torch.tensor([length], device=model.device)  # of `seen`, the next token's
+        positions = (shared + filled.cumsum(dim=1) - 1).clamp(min=0)
+        self.positions = positions[:, -1:].clone()
+        self.ids = self.compute(ids, positions, mask_prompts(filled, room) if self.whole else filled).clone()
+
+    def compute(self, ids, positions, mask):
+        """Return the next token of each row, [rows, 1]."""
+        logits = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, **self.options).logits
+        return logits[:, -1:].argmax(dim=-1)
+
+    def advance(self) -> None:
+        """Write the next token of each row in the place of the last one."""
+        if self.whole:
+            self.seen.index_fill_(1, self.column, True)
+            self.column += 1
+        else:
+            self.seen = torch.cat([self.seen, torch.ones_like(self.ids)], dim=1)
+        self.positions += 1
+        mask = self.seen[:, None, None] if self.whole else self.seen
+        self.ids.copy_(self.compute(self.ids, self.positions, mask))
+
+    def step(self) -> list[int]:
+        """Return the next token of each row."""
+        if self.steps == 2 and self.recorded:  # the step before has loaded all kernels, as recording demands
+            self.record()
+        if self.graph:
+            self.graph.replay()
+        elif self.steps:
+            self.advance()
+        self.steps += 1
+        return self.ids[:, 0].tolist()
+
+    def record(self) -> None:
+        """Record the step as a CUDA graph; a model that has to look at its numbers on the CPU goes on without."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self.advance()
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = str(error).splitlines()[0]
+            warn(f"the step to the next token cannot be recorded as a CUDA graph ({reason}): answers take longer")
+            self.recorded, self.worth_leaving = False, 1
+        else:
+            self.graph = graph
+
+    def keep(self, going: list[int]) -> None:
+        """Go on with these rows alone."""
+        self.options["past_key_values"].reorder_cache(torch.tensor(going))  # on the CPU, for layers on any GPU
+        self.ids, self.positions, self.seen = self.ids[going], self.positions[going], self.seen[going]
+        self.graph, self.steps = None, min(self.steps, 1)
+
+
+def mask_prompts(filled, room: int):
+    """Return which keys each token of the prompts sees, bool [rows, 1, tokens, tokens + room], from [rows, tokens].
+
+    Padding sees itself, so that no token sees nothing; nothing else sees padding.
+    """
+    own = torch.eye(filled.shape[1], dtype=torch.bool, device=filled.device)
+    return pad(filled[:, None, :].bool() & torch.ones_like(own).tril() | own, (0, room))[:, None]

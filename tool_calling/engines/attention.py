@@ -65,12 +65,24 @@ def attend_with_prefix(query, key, value, attention_mask, scaling: float, prefix
         attention_mask: bool [rows, 1, tokens, keys]. Every token sees the whole prefix.
         prefix: a layer of a cache, with keys and values [1, key heads, prefix, head_dim].
     """
-    rows, heads, tokens, _ = query.shape
-    query = query.view(rows, key.shape[1], -1, tokens, query.shape[-1])  # query heads grouped by their key head
-    own = torch.einsum("bgrqd,bgkd->bgrqk", query, key).masked_fill(~attention_mask[:, :, None], -math.inf)
-    shared = torch.einsum("bgrqd,gpd->bgrqp", query, prefix.keys[0])
-    weights = (torch.cat([shared, own], dim=-1) * scaling).softmax(dim=-1, dtype=torch.float32).to(value.dtype)
-    shared, own = weights.split([shared.shape[-1], own.shape[-1]], dim=-1)
-    output = torch.einsum("bgrqp,gpd->bgrqd", shared, prefix.values[0])
-    output = output + torch.einsum("bgrqk,bgkd->bgrqd", own, value)
-    return output.reshape(rows, heads, tokens, -1).transpose(1, 2)
+    rows, heads, tokens, size = query.shape
+    groups, length = key.shape[1], prefix.keys.shape[2]
+    # Query heads that use the same keys are one matrix: [rows, key heads, heads of each x tokens, head_dim].
+    query = query.reshape(rows, groups, -1, size)
+    flat = query.transpose(0, 1).reshape(groups, -1, size)  # with all rows, for the keys that all have
+    shared = multiply(flat, prefix.keys[0].mT).reshape(groups, rows, -1, length).transpose(0, 1)
+    seen = attention_mask.expand(-1, heads // groups, -1, -1).flatten(1, 2)[:, None]
+    own = multiply(query, key.mT).masked_fill(~seen, -math.inf)
+    weights = (torch.cat([shared, own], dim=-1) * scaling).softmax(dim=-1).to(value.dtype)
+    shared, own = weights.split([length, key.shape[2]], dim=-1)
+    output = multiply(shared.transpose(0, 1).reshape(groups, -1, length), prefix.values[0])
+    output = output.reshape(groups, rows, -1, value.shape[-1]).transpose(0, 1) + multiply(own, value)
+    return output.to(value.dtype).reshape(rows, heads, tokens, -1).transpose(1, 2)
+
+
+def multiply(left, right):
+    """Return the products of matrices [..., m, k] and [..., k, n] in fp32, in which they are computed on any device."""
+    if left.dtype == torch.float32:
+        return left @ right
+    products = torch.bmm(left.flatten(0, -3), right.flatten(0, -3), out_dtype=torch.float32)
+    return products.view(*left.shape[:-1], right.shape[-1])

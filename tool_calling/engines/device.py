@@ -6,7 +6,7 @@ import os
 import torch
 import torch.distributed as distributed
 
-from tool_calling.processes import is_main
+from tool_calling.processes import GROUP, is_main
 from tool_calling.terminal import say
 
 
@@ -21,6 +21,12 @@ def autocast(model):
     """Return the mixed-precision context that the trainer uses too."""
     dtype = to_dtype(model.device.type)
     return torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32)
+
+
+def is_on_one_gpu(model) -> bool:
+    """Return whether all weights of a model are on one GPU."""
+    devices = {weight.device for weight in model.parameters()}
+    return len(devices) == 1 and devices.pop().type == "cuda"
 
 
 def use_checkpointing(choice: str) -> bool:
@@ -48,7 +54,7 @@ def leave_group() -> bool:
     main = is_main()
     if distributed.is_initialized():
         distributed.destroy_process_group()
-    if main:  # otherwise the libraries of the process that merges would wait for the others
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    if main:  # otherwise its libraries would wait for the others
+        for name in GROUP:
             os.environ.pop(name, None)
     return main

@@ -39,6 +39,7 @@ def import_unsloth(share_prefix: bool, output_dir: str) -> None:
         raise RuntimeError(f"Unsloth must be imported before {', '.join(late)}: it patches them")
     # Its generated trainers belong to the run, not to the working folder.
     settings = {"UNSLOTH_COMPILE_LOCATION": str(Path(output_dir).resolve() / "unsloth_compiled")}
+    settings["TOKENIZERS_PARALLELISM"] = "true"  # Unsloth would render rows with one core
     if share_prefix:
         settings |= {
             "UNSLOTH_BLOCK_COMPILE": "0",  # compiled blocks serve padded batches, and compiling takes ten seconds

@@ -25,7 +25,7 @@ class Evaluation:
     trust_remote_code: bool
     eval_dataset_path: list[str] | None
     eval_samples: int
-    eval_batch_size: int
+    eval_batch_size: int | None
     max_new_tokens: int | None
 
     def run(self, examples: list[Example], rendering: Rendering) -> tuple[Proof, dict, int]:

@@ -3,6 +3,7 @@
 import math
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tool_calling.engines.answers import generate_answers
@@ -13,7 +14,6 @@ from tool_calling.engines.losses import measure_loss
 from tool_calling.engines.start import quiet_libraries
 from tool_calling.engines.tokens import fit_vocabulary
 from tool_calling.files import partial_folder, put_in_place
-from tool_calling.fresh import run_fresh
 from tool_calling.samples import Sample
 from tool_calling.saving.merge import (
     MERGE_SLACK,
@@ -37,11 +37,11 @@ class Questions:
     """What the models answer: samples, how many at once, and how long an answer may be."""
 
     samples: list[Sample]
-    batch_size: int
+    batch_size: int | None  # None: as many as fit
     max_new_tokens: int
 
     @classmethod
-    def of(cls, samples: list[Sample], batch_size: int, max_new_tokens: int | None) -> "Questions":
+    def of(cls, samples: list[Sample], batch_size: int | None, max_new_tokens: int | None) -> "Questions":
         """Return questions whose answers may be as long as the longest reference needs, unless a length is given."""
         longest = max(len(sample.input_ids) - sample.prompt_length for sample in samples)
         thinks = any("</think>" in sample.completion for sample in samples)
@@ -54,7 +54,7 @@ class Questions:
         return generate_answers(model, tokenizer, self.samples, self.batch_size, self.max_new_tokens, name)
 
 
-def prove(trained: Trained, questions: Questions, layout: Layout, before: float | None) -> Proof:
+def prove(trained: Trained, questions: Questions, layout: Layout, before: float | None, compute: Callable) -> Proof:
     """Return the answers of base, adapter and merged model with their scores, and put the merged model in place.
 
     UserError if what was saved does not do what was trained.
@@ -62,9 +62,10 @@ def prove(trained: Trained, questions: Questions, layout: Layout, before: float 
     Args:
         layout: in which losses are compared.
         before: the held-out loss of fully trained weights before they were saved.
+        compute: that of start_fresh.
     """
     start = time.perf_counter()
-    proof = Proof.of(questions.samples, run_fresh(merge_and_score, trained, questions, layout))
+    proof = Proof.of(questions.samples, compute(merge_and_score, trained, questions, layout))
     if not trained.adapter:
         check_trained(trained, proof.results["trained"]["loss"], before)
     elif "merged" in proof.results:

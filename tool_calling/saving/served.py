@@ -23,6 +23,7 @@ KEY = "OPENAI_API_KEY"
 HERE = ("all://localhost", "all://127.0.0.1")  # asked without the proxy that the environment may name
 TIMEOUT = 300  # seconds for one try: a small server works requests off one after another
 RETRIES = 3  # of a request that a busy server refuses, or whose connection breaks
+AT_ONCE = 64  # requests
 SHOWN_FAILURES = 5  # rows whose requests failed that a warning names
 NO_SERVER = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)  # so for every row
 
@@ -73,7 +74,7 @@ class Server:
         replies, failed = [], []
         shown = {"total": len(samples), "transient": True, "disable": not sys.stdout.isatty()}
         with (
-            ThreadPool(min(questions.batch_size, len(samples))) as pool,  # its threads end with the run
+            ThreadPool(min(questions.batch_size or AT_ONCE, len(samples))) as pool,  # its threads end with the run
             contextlib.closing(track(pool.imap(ask, samples), f"answers of {self.model}", **shown)) as bar,
         ):
             for reply, sample in zip(bar, samples):
