@@ -101,6 +101,43 @@ def test_unsloth_trains_resumes_merges_and_matches_the_stock_engine(folder):
     assert losses(stock)[0] == pytest.approx(losses(output)[0], rel=0.01)
 
 
+ANSWERS = f"""
+import json, sys, torch
+import train_qwen3_tool_calling as script
+from tool_calling.data.examples import read_examples
+from tool_calling.engines import answers
+from tool_calling.engines.hub import load_tokenizer
+from tool_calling.engines.loading import load_base
+from tool_calling.samples import render_examples
+
+recorded, record = [], answers.Batch.record
+
+def note(batch):
+    record(batch)
+    recorded.append(batch.graph is not None)
+
+answers.Batch.record = note
+args = script.parse_args(["--model_id", {str(TINY)!r}, "--max_samples", "60"])
+tokenizer = load_tokenizer(args.model_id)
+examples, _ = read_examples(args.dataset_path, script.to_reading(args))
+samples = [sample for group in render_examples(tokenizer, examples, 2048)[0] for sample in group]
+for dtype in (torch.float32, torch.bfloat16):
+    model, found = load_base(args.model_id, False, dtype=dtype), []
+    for is_on_one_gpu in (answers.is_on_one_gpu, lambda model: False):
+        answers.is_on_one_gpu = is_on_one_gpu
+        found.append(answers.generate_answers(model, tokenizer, samples, 60, 60, "base"))
+    print(json.dumps([sum(a == b for a, b in zip(*found)), len(samples), recorded]), flush=True)
+    answers.is_on_one_gpu = lambda model: True
+"""
+
+
+def test_answers_replayed_from_a_cuda_graph_are_those_of_launched_kernels():
+    lines = [json.loads(line) for line in run_python("-c", ANSWERS).stdout.splitlines() if line.startswith("[")]
+    for (equal, rows, recorded), slack in zip(lines, (0, 0.05)):  # in bf16, batches of other sizes round otherwise
+        assert recorded and all(recorded) and equal >= (1 - slack) * rows
+    assert len(lines) == 2
+
+
 def test_both_engines_put_the_same_adapter_on_the_same_layers(folder):
     found = {}
     for engine in ("unsloth", "transformers"):

@@ -7,7 +7,7 @@ from conftest import ROOT, TINY
 import train_qwen3_tool_calling as script
 from tool_calling.data.examples import Reading, read_examples
 from tool_calling.data.splits import split_examples
-from tool_calling.engines import attention
+from tool_calling.engines import answers, attention
 from tool_calling.engines.answers import generate_answers, generate_tokens
 from tool_calling.engines.loading import load_base, warn_if_spread
 from tool_calling.engines.losses import score_batches, to_metrics
@@ -50,8 +50,8 @@ def write_alone(model, tokenizer, prompt: list[int], max_new_tokens: int) -> lis
 
 @pytest.mark.slow
 def test_free_exact_match_is_that_of_generation_row_by_row(model, tokenizer, samples):
-    answers = generate_answers(model, tokenizer, samples, 16, 60, "base")
-    written = [answer == sample.completion for answer, sample in zip(answers, samples)]
+    found = generate_answers(model, tokenizer, samples, 16, 60, "base")
+    written = [answer == sample.completion for answer, sample in zip(found, samples)]
     assert 3 <= sum(written) <= 13  # both verdicts occur
 
     def count(batches):
@@ -84,6 +84,44 @@ def test_a_batch_answers_as_each_prompt_alone(model, tokenizer, samples, monkeyp
         ]
 
 
+@pytest.mark.slow
+def test_rows_for_which_memory_runs_out_are_answered_in_smaller_batches(model, tokenizer, samples, monkeypatch):
+    tried, generate = [], answers.generate_tokens
+
+    def run_out(model, prompts, *more):
+        tried.append(len(prompts))
+        if len(prompts) > limit:
+            raise torch.OutOfMemoryError("full")
+        return generate(model, prompts, *more)
+
+    monkeypatch.setattr(answers, "generate_tokens", run_out)
+    limit = 16
+    whole = generate_answers(model, tokenizer, samples[:5], None, 8, "base")
+    limit = 2
+    assert generate_answers(model, tokenizer, samples[:5], None, 8, "base") == whole
+    assert tried == [5, 5, 3, 2, 1, 2]
+    limit = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        generate_answers(model, tokenizer, samples[:1], None, 8, "base")
+
+
+def test_as_many_rows_are_answered_at_once_as_fit(model, samples, monkeypatch):
+    assert answers.count_rows(model, samples, 50) == 64
+    prompts = [sample.input_ids[: sample.prompt_length] for sample in samples]
+    own = max(map(len, prompts)) + 50 - answers.count_shared([*map(list, prompts)])
+    config, free = model.config, {}
+    row = own * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4  # bytes in fp32
+    monkeypatch.setattr(answers, "is_on_one_gpu", lambda model: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free["bytes"], 2**40))
+    for rows in (3, 255):
+        free["bytes"] = 2 * row * rows
+        assert answers.count_rows(model, samples, 50) == rows
+    free["bytes"] = 2**40
+    assert answers.count_rows(model, samples, 50) == 256
+    free["bytes"] = row
+    assert answers.count_rows(model, samples, 50) == 1
+
+
 def test_a_model_partly_outside_of_the_device_answers_alike_and_says_so(model, tokenizer, samples, capsys):
     outside = {f"model.layers.{i}": "cpu" if i == 0 else "disk" for i in range(model.config.num_hidden_layers)}
     spread = load_base(
@@ -98,8 +136,8 @@ def test_a_model_partly_outside_of_the_device_answers_alike_and_says_so(model, t
         },
     )
     assert {weight.device.type for weight in spread.parameters()} == {"cpu", "meta"}
-    answers = generate_answers(spread, tokenizer, samples[:3], 64, 12, "spread")
-    assert answers == generate_answers(model, tokenizer, samples[:3], 64, 12, "whole")
+    found = generate_answers(spread, tokenizer, samples[:3], 64, 12, "spread")
+    assert found == generate_answers(model, tokenizer, samples[:3], 64, 12, "whole")
     warn_if_spread(model)
     assert capsys.readouterr().err == ""
     warn_if_spread(spread)
