@@ -89,7 +89,6 @@ LORA_DROPOUT = 0.0  # 0 lets steps be recorded as CUDA graphs
 TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 EVAL_SAMPLES = 200  # held-out samples answered by the base, the adapter and the merged model: +-3 of 100 at 95 %
-EVAL_BATCH_SIZE = None  # answers generated at once; None: 64, on a GPU as many as fit
 
 PROGRAM = sys.argv[0] if __name__ == "__main__" else __file__  # as the command line is shown
 
@@ -203,7 +202,7 @@ def build_parser() -> Parser:
         help="stop after N evaluations without improvement (default: never)")
     add("--eval_samples", type=count, default=EVAL_SAMPLES, metavar="N",
         help="held-out rows, chosen by hash, to answer at the end with base, adapter and merged model")
-    add("--eval_batch_size", type=count, default=EVAL_BATCH_SIZE, metavar="N",
+    add("--eval_batch_size", type=count, metavar="N",
         help="answers generated at once (default: 64, on a GPU as many as fit, at most 256)")
     add("--max_new_tokens", type=count, metavar="N",
         help="longest answer (default: as long as the longest reference, and some more)")
