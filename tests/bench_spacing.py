@@ -11,6 +11,7 @@ script's defaults. Flags that this program does not have go to the training runs
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -59,6 +60,7 @@ def main() -> None:
     args, more = parser.parse_known_args()
     folder, base = args.folder.resolve(), args.model_id
     folder.mkdir(parents=True, exist_ok=True)
+    os.chdir(ROOT)  # where the training runs start, too: paths mean the same
     flags = ["--model_id", base, *(FLAGS if base == str(BASE) else []), *more]
     models, outputs = ([folder / f"{kind}_{share:g}" for share in args.shares] for kind in ("model", "out"))
     runs = []
