@@ -181,7 +181,7 @@ def build_parser() -> Parser:
         help="optimizer (default: adamw_torch; on CUDA adamw_torch_fused, or adamw_8bit if all weights are trained on "
              "each GPU)")
     add("--gradient_checkpointing", choices=["auto", "on", "off"], default="auto",
-        help="compute activations twice instead of keeping them; auto: on with CUDA")
+        help="compute activations twice instead of keeping them; auto: on CUDA, where they would not fit")
     add("--share_prefix", action=switch, default=True, help="compute what rows have in common once per stream")
     add("--cuda_graphs", action=switch, default=True,
         help="record the step and replay it with a few launches (Unsloth)")
@@ -333,18 +333,15 @@ def load_model(args: argparse.Namespace, engine: str, schedule, tokenizer):
         from unsloth import FastLanguageModel
 
     from peft import LoraConfig, get_peft_model
-    from trl.trainer.utils import add_fused_lm_head
 
-    from tool_calling.engines.compat import compile_attention
-    from tool_calling.engines.device import use_checkpointing
+    from tool_calling.engines.casts import cast_together
+    from tool_calling.engines.compat import compile_attention, take_all_targets
     from tool_calling.engines.fsdp import split_model
-    from tool_calling.engines.graphs import can_record, find_recorded, read_streams
     from tool_calling.engines.hub import find_base
     from tool_calling.engines.loading import go_on_from, load_trainable, set_adapter_weights
     from tool_calling.engines.tokens import compute_rows_alone, prepare_tokens
 
     base, _ = find_base(args.model_id)
-    checkpointing = use_checkpointing(args.gradient_checkpointing)
     if engine == "unsloth":
         model, _ = FastLanguageModel.from_pretrained(
             base,
@@ -363,8 +360,9 @@ def load_model(args: argparse.Namespace, engine: str, schedule, tokenizer):
     names = ("lora_alpha", "lora_dropout", "use_rslora", "target_modules")
     lora = {"r": args.lora_rank, "bias": "none", **{name: getattr(args, name) for name in names}, **rows}
     if engine == "unsloth":
+        prepared = "unsloth" if args.gradient_checkpointing != "off" else False  # see build_run_trainer
         model = FastLanguageModel.get_peft_model(
-            model, **lora, random_state=args.seed, use_gradient_checkpointing="unsloth" if checkpointing else False
+            model, **lora, random_state=args.seed, use_gradient_checkpointing=prepared
         )
         if base != args.model_id:
             set_adapter_weights(model, args.model_id)
@@ -374,21 +372,20 @@ def load_model(args: argparse.Namespace, engine: str, schedule, tokenizer):
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
     compute_rows_alone(model)
     if engine == "unsloth":
-        add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "is_top1"))
+        take_all_targets()
+        cast_together(model)
         if schedule.layout.share_prefix:
             compile_attention()
-            recorded = args.cuda_graphs and can_record(schedule, args.lora_dropout)
-            read_streams(model, find_recorded(schedule, model.config, checkpointing) if recorded else ())
     return split_model(model) if args.fsdp else model
 
 
 def to_sft_config(args: argparse.Namespace, schedule, evaluate: bool):
-    """Return the settings of the run as TRL names them."""
+    """Return the settings of the run as TRL names them; they open the group of several processes."""
     import torch
     from trl import SFTConfig
 
     from tool_calling.engines.compat import use_own_device
-    from tool_calling.engines.device import to_dtype, use_checkpointing
+    from tool_calling.engines.device import to_dtype
 
     cuda = torch.cuda.is_available()
     dtype = to_dtype("cuda" if cuda else "cpu")
@@ -405,7 +402,7 @@ def to_sft_config(args: argparse.Namespace, schedule, evaluate: bool):
         warmup_steps=args.warmup_steps if args.warmup_ratio is None else args.warmup_ratio,  # below 1: a share
         # Arithmetic and memory
         bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, use_cpu=not cuda, dataloader_pin_memory=cuda,
-        gradient_checkpointing=use_checkpointing(args.gradient_checkpointing),
+        gradient_checkpointing=args.gradient_checkpointing == "on",  # auto: see build_run_trainer
         # Logs, checkpoints, evaluation
         logging_steps=args.logging_steps, disable_tqdm=True,
         logging_nan_inf_filter=False,  # it hides what StreamTrainer looks for
@@ -430,11 +427,18 @@ def build_run_trainer(args: argparse.Namespace, model, tokenizer, schedule, held
     """Return the trainer of the run."""
     from transformers import EarlyStoppingCallback
 
+    from tool_calling.engines.graphs import can_record, find_recorded, read_streams, use_checkpointing
     from tool_calling.training.trainer import build_trainer
 
     config = to_sft_config(args, schedule, bool(held_out))
+    recording = engine == "unsloth" and args.cuda_graphs and can_record(schedule, args.lora_dropout)
+    twice = use_checkpointing(args.gradient_checkpointing, engine, schedule, model.config, recording)
+    config.gradient_checkpointing = twice
+    if engine == "unsloth" and schedule.layout.share_prefix:
+        read_streams(model, find_recorded(schedule, model.config, twice) if recording else ())
     own = deepcopy(tokenizer)  # TRL changes what it is given, and the tokenizer is saved with the model
     trainer = build_trainer(model, own, config, schedule, choose(held_out, len(held_out)), engine)
+    trainer.can_recompute = engine == "unsloth" and args.gradient_checkpointing == "auto" and not twice
     if args.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
     return trainer

@@ -85,8 +85,6 @@ def make_stock_trainer(args, model, tokenizer, train, packing: bool):
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    from tool_calling.engines.device import use_checkpointing
-
     cuda = model.device.type == "cuda"
     rows = {
         "input_ids": [row.input_ids for row in train],
@@ -100,7 +98,7 @@ def make_stock_trainer(args, model, tokenizer, train, packing: bool):
         learning_rate=args.learning_rate,
         bf16=cuda,
         optim="adamw_8bit" if cuda else "adamw_torch",
-        gradient_checkpointing=use_checkpointing(args.gradient_checkpointing),
+        gradient_checkpointing=cuda and args.gradient_checkpointing != "off",
         logging_steps=1,
         save_strategy="no",
         report_to="none",

@@ -149,3 +149,13 @@ def test_checkpoints_on_the_disk_at_once_are_counted():
     assert count("--num_epochs", "4", first_step=10) == 2
     # Stopped by a signal after step 3: the run goes on to save steps 4, 8 and 10.
     assert count("--max_steps", "10", "--save_steps", "4", first_step=3) == 3
+
+
+def test_where_activations_may_be_kept_both_totals_are_known():
+    config = qwen3_config(1024, 3072, 28, 16, True)
+    footprint = Footprint(config, count_parameters(config, rank=16), True, "adamw_torch_fused", recorded=True)
+    least = footprint.estimate(1792, (1792,))
+    found = replace(footprint, may_keep=True).estimate(1792, (1792,))
+    kept = replace(footprint, checkpointing=False).estimate(1792, (1792,))
+    assert found == {**least, "keeping_activations": kept["total"], "free_to_keep": 2 * kept["longest_stream"]}
+    assert (least["total"], kept["total"], found["free_to_keep"]) == (1.1, 2.75, 4.18)

@@ -211,7 +211,7 @@ launched = [compute_gradient(model, stream, engine) for stream in streams]
 padded = [compute_gradient(model, [build_padded([row]) for row in part], engine) for part in rows]
 alone = [compute_gradient(model, [build_stream([row], lengths) for row in part], engine) for part in rows]
 for i in range(2):
-    print("loss", abs(replayed[i][0] / padded[i][0] - 1), "norm", difference(replayed[i], padded[i]),
+    print("loss", abs(replayed[i][0].sum() / padded[i][0].sum() - 1).item(), "norm", difference(replayed[i], padded[i]),
           "rounding", difference(alone[i], padded[i]), "graph", difference(replayed[i], launched[i]))
 """
 

@@ -63,6 +63,7 @@ def test_no_sharing_is_the_batches_of_the_flags():
         "input_ids": [[1, 2, 3, 4], [1, 2, 5, 6]],
         "labels": [[-100, -100, -100, 4], [-100, -100, 5, 6]],
         "attention_mask": [[1, 1, 1, 1], [1, 1, 1, 1]],
+        "places": [2, 5, 6],
     }
 
 

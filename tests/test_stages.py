@@ -17,7 +17,7 @@ from train_small import make_base
 import train_qwen3_tool_calling as script
 from tool_calling import samples
 from tool_calling.arguments import pick
-from tool_calling.engines import compat, graphs, tokens
+from tool_calling.engines import casts, compat, graphs, tokens
 from tool_calling.files import lock_folder, partial_folder
 from tool_calling.samples import render_examples
 from tool_calling.saving import proof
@@ -25,7 +25,7 @@ from tool_calling.saving.merge import read_back
 from tool_calling.saving.proof import merge_and_score
 from tool_calling.schedule import Batching, plan_schedule
 from tool_calling.terminal import UserError
-from tool_calling.training import loop, selfcheck
+from tool_calling.training import loop, selfcheck, trainer
 
 
 class Reached(Exception):
@@ -141,14 +141,16 @@ def test_two_runs_cannot_write_one_final_folder(job, tmp_path, monkeypatch):
     ],
 )
 def test_unsloth_records_streams_where_flags_and_steps_allow_it(monkeypatch, flags, recorded):
-    model, noted, asked, fitted = SimpleNamespace(config=None, get_base_model=lambda: None, modules=list), [], [], []
+    model, noted, asked, fitted = SimpleNamespace(config=None, modules=list), [], [], []
     unsloth = SimpleNamespace(
         from_pretrained=lambda *_, **options: asked.append(options) or (model, None),
         get_peft_model=lambda model, **options: asked.append(options) or model,
     )
     monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace(FastLanguageModel=unsloth))
-    monkeypatch.setattr("trl.trainer.utils.add_fused_lm_head", lambda model, outputs: None)
     monkeypatch.setattr(compat, "compile_attention", lambda: None)
+    monkeypatch.setattr(compat, "take_all_targets", lambda: None)
+    monkeypatch.setattr(casts, "cast_together", lambda model: None)
+    monkeypatch.setattr(trainer, "build_trainer", lambda *given: SimpleNamespace(config=given[2]))
     monkeypatch.setattr(graphs, "find_recorded", lambda schedule, config, checkpointing: schedule.layout.lengths)
     monkeypatch.setattr(graphs, "read_streams", lambda model, recorded: noted.append(recorded))
     monkeypatch.setattr(tokens, "prepare_tokens", lambda *given: fitted.append(given) or {"trainable_token_indices": 7})
@@ -156,6 +158,8 @@ def test_unsloth_records_streams_where_flags_and_steps_allow_it(monkeypatch, fla
     schedule = plan_schedule(TRAIN, pick(Batching, args), fill=True)
     assert script.load_model(args, "unsloth", schedule, "its tokenizer") is model
     assert fitted == [(model, "its tokenizer", TRAIN, ["auto"], [], False)] and asked[1]["trainable_token_indices"] == 7
+    built = script.build_run_trainer(args, model, None, schedule, [], "unsloth")
+    assert built.config.gradient_checkpointing and not built.can_recompute
     assert noted == ([] if "--no-share_prefix" in flags else [(128,) if recorded else ()])
     assert asked[0]["use_safetensors"] and asked[0]["load_in_4bit"] and not asked[0]["trust_remote_code"]
     assert asked[1]["use_gradient_checkpointing"] == "unsloth" and asked[1]["target_modules"] == args.target_modules

@@ -5,11 +5,13 @@ from hypothesis import given, settings
 from small import ROWS_OF_TOKENS, row
 
 from tool_calling.schedule import Schedule
-from tool_calling.streams import Layout, build_stream, fill_up
+from tool_calling.streams import Layout, build_padded, build_stream, fill_up
 
 
 def values(stream: dict) -> dict:
     assert {tensor.dtype for tensor in stream.values()} == {torch.int64}
+    places = stream.pop("places").tolist()
+    assert places == [i for i, label in enumerate(stream["labels"][0, 1:]) if label != -100]
     assert len({tuple(tensor.shape) for tensor in stream.values()}) == 1
     return {name: tensor[0].tolist() for name, tensor in stream.items()}
 
@@ -52,6 +54,13 @@ def test_a_tree_with_three_levels_and_a_stranger():
         "labels": [-100, -100, 4, -100, -100, -100, 4, -100, -100, 4, -100, -100, 4],
         "subtree_end": [10, 3, 3, 10, 7, 7, 7, 10, 10, 10, 13, 13, 13],
     }
+
+
+def test_the_places_of_a_padded_batch_are_counted_over_all_rows():
+    batch = build_padded([row([5, 6], [7, 8]), row([5], [9])])
+    assert batch["labels"].tolist() == [[-100, -100, 7, 8], [-100, 9, -100, -100]]
+    assert batch["places"].tolist() == [1, 2, 4]
+    assert build_padded([row([5, 6], [])])["places"].tolist() == []
 
 
 def test_filling_tokens_see_only_themselves():

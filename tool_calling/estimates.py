@@ -2,10 +2,10 @@
 
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tool_calling.arguments import CONVERTED_GGUF
-from tool_calling.engines.graphs import EAGER_MEMORY, RECORDED_MEMORY, count_token_bytes
+from tool_calling.engines.graphs import EAGER_MEMORY, HELD_SHARE, RECORDED_MEMORY, count_token_bytes
 from tool_calling.files import find_existing
 from tool_calling.terminal import UserError, plural
 
@@ -94,6 +94,7 @@ class Footprint:
     four_bit: bool
     optim: str
     checkpointing: bool = True
+    may_keep: bool = False  # whether activations are kept all the same where a GPU has room (see use_checkpointing)
     recorded: bool = False  # whether streams are recorded as CUDA graphs
     split_over: int = 1  # devices over which --fsdp splits the weights
 
@@ -103,7 +104,8 @@ class Footprint:
         Args:
             tokens: of the longest micro-batch.
             lengths: of streams; each recorded length has memory of its own.
-        Returns: the total, its parts, and "without_graphs": the total if no stream is recorded.
+        Returns: the total, its parts, and "without_graphs": the total if no stream is recorded; perhaps also
+        "keeping_activations": the total where the GPU has room for them, and "free_to_keep": how much that is.
         """
         linear, other, adapter = (self.parameters[name] for name in ("linear", "other", "adapter"))
         base = linear * (FOUR_BIT if self.four_bit else 2) + 2 * other
@@ -115,6 +117,10 @@ class Footprint:
         parts = {"base": base / self.split_over / 2**30, "adapter": trained / 2**30, "longest_stream": stream}
         total = sum(parts.values())
         found = {"total": total, **parts, "without_graphs": total - stream + eager}
+        if self.may_keep:
+            kept = replace(self, checkpointing=False, may_keep=False).estimate(tokens, lengths)
+            found["keeping_activations"] = kept["total"]
+            found["free_to_keep"] = kept["longest_stream"] / HELD_SHARE
         return {name: round(part, 2) for name, part in found.items()}
 
     def _hold(self, tokens: int, memory: tuple[float, float]) -> float:

@@ -37,6 +37,7 @@ class Training:
             self.load_in_4bit,
             find_optim(self.optim, self.lora_rank, self.fsdp, cuda=True),
             checkpointing=self.gradient_checkpointing != "off",
+            may_keep=self.gradient_checkpointing == "auto" and self.engine != "transformers",
             recorded=self.engine != "transformers" and self.cuda_graphs and can_record(schedule, self.lora_dropout),
             split_over=schedule.devices if self.fsdp else 1,
         )

@@ -72,8 +72,8 @@ def build_stream(samples: list[Sample], lengths: tuple[int, ...] = ()) -> dict:
     up to its `subtree_end`. A token attends to its ancestors, which are all tokens k with k <= q < subtree_end[k]. So
     it sees its own sample from the start and nothing of any other: loss and gradient are those of the samples alone.
 
-    Returns: int64 tensors of shape [1, tokens]: input_ids, position_ids, labels (IGNORED: not supervised), subtree_end.
-    The tokens that fill the stream up to one of `lengths` see only themselves.
+    Returns: int64 tensors of shape [1, tokens]: input_ids, position_ids, labels (IGNORED: not supervised), subtree_end;
+    and `places` (see add_places). The tokens that fill the stream up to one of `lengths` see only themselves.
     """
     tree = to_tree(samples)
     length = fill_up(sum(len(sample.input_ids) - shared for sample, shared in tree), lengths)
@@ -90,17 +90,31 @@ def build_stream(samples: list[Sample], lengths: tuple[int, ...] = ()) -> dict:
         size = own.stop
     subtree_end[path] = size
     stream = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels, "subtree_end": subtree_end}
-    return {name: torch.from_numpy(values)[None] for name, values in stream.items()}
+    return add_places({name: torch.from_numpy(values)[None] for name, values in stream.items()})
 
 
 def build_padded(samples: list[Sample]) -> dict:
-    """Return the samples as an ordinary batch, padded on the right: int64 tensors of shape [samples, longest]."""
+    """Return the samples as an ordinary batch, padded on the right: int64 tensors of shape [samples, longest].
+
+    And `places` (see add_places).
+    """
     tokens = [torch.as_tensor(sample.input_ids, dtype=torch.int64) for sample in samples]
     labels = [
         ids.masked_fill(torch.arange(len(ids)) < sample.prompt_length, IGNORED) for ids, sample in zip(tokens, samples)
     ]
     ones, pad = [*map(torch.ones_like, tokens)], partial(pad_sequence, batch_first=True)
-    return {"input_ids": pad(tokens), "labels": pad(labels, padding_value=IGNORED), "attention_mask": pad(ones)}
+    batch = {"input_ids": pad(tokens), "labels": pad(labels, padding_value=IGNORED), "attention_mask": pad(ones)}
+    return add_places(batch)
+
+
+def add_places(batch: dict) -> dict:
+    """Return a batch with `places` [supervised]: of all its tokens, row by row, those whose next one is supervised.
+
+    Found on the GPU, their number would make the CPU wait in every step.
+    """
+    supervised = batch["labels"].roll(-1, dims=1) != IGNORED
+    supervised[:, -1] = False
+    return {**batch, "places": supervised.flatten().nonzero()[:, 0]}
 
 
 def split_rows(samples: list[Sample], size: int, limit: float = math.inf) -> list[list[Sample]]:

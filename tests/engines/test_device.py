@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from tool_calling.engines.device import autocast, leave_group, to_dtype, use_checkpointing
+from tool_calling.engines.device import autocast, leave_group, to_dtype
 
 
 def test_bf16_is_for_gpus_that_compute_it(monkeypatch):
@@ -24,12 +24,6 @@ def test_on_cpu_nothing_is_rounded_to_16_bits():
     assert to_dtype("cpu") == torch.float32
     with autocast(model):
         assert not torch.is_autocast_enabled("cpu") and model(torch.zeros(1, 3)).dtype == torch.float32
-
-
-@pytest.mark.parametrize("choice, cuda, used", [("auto", True, True), ("auto", False, False), ("on", False, True)])
-def test_activations_are_computed_again_on_cuda_or_where_asked(monkeypatch, choice, cuda, used):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    assert use_checkpointing(choice) is used and use_checkpointing("off") is False
 
 
 @pytest.mark.parametrize("rank, main", [("0", True), ("1", False)])

@@ -6,7 +6,15 @@ import pytest
 import torch
 from small import CASES, make_adapted, make_schedule
 
-from tool_calling.engines.graphs import can_record, empty_weights, find_recorded, make_room
+from tool_calling.engines import graphs
+from tool_calling.engines.graphs import (
+    can_record,
+    empty_weights,
+    find_recorded,
+    make_room,
+    read_streams,
+    use_checkpointing,
+)
 from tool_calling.schedule import Schedule
 from tool_calling.streams import Layout
 
@@ -26,6 +34,49 @@ def test_streams_are_recorded_where_half_of_the_free_memory_holds_them(monkeypat
     for free, found in ((2 * 384 * token, lengths), (2 * 384 * token - 1, ())):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 2**40))
         assert find_recorded(schedule, config, checkpointing) == found
+
+
+@pytest.mark.parametrize(
+    "lengths, recording, tokens",
+    [((128, 256), True, 384), ((128, 256), False, 128), ((), False, 30)],  # all recorded, or the longest of the run
+)
+def test_activations_are_kept_where_half_of_the_free_memory_holds_them(monkeypatch, capsys, lengths, recording, tokens):
+    config, schedule = make_adapted().config, make_schedule(CASES["one tool set"], 8, lengths)
+    given = ("unsloth", schedule, config, recording)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not use_checkpointing("auto", *given) and use_checkpointing("on", *given)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(graphs, "free_gpu", lambda: None)
+    needed = 2 * (tokens * 2 * 2 * KEPT + (0.27 if recording else 0.11) * 2**30)
+    for free, twice in ((needed, False), (needed - 1, True)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 2**40))
+        monkeypatch.setattr(graphs, "gather_object", lambda found: found)
+        assert use_checkpointing("auto", *given) is twice
+        verdict = "so they are computed twice" if twice else "and are kept"
+        sizes = f"{needed / 2**31:.2f} of {needed / 2**30:.1f} GiB free"
+        assert capsys.readouterr().out == f"gpu      activations of {tokens:,} tokens would take {sizes}, {verdict}\n"
+        assert use_checkpointing("on", *given) and not use_checkpointing("off", *given)
+    assert use_checkpointing("auto", "transformers", *given[1:])  # what it keeps has not been measured
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (needed, 2**40))
+    monkeypatch.setattr(graphs, "gather_object", lambda found: [*found, False])  # another device has less
+    assert use_checkpointing("auto", *given)
+
+
+def test_a_replay_over_an_output_in_use_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    decoder = torch.nn.Linear(1, 1)
+    read_streams(types.SimpleNamespace(get_base_model=lambda: types.SimpleNamespace(model=decoder)), (8, 16))
+    decoder.graphs = dict.fromkeys((8, 16), lambda *tensors: torch.ones(1))
+    given = {"input_ids": None, "position_ids": None}
+    output = decoder.forward(subtree_end=torch.zeros(8), **given).last_hidden_state
+    with pytest.raises(RuntimeError, match="replayed over the output of the one before"):
+        decoder.forward(subtree_end=torch.zeros(16), **given)
+    view = output[None]  # holds it, too
+    del output
+    with pytest.raises(RuntimeError):
+        decoder.forward(subtree_end=torch.zeros(8), **given)
+    del view
+    assert decoder.forward(subtree_end=torch.zeros(16), **given).last_hidden_state == 1
 
 
 def test_only_one_stream_per_step_without_dropout_is_recorded():

@@ -125,4 +125,4 @@ def test_of_a_large_gradient_every_nth_number_is_compared(monkeypatch):
     monkeypatch.setattr("tool_calling.engines.losses.COMPARED_NUMBERS", sum(sizes) // 2)  # of an odd sum, every third
     again, part = compute_gradient(model, batch, "transformers")
     step = 3 if sum(sizes) % 2 else 2
-    assert again == loss and torch.equal(part, torch.cat([piece[::step] for piece in whole.split(sizes)]))
+    assert torch.equal(again, loss) and torch.equal(part, torch.cat([piece[::step] for piece in whole.split(sizes)]))

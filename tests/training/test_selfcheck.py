@@ -1,10 +1,14 @@
 """The self-check: it passes by rounding alone, draws no dropout, and switches off what cannot be computed."""
 
+import math
+
 import pytest
 import torch
 from conftest import patch
 from small import CASES, TRAIN, limit_memory, make_adapted, make_schedule, make_trainer, row
 
+from tool_calling.engines.attention import to_attention_mask
+from tool_calling.streams import build_stream
 from tool_calling.training import selfcheck
 from tool_calling.training.selfcheck import check_sharing, compare_sharing, compute_lengths
 
@@ -20,11 +24,11 @@ def test_the_self_check_draws_no_dropout(model):
     handle = model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: dropout(output))
     model.dropout_of_this_test = dropout
     try:
-        loss, gradient = compare_sharing(model, CASES["one tool set"], (), "transformers")
+        change, _ = compare_sharing(model, CASES["one tool set"], (), "transformers")
     finally:
         handle.remove()
         del model.dropout_of_this_test
-    assert loss < 1e-4 and gradient < 1e-4
+    assert change.loss < 1e-4 and change.token < 1e-4 and change.gradient < 1e-4
 
 
 def test_the_self_check_passes_and_a_broken_mask_fails_it(model, monkeypatch, capsys):
@@ -73,9 +77,9 @@ def test_where_recording_runs_out_of_memory_nothing_stays_recorded(model, monkey
 def test_the_self_check_takes_fewer_rows_when_memory_is_short(tmp_path, tokenizer, monkeypatch, capsys):
     trainer = make_trainer(tmp_path, tokenizer, "--batch_size", "8", "--gradient_accumulation_steps", "1")
     schedule = make_schedule(TRAIN, 8)
-    limit_memory(monkeypatch, 20)
+    limit_memory(monkeypatch, 17)
     assert check_sharing(trainer.model, schedule, "transformers") is True
-    assert capsys.readouterr().out.startswith("check    sharing changes the loss of 4 rows by ")
+    assert capsys.readouterr().out.startswith("check    sharing changes the loss of 1 row by ")
     limit_memory(monkeypatch, 5)
     with pytest.raises(torch.OutOfMemoryError):
         check_sharing(trainer.model, schedule, "transformers")
@@ -99,5 +103,59 @@ def test_a_kernel_that_cannot_be_compiled_switches_sharing_off(tmp_path, tokeniz
 
 
 def test_a_loss_of_nothing_can_be_compared(monkeypatch):
-    monkeypatch.setattr(selfcheck, "compute_gradient", lambda *_: (0.0, torch.zeros(3)))
-    assert compare_sharing(torch.nn.Linear(1, 1), TRAIN[:2], (), "transformers") == (0.0, 0.0)
+    monkeypatch.setattr(selfcheck, "compute_gradient", lambda *_: (torch.zeros(2), torch.zeros(3)))
+    model = torch.nn.Linear(1, 1)
+    model.device = torch.device("cpu")
+    assert compare_sharing(model, TRAIN[:2], (), "transformers") == ((0, 0, 0), (math.inf, 1e-4, 1e-4))
+
+
+def test_a_token_that_sees_another_row_switches_sharing_off(model, monkeypatch, capsys):
+    """Its loss does, also where the gradient's error would be a usual one."""
+    schedule = make_schedule(CASES["one tool set"], 4, seed=1)
+    query = int(build_stream(CASES["one tool set"])["places"][-1])
+
+    def leak(subtree_end):
+        found = to_attention_mask(subtree_end)
+        found[0, 0, query : query + 1, :query] = True  # where there are so many tokens, also those of other rows
+        return found
+
+    patch(monkeypatch, "to_attention_mask", leak)
+    change, limit = compare_sharing(model, CASES["one tool set"], (), "transformers")
+    assert change.token > limit.token and change.gradient > limit.gradient
+    monkeypatch.setattr(selfcheck, "compare", lambda *_: change._replace(gradient=0.0))
+    assert check_sharing(model, schedule, "transformers") is False
+    assert f"(that of one token by {change.token:.1e} nats)" in capsys.readouterr().err
+
+
+def test_in_16_bits_the_limit_is_measured_between_rows_alone_and_padded(model, monkeypatch):
+    """Here fp32 stands for both, and one loss and the gradient of rows alone are off."""
+    rows, compute, kinds = CASES["one tool set"], selfcheck.compute_gradient, []
+
+    def off(model, batches, engine):
+        losses, gradient = compute(model, batches, engine)
+        kinds.append([batch["input_ids"].shape[0] for batch in batches])
+        if len(batches) == 3:  # the rows alone
+            losses[1] += 0.5
+            gradient = 1.1 * gradient
+        return losses, gradient
+
+    monkeypatch.setattr(selfcheck, "compute_gradient", off)
+    monkeypatch.setattr(selfcheck, "to_dtype", lambda device: torch.bfloat16)
+    change, limit = compare_sharing(model, rows, (), "transformers")
+    assert kinds == [[1], [2, 1], [1, 1, 1]] and change.token < 1e-4
+    assert limit[1:] == (pytest.approx(1.5, abs=1e-3), pytest.approx(0.3, abs=1e-3))
+    monkeypatch.setattr(selfcheck, "compute_gradient", compute)
+    assert compare_sharing(model, rows, (), "transformers")[1][1:] == (0.02, 0.02)
+
+
+def test_a_fault_of_the_gpu_is_no_problem_of_the_compiler(tmp_path, tokenizer, monkeypatch):
+    trainer = make_trainer(tmp_path, tokenizer)
+
+    def fault(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(selfcheck, "compare_sharing", fault)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", fault)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        check_sharing(trainer.model, make_schedule(TRAIN, 8), "unsloth")

@@ -9,6 +9,7 @@ import torch
 from conftest import patch
 from jobs import names
 from small import COMPUTE, TRAIN, Identity, limit_memory, losses, make_trainer, weights
+from transformers import TrainerCallback
 
 import train_qwen3_tool_calling as script
 from tool_calling.files import find_damage
@@ -243,3 +244,52 @@ def test_full_fine_tuning_that_does_not_fit_goes_on_in_smaller_streams(tmp_path,
     assert "in 2 streams of at most 4 rows; the result is the same" in capsys.readouterr().err
     # Adam moves a weight whose gradient is nearly zero by its sign alone, so single weights may differ.
     assert (weights(trainer) - weights(expected)).norm() < 1e-2 * (weights(expected) - start).norm()
+
+
+def test_activations_that_were_kept_are_computed_twice_before_streams_are_halved(
+    tmp_path, tokenizer, monkeypatch, capsys
+):
+    trainer, switched = make_trainer(tmp_path, tokenizer), []
+    patch(monkeypatch, "set_checkpointing", lambda model, on: switched.append(on))
+    trainer.can_recompute = True
+    trainer.divide_streams(TRAIN[:1], 36)
+    assert switched == [True] and trainer.layout is trainer.schedule.layout and not trainer.can_recompute
+    assert "with a stream of 36 tokens: from here on activations are computed twice" in capsys.readouterr().err
+    with pytest.raises(UserError, match="on this row alone"):
+        trainer.divide_streams(TRAIN[:1], 36)
+
+
+def test_losses_are_logged_of_their_own_steps_while_the_next_one_computes(tmp_path, tokenizer):
+    """Logs hold what the library would log at once: the mean loss since the last log, at its step."""
+    trainer = make_trainer(tmp_path / "each", tokenizer, "--batch_size", "4", "--gradient_accumulation_steps", "1")
+    noted = []
+    trainer.add_callback(
+        type(
+            "Look",
+            (TrainerCallback,),
+            {
+                "on_log": lambda self, args, state, control, logs=None, **more: noted.append(
+                    (state.global_step, trainer.model.training and len(trainer.noted), logs.get("loss"))
+                )
+            },
+        )()
+    )
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert [log["step"] for log in logs] == [1, 2, 3, 4, 5, 6]
+    assert [log["epoch"] for log in logs] == pytest.approx([step / 6 for step in range(1, 7)])
+    assert [(step, left) for step, left, _ in noted[:6]] == [(1, 1), (2, 1), (3, 1), (4, 1), (5, 1), (6, 0)]
+    assert logs[0]["learning_rate"] == 0.01 and logs[5]["learning_rate"] == pytest.approx(0.01 / 6)
+    flags = ("--batch_size", "4", "--gradient_accumulation_steps", "1", "--logging_steps", "2")
+    pairs = make_trainer(tmp_path / "pairs", tokenizer, *flags)
+    result = pairs.train()
+    logs = [log for log in pairs.state.log_history if "loss" in log]
+    each = losses(trainer)
+    assert [log["step"] for log in logs] == [2, 4, 6]
+    assert losses(pairs) == pytest.approx([(each[i] + each[i + 1]) / 2 for i in (0, 2, 4)], rel=1e-5)
+    assert result.training_loss == pytest.approx(sum(each) / 6, rel=1e-5)
+
+
+def test_the_loss_is_not_scaled_again_for_accumulation(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, "--batch_size", "2", "--gradient_accumulation_steps", "4")
+    assert trainer.loss_is_scaled_for_ga and not trainer.model_accepts_loss_kwargs and trainer.compute_loss_func

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, StaticLayer
 from tool_calling.data.literals import as_list
 from tool_calling.engines.device import autocast, free_gpu, is_on_one_gpu
 from tool_calling.engines.reach import find_reach
+from tool_calling.engines.tokens import compute_rows_alone
 from tool_calling.prompts import find_call_end
 from tool_calling.samples import Sample
 from tool_calling.streams import split_rows, to_tree
@@ -31,6 +32,8 @@ def generate_answers(
     """
     stops, answers = find_stop_tokens(model, tokenizer), {}
     model.eval()
+    if is_on_one_gpu(model):
+        compute_rows_alone(model)  # PEFT would need the CPU in every step, which a CUDA graph forbids
     waiting = split_rows(samples, rows or count_rows(model, samples, max_new_tokens))
     with Progress(transient=True, disable=not sys.stdout.isatty()) as bar:
         task = bar.add_task(f"answers of {name}", total=len(samples))

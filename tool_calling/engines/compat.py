@@ -4,6 +4,7 @@ A release that moves one of these names breaks here and nowhere else.
 """
 
 import contextlib
+import inspect
 from functools import partial
 from types import SimpleNamespace
 
@@ -15,16 +16,17 @@ from torch.nn.attention.flex_attention import flex_attention
 PRIVATE_NAMES = [
     (
         "transformers:Trainer",
-        "_get_grad_norm _maybe_log_save_evaluate _get_output_dir _save_checkpoint _wrap_model _save "
+        "_get_grad_norm _clip_grad_norm _maybe_log_save_evaluate _get_output_dir _save_checkpoint _wrap_model _save "
         "_save_optimizer_and_scheduler _load_optimizer_and_scheduler _load_from_checkpoint get_batch_samples "
         "autocast_smart_context_manager evaluation_loop training_step compute_loss get_train_dataloader save_model "
-        "create_model_card create_optimizer",
+        "create_model_card create_optimizer floating_point_ops",
         "transformers 5.17",
     ),
     ("transformers.training_args", "_setup_devices _n_gpu", "transformers 5.17"),
     ("transformers.cache_utils", "get_layer_types_and_kwargs", "transformers 5.17"),
     ("transformers.modeling_layers", "_gradient_checkpointing_func", "transformers 5.17"),
-    ("trl.trainer.utils", "add_fused_lm_head", "trl 1.15"),
+    ("trl.trainer.utils", "_ChunkedLogProbFunction final_logit_softcapping logit_scale", "trl 1.15"),
+    ("trl.trainer.base_trainer", "loss_is_scaled_for_ga", "trl 1.15"),
     ("accelerate.accelerator", "_is_accelerate_prepared", "accelerate 1.15"),
     ("torch.nn.parallel.distributed", "_ddp_params_and_buffers_to_ignore", "torch 2.14"),
     ("bitsandbytes.nn.modules", "support_avx512bf16_for_cpu", "bitsandbytes 0.50"),
@@ -33,7 +35,8 @@ PRIVATE_NAMES = [
         "_flex_attention_compiled _BLOCK_MASK_CACHE clear_block_mask_cache _create_block_mask_compiled",
         "unsloth 2026.10.9",
     ),
-    ("unsloth.models.llama", "get_cached", "unsloth 2026.10.9"),
+    ("unsloth.models.llama", "get_cached _unsloth_gradient_checkpointing", "unsloth 2026.10.9"),
+    ("unsloth_zoo.fused_losses.fused_linear", "_keep_index", "unsloth_zoo 2026.10.9"),
     ("unsloth_zoo.gradient_checkpointing", "_old_checkpoint", "unsloth_zoo 2026.10.9"),
 ]
 
@@ -81,6 +84,32 @@ def plain_checkpointing(decoder):
     finally:
         for layer in decoder.layers:
             layer._gradient_checkpointing_func = former
+
+
+def set_checkpointing(model, on: bool) -> None:
+    """Let a model of Unsloth compute its activations twice, or keep them."""
+    model._unsloth_gradient_checkpointing = "unsloth" if on else False  # what its trainer goes back to in train()
+    model.for_training(use_gradient_checkpointing=on)
+
+
+def read_head_scale(forward) -> tuple:
+    """Return (the cap of the logits or None, their factor) from the forward function that SFTTrainer gives a model."""
+    found = inspect.getclosurevars(forward).nonlocals
+    return found["final_logit_softcapping"], found["logit_scale"]
+
+
+def take_all_targets() -> None:
+    """Keep Unsloth's head from looking for tokens that are not supervised: it gets none, and would wait for the GPU."""
+    from unsloth_zoo.fused_losses import fused_linear
+
+    search = fused_linear._keep_index
+
+    def keep_all(targets, mask, vocabulary, ignored):
+        if mask is not None or ignored is not None:  # another loss than that of fuse_head
+            return search(targets, mask, vocabulary, ignored)
+        return torch.arange(len(targets), device=targets.device), len(targets)
+
+    fused_linear._keep_index = keep_all
 
 
 def list_rotations(decoder) -> list:

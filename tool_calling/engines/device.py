@@ -29,11 +29,6 @@ def is_on_one_gpu(model) -> bool:
     return len(devices) == 1 and devices.pop().type == "cuda"
 
 
-def use_checkpointing(choice: str) -> bool:
-    """Return whether activations are computed twice instead of kept: less memory, a third more time."""
-    return torch.cuda.is_available() if choice == "auto" else choice == "on"
-
-
 def free_gpu() -> None:
     """Give GPU memory that nothing holds any more back to the driver, for other processes."""
     gc.collect()

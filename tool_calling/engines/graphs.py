@@ -1,15 +1,18 @@
 """Streams in Unsloth's decoder, recorded as CUDA graphs."""
 
+import weakref
+
 import torch
+from accelerate.utils import gather_object
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from tool_calling.data.literals import as_list
 from tool_calling.engines.compat import cache_block_mask, list_rotations, plain_checkpointing
 from tool_calling.engines.device import free_gpu
 from tool_calling.schedule import Schedule
-from tool_calling.terminal import UserError
+from tool_calling.terminal import UserError, say
 
-RECORDED_SHARE = 0.5  # of the free GPU memory: CUDA graphs that would hold more are not recorded
+HELD_SHARE = 0.5  # of the free GPU memory: activations and CUDA graphs that would take more are not held
 # Held in training, measured with Unsloth on Qwen3-0.6B: GiB that every run needs beside its streams, and the work of
 # one layer as a multiple of what its backward pass keeps. A recorded graph frees nothing between its kernels.
 EAGER_MEMORY, RECORDED_MEMORY = (0.11, 0.7), (0.27, 1.25)
@@ -37,15 +40,39 @@ def can_record(schedule: Schedule, dropout: float) -> bool:
     return schedule.layout.share_prefix and schedule.streams_per_step == 1 and not dropout
 
 
+def use_checkpointing(choice: str, engine: str, schedule: Schedule, config, recording: bool) -> bool:
+    """Return whether activations are computed twice instead of kept: less memory, a third more time.
+
+    With "auto" they are kept on CPU and, with Unsloth, where HELD_SHARE of each GPU's free memory holds those of the
+    longest stream, or of all recorded ones. What the Transformers engine keeps on CUDA has not been measured.
+    """
+    if choice != "auto" or not torch.cuda.is_available():
+        return choice == "on"
+    if engine != "unsloth":
+        return True
+    free_gpu()
+    tokens = sum(schedule.layout.lengths) if recording else max(schedule.measure_run())
+    fixed, working = RECORDED_MEMORY if recording else EAGER_MEMORY
+    held = fixed * 2**30 + tokens * count_token_bytes(config, False, working)
+    free = torch.cuda.mem_get_info()[0]
+    twice = not all(gather_object([held <= HELD_SHARE * free]))  # all devices do alike
+    verdict = "so they are computed twice" if twice else "and are kept"
+    say(
+        "gpu",
+        f"activations of {tokens:,} tokens would take {held / 2**30:.2f} of {free / 2**30:.1f} GiB free, {verdict}",
+    )
+    return twice
+
+
 def find_recorded(schedule: Schedule, config, checkpointing: bool) -> tuple[int, ...]:
-    """Return the lengths of streams to record: all of the schedule's, or none if they hold over RECORDED_SHARE.
+    """Return the lengths of streams to record: all of the schedule's, or none if they hold over HELD_SHARE.
 
     Each recorded length holds its memory as long as the model lives.
     """
     free_gpu()
     lengths = schedule.layout.lengths
     held = sum(lengths) * count_token_bytes(config, checkpointing, RECORDED_MEMORY[1])
-    return lengths if held <= RECORDED_SHARE * torch.cuda.mem_get_info()[0] else ()
+    return lengths if held <= HELD_SHARE * torch.cuda.mem_get_info()[0] else ()
 
 
 class Stream(torch.nn.Module):
@@ -85,7 +112,7 @@ def record(stream: Stream, tensors: tuple, pool):
         if not stream.captured:
             raise
         if isinstance(error, torch.OutOfMemoryError):  # now the state of CUDA's allocator cannot be trusted
-            advice = "run again with --no-cuda_graphs, slower, or lower --batch_size"
+            advice = "run again with --gradient_checkpointing on or --no-cuda_graphs, slower, or lower --batch_size"
             raise UserError(f"out of GPU memory while the step was recorded as a CUDA graph; {advice}") from None
         reason, advice = str(error).splitlines()[0], "run again with --no-cuda_graphs, slower"
         raise UserError(f"the step cannot be recorded as a CUDA graph ({reason}); {advice}") from None
@@ -101,7 +128,7 @@ def read_streams(model, recorded: tuple[int, ...]) -> None:
     comes in training, and from then on replayed by two launches.
     """
     decoder = model.get_base_model().model
-    eager, pool = decoder.forward, torch.cuda.graph_pool_handle()
+    eager, pool, last = decoder.forward, torch.cuda.graph_pool_handle(), []
     decoder.graphs = {} if recorded else None  # see drop_graphs
 
     def forward(*inputs, subtree_end=None, **kwargs):
@@ -113,7 +140,13 @@ def read_streams(model, recorded: tuple[int, ...]) -> None:
             if length not in decoder.graphs and decoder.training and torch.is_grad_enabled():
                 decoder.graphs[length] = record(Stream(decoder, eager, length), tensors, pool)
             graph = decoder.graphs.get(length)
-        return BaseModelOutputWithPast(last_hidden_state=(graph or Stream(decoder, eager, length))(*tensors))
+        if graph is None:
+            return BaseModelOutputWithPast(last_hidden_state=Stream(decoder, eager, length)(*tensors))
+        if any(output() is not None for output in last):
+            raise RuntimeError("a recorded stream would be replayed over the output of the one before, which is in use")
+        output = graph(*tensors)
+        last[:] = [weakref.ref(output)]
+        return BaseModelOutputWithPast(last_hidden_state=output)
 
     decoder.forward = forward
 

@@ -6,6 +6,7 @@ from torch.nn.functional import cross_entropy
 from tool_calling.engines.attention import to_attention_mask, to_key_blocks
 from tool_calling.engines.device import autocast
 from tool_calling.engines.fsdp import held_part
+from tool_calling.engines.heads import has_fused_head
 from tool_calling.scores import find_interval
 from tool_calling.streams import IGNORED
 
@@ -18,17 +19,18 @@ def compute_token_losses(model, batch: dict, engine: str):
     In a stream, attention is limited to each token's ancestors. The vocabulary projection, the largest of all
     multiplications, is computed only where a token is supervised.
     """
-    inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "subtree_end")}
-    labels = batch["labels"][:, 1:]
-    supervised = labels != IGNORED
-    if engine == "unsloth":  # TRL's head: a Triton kernel that never holds all logits
-        if "subtree_end" in batch:
-            inputs["subtree_end"] = batch["subtree_end"][0]
-        outputs = model(**inputs, labels=batch["labels"], fused_lm_head=True)
-        return -outputs.log_probs[supervised].float(), outputs.is_top1[supervised]
-    if "subtree_end" in batch:
+    inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "subtree_end", "places")}
+    if "subtree_end" in batch and engine == "unsloth":
+        inputs["subtree_end"] = batch["subtree_end"][0]
+    elif "subtree_end" in batch:
         inputs["attention_mask"] = to_attention_mask(batch["subtree_end"][0])
         inputs["key_blocks"] = to_key_blocks(inputs["attention_mask"])
+    if has_fused_head(model):
+        places = batch["places"]
+        log_probs, likeliest = model(**inputs, places=places, targets=batch["labels"].flatten()[places + 1])
+        return -log_probs.float(), likeliest
+    labels = batch["labels"][:, 1:]
+    supervised = labels != IGNORED
     columns = supervised.any(dim=0).nonzero()[:, 0].tolist()  # a tensor would be on another GPU if layers are spread
     logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits[supervised[:, columns]]
     losses = cross_entropy(logits.float(), labels[supervised], reduction="none")
@@ -81,21 +83,21 @@ def measure_loss(model, batches: list[dict], engine: str) -> float:
 
 
 def compute_gradient(model, batches: list[dict], engine: str):
-    """Return (loss summed over the supervised tokens, its gradient as one fp32 vector on the CPU) of the batches.
+    """Return (losses of the supervised tokens, the gradient of their sum as one fp32 vector), on the CPU, of batches.
 
     The gradient of a large model is every n-th number, since its errors are not in a few of them; that of a split model
     is the part on this device.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     step = -(-sum(parameter.numel() for parameter in parameters) // COMPARED_NUMBERS)
-    total, gradient = 0.0, 0.0
+    losses, gradient = [], 0.0
     for batch in batches:
         model.zero_grad()
         with autocast(model):
-            loss = compute_token_losses(model, to_device(batch, model), engine)[0].sum()
-        loss.backward()
-        total += loss.item()
+            found = compute_token_losses(model, to_device(batch, model), engine)[0]
+        found.sum().backward()
+        losses.append(found.detach().cpu())
         # Added here and not in .grad, where a CUDA graph writes the next gradient over the last.
         gradient += torch.cat([held_part(parameter.grad).flatten()[::step].float() for parameter in parameters]).cpu()
     model.zero_grad()
-    return total, gradient
+    return torch.cat(losses), gradient

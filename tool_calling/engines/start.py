@@ -43,8 +43,7 @@ def import_unsloth(share_prefix: bool, output_dir: str) -> None:
     if share_prefix:
         settings |= {
             "UNSLOTH_BLOCK_COMPILE": "0",  # compiled blocks serve padded batches, and compiling takes ten seconds
-            "UNSLOTH_LOGPROB_CHUNK_GB": "0.0625",  # scratch for logits and for cuBLAS:
-            "CUBLAS_WORKSPACE_CONFIG": ":4096:2:16:8",  # 0.3 GB more make them no faster
+            "CUBLAS_WORKSPACE_CONFIG": ":4096:2:16:8",  # 0.03 GB of scratch: more makes it no faster
         }
         if torch.cuda.get_device_capability() < (8, 0):  # 64 KiB of shared memory, of which Unsloth's tiles take 96
             settings |= {"PG_FLEX_BF16_BLOCK_M": "64", "PG_FLEX_BF16_BLOCK_N": "32"}

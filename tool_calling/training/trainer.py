@@ -2,9 +2,10 @@
 
 import math
 import shutil
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,10 +18,11 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from tool_calling.checkpoints import list_checkpoints
-from tool_calling.engines.compat import mark_prepared
+from tool_calling.engines.compat import mark_prepared, set_checkpointing
 from tool_calling.engines.device import autocast
 from tool_calling.engines.fsdp import gather_weights, gather_whole, is_split, split_as
 from tool_calling.engines.graphs import make_room
+from tool_calling.engines.heads import fuse_head
 from tool_calling.engines.loading import TOKEN_ROWS
 from tool_calling.engines.losses import compute_token_losses, score_batches, to_metrics
 from tool_calling.files import discard_partial, move_aside, put_in_place, write_manifest
@@ -35,17 +37,32 @@ NAMED_ROWS = 8  # rows of a failed step that are named
 TOKEN_RATE = 4  # of rows of tokens, as a multiple of the adapter's rate: these start anew, and few steps meet them
 
 
+class Noted(NamedTuple):
+    """A step that has been launched, and its numbers: loss, norm, sum of losses to log, norm to log."""
+
+    step: int
+    epoch: float
+    rows: list[Sample]
+    numbers: torch.Tensor
+    arrival: torch.cuda.Event | None  # when the numbers are on the CPU
+    log: dict | None  # how many steps it sums up and their rate, if it is logged
+
+
 class StreamTrainer(SFTTrainer):
     """What this project does otherwise than TRL: streams, a loss per token, whole checkpoints, less memory on demand.
 
     TRL would render and truncate conversations in its own way, and it asks for a dataset: it gets the samples' numbers.
     """
 
+    loss_is_scaled_for_ga = True  # compute_loss divides by the supervised tokens of the whole step
+    can_recompute = False  # whether activations are kept that may be computed twice instead
+
     def __init__(self, schedule: Schedule, held_out: list[Sample], engine: str, **settings):
         self.schedule, self.held_out, self.engine = schedule, held_out, engine
         self.layout = schedule.layout  # as planned, or smaller streams once those did not fit into memory
         self.held_out_batches = self.layout.batch(held_out) if held_out else []
         self.step_rows, self.step_loss, self.step_norm = [], 0.0, 0.0  # of the current optimizer step
+        self.noted = []  # steps whose numbers are still to be checked and logged
         self.epoch_batches, self.next_batches = iter(()), []  # the micro-batches of the epoch, and of the next step
         self.tokens_computed, self.staging = 0, None
         # As arrays: lists would be turned into arrays anew in every step.
@@ -108,6 +125,7 @@ class StreamTrainer(SFTTrainer):
         If memory runs out, the rows are computed anew in smaller streams, each divided by the same number of items:
         loss and gradient are sums over the streams, so they do not change.
         """
+        model.zero_grad = self.drop_gradients  # what the library calls after the step
         rows, lost, loss = [self.arrays[index] for index in inputs.pop("rows")], [], None
         while loss is None:
             whole, losses = self.layout is self.schedule.layout, []
@@ -126,13 +144,24 @@ class StreamTrainer(SFTTrainer):
         return loss
 
     def divide_streams(self, rows: list[Sample], tokens: int) -> None:
-        """Halve the streams after one of these rows did not fit into memory; UserError if a row alone did not."""
+        """Compute activations twice, if they were kept, or halve the streams after these rows did not fit into memory.
+
+        UserError if a row alone did not.
+        """
         step = self.state.global_step + 1
         make_room(self.model)
+        failed = f"out of GPU memory at step {step:,} with a stream of {tokens:,} tokens"
+        alone = self.accelerator.num_processes == 1
+        if self.can_recompute and alone:
+            self.can_recompute = False
+            set_checkpointing(self.model, True)
+            warn(
+                f"{failed}: from here on activations are computed twice, and steps not replayed; the result is the same"
+            )
+            return
         if len(rows) == 1:
             raise UserError(explain_memory(rows[0], step))
-        failed = f"out of GPU memory at step {step:,} with a stream of {tokens:,} tokens"
-        if self.accelerator.num_processes > 1:  # the others wait for one gradient, not for two halves
+        if not alone:  # the others wait for one gradient, not for two halves
             raise UserError(f"{failed}; lower --batch_size and raise --gradient_accumulation_steps as much")
         size = -(-len(rows) // 2)
         self.layout = self.schedule.divide(size)
@@ -141,6 +170,20 @@ class StreamTrainer(SFTTrainer):
         parts = f"{streams} streams of at most {plural(size, 'row')}"
         warn(f"{failed}: from here on each step is computed in {parts}; the result is the same")
 
+    @cached_property
+    def trained(self) -> list:
+        """The weights that are trained. To find them takes the CPU milliseconds, and the library would three times."""
+        return [weight for weight in self.model.parameters() if weight.requires_grad]
+
+    def drop_gradients(self, set_to_none=True):
+        for weight in self.trained:
+            weight.grad = None
+
+    def _clip_grad_norm(self, model):
+        if is_split(self.model):  # of weights that are split and others that are not
+            return super()._clip_grad_norm(model)
+        return self.accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm)
+
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of split weights
@@ -148,19 +191,62 @@ class StreamTrainer(SFTTrainer):
         self.step_norm = norm if self.accelerator.scaler is None else 0.0
         return norm
 
-    def _maybe_log_save_evaluate(self, *arguments, **more):
-        """Check the step's numbers before anything of it is saved.
+    def floating_point_ops(self, inputs):
+        """Count none: the library would go through all weights in every step."""
+        return 0
 
-        That waits for the GPU, so the micro-batches of the next step are made first, while it computes.
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *arguments, learning_rate=None, **more):
+        """Log, evaluate and save as the library does, but look at a step's numbers while the next one computes.
+
+        To look at once would wait for the GPU, which would then wait for the next step. Nothing of a step is evaluated
+        or saved before its numbers are checked.
         """
         self.next_batches = list(islice(self.epoch_batches, self.schedule.streams_per_step))
-        loss, norm, rows = self.step_loss, self.step_norm, self.step_rows
+        control, state = self.control, self.state
+        if self.step_rows:  # not at the end of an epoch, where the last step has been noted
+            self.noted.append(self.note_step(tr_loss, grad_norm, learning_rate))
+        wanted = control.should_evaluate or control.should_save or control.should_training_stop
+        self.check_steps(0 if wanted or state.global_step >= state.max_steps else 1)
+        control.should_log = False
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *arguments, learning_rate=learning_rate, **more)
+
+    def note_step(self, tr_loss, grad_norm, learning_rate) -> Noted:
+        """Return the numbers of the step that has been launched, on their way to the CPU."""
+        log, step = None, self.state.global_step
+        numbers = [self.step_loss, self.step_norm, tr_loss, tr_loss if grad_norm is None else grad_norm]
+        numbers = torch.stack([torch.as_tensor(number, device=tr_loss.device).float() for number in numbers])
+        if self.control.should_log:
+            numbers[2] = self.accelerator.reduce(numbers[2], "mean")
+            tr_loss.zero_()  # as the library does: it adds up the losses since the last log
+            log = {"steps": step - self._globalstep_last_logged, "learning_rate": learning_rate}
+            self._globalstep_last_logged = step
+        numbers, arrival = numbers.to("cpu", non_blocking=True), None
+        if torch.cuda.is_available():
+            arrival = torch.cuda.Event()
+            arrival.record()
+        noted = Noted(step, self.state.epoch, self.step_rows, numbers, arrival, log)
         self.step_rows, self.step_loss = [], 0.0
-        if not math.isfinite(loss + norm):
-            if self.accelerator.scaler is None:  # with a scaler, only the loss of one device may be wrong
-                rows = gather_object(rows)
-            raise UserError(explain_numbers(self.state.global_step, float(loss), float(norm), rows))
-        super()._maybe_log_save_evaluate(*arguments, **more)
+        return noted
+
+    def check_steps(self, left: int) -> None:
+        """Check and log the numbers of the noted steps but the last `left`; UserError if one is not finite."""
+        while len(self.noted) > left:
+            noted = self.noted.pop(0)
+            if noted.arrival:
+                noted.arrival.synchronize()
+            loss, norm, logged, grad_norm = noted.numbers.tolist()
+            if not math.isfinite(loss + norm):
+                rows = noted.rows
+                if self.accelerator.scaler is None:  # with a scaler, only the loss of one device may be wrong
+                    rows = gather_object(rows)
+                raise UserError(explain_numbers(noted.step, loss, norm, rows))
+            if noted.log:
+                self._total_loss_scalar += logged
+                now = self.state.global_step, self.state.epoch
+                self.state.global_step, self.state.epoch = noted.step, noted.epoch
+                rate = noted.log["learning_rate"]
+                self.log({"loss": logged / noted.log["steps"], "grad_norm": grad_norm, "learning_rate": rate})
+                self.state.global_step, self.state.epoch = now
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
         """Return token exact match, and the held-out loss as a mean over tokens (the library's is one over batches)."""
@@ -252,9 +338,11 @@ def build_trainer(model, tokenizer, config, schedule: Schedule, held_out: list[S
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    if torch.cuda.is_available() and not is_split(model):
+        fuse_head(model)
     # The trainer would turn checkpointing on only in train(), after the self-check.
     if engine == "unsloth":
-        trainer.model.for_training(use_gradient_checkpointing=config.gradient_checkpointing)
+        set_checkpointing(trainer.model, config.gradient_checkpointing)
     elif config.gradient_checkpointing:
         trainer.model.gradient_checkpointing_enable(config.gradient_checkpointing_kwargs)
     return trainer
