@@ -125,7 +125,7 @@ class Batch:
             for rows in (rests, [*map(torch.ones_like, rests)])
         )
         layers, length = model.config.get_text_config(decoder=True).num_hidden_layers, ids.shape[1]
-        cache = Cache(layers=[StaticLayer(length + room) for _ in range(layers)]) if self.whole else None
+        cache = Cache(layers=[Layer(length + room) for _ in range(layers)]) if self.whole else None
         self.options = {
             "past_key_values": cache or DynamicCache(config=model.config),
             "prefix_cache": prefix if shared else None,
@@ -184,6 +184,14 @@ class Batch:
         self.options["past_key_values"].reorder_cache(torch.tensor(going))  # on the CPU, for layers on any GPU
         self.ids, self.positions, self.seen = self.ids[going], self.positions[going], self.seen[going]
         self.graph, self.steps = None, min(self.steps, 1)
+
+
+class Layer(StaticLayer):
+    """Keys and values of a layer, each of the type in which autocast leaves them."""
+
+    def lazy_initialization(self, key_states, value_states):
+        super().lazy_initialization(key_states, value_states)
+        self.values = self.values.to(value_states.dtype)
 
 
 def mask_prompts(filled, room: int):

@@ -82,7 +82,7 @@ def attend_with_prefix(query, key, value, attention_mask, scaling: float, prefix
 
 def multiply(left, right):
     """Return the products of matrices [..., m, k] and [..., k, n] in fp32, in which they are computed on any device."""
-    if left.dtype == torch.float32:
-        return left @ right
+    if torch.float32 in (left.dtype, right.dtype):
+        return left.float() @ right.float()
     products = torch.bmm(left.flatten(0, -3), right.flatten(0, -3), out_dtype=torch.float32)
     return products.view(*left.shape[:-1], right.shape[-1])
