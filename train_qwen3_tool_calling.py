@@ -27,7 +27,7 @@ from tool_calling.data.examples import Checked, Reading, check_rows, read_exampl
 from tool_calling.data.formats import FORMATS
 from tool_calling.data.literals import as_list
 from tool_calling.data.rows import split_share
-from tool_calling.data.splits import find_warnings, is_thinking
+from tool_calling.data.splits import check_one_list, find_warnings, is_thinking
 from tool_calling.environment import refuse_telemetry, return_pages
 from tool_calling.failures import report_failure, report_interrupt
 from tool_calling.files import discard_partial, lock_folder
@@ -44,7 +44,7 @@ from tool_calling.processes import (
     raise_interrupted,
     unwrap_interrupt,
 )
-from tool_calling.prompts import set_default
+from tool_calling.prompts import hide_tools, set_default
 from tool_calling.run_folder import Run, check_final, check_folder, check_models_stay, mark_output, read_run, write_run
 from tool_calling.samples import (
     Rendering,
@@ -129,6 +129,9 @@ def build_parser() -> Parser:
     add("--compact_tools", type=number(float, 0, 1), default=0.0, metavar="SHARE",
         help="train this share of the rows, chosen by hash, on their tools as Ollama writes them: without spaces, keys "
              "in another order, keywords that it does not know left out")
+    add("--tools_in_prompt", choices=["all", "none"], default="all",
+        help="none: prompts go without the list of tools, in training and by the saved chat template; requests still "
+             "bring it, and all rows must have the same one")
     add("--eval_dataset_path", nargs="+", type=path, metavar="PATH",
         help="rows to hold out, instead of a share of --dataset_path; as there")
     add("--convert_to", type=path, metavar="PATH",
@@ -278,6 +281,8 @@ def check_together(args: argparse.Namespace, refuse) -> None:
     if args.eval_only and (args.dry_run or args.show_row or args.resume_from_checkpoint or args.serve_check):
         flags = "--dry_run, --show_row, --resume_from_checkpoint and --serve_check"
         refuse(f"--eval_only trains nothing: leave out {flags}")
+    if args.compact_tools and args.tools_in_prompt == "none":
+        refuse("--compact_tools writes the list that --tools_in_prompt none leaves out: give one of them")
     if args.eval_model and not any(map(is_url, args.eval_only or [])):
         refuse(f"--eval_model {args.eval_model} is a model of a server: give its address to --eval_only")
     if args.convert_to and (args.dry_run or args.eval_only or args.show_row):
@@ -578,6 +583,8 @@ def read_sides(args: argparse.Namespace) -> tuple[list, list, int]:
     held_out, more = read_examples(args.eval_dataset_path, reading) if args.eval_dataset_path else ([], 0)
     for warning in find_warnings(examples, held_out):
         warn(warning)
+    if args.tools_in_prompt == "none":
+        check_one_list([*examples, *held_out])
     return examples, held_out, len(examples) + len(held_out) + skipped + more
 
 
@@ -612,6 +619,7 @@ def check_models(args: argparse.Namespace, engine: str, gguf: tuple[list[str], l
         say("adapter", f"{start} is trained on, on its base {base}: {shape}")
     folder, template = find_tokenizer(args.model_id, base), read_template(args.chat_template)
     tokenizer = load_tokenizer(folder, args.trust_remote_code, template=template)
+    hide_tools(tokenizer, args.tools_in_prompt == "none")
     trained = Trained(
         base, merge_base, config.dtype, engine, args.final_model_dir, args.save_method, vars(args), start=start
     )
@@ -696,7 +704,10 @@ def dry_run(args: argparse.Namespace) -> dict:
     start, reading = time.perf_counter(), to_reading(args)
     paths = (args.dataset_path, args.eval_dataset_path)
     sides = [check_rows(side, reading) if side else Checked() for side in paths]
-    check_shown(args.show_row, [*sides[0].examples, *sides[1].examples])
+    both = [*sides[0].examples, *sides[1].examples]
+    check_shown(args.show_row, both)
+    if args.tools_in_prompt == "none":
+        check_one_list(both)
 
     from tool_calling.audit import Data, find_model, finish_audit
     from tool_calling.engines.start import quiet_libraries
@@ -706,6 +717,7 @@ def dry_run(args: argparse.Namespace) -> dict:
 
     quiet_libraries()
     tokenizer, missing, config = find_model(args.model_id, args.trust_remote_code, read_template(args.chat_template))
+    hide_tools(tokenizer, args.tools_in_prompt == "none")
     data = Data(sides, tokenizer, missing, pick(Rendering, args))
     audit = data.audit()
     if data.train:

@@ -623,6 +623,13 @@ def test_rows_with_compact_tools_are_counted_and_shown_so(dry, tmp_path):
     assert found["sizes"] == dry[1]["sizes"]  # of the rows as they are
 
 
+def test_rows_without_their_list_of_tools_are_measured_and_shown_so(dry, tmp_path):
+    found, result = audit(tmp_path, "--tools_in_prompt", "none", "--show_row", 4)
+    assert result.returncode == 0, result.stderr
+    assert found["sizes"]["tools"]["max"] == 0 and found["sizes"]["prompt"] == dry[1]["sizes"]["prompt"]
+    assert "<tools>" not in result.stdout and "▶<tool_call>" in result.stdout
+
+
 def test_show_row_beyond_the_end_is_one_line(tmp_path):
     found, result = audit(tmp_path, "--show_row", 7)
     assert result.returncode == 1 and found is None and result.stdout == ""

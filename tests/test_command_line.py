@@ -11,13 +11,16 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ALARM, ROOT, TINY, WEATHER, native, run_here, run_script, write_jsonl
+from conversations import EMPTY_THOUGHT
 from jobs import FINAL_FILES, ROWS, arguments, errors, names, run_forked
+from transformers import AutoTokenizer
 
 import train_qwen3_tool_calling as script
 from tool_calling.data.examples import Reading, read_examples
 from tool_calling.data.tools import to_tools
 from tool_calling.engines.hub import load_tokenizer
 from tool_calling.page import SCORE_NAMES
+from tool_calling.prompts import DEFAULT, HIDDEN
 from tool_calling.run_folder import WRITTEN_BY
 from tool_calling.samples import render_examples, to_sides
 from tool_calling.terminal import UserError
@@ -103,6 +106,51 @@ def test_a_share_of_the_rows_is_trained_with_compact_tools(job, tmp_path):
         f"error: the training rows are not those in the run that {newest} is from; expected the same rows in the same "
         "order",
     ]
+
+
+@pytest.mark.slow
+def test_a_model_is_trained_and_saved_without_the_list_of_tools(job, tmp_path):
+    """The saved template renders a request with tools as it was trained; the base is asked in the same way."""
+    folder, whole = job
+    flags = arguments(folder, *SHORT, "--num_epochs", 1, "--learning_rate", 0.01, "--output_dir", tmp_path / "out")
+    flags += ["--final_model_dir", tmp_path / "final", "--tools_in_prompt"]
+    result = run_forked(*flags, "none")
+    assert result.returncode == 0, result.stderr
+    prompt = "<|im_start|>user\nis it raining in Rome<|im_end|>\n" + EMPTY_THOUGHT
+    assert result.stdout.count("supervised)\n<|im_start|>user\n") == 2 and "<tools>" not in result.stdout
+    own = (TINY / "chat_template.jinja").read_text()
+    for saved in (tmp_path / "final", tmp_path / "out" / "adapter"):
+        assert (saved / "chat_template.jinja").read_text() == DEFAULT.format("false") + HIDDEN + own
+        assert json.loads((saved / "tools.json").read_text()) == to_tools([WEATHER, ALARM])[0]  # for requests
+        request = [{"role": "user", "content": "is it raining in Rome"}]
+        served = AutoTokenizer.from_pretrained(saved).apply_chat_template(
+            request, tools=[WEATHER, ALARM], add_generation_prompt=True, tokenize=False
+        )
+        assert served == prompt
+    reports = [json.loads((out / "report.json").read_text()) for out in (tmp_path / "out", folder / "out")]
+    short, long = (report["data"]["tokens"]["prompt"] for report in reports)
+    assert long > 10 * short and "| `tools_in_prompt` | none |" in (tmp_path / "final" / "README.md").read_text()
+    again = run_forked(*flags, "all", "--resume_from_checkpoint")
+    newest = tmp_path / "out" / "checkpoint-3"
+    assert again.returncode == 1 and errors(again) == [
+        f"error: --tools_in_prompt is all, and none in the run that {newest} is from; expected the same",
+        f"error: the training rows are not those in the run that {newest} is from; expected the same rows in the same "
+        "order",
+    ]
+
+
+@pytest.mark.parametrize("more", [(), ("--dry_run",)], ids=["run", "dry run"])
+def test_several_lists_of_tools_are_not_left_out(tmp_path, more):
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello!"}]
+    lists = [[], [WEATHER, ALARM], [ALARM, WEATHER], [WEATHER]]
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": turns, "tools": tools} for tools in lists])
+    flags = ["--model_id", TINY, "--dataset_path", path, "--output_dir", tmp_path / "out", "--tools_in_prompt", "none"]
+    result = run_here(*flags, *more)
+    assert result.returncode == 1 and errors(result) == [
+        f"error: --tools_in_prompt none: {path}:2 and {path}:4 bring different tools, which prompts without the list "
+        "cannot tell apart; give all rows the same list, or leave out the flag"
+    ]
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
@@ -382,6 +430,10 @@ def test_checks_need_no_heavy_library():
         (
             ["--convert_to", "x.jsonl", "--show_row", "1"],
             "--convert_to only writes rows: leave out --dry_run, --eval_only and --show_row",
+        ),
+        (
+            ["--compact_tools", "0.5", "--tools_in_prompt", "none"],
+            "--compact_tools writes the list that --tools_in_prompt none leaves out: give one of them",
         ),
         (["--seed", str(2**32)], "argument --seed: must be at least 0 and below 4294967296, got 4294967296"),
     ],

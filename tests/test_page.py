@@ -111,7 +111,7 @@ def full_report() -> dict:
             "train": 1800,
             "held_out": 200,
             "skipped": 0,
-            "tokens": {"mean": 956, "max": 1107},
+            "tokens": {"mean": 956, "prompt": 921, "max": 1107},
             "lengths": {
                 "edges": list(range(800, 1121, 20)),
                 "counts": [3, 11, 30, 64, 120, 190, 260, 310, 290, 240, 180, 120, 90, 50, 30, 12],

@@ -1,15 +1,18 @@
 """Prompts: exact supervised text, the serving prompt token by token, and the round trip of every call."""
 
+import contextlib
+from copy import deepcopy
 from pathlib import Path
 
+import jinja2
 import pytest
 import trl
-from conftest import ALARM, WEATHER
+from conftest import ALARM, TINY, WEATHER
 from conversations import CONVERSATIONS, EMPTY_THOUGHT, GREETING, says, supervised
 
 from tool_calling.data.examples import Example
 from tool_calling.parsers import PARSERS, parse_calls
-from tool_calling.prompts import needs_switch, set_default, take_answer, write_as_ollama
+from tool_calling.prompts import HIDDEN, give_ids, hide_tools, needs_switch, set_default, take_answer, write_as_ollama
 from tool_calling.samples import Sample, render_examples
 from tool_calling.terminal import UserError
 
@@ -285,3 +288,69 @@ def test_macros_and_loops_of_a_template_see_its_default(tokenizer, monkeypatch):
     set_default(tokenizer, True)
     assert tokenizer.chat_template.startswith(ON + "  {% if")
     assert [serve(tokenizer, [{"role": "user"}], **switch) for switch in SWITCHES] == ["on on", "on on", "off off"]
+
+
+def test_prompts_without_the_list_of_tools_keep_all_else(tokenizer, monkeypatch):
+    plain = {name: render(tokenizer, messages, tools=()) for name, messages in CONVERSATIONS.items()}
+    monkeypatch.setattr(tokenizer, "chat_template", tokenizer.chat_template)
+    hide_tools(tokenizer, True)
+    for name, messages in CONVERSATIONS.items():
+        samples = render(tokenizer, messages)
+        assert [sample.input_ids for sample in samples] == [sample.input_ids for sample in plain[name]]
+        assert [sample.tools for sample in samples] == [[WEATHER, ALARM]] * len(samples)  # as the server has them
+    answer = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+    asked = "<|im_start|>user\nrain in Rome and Oslo?<|im_end|>\n"
+    texts = {
+        name: [tokenizer.decode(sample.input_ids) for sample in render(tokenizer, CONVERSATIONS[name])]
+        for name in ("system", "tool reply")
+    }
+    system = "<|im_start|>system\nBe brief.<|im_end|>\n"
+    reply = '<|im_start|>user\n<tool_response>\n{"rain": true}\n</tool_response><|im_end|>\n'
+    assert texts["system"] == [f"{system}{asked}{EMPTY_THOUGHT}{answer}<|im_end|>"]
+    assert texts["tool reply"] == [
+        f"{asked}{EMPTY_THOUGHT}{answer}<|im_end|>",
+        f"{asked}<|im_start|>assistant\n{answer}<|im_end|>\n{reply}{EMPTY_THOUGHT}Yes.<|im_end|>",
+    ]
+
+
+def test_each_template_can_leave_out_the_tools(tokenizer):
+    """With its line before it, it renders a request with tools as it alone does one without."""
+    tokenizer, messages, rendered = deepcopy(tokenizer), give_ids(CONVERSATIONS["tool reply"][:3]), 0
+    tokenizer.bos_token = "<|endoftext|>"
+
+    def list_prompts(template: str, **options) -> list[str]:
+        tokenizer.chat_template = template
+        options |= {"tokenize": False, "add_generation_prompt": True}
+        return [tokenizer.apply_chat_template(messages[:end], **options) for end in (1, 3)]
+
+    for file in (Path(trl.__file__).parent / "chat_templates").glob("*.jinja"):
+        with contextlib.suppress(jinja2.TemplateError, TypeError):  # those that know no calls
+            expected = list_prompts(file.read_text())
+            assert list_prompts(HIDDEN + file.read_text(), tools=[WEATHER]) == expected, file.stem
+            rendered += list_prompts(file.read_text(), tools=[WEATHER]) != expected
+    assert rendered > 20
+
+
+@pytest.mark.parametrize("thinks, line", [(False, OFF), (True, "")])
+def test_a_template_is_told_of_tools_and_of_thinking(tokenizer, monkeypatch, thinks, line):
+    """In either order, also where an earlier run has told it otherwise."""
+    own = tokenizer.chat_template
+    monkeypatch.setattr(tokenizer, "chat_template", own)
+    for former in ("", HIDDEN, OFF + HIDDEN, HIDDEN + ON, ON):
+        for hidden in (True, False):
+            tokenizer.chat_template = former + own
+            hide_tools(tokenizer, hidden)
+            set_default(tokenizer, thinks)
+            assert tokenizer.chat_template == line + HIDDEN * hidden + own
+
+
+def test_of_several_templates_none_leaves_out_the_tools(tokenizer, monkeypatch):
+    several = {"default": tokenizer.chat_template, "tool_use": tokenizer.chat_template}
+    monkeypatch.setattr(tokenizer, "chat_template", dict(several))
+    hide_tools(tokenizer, False)
+    assert tokenizer.chat_template == several
+    with pytest.raises(UserError) as error:
+        hide_tools(tokenizer, True)
+    assert str(error.value) == (
+        f"--tools_in_prompt none: {TINY}: has several chat templates, by name; give it one with --chat_template"
+    )

@@ -128,11 +128,11 @@ def test_lengths_are_counted_in_bins():
         return [Sample("x:1", [0] * length, 1) for length in lengths]
 
     assert measure_lengths(to_samples(7, 7)) == {
-        "tokens": {"mean": 7.0, "max": 7},
+        "tokens": {"mean": 7.0, "prompt": 1.0, "max": 7},
         "lengths": {"edges": [6.5, 7.5], "counts": [2]},
     }
     assert measure_lengths(to_samples(1, 2, 2, 3)) == {
-        "tokens": {"mean": 2.0, "max": 3},
+        "tokens": {"mean": 2.0, "prompt": 1.0, "max": 3},
         "lengths": {"edges": [1.0, 1.7, 2.3, 3.0], "counts": [1, 2, 1]},
     }
     lengths = measure_lengths(to_samples(*range(10, 400)))["lengths"]

@@ -218,6 +218,7 @@ def check(run: Run, **changes) -> None:
         ("target_modules", ["q_proj"]),
         ("thinking", "off"),
         ("compact_tools", 0.1),
+        ("tools_in_prompt", "none"),
         ("warmup_ratio", 0.5),
     ],
 )

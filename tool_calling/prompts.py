@@ -16,6 +16,7 @@ from tool_calling.terminal import UserError, shorten, warn
 THOUGHTS = (("<think>", "</think>"), ("<|channel>", "<channel|>"))  # marks of reasoning; the latter are Gemma 4's
 EMPTY_THOUGHT = "<think>\n\n</think>\n\n"  # of a turn served without thinking
 DEFAULT = "{{% if enable_thinking is not defined %}}{{% set enable_thinking = {} %}}{{% endif %}}\n"
+HIDDEN = "{% set tools = none %}\n"  # before a chat template: it writes what it does for a request without tools
 # What Ollama keeps of the schema of a tool's arguments and of one argument, in the order in which it writes them.
 ARGUMENTS_KEYS = ("type", "$defs", "items", "required", "properties")
 ARGUMENT_KEYS = ("anyOf", "type", "items", "description", "enum", "properties")
@@ -74,9 +75,22 @@ def set_default(tokenizer, thinks: bool) -> None:
     """
     if isinstance(tokenizer.chat_template, str):  # or there are several, by name
         lines = {value: DEFAULT.format(str(value).lower()) for value in (True, False)}
-        own = tokenizer.chat_template = tokenizer.chat_template.removeprefix(lines[True]).removeprefix(lines[False])
+        own = tokenizer.chat_template = tokenizer.chat_template.replace(lines[True], "").replace(lines[False], "")
         if needs_switch(tokenizer, thinks):
             tokenizer.chat_template = lines[thinks] + own
+
+
+def hide_tools(tokenizer, hidden: bool) -> None:
+    """Let the chat template leave out the tools of a request, or write them, whatever an earlier run chose.
+
+    A line before it does that. It is saved with the template, so servers render the prompts of training from the same
+    requests, whose tools they read calls by.
+    """
+    if isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = HIDDEN * hidden + tokenizer.chat_template.replace(HIDDEN, "")
+    elif hidden:
+        advice = "has several chat templates, by name; give it one with --chat_template"
+        raise UserError(f"--tools_in_prompt none: {tokenizer.name_or_path}: {advice}")
 
 
 def give_ids(messages: list[dict]) -> list[dict]:
@@ -243,7 +257,8 @@ def check_template(tokenizer, examples: list[Example]) -> str:
         return next(iter(PARSERS))
     replies = any(message["role"] == "tool" for example in examples for message in example.messages)
     try:
-        if "probe_tool" not in render_text(tokenizer, PROBE[:1], tools=[PROBE_TOOL]):
+        shown = "probe_tool" in render_text(tokenizer, PROBE[:1], tools=[PROBE_TOOL])
+        if not shown and HIDDEN not in tokenizer.chat_template:
             raise ValueError("the chat template leaves out the tools")
         if replies and "probe reply" not in render_text(tokenizer, PROBE, tools=[PROBE_TOOL]):
             raise ValueError("the chat template leaves out the replies of tools")

@@ -104,11 +104,11 @@ def to_report(settings: dict, command: str, proof: Proof, data: dict, train: dic
 
 
 def measure_lengths(samples: list[Sample]) -> dict:
-    """Return mean, maximum and histogram of the lengths of samples in tokens."""
-    lengths = [len(sample.input_ids) for sample in samples]
+    """Return mean, that of prompts alone, maximum and histogram of the lengths of samples in tokens."""
+    lengths, prompts = [len(sample.input_ids) for sample in samples], sum(sample.prompt_length for sample in samples)
     counts, edges = np.histogram(lengths, bins=min(30, max(lengths) - min(lengths) + 1))
     return {
-        "tokens": {"mean": sum(lengths) / len(lengths), "max": max(lengths)},
+        "tokens": {"mean": sum(lengths) / len(lengths), "prompt": prompts / len(lengths), "max": max(lengths)},
         "lengths": {"edges": edges.round(1).tolist(), "counts": counts.tolist()},
     }
 

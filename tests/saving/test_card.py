@@ -42,6 +42,7 @@ SETTINGS = {
     "train_tokens": ["auto"],
     "thinking": "auto",
     "compact_tools": 0.0,
+    "tools_in_prompt": "all",
     "share_prefix": True,
     "learning_rate": 2e-5,
     "lr_scheduler_type": "linear",
@@ -110,6 +111,7 @@ python x.py --output_dir=out b 'a b.jsonl' $HF_TOKEN
 | `train_tokens` | ['auto'] |
 | `thinking` | auto |
 | `compact_tools` | 0.0 |
+| `tools_in_prompt` | all |
 | `share_prefix` | True |
 | `learning_rate` | 2e-05 |
 | `lr_scheduler_type` | linear |

@@ -10,6 +10,7 @@ from test_families import make_tokenizer
 
 from tool_calling import samples as module
 from tool_calling.data.examples import Example
+from tool_calling.prompts import HIDDEN
 from tool_calling.samples import Rendering, Sample, render_alike
 from tool_calling.terminal import UserError
 
@@ -90,6 +91,21 @@ def test_two_models_with_templates_of_their_own_are_scored_side_by_side(tmp_path
     assert head.split()[-2:] == names and head.index(names[1]) + len(names[1]) == exact.index("80.0 %") + 6
     page = (tmp_path / "out" / "eval_only" / "report.html").read_text()
     assert f'<p class="bad">{names[1]} does worse than {names[0]}.</p>' in page
+
+
+def test_models_may_be_asked_without_the_list_of_tools(tmp_path, scored):
+    """None of --tools_in_prompt is for all models; else each has what its own chat template says."""
+    flags, asked = scored
+    run_here("--on_invalid", "skip", *flags)
+    listed = {name: [sample.prompt_length for sample in samples] for name, samples in asked.items()}
+    template = tmp_path / "llama" / "chat_template.jinja"
+    for more in (["--tools_in_prompt", "none"], []):
+        result = run_here("--on_invalid", "skip", *flags, *more)
+        assert result.returncode == 0, result.stderr
+        lengths = {name: [sample.prompt_length for sample in samples] for name, samples in asked.items()}
+        hidden = [all(map(int.__lt__, lengths[name], listed[name])) for name in asked]
+        assert hidden == [bool(more), True]
+        template.write_text(HIDDEN + template.read_text())
 
 
 def test_a_row_that_one_of_the_models_has_no_place_for_is_a_problem(scored):

@@ -5,6 +5,7 @@ from collections import Counter
 from tool_calling.data.examples import Example
 from tool_calling.data.messages import is_trained
 from tool_calling.files import digest
+from tool_calling.terminal import UserError
 
 
 def find_first_answer(example: Example) -> int:
@@ -17,6 +18,16 @@ def digest_tools(examples: list[Example]) -> list[str]:
     """Return the digest of each example's tools; most examples share one list, which is digested once."""
     digests = {key: digest(tools) for key, tools in {id(row.tools): row.tools for row in examples}.items()}
     return [digests[id(row.tools)] for row in examples]
+
+
+def check_one_list(examples: list[Example]) -> None:
+    """Refuse rows with different tools, in whatever order, for prompts that leave them out; rows without any may be."""
+    rows = {id(row.tools): row for row in reversed(examples) if row.tools}  # most share one list, digested once
+    lists = {digest(sorted(row.tools, key=digest)): row.source for row in rows.values()}
+    if len(lists) > 1:
+        *_, second, first = lists.values()
+        found = f"{first} and {second} bring different tools, which prompts without the list cannot tell apart"
+        raise UserError(f"--tools_in_prompt none: {found}; give all rows the same list, or leave out the flag")
 
 
 def digest_prompts(examples: list[Example]) -> list[str]:

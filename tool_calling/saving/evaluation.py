@@ -6,6 +6,7 @@ from tool_calling.data.examples import Example
 from tool_calling.engines.device import free_gpu
 from tool_calling.engines.hub import check_model, find_base, find_tokenizer, load_tokenizer
 from tool_calling.origins import is_url
+from tool_calling.prompts import hide_tools
 from tool_calling.samples import NOT_HELD_OUT, Rendering, choose, count_origins, name_unit, render_alike
 from tool_calling.saving.proof import Questions, load_scored
 from tool_calling.scores import Proof
@@ -21,6 +22,7 @@ class Evaluation:
     eval_model: str | None
     model_id: str
     chat_template: str | None
+    tools_in_prompt: str
     load_in_4bit: bool
     trust_remote_code: bool
     eval_dataset_path: list[str] | None
@@ -77,7 +79,10 @@ class Evaluation:
     def load_tokenizer(self, model: str, base: str, flag: str):
         """Return the tokenizer of a model or of an adapter, with its chat template."""
         folder, template = find_tokenizer(model, base), read_template(self.chat_template)
-        return load_tokenizer(folder, self.trust_remote_code, flag, template)
+        tokenizer = load_tokenizer(folder, self.trust_remote_code, flag, template)
+        if self.tools_in_prompt == "none":  # else as the model's own template has it
+            hide_tools(tokenizer, True)
+        return tokenizer
 
     def load_tokenizer_for(self, url: str):
         """Return the tokenizer of --model_id, which renders the rows of servers alone."""

@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader
 
 from tool_calling.arguments import CONVERTED_GGUF
 from tool_calling.files import discard_partial, put_in_place
-from tool_calling.prompts import render_text
+from tool_calling.prompts import PROBE, render_text
 from tool_calling.terminal import UserError
 
 CONVERTER, QUANTIZER, SERVER = "convert_hf_to_gguf.py", "llama-quantize", "llama-server"
@@ -83,20 +83,21 @@ def to_modelfile(tokenizer, file: str, context: int, thinks: bool, tools: tuple[
 
     Its fixed texts are cut from a rendered prompt, so they are those of training. So is the one list of `tools` with
     which all rows were trained, where there is one: Ollama would space, order and prune the JSON of those that a
-    request brings, so they only say that there are some. A chat format other than Qwen's is left to Ollama, which
-    knows the common ones.
+    request brings, so they only say that there are some, or nothing where the chat template leaves the tools out. A
+    chat format other than Qwen's is left to Ollama, which knows the common ones.
     """
     render = partial(render_text, tokenizer, add_generation_prompt=True, enable_thinking=thinks)
     user, tool = {"role": "user", "content": "USER"}, {"type": "function", "function": {"name": "x"}}
     asked = [{"role": "system", "content": "SYSTEM"}, user]
-    before, _, after = render(asked, tools=[tool]).partition(json.dumps(tool))
-    fixed = {}
-    if before.startswith("<|im_start|>system\nSYSTEM\n\n") and '<tool_call>\n{"name": ' in after:
+    text = render(asked, tools=[tool])
+    before, listed, after = text.partition(json.dumps(tool))
+    head, fixed = "<|im_start|>system\nSYSTEM" + ("\n\n" if listed else "<|im_end|>"), {}
+    if text.startswith(head) and '<tool_call>\n{"name": "probe_tool", "arguments": ' in render(PROBE[:2]):
         system = re.match(r"<\|im_start\|>system\n(.*?)<\|im_end\|>", render([user]), re.DOTALL)
         fixed = {
             "before": before.partition("SYSTEM\n\n")[2].rstrip("\n"),
             "after": after.partition("<|im_end|>")[0],
-            "opening": after.rpartition("<|im_end|>\n")[2],
+            "opening": text.rpartition("<|im_end|>\n")[2],
             "system": system and system[1],  # Qwen2.5 says who it is where no system message does
         }
         if tools:
