@@ -185,18 +185,19 @@ def test_every_answer_is_written_for_other_checkers(tmp_path):
     hi = {"source": "b.json:3", "request": "Hi", "tools": [WEATHER, ALARM], "expected": "Hello!", "expected_calls": []}
     rome = {"source": "a.json:7", "request": "Rain in\nRome?", "tools": [WEATHER, ALARM], "expected": thought}
     rome["expected_calls"] = [{"name": "get_weather", "arguments": {"city": "Rome"}}]
-    right, wrong = ({"exact": hit, "ast": hit, "broken": False} for hit in (True, False))
+    right = {"exact": True, "ast": True, "broken": False, "reward": 1.0}
+    wrong = {"exact": False, "ast": False, "broken": False, "reward": -1.0}  # a call where none is expected
     assert [json.loads(line, parse_constant=pytest.fail) for line in lines] == [
         hi | {"model": "base", "answer": "Yes. \ud83d", "calls": []} | right,
         rome | {"model": "base", "answer": thought, "calls": rome["expected_calls"]} | right,
         hi
         | {"model": "merged", "answer": nan, "calls": [{"name": "get_weather", "arguments": {"city": None}}]}
         | wrong,
-        rome | {"model": "merged", "answer": "<tool_call>{", "calls": None} | wrong | {"broken": True},
+        rome | {"model": "merged", "answer": "<tool_call>{", "calls": None} | wrong | {"broken": True, "reward": 0.0},
     ]
     assert list(json.loads(lines[0])) == [
         *("source", "model", "request", "tools", "expected", "expected_calls", "answer", "calls", "exact", "ast"),
-        "broken",
+        *("broken", "reward"),
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["answers.jsonl"]
 
