@@ -83,6 +83,12 @@ LR_SCHEDULER_TYPE = "linear"
 MAX_SEQ_LENGTH = 2048  # longer samples are reported, never cut
 SEED = 3407
 
+GRPO_LEARNING_RATE = 1e-5  # drawn answers are a noisy signal
+GRPO_STEPS = 100
+GRPO_EVAL_STEPS = 25  # from one look at the held-out rows, and one checkpoint, to the next
+NUM_GENERATIONS = 8  # the more, the surer what a better answer is
+TEMPERATURE = 1.0  # answers as likely as the model finds them
+
 LORA_RANK = 16
 LORA_ALPHA = 16  # alpha / rank = 1: the adapter's output is not scaled
 LORA_DROPOUT = 0.0  # 0 lets steps be recorded as CUDA graphs
@@ -165,13 +171,21 @@ def build_parser() -> Parser:
 
     train = parser.add_argument_group("training")
     add = train.add_argument
+    add("--method", choices=["sft", "grpo"], default="sft",
+        help="sft: train on the answers of the rows; grpo: on the model's own answers, by how right they are")
+    add("--num_generations", type=number(int, 2), metavar="N",
+        help=f"grpo: answers drawn to each prompt (default: {NUM_GENERATIONS})")
+    add("--temperature", type=number(float, 0, low_open=True), default=TEMPERATURE, metavar="T",
+        help="grpo: at which they are drawn")
     add("--num_epochs", type=count, default=NUM_EPOCHS, metavar="N", help="passes over the data")
-    add("--max_steps", type=count, metavar="N", help="train N optimizer steps, not --num_epochs")
+    add("--max_steps", type=count, metavar="N",
+        help=f"train N optimizer steps, not --num_epochs (default: grpo {GRPO_STEPS})")
     add("--batch_size", type=count, default=BATCH_SIZE, metavar="N", help="samples per device and micro-batch")
     add("--gradient_accumulation_steps", type=count, default=GRADIENT_ACCUMULATION_STEPS, metavar="N",
         help="micro-batches per optimizer step")
     add("--learning_rate", type=number(float, 0, low_open=True), metavar="LR",
-        help=f"peak rate; with --lora_rank 0 a tenth of the default (default: {LEARNING_RATE})")
+        help=f"peak rate; with --lora_rank 0 a tenth of the default (default: {LEARNING_RATE}, "
+             f"grpo {GRPO_LEARNING_RATE})")
     add("--lr_scheduler_type", type=one_of(SCHEDULERS), default=LR_SCHEDULER_TYPE, metavar="NAME",
         help="linear, cosine, constant, ... as Transformers names them")
     warmup = train.add_mutually_exclusive_group()  # argparse tells a given number from the default, which is a text
@@ -198,9 +212,10 @@ def build_parser() -> Parser:
 
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval_steps", type=count, metavar="N",
-        help="steps from one held-out loss and exact match to the next (default: an epoch)")
-    add("--metric_for_best", choices=["exact_match", "loss"],
-        help="keep the checkpoint that is best on the held-out rows (default: the last)")
+        help=f"steps from one held-out loss and exact match to the next (default: an epoch, grpo {GRPO_EVAL_STEPS})")
+    add("--metric_for_best", choices=["exact_match", "loss", "reward"],
+        help="keep the checkpoint that is best on the held-out rows; reward: grpo alone has it (default: the last, "
+             "grpo exact_match)")
     add("--early_stopping_patience", type=count, metavar="N",
         help="stop after N evaluations without improvement (default: never)")
     add("--eval_samples", type=count, default=EVAL_SAMPLES, metavar="N",
@@ -254,6 +269,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     settle_shape(args, parser)
     args.train_tokens = as_list(args.train_tokens)
     args.dry_run = bool(args.dry_run)
+    settle_method(args)
     check_together(args, parser.error)
     settle_defaults(args)
     return args
@@ -274,8 +290,23 @@ def settle_shape(args: argparse.Namespace, parser: Parser) -> None:
         setattr(args, flag, value if given is None else given)
 
 
+def settle_method(args: argparse.Namespace) -> None:
+    """Set what depends on --method."""
+    if args.method == "grpo":
+        defaults = {"num_generations": NUM_GENERATIONS, "max_steps": GRPO_STEPS, "metric_for_best": "exact_match"}
+        defaults |= {"learning_rate": GRPO_LEARNING_RATE, "eval_steps": GRPO_EVAL_STEPS}
+        for flag, value in defaults.items():
+            setattr(args, flag, getattr(args, flag) or value)
+
+
 def check_together(args: argparse.Namespace, refuse) -> None:
     """Refuse flags that exclude each other."""
+    if args.method == "grpo" and (args.fsdp or args.engine == "unsloth"):
+        refuse("--method grpo lets the model answer while it trains, with Transformers: leave out --fsdp and "
+               "--engine unsloth")  # fmt: skip
+    drawn = args.num_generations or args.temperature != TEMPERATURE or args.metric_for_best == "reward"
+    if args.method == "sft" and drawn:
+        refuse("--num_generations, --temperature and --metric_for_best reward are for --method grpo")
     if args.lora_rank and not args.target_modules:
         refuse("--target_modules: expected at least one name")
     if args.eval_only and (args.dry_run or args.show_row or args.resume_from_checkpoint or args.serve_check):
@@ -314,8 +345,10 @@ def check_together(args: argparse.Namespace, refuse) -> None:
 
 def settle_defaults(args: argparse.Namespace) -> None:
     """Set what depends on other flags."""
-    if not args.lora_rank or args.fsdp:  # Unsloth's classes for full fine-tuning take no streams, its kernels no
-        args.engine = "transformers"  # split weights
+    # Unsloth's classes for full fine-tuning take no streams, its kernels no split weights, and its decoder none of the
+    # caches in which answers are drawn.
+    if not args.lora_rank or args.fsdp or args.method == "grpo":
+        args.engine = "transformers"
     if args.load_in_4bit is None:
         args.load_in_4bit = args.lora_rank > 0
     args.learning_rate = args.learning_rate or LEARNING_RATE / (1 if args.lora_rank else 10)
@@ -414,8 +447,9 @@ def to_sft_config(args: argparse.Namespace, schedule, evaluate: bool):
         save_strategy="steps" if args.save_steps else "epoch", save_steps=args.save_steps or 500,
         save_total_limit=args.save_total_limit, restore_callback_states_from_checkpoint=True,
         eval_strategy="no" if not evaluate else "steps" if args.eval_steps else "epoch", eval_steps=args.eval_steps,
+        eval_on_start=evaluate and args.method == "grpo",
         load_best_model_at_end=bool(args.metric_for_best), metric_for_best_model=args.metric_for_best,
-        greater_is_better=args.metric_for_best == "exact_match",
+        greater_is_better=args.metric_for_best != "loss",
         # Rows come rendered and batched: TRL is to leave them as they are
         max_length=None, remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True},
         router_aux_loss_coef=0.0,  # routers of experts are not trained, and the loss is that of the answers alone
@@ -432,8 +466,10 @@ def build_run_trainer(args: argparse.Namespace, model, tokenizer, schedule, held
     """Return the trainer of the run."""
     from transformers import EarlyStoppingCallback
 
+    from tool_calling.engines.fsdp import is_split
     from tool_calling.engines.graphs import can_record, find_recorded, read_streams, use_checkpointing
-    from tool_calling.training.trainer import build_trainer
+    from tool_calling.training.policy import PolicyTrainer
+    from tool_calling.training.trainer import SplitTrainer, StreamTrainer, build_trainer
 
     config = to_sft_config(args, schedule, bool(held_out))
     recording = engine == "unsloth" and args.cuda_graphs and can_record(schedule, args.lora_dropout)
@@ -442,7 +478,12 @@ def build_run_trainer(args: argparse.Namespace, model, tokenizer, schedule, held
     if engine == "unsloth" and schedule.layout.share_prefix:
         read_streams(model, find_recorded(schedule, model.config, twice) if recording else ())
     own = deepcopy(tokenizer)  # TRL changes what it is given, and the tokenizer is saved with the model
-    trainer = build_trainer(model, own, config, schedule, choose(held_out, len(held_out)), engine)
+    given = (schedule, choose(held_out, len(held_out)), engine)
+    if args.method == "grpo":
+        make = partial(PolicyTrainer, *given, temperature=args.temperature, max_new_tokens=args.max_new_tokens)
+    else:
+        make = partial(SplitTrainer if is_split(model) else StreamTrainer, *given)
+    trainer = build_trainer(make, model, own, config)
     trainer.can_recompute = engine == "unsloth" and args.gradient_checkpointing == "auto" and not twice
     if args.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))

@@ -103,6 +103,7 @@ def make_trainer(folder: Path, tokenizer, *flags: str, held_out=(), lengths: tup
         epochs=args.num_epochs,
         max_steps=args.max_steps,
         seed=args.seed,
+        answers=args.num_generations or 1,
     )
     model = make_qwen3(tied=not args.lora_rank)
     if args.lora_rank:

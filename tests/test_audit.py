@@ -306,6 +306,20 @@ def test_the_plan_is_the_runs(dry):
     }
 
 
+def test_drawn_answers_are_counted_in_the_plan(dry, tmp_path):
+    """As references are: the plan knows no others."""
+    rows = tmp_path / "held_out.jsonl"
+    write_jsonl(rows, ROWS[:1])
+    found, result = audit(tmp_path, "--method", "grpo", "--num_generations", 4, "--eval_dataset_path", rows)
+    plan, epoch, once = found["plan"], found["epoch"], dry[1]["epoch"]
+    assert (plan["steps"], plan["answers"], plan["checkpoints"]) == (100, 4, [25, 50, 75, 100])
+    assert line(result, "plan").startswith(
+        "plan     100 steps, 1 an epoch, of 8 rows, 4 answers to each, in 1 stream of "
+    )
+    assert (epoch["packed"], epoch["padded"]) == (4 * once["packed"], 4 * once["padded"])
+    assert once["shared_prefix"] < epoch["shared_prefix"] < 2 * once["shared_prefix"]
+
+
 def test_batches_are_counted_as_the_run_orders_them():
     """Rows of 5, 6, 7 tokens that share 3 of them, two in a stream; the prompt's last token is never shared."""
     rows = [Sample(f"x:{n}", [1, 2, 3, 10 + n, *range(20, 20 + n), 9], 4 + n - 1, row=n) for n in range(3)]

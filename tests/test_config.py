@@ -126,6 +126,11 @@ def test_the_named_layers_are_a_set():
         ),
         (["--lora_rank", "0", "--save_method", "lora"], "--lora_rank 0 trains the 16-bit weights themselves"),
         (["--lora_rank", "-1"], "argument --lora_rank: must be at least 0, got -1"),
+        (["--method", "grpo", "--engine", "unsloth"], "with Transformers: leave out --fsdp and --engine unsloth"),
+        (["--num_generations", "4"], "--num_generations, --temperature and --metric_for_best reward are for --method"),
+        (["--metric_for_best", "reward"], "are for --method grpo"),
+        (["--temperature", "0.7"], "are for --method grpo"),
+        (["--method", "grpo", "--num_generations", "1"], "argument --num_generations: must be at least 2, got 1"),
         (["--save_method", "gguf"], "argument --save_method: invalid choice: 'gguf'"),
         (["--save_gguf", "q8_0,q9_0"], "argument --save_gguf: must be one of f32, f16, bf16, q8_0, q6_k"),
         (
@@ -152,6 +157,19 @@ def test_what_a_flag_leaves_open_depends_on_what_is_trained():
         "auto",
         "merged_16bit",
     )
+
+
+def test_answers_that_are_drawn_have_defaults_of_their_own():
+    args = script.parse_args(["--method", "grpo"])
+    assert (args.num_generations, args.temperature, args.max_steps, args.learning_rate) == (8, 1.0, 100, 1e-5)
+    assert (args.metric_for_best, args.eval_steps, args.save_steps, args.engine) == (
+        "exact_match",
+        25,
+        25,
+        "transformers",
+    )
+    args = script.parse_args(["--method", "grpo", "--max_steps", "7", "--eval_steps", "3", "--num_generations", "4"])
+    assert (args.num_generations, args.max_steps, args.eval_steps, args.save_steps) == (4, 7, 3, 3)
 
 
 ASK = {"role": "user", "content": "rain in Rome?"}

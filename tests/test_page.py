@@ -259,6 +259,18 @@ def test_full_report():
     assert page.words("pre")[-1] == full_report()["command"]
 
 
+def test_rewards_have_a_chart_and_the_loss_of_drawn_answers_has_none():
+    report = full_report()
+    drawn = [{"step": 1, "loss": -0.01, "reward": 0.8}, {"step": 2, "loss": 0.02, "reward": 0.9}]
+    held = [{"step": 2, "eval_loss": 0.0556, "eval_exact_match": 0.861, "eval_reward": 0.91}]
+    report["train"]["history"] = [*drawn, *held]
+    assert read_page(report).words("figcaption") == [
+        "Reward: drawn answers 0.9, held out 0.91",
+        "Loss: held out 0.0556",
+        "Exact match: held out 86.1 %",
+    ]
+
+
 def test_score_table():
     cells = read_page(full_report()).words("td")
     exact = ["200", "25.5 %15.5–35.5", "85.5 %75.5–95.5", "86.0 %76.0–96.0"]

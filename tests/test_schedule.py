@@ -64,6 +64,7 @@ def test_no_sharing_is_the_batches_of_the_flags():
         "labels": [[-100, -100, -100, 4], [-100, -100, 5, 6]],
         "attention_mask": [[1, 1, 1, 1], [1, 1, 1, 1]],
         "places": [2, 5, 6],
+        "weights": [1.0, 1.0, 1.0],
     }
 
 

@@ -150,7 +150,7 @@ def test_unsloth_records_streams_where_flags_and_steps_allow_it(monkeypatch, fla
     monkeypatch.setattr(compat, "compile_attention", lambda: None)
     monkeypatch.setattr(compat, "take_all_targets", lambda: None)
     monkeypatch.setattr(casts, "cast_together", lambda model: None)
-    monkeypatch.setattr(trainer, "build_trainer", lambda *given: SimpleNamespace(config=given[2]))
+    monkeypatch.setattr(trainer, "build_trainer", lambda *given: SimpleNamespace(config=given[3]))
     monkeypatch.setattr(graphs, "find_recorded", lambda schedule, config, checkpointing: schedule.layout.lengths)
     monkeypatch.setattr(graphs, "read_streams", lambda model, recorded: noted.append(recorded))
     monkeypatch.setattr(tokens, "prepare_tokens", lambda *given: fitted.append(given) or {"trainable_token_indices": 7})

@@ -9,8 +9,9 @@ from tool_calling.streams import Layout, build_padded, build_stream, fill_up
 
 
 def values(stream: dict) -> dict:
+    places, weights = stream.pop("places").tolist(), stream.pop("weights")
     assert {tensor.dtype for tensor in stream.values()} == {torch.int64}
-    places = stream.pop("places").tolist()
+    assert weights.dtype == torch.float32 and weights.tolist() == [1.0] * len(places)
     assert places == [i for i, label in enumerate(stream["labels"][0, 1:]) if label != -100]
     assert len({tuple(tensor.shape) for tensor in stream.values()}) == 1
     return {name: tensor[0].tolist() for name, tensor in stream.items()}
@@ -61,6 +62,13 @@ def test_the_places_of_a_padded_batch_are_counted_over_all_rows():
     assert batch["labels"].tolist() == [[-100, -100, 7, 8], [-100, 9, -100, -100]]
     assert batch["places"].tolist() == [1, 2, 4]
     assert build_padded([row([5, 6], [])])["places"].tolist() == []
+
+
+def test_each_token_has_the_weight_of_its_row():
+    rows = [row([5, 6, 7, 2], [8, 9])._replace(weight=0.5), row([5, 6, 7, 1], [4])._replace(weight=-2.0)]
+    assert build_stream(rows)["weights"].tolist() == [0.5, 0.5, -2.0]
+    assert build_padded(rows)["weights"].tolist() == [0.5, 0.5, -2.0]
+    assert build_stream(rows[::-1], lengths=(16,))["weights"].tolist() == [-2.0, 0.5, 0.5]
 
 
 def test_filling_tokens_see_only_themselves():

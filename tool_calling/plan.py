@@ -78,10 +78,10 @@ def audit_schedule(schedule: Schedule, checkpoints: list[int]) -> dict:
     unfilled = replace(schedule, layout=replace(layout, lengths=(), share_prefix=True))
     epoch = {
         "padded": sum_epoch(schedule.padded()),
-        "packed": sum(len(sample.input_ids) for sample in schedule.samples),
+        "packed": schedule.answers * sum(len(sample.input_ids) for sample in schedule.samples),
         "shared_prefix": sum_epoch(unfilled),
     }
-    counts = ("rows_per_step", "streams_per_step", "steps_per_epoch", "steps")
+    counts = ("rows_per_step", "answers", "streams_per_step", "steps_per_epoch", "steps")
     plan = {
         **{name: getattr(schedule, name) for name in counts},
         "share_prefix": layout.share_prefix,

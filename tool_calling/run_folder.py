@@ -25,9 +25,10 @@ NOT_REPEATED = ("resume_from_checkpoint", "dry_run", "show_row")  # left out of 
 TOOLS = "tools.json"  # beside adapter and model: the tools of training, as a client sends them
 CLIENT = "client.py"  # beside it: sends them
 # A resumed run must share these with the run that it continues.
-AGREED = """model_id chat_template load_in_4bit lora_rank lora_alpha lora_dropout use_rslora target_modules train_tokens
-    thinking compact_tools tools_in_prompt share_prefix learning_rate lr_scheduler_type warmup_steps warmup_ratio
-    weight_decay optim seed metric_for_best early_stopping_patience""".split()
+AGREED = """model_id chat_template load_in_4bit lora_rank lora_alpha lora_dropout use_rslora target_modules
+    train_tokens thinking compact_tools tools_in_prompt method num_generations temperature share_prefix
+    learning_rate lr_scheduler_type warmup_steps warmup_ratio weight_decay optim seed metric_for_best
+    early_stopping_patience""".split()
 
 
 def check_folder(path: str, flag: str) -> None:

@@ -42,6 +42,7 @@ class Sample(NamedTuple):
     row: int = 0  # the index of its example, of both sides: a row that is taken twice has two
     turn: int = 0  # the index of its message in the example
     compact: bool = False  # whether its prompt has the tools as Ollama writes them
+    weight: float = 1.0  # of its supervised tokens in the loss
 
 
 def render_examples(

@@ -29,6 +29,7 @@ class Batching:
     num_epochs: int
     max_steps: int | None
     seed: int
+    num_generations: int | None = None
 
 
 def group_samples(samples: list[Sample]) -> list[list[list[int]]]:
@@ -58,6 +59,7 @@ class Schedule:
     max_steps: int | None = None
     seed: int = 0
     devices: int = 1
+    answers: int = 1  # trained for each sample: its reference, or with --method grpo several that the model draws
     groups: list[list[list[int]]] | None = None  # see group_samples; computed once
 
     def __post_init__(self):
@@ -106,8 +108,8 @@ class Schedule:
         return streams
 
     def measure(self, streams: list[list[int]]) -> list[int]:
-        """Return how many tokens are computed for each stream that has samples."""
-        parts = [[self.samples[i] for i in stream] for stream in streams if stream]
+        """Return how many tokens are computed for each stream that has samples; drawn answers are as long as theirs."""
+        parts = [[self.samples[i] for i in stream] * self.answers for stream in streams if stream]
         if not self.layout.share_prefix:
             return [len(part) * max(len(sample.input_ids) for sample in part) for part in parts]
         return [fill_up(count_tokens(part), self.layout.lengths) for part in parts]
@@ -180,6 +182,7 @@ def plan_schedule(samples: list[Sample], batching: Batching, fill: bool) -> Sche
     """Return which samples are computed together in which step: streams as long as the flags allow a padded batch."""
     size, accumulation = batching.batch_size, batching.gradient_accumulation_steps
     run = {"epochs": batching.num_epochs, "max_steps": batching.max_steps, "seed": batching.seed}
+    run["answers"] = batching.num_generations or 1
     layout = Layout(size, batching.share_prefix)
     schedule = Schedule(samples, size, accumulation, layout, devices=count_devices(), **run)
     return schedule.fuse(size * batching.max_seq_length, fill) if batching.share_prefix else schedule
@@ -230,6 +233,7 @@ def show_plan(schedule: Schedule) -> None:
     )
     devices = f" on {schedule.devices} devices" if schedule.devices > 1 else ""
     step = f"{plural(min(len(schedule.samples), schedule.rows_per_step), 'row')} per step{devices}"
+    step += f", {schedule.answers} answers to each," if schedule.answers > 1 else ""
     kind = "stream" if schedule.layout.share_prefix else "padded batch"
     text = f"{step} in {plural(len(streams), kind)} of about {sum(streams) // len(streams):,} tokens"
     if schedule.layout.share_prefix:

@@ -73,12 +73,12 @@ def build_stream(samples: list[Sample], lengths: tuple[int, ...] = ()) -> dict:
     it sees its own sample from the start and nothing of any other: loss and gradient are those of the samples alone.
 
     Returns: int64 tensors of shape [1, tokens]: input_ids, position_ids, labels (IGNORED: not supervised), subtree_end;
-    and `places` (see add_places). The tokens that fill the stream up to one of `lengths` see only themselves.
+    and what add_places adds. The tokens that fill the stream up to one of `lengths` see only themselves.
     """
     tree = to_tree(samples)
     length = fill_up(sum(len(sample.input_ids) - shared for sample, shared in tree), lengths)
     input_ids, position_ids, labels = (np.full(length, value) for value in (0, 0, IGNORED))
-    subtree_end = np.arange(1, length + 1)
+    subtree_end, weights = np.arange(1, length + 1), np.ones(length, dtype=np.float32)
     path, size = np.zeros(0, dtype=np.int64), 0  # path: where the tokens of the sample before stand in the stream
     for sample, shared in tree:
         subtree_end[path[shared:]] = size
@@ -86,17 +86,18 @@ def build_stream(samples: list[Sample], lengths: tuple[int, ...] = ()) -> dict:
         own = slice(size, size + len(tokens) - shared)
         input_ids[own], position_ids[own] = tokens[shared:], positions[shared:]
         labels[own] = np.where(positions < sample.prompt_length, IGNORED, tokens)[shared:]
+        weights[own] = sample.weight
         path = np.concatenate([path[:shared], np.arange(own.start, own.stop)])
         size = own.stop
     subtree_end[path] = size
     stream = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels, "subtree_end": subtree_end}
-    return add_places({name: torch.from_numpy(values)[None] for name, values in stream.items()})
+    return add_places({name: torch.from_numpy(values)[None] for name, values in stream.items()}, weights[None])
 
 
 def build_padded(samples: list[Sample]) -> dict:
     """Return the samples as an ordinary batch, padded on the right: int64 tensors of shape [samples, longest].
 
-    And `places` (see add_places).
+    And what add_places adds.
     """
     tokens = [torch.as_tensor(sample.input_ids, dtype=torch.int64) for sample in samples]
     labels = [
@@ -104,17 +105,20 @@ def build_padded(samples: list[Sample]) -> dict:
     ]
     ones, pad = [*map(torch.ones_like, tokens)], partial(pad_sequence, batch_first=True)
     batch = {"input_ids": pad(tokens), "labels": pad(labels, padding_value=IGNORED), "attention_mask": pad(ones)}
-    return add_places(batch)
+    weights = np.repeat(np.float32([[sample.weight] for sample in samples]), batch["labels"].shape[1], axis=1)
+    return add_places(batch, weights)
 
 
-def add_places(batch: dict) -> dict:
+def add_places(batch: dict, weights: np.ndarray) -> dict:
     """Return a batch with `places` [supervised]: of all its tokens, row by row, those whose next one is supervised.
 
-    Found on the GPU, their number would make the CPU wait in every step.
+    Found on the GPU, their number would make the CPU wait in every step. `weights` [supervised], fp32, are those of the
+    supervised tokens in the loss, taken from those of all tokens.
     """
     supervised = batch["labels"].roll(-1, dims=1) != IGNORED
     supervised[:, -1] = False
-    return {**batch, "places": supervised.flatten().nonzero()[:, 0]}
+    places = supervised.flatten().nonzero()[:, 0]
+    return {**batch, "places": places, "weights": torch.from_numpy(weights).flatten()[places + 1]}
 
 
 def split_rows(samples: list[Sample], size: int, limit: float = math.inf) -> list[list[Sample]]:

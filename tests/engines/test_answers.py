@@ -3,12 +3,13 @@
 import pytest
 import torch
 from conftest import ROOT, TINY
+from small import make_adapted
 
 import train_qwen3_tool_calling as script
 from tool_calling.data.examples import Reading, read_examples
 from tool_calling.data.splits import split_examples
 from tool_calling.engines import answers, attention
-from tool_calling.engines.answers import generate_answers, generate_tokens
+from tool_calling.engines.answers import Sampling, generate_answers, generate_tokens
 from tool_calling.engines.loading import load_base, warn_if_spread
 from tool_calling.engines.losses import score_batches, to_metrics
 from tool_calling.engines.start import quiet_libraries
@@ -142,3 +143,32 @@ def test_a_model_partly_outside_of_the_device_answers_alike_and_says_so(model, t
     assert capsys.readouterr().err == ""
     warn_if_spread(spread)
     assert capsys.readouterr().err.startswith("warning: the 16-bit model is larger than the GPU's memory: ")
+
+
+def test_drawn_answers_are_as_likely_as_the_model_finds_them():
+    """Rows of several lengths share a beginning; each copy of a prompt draws for itself."""
+    small, prompts = make_adapted().eval(), [[1, 2, 3, 4, 5], [1, 2, 3, 9], [1, 2, 3, 30, 8, 7]]
+    for temperature in (1.0, 0.6):
+        sampling = Sampling(2000, temperature, torch.Generator().manual_seed(3))
+        with torch.no_grad():
+            answers = generate_tokens(small, prompts, [], 2, sampling)
+            logits = [small(input_ids=torch.tensor([prompt])).logits[0, -1] for prompt in prompts]
+        assert len(answers) == 6000 and {len(answer) for answer in answers} == {2}
+        for number, each in enumerate(logits):
+            drawn = torch.tensor([answer[0] for answer in answers[2000 * number : 2000 * (number + 1)]])
+            found = drawn.bincount(minlength=61) / 2000
+            assert (found - (each / temperature).softmax(dim=0)).abs().max() < 0.035  # 3 deviations of a half
+
+
+def test_the_same_numbers_draw_the_same_answers_and_cold_ones_are_greedy(model, tokenizer, samples):
+    prompts, stops = [list(row.input_ids[: row.prompt_length]) for row in samples[:4]], [tokenizer.eos_token_id]
+    with torch.inference_mode():
+        greedy = generate_tokens(model, prompts, stops, 8)
+        cold = generate_tokens(model, prompts, stops, 8, Sampling(2, 1e-4, torch.Generator()))
+        same, again, other = (
+            generate_tokens(model, prompts, stops, 8, Sampling(2, 1.0, torch.Generator().manual_seed(seed)))
+            for seed in (1, 1, 2)
+        )
+    ended = [answer + stops if len(answer) < 8 else answer for answer in greedy]
+    assert cold == [answer for answer in ended for _ in range(2)]
+    assert same == again != other

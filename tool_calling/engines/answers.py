@@ -1,6 +1,7 @@
-"""Greedy answers of a model of plain Transformers."""
+"""Answers of a model of plain Transformers: the greedy one to each prompt, or several drawn at random."""
 
 import sys
+from dataclasses import dataclass
 
 import torch
 from rich.progress import Progress
@@ -22,20 +23,38 @@ CPU_ROWS, GPU_ROWS = 64, 256  # answered at once, if that many fit
 HELD_SHARE = 0.5  # of the free GPU memory: the keys and values of rows that are answered at once
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn: how many to each prompt, each token at which temperature, from which random numbers."""
+
+    count: int
+    temperature: float
+    generator: torch.Generator
+
+    def draw(self, logits):
+        """Return a token for each row of logits, [rows, 1].
+
+        Of exponential variates, each divided by its rate, the least is the first with the probability of its share.
+        """
+        noise = torch.empty_like(logits, dtype=torch.float32).exponential_(generator=self.generator)
+        return (logits.float() / self.temperature - noise.log()).argmax(dim=-1, keepdim=True)
+
+
 def generate_answers(
-    model, tokenizer, samples: list[Sample], rows: int | None, max_new_tokens: int, name: str
+    model, tokenizer, samples: list[Sample], rows: int | None, max_new_tokens: int, name: str | None = None
 ) -> list[str]:
-    """Return the greedy answer to the prompt of each sample, at most `max_new_tokens` long; `name` is on the bar.
+    """Return the greedy answer to the prompt of each sample, at most `max_new_tokens` long.
 
     Args:
         rows: answered at once; None: as many as fit. If memory runs out, half as many.
+        name: of the model, on the progress bar; None: there is another bar.
     """
     stops, answers = find_stop_tokens(model, tokenizer), {}
     model.eval()
     if is_on_one_gpu(model):
         compute_rows_alone(model)  # PEFT would need the CPU in every step, which a CUDA graph forbids
     waiting = split_rows(samples, rows or count_rows(model, samples, max_new_tokens))
-    with Progress(transient=True, disable=not sys.stdout.isatty()) as bar:
+    with Progress(transient=True, disable=not name or not sys.stdout.isatty()) as bar:
         task = bar.add_task(f"answers of {name}", total=len(samples))
         while waiting:
             batch, tokens = waiting.pop(0), None
@@ -53,6 +72,29 @@ def generate_answers(
             bar.advance(task, len(batch))
             answers |= {id(sample): tokenizer.decode(answer) for sample, answer in zip(batch, tokens)}
     return [answers[id(sample)] for sample in samples]
+
+
+def sample_answers(model, stops: list[int], samples: list[Sample], max_new_tokens: int, sampling: Sampling):
+    """Return {index of a sample: its answers as tokens}, each with the one of `stops` that ended it, if one did."""
+    model.eval()
+    rows = max(1, count_rows(model, samples, max_new_tokens) // sampling.count)
+    index_of, answers = {id(sample): index for index, sample in enumerate(samples)}, {}
+    for batch in split_rows(samples, rows):
+        prompts = [list(sample.input_ids[: sample.prompt_length]) for sample in batch]
+        with torch.inference_mode(), autocast(model):
+            found = generate_tokens(model, prompts, stops, max_new_tokens, sampling)
+        answers |= {
+            index_of[id(sample)]: found[place * sampling.count : (place + 1) * sampling.count]
+            for place, sample in enumerate(batch)
+        }
+    return answers
+
+
+def limit_answers(samples: list[Sample]) -> int:
+    """Return how many tokens answers to these samples may have: as many as the longest reference, and some more."""
+    longest = max(len(sample.input_ids) - sample.prompt_length for sample in samples)
+    thinks = any("</think>" in sample.completion for sample in samples)
+    return 2 * longest + 256 if thinks else longest + max(64, longest // 2)
 
 
 def find_stop_tokens(model, tokenizer) -> list[int]:
@@ -75,24 +117,41 @@ def count_rows(model, samples: list[Sample], max_new_tokens: int) -> int:
     return min(GPU_ROWS, max(1, int(HELD_SHARE * torch.cuda.mem_get_info()[0] / row)))
 
 
-def generate_tokens(model, prompts: list[list[int]], stops: list[int], max_new_tokens: int) -> list[list[int]]:
-    """Return the greedy answers to prompts as tokens, each without the one of `stops` that ended it."""
-    batch, answers = Batch(model, prompts, max_new_tokens), [[] for _ in prompts]
-    rows = [*range(len(prompts))]  # whose answer stands in each row of the batch
+def generate_tokens(
+    model, prompts: list[list[int]], stops: list[int], max_new_tokens: int, sampling: Sampling | None = None
+) -> list[list[int]]:
+    """Return the greedy answers to prompts as tokens, each without the one of `stops` that ended it.
+
+    With `sampling`, as many to each prompt as it says, one after the other, and each with the token that ended it.
+    """
+    batch = Batch(model, prompts, max_new_tokens, sampling.draw if sampling else find_likeliest)
+    count = sampling.count if sampling else 1
+    if count > 1:
+        batch.keep([place for place in range(len(prompts)) for _ in range(count)])
+    answers = [[] for _ in range(len(prompts) * count)]
+    rows = [*range(len(answers))]  # whose answer stands in each row of the batch
     for _ in range(max_new_tokens):
         going = []
         for place, token in enumerate(batch.step()):
-            if rows[place] is None or token in stops:
+            if rows[place] is None:
+                continue
+            if token not in stops or sampling:
+                answers[rows[place]].append(token)
+            if token in stops:
                 rows[place] = None
             else:
-                answers[rows[place]].append(token)
                 going.append(place)
         if not going:
             break
-        if len(going) <= batch.worth_leaving * len(rows):
+        if len(going) < len(rows) and len(going) <= batch.worth_leaving * len(rows):
             batch.keep(going)
             rows = [rows[place] for place in going]
     return answers
+
+
+def find_likeliest(logits):
+    """Return the likeliest token of each row of logits, [rows, 1]."""
+    return logits.argmax(dim=-1, keepdim=True)
 
 
 def count_shared(prompts: list[list[int]]) -> int:
@@ -109,9 +168,9 @@ class Batch:
     them, so the step to the next token is recorded as a CUDA graph.
     """
 
-    def __init__(self, model, prompts: list[list[int]], room: int):
-        """Compute the prompts, with room for so many more tokens."""
-        self.model, self.room = model, room
+    def __init__(self, model, prompts: list[list[int]], room: int, choose=find_likeliest):
+        """Compute the prompts, with room for so many more tokens, each of which `choose` takes from its logits."""
+        self.model, self.choose = model, choose
         self.whole = max(map(len, prompts)) + room <= find_reach(model.config)[0]
         self.recorded = self.whole and is_on_one_gpu(model)
         self.worth_leaving = 0.5 if self.recorded else 1  # of the rows: from then on those that are done are left out
@@ -135,15 +194,15 @@ class Batch:
         self.column = torch.tensor([length], device=model.device)  # of `seen`, the next token's
         positions = (shared + filled.cumsum(dim=1) - 1).clamp(min=0)
         self.positions = positions[:, -1:].clone()
-        self.ids = self.compute(ids, positions, mask_prompts(filled, room) if self.whole else filled).clone()
+        self.ids = torch.empty_like(self.positions)  # the last token of each row
+        self.logits = self.compute(ids, positions, mask_prompts(filled, room) if self.whole else filled)
 
     def compute(self, ids, positions, mask):
-        """Return the next token of each row, [rows, 1]."""
-        logits = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, **self.options).logits
-        return logits[:, -1:].argmax(dim=-1)
+        """Return the logits of the next token of each row, [rows, vocabulary]."""
+        return self.model(input_ids=ids, attention_mask=mask, position_ids=positions, **self.options).logits[:, -1]
 
     def advance(self) -> None:
-        """Write the next token of each row in the place of the last one."""
+        """Compute the logits after the last token of each row."""
         if self.whole:
             self.seen.index_fill_(1, self.column, True)
             self.column += 1
@@ -151,7 +210,7 @@ class Batch:
             self.seen = torch.cat([self.seen, torch.ones_like(self.ids)], dim=1)
         self.positions += 1
         mask = self.seen[:, None, None] if self.whole else self.seen
-        self.ids.copy_(self.compute(self.ids, self.positions, mask))
+        self.logits = self.compute(self.ids, self.positions, mask)
 
     def step(self) -> list[int]:
         """Return the next token of each row."""
@@ -162,6 +221,7 @@ class Batch:
         elif self.steps:
             self.advance()
         self.steps += 1
+        self.ids.copy_(self.choose(self.logits))
         return self.ids[:, 0].tolist()
 
     def record(self) -> None:
@@ -180,9 +240,10 @@ class Batch:
             self.graph = graph
 
     def keep(self, going: list[int]) -> None:
-        """Go on with these rows alone."""
+        """Go on with these rows alone; one that is named twice is in two rows from now on."""
         self.options["past_key_values"].reorder_cache(torch.tensor(going))  # on the CPU, for layers on any GPU
         self.ids, self.positions, self.seen = self.ids[going], self.positions[going], self.seen[going]
+        self.logits = self.logits[going]
         self.graph, self.steps = None, min(self.steps, 1)
 
 

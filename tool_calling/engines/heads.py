@@ -24,12 +24,13 @@ def fuse_head(model) -> None:
     forward, (softcap, scale) = base.forward, read_head_scale(base.forward)
 
     @wraps(forward)
-    def fused(*args, places=None, targets=None, labels=None, **kwargs):
+    def fused(*args, places=None, targets=None, temperature=1.0, labels=None, **kwargs):
         if places is None:
             return forward(*args, labels=labels, **kwargs)
         hidden = base.base_model(*args, **kwargs, use_cache=False).last_hidden_state.flatten(0, 1)
         head, outputs = base.get_output_embeddings(), ("log_probs", "is_top1")
-        given = (hidden.index_select(0, places), head.weight, head.bias, targets, 1.0, ALL_COLUMNS, softcap, scale)
+        given = (hidden.index_select(0, places), head.weight, head.bias, targets, temperature)
+        given += (ALL_COLUMNS, softcap, scale)
         found = utils._ChunkedLogProbFunction.apply(*given, outputs)  # looked up here: Unsloth puts in its own
         return found[0], found[-1]
 

@@ -10,6 +10,7 @@ from tool_calling.engines.heads import has_fused_head
 from tool_calling.scores import find_interval
 from tool_calling.streams import IGNORED
 
+NOT_INPUTS = ("labels", "subtree_end", "places", "weights", "temperature")  # of a batch: the model takes the rest
 COMPARED_NUMBERS = 2**27  # of a larger gradient every n-th number is compared: half a GiB each time it is held
 
 
@@ -17,23 +18,25 @@ def compute_token_losses(model, batch: dict, engine: str):
     """Return (loss in nats, fp32 with gradient; whether greedy decoding would choose the token), each [supervised].
 
     In a stream, attention is limited to each token's ancestors. The vocabulary projection, the largest of all
-    multiplications, is computed only where a token is supervised.
+    multiplications, is computed only where a token is supervised. Logits are divided by the batch's `temperature`.
     """
-    inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "subtree_end", "places")}
+    inputs = {name: tensor for name, tensor in batch.items() if name not in NOT_INPUTS}
     if "subtree_end" in batch and engine == "unsloth":
         inputs["subtree_end"] = batch["subtree_end"][0]
     elif "subtree_end" in batch:
         inputs["attention_mask"] = to_attention_mask(batch["subtree_end"][0])
         inputs["key_blocks"] = to_key_blocks(inputs["attention_mask"])
+    temperature = batch.get("temperature", 1.0)
     if has_fused_head(model):
         places = batch["places"]
-        log_probs, likeliest = model(**inputs, places=places, targets=batch["labels"].flatten()[places + 1])
+        targets = batch["labels"].flatten()[places + 1]
+        log_probs, likeliest = model(**inputs, places=places, targets=targets, temperature=temperature)
         return -log_probs.float(), likeliest
     labels = batch["labels"][:, 1:]
     supervised = labels != IGNORED
     columns = supervised.any(dim=0).nonzero()[:, 0].tolist()  # a tensor would be on another GPU if layers are spread
     logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits[supervised[:, columns]]
-    losses = cross_entropy(logits.float(), labels[supervised], reduction="none")
+    losses = cross_entropy(logits.float() / temperature, labels[supervised], reduction="none")
     return losses, logits.detach().argmax(dim=-1) == labels[supervised]
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tool_calling.engines.answers import generate_answers
+from tool_calling.engines.answers import generate_answers, limit_answers
 from tool_calling.engines.device import free_gpu
 from tool_calling.engines.hub import load_tokenizer
 from tool_calling.engines.loading import find_place, load_adapter, load_base, refuse_other_base, warn_if_spread
@@ -44,8 +44,7 @@ class Questions:
     def of(cls, samples: list[Sample], batch_size: int | None, max_new_tokens: int | None) -> "Questions":
         """Return questions whose answers may be as long as the longest reference needs, unless a length is given."""
         longest = max(len(sample.input_ids) - sample.prompt_length for sample in samples)
-        thinks = any("</think>" in sample.completion for sample in samples)
-        limit = max_new_tokens or (2 * longest + 256 if thinks else longest + max(64, longest // 2))
+        limit = max_new_tokens or limit_answers(samples)
         say("answers", f"at most {limit:,} tokens each; the longest reference has {longest:,}")
         return cls(samples, batch_size, limit)
 

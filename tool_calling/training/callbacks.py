@@ -30,6 +30,9 @@ class ProgressBar(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
             step, text, every = state.global_step, f"loss {float(logs['loss']):.4f}", max(1, state.max_steps // 20)
+            if "reward" in logs:
+                equal = f"{logs['groups_without_gradient']:.0%} of the prompts with equal rewards"
+                text = f"reward {logs['reward']:.3f}, {equal}"
             self.bar.update(self.task, completed=step, loss=text)
             if step == 1 or step // every > self.logged // every or step == state.max_steps:
                 say("", f"step {step:>5,} of {state.max_steps:,}  {text}")
@@ -39,6 +42,7 @@ class ProgressBar(TrainerCallback):
         interval = show_interval([metrics["eval_exact_low"], metrics["eval_exact_high"]])
         exact = f"{show_percent(metrics['eval_exact_match'], 1)} ({interval})"
         held_out = f"held-out loss {metrics['eval_loss']:.4f}, exact match {exact}"
+        held_out += f", reward {metrics['eval_reward']:.4f}" if "eval_reward" in metrics else ""
         say("", f"step {state.global_step:>5,} of {state.max_steps:,}  epoch {state.epoch:.3g}: {held_out}")
 
     def on_train_end(self, args, state, control, **kwargs):

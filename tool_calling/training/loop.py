@@ -11,7 +11,7 @@ from transformers import TrainerState
 from tool_calling.checkpoints import find_best
 from tool_calling.processes import Interrupted, handle_signals
 from tool_calling.run_folder import Run
-from tool_calling.terminal import say, warn
+from tool_calling.terminal import UserError, say, warn
 from tool_calling.training.callbacks import Stopper
 
 CLEAR_RISE = 0.02  # nats by which, and by a tenth, the held-out loss must rise to be pointed out
@@ -54,7 +54,32 @@ def train(trainer, run: Run) -> dict:
         "advice": None if keeps_best else find_overfitting(history) or find_unfinished(history),
     }
     show_facts(facts, best, trainer.state.max_steps)
+    if best == 0:
+        raise UserError(explain_no_gain(trainer.args, history))
     return facts
+
+
+def describe_rewards(drawn: list[dict]) -> str:
+    """Return how the rewards of drawn answers went, by the logs that have some, and what they cost."""
+
+    def average(logs: list[dict], name: str) -> float:
+        return math.fsum(log[name] for log in logs) / len(logs)
+
+    part = -(-len(drawn) // 10)
+    first, last = (average(logs, "reward") for logs in (drawn[:part], drawn[-part:]))
+    equal, seconds = (average(drawn, name) for name in ("groups_without_gradient", "seconds_of_answers"))
+    cost = f"the answers of a step took {seconds:.1f} s"
+    return f"{first:.3f} at first, {last:.3f} at last; {equal:.0%} of the prompts had equal rewards; {cost}"
+
+
+def explain_no_gain(config, history: list[dict]) -> str:
+    """Return why a run ends without a model when no checkpoint was better than its start, and what to try."""
+    name = f"eval_{config.metric_for_best_model}"
+    first, *later = (log[name] for log in history if name in log)
+    best = (max if config.greater_is_better else min)(later)
+    found = f"held-out {config.metric_for_best_model} was {first:.4f} at the start and at best {best:.4f} after"
+    kept = f"No model is written, so the one of --model_id stays the best; the checkpoints are in {config.output_dir}"
+    return f"training has not improved the model: {found}. {kept}. Try more steps or another --learning_rate"
 
 
 def make_steps(trainer, checkpoint: str | None) -> float:
@@ -91,6 +116,9 @@ def show_facts(facts: dict, best: int | None, steps: int) -> None:
     if facts["steps"]:
         speed = f"{facts['samples_per_second']:.1f} samples/s, {facts['tokens_per_second']:,.0f} tokens/s of the rows"
         say("train", f"{facts['steps']:,} steps in {facts['seconds']:.0f} s: {speed}; loss {facts['loss']:.4f}")
+    drawn = [log for log in facts["history"] if "reward" in log]
+    if drawn:
+        say("reward", describe_rewards(drawn))
     if best:
         end = f"training ended at step {facts['last_step']:,} of {steps:,}"
         say("keep", f"step {best:,}, the best on held-out rows; {end}")

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -60,7 +61,7 @@ class StreamTrainer(SFTTrainer):
     def __init__(self, schedule: Schedule, held_out: list[Sample], engine: str, **settings):
         self.schedule, self.held_out, self.engine = schedule, held_out, engine
         self.layout = schedule.layout  # as planned, or smaller streams once those did not fit into memory
-        self.held_out_batches = self.layout.batch(held_out) if held_out else []
+        self.held_out_batches = self.batch_held_out()
         self.step_rows, self.step_loss, self.step_norm = [], 0.0, 0.0  # of the current optimizer step
         self.noted = []  # steps whose numbers are still to be checked and logged
         self.epoch_batches, self.next_batches = iter(()), []  # the micro-batches of the epoch, and of the next step
@@ -94,6 +95,15 @@ class StreamTrainer(SFTTrainer):
     def collate(self, indices):
         return {**self.schedule.layout.build([self.arrays[index] for index in indices]), "rows": indices}
 
+    def batch_held_out(self) -> list[dict]:
+        """Return the micro-batches of the held-out samples, as large as those of training."""
+        layout = replace(self.layout, rows=self.layout.rows * self.schedule.answers)
+        return layout.batch(self.held_out) if self.held_out else []
+
+    def find_rows(self, indices) -> list[Sample]:
+        """Return the samples of a micro-batch by what it says of them."""
+        return [self.arrays[index] for index in indices]
+
     def get_train_dataloader(self):
         sampler = StreamSampler(self.schedule, lambda: int(self.state.epoch or 0))
         pinned = self.args.dataloader_pin_memory
@@ -111,13 +121,13 @@ class StreamTrainer(SFTTrainer):
         return batches, self.accelerator.reduce(tokens, "sum")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Return the micro-batch's share of the mean over all supervised tokens of the optimizer step.
+        """Return the micro-batch's share of the weighted mean over all supervised tokens of the optimizer step.
 
         The factor turns the devices' mean gradient into their sum.
         """
         self.tokens_computed += inputs["input_ids"].numel()
-        loss = compute_token_losses(model, inputs, self.engine)[0].sum() / num_items_in_batch
-        return loss * self.accelerator.num_processes
+        losses = compute_token_losses(model, inputs, self.engine)[0]
+        return (losses * inputs["weights"]).sum() / num_items_in_batch * self.accelerator.num_processes
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Return the loss of a micro-batch, its gradient added to what was there.
@@ -126,7 +136,7 @@ class StreamTrainer(SFTTrainer):
         loss and gradient are sums over the streams, so they do not change.
         """
         model.zero_grad = self.drop_gradients  # what the library calls after the step
-        rows, lost, loss = [self.arrays[index] for index in inputs.pop("rows")], [], None
+        rows, lost, loss = self.find_rows(inputs.pop("rows")), [], None
         while loss is None:
             whole, losses = self.layout is self.schedule.layout, []
             again = split_rows(lost, self.layout.rows) if lost else []
@@ -165,7 +175,7 @@ class StreamTrainer(SFTTrainer):
             raise UserError(f"{failed}; lower --batch_size and raise --gradient_accumulation_steps as much")
         size = -(-len(rows) // 2)
         self.layout = self.schedule.divide(size)
-        self.held_out_batches = self.layout.batch(self.held_out) if self.held_out else []
+        self.held_out_batches = self.batch_held_out()
         streams = self.schedule.streams_per_step * -(-self.schedule.layout.rows // size)
         parts = f"{streams} streams of at most {plural(size, 'row')}"
         warn(f"{failed}: from here on each step is computed in {parts}; the result is the same")
@@ -321,15 +331,14 @@ class SplitTrainer(StreamTrainer):
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
 
 
-def build_trainer(model, tokenizer, config, schedule: Schedule, held_out: list[Sample], engine: str) -> StreamTrainer:
-    """Return the trainer of a model over a schedule.
+def build_trainer(make, model, tokenizer, config) -> StreamTrainer:
+    """Return the trainer of a model.
 
     Args:
+        make: the kind of trainer, with all that it takes beside these.
         config: TRL's SFTConfig of the run.
-        held_out: samples to evaluate on; [] for none.
     """
-    kind = SplitTrainer if is_split(model) else StreamTrainer
-    trainer = kind(schedule, held_out, engine, model=model, args=config, processing_class=tokenizer)
+    trainer = make(model=model, args=config, processing_class=tokenizer)
     # Checkpoints hold weights as the model names them, all experts as one tensor; and of a larger vocabulary the rows
     # that are trained, not the table.
     options = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {"save_original_format": False}
@@ -341,7 +350,7 @@ def build_trainer(model, tokenizer, config, schedule: Schedule, held_out: list[S
     if torch.cuda.is_available() and not is_split(model):
         fuse_head(model)
     # The trainer would turn checkpointing on only in train(), after the self-check.
-    if engine == "unsloth":
+    if trainer.engine == "unsloth":
         set_checkpointing(trainer.model, config.gradient_checkpointing)
     elif config.gradient_checkpointing:
         trainer.model.gradient_checkpointing_enable(config.gradient_checkpointing_kwargs)
