@@ -86,6 +86,12 @@ def list_flags() -> list[argparse.Action]:
     return [action for action in script.build_parser()._actions if action.dest != "help"]
 
 
+def test_ci_runs_the_test_command_of_readme():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(re.findall(r"^pip install .* && python -m pytest.*$", readme, re.MULTILINE)) == 1  # as .ci/run reads it
+    assert len(readme.splitlines()) <= 200
+
+
 def test_readme_names_each_flag_as_help_does():
     """The table is what `PYTHONPATH=.:tests python tests/test_house.py` prints."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
