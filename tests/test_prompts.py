@@ -331,8 +331,12 @@ def test_each_template_can_leave_out_the_tools(tokenizer):
     assert rendered > 20
 
 
+WITH_TOOLS = f"warning: {TINY}: was trained on prompts without tools, and now gets them; to go on as before, add "
+WITH_TOOLS += "--tools_in_prompt none\n"
+
+
 @pytest.mark.parametrize("thinks, line", [(False, OFF), (True, "")])
-def test_a_template_is_told_of_tools_and_of_thinking(tokenizer, monkeypatch, thinks, line):
+def test_a_template_is_told_of_tools_and_of_thinking(tokenizer, monkeypatch, capsys, thinks, line):
     """In either order, also where an earlier run has told it otherwise."""
     own = tokenizer.chat_template
     monkeypatch.setattr(tokenizer, "chat_template", own)
@@ -342,6 +346,7 @@ def test_a_template_is_told_of_tools_and_of_thinking(tokenizer, monkeypatch, thi
             hide_tools(tokenizer, hidden)
             set_default(tokenizer, thinks)
             assert tokenizer.chat_template == line + HIDDEN * hidden + own
+            assert capsys.readouterr().err == WITH_TOOLS * (HIDDEN in former and not hidden)
 
 
 def test_of_several_templates_none_leaves_out_the_tools(tokenizer, monkeypatch):

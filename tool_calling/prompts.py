@@ -87,6 +87,9 @@ def hide_tools(tokenizer, hidden: bool) -> None:
     requests, whose tools they read calls by.
     """
     if isinstance(tokenizer.chat_template, str):
+        if HIDDEN in tokenizer.chat_template and not hidden:
+            found = "was trained on prompts without tools, and now gets them; to go on as before, add"
+            warn(f"{tokenizer.name_or_path}: {found} --tools_in_prompt none")
         tokenizer.chat_template = HIDDEN * hidden + tokenizer.chat_template.replace(HIDDEN, "")
     elif hidden:
         advice = "has several chat templates, by name; give it one with --chat_template"
