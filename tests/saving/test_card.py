@@ -43,6 +43,9 @@ SETTINGS = {
     "thinking": "auto",
     "compact_tools": 0.0,
     "tools_in_prompt": "all",
+    "method": "sft",
+    "num_generations": None,
+    "temperature": 1.0,
     "share_prefix": True,
     "learning_rate": 2e-5,
     "lr_scheduler_type": "linear",
@@ -112,6 +115,8 @@ python x.py --output_dir=out b 'a b.jsonl' $HF_TOKEN
 | `thinking` | auto |
 | `compact_tools` | 0.0 |
 | `tools_in_prompt` | all |
+| `method` | sft |
+| `temperature` | 1.0 |
 | `share_prefix` | True |
 | `learning_rate` | 2e-05 |
 | `lr_scheduler_type` | linear |
