@@ -21,13 +21,25 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from tool_calling.arguments import GGUF_NAMES, SCHEDULERS, Parser, drop_resume, number, one_of, pick, read_config
+from tool_calling.arguments import (
+    GGUF_NAMES,
+    SCHEDULERS,
+    Parser,
+    drop_resume,
+    number,
+    one_of,
+    pick,
+    read_config,
+    split_names,
+)
 from tool_calling.checkpoints import find_checkpoint
 from tool_calling.data.examples import Checked, Reading, check_rows, read_examples, write_converted
 from tool_calling.data.formats import FORMATS
 from tool_calling.data.literals import as_list
 from tool_calling.data.rows import split_share
 from tool_calling.data.splits import check_one_list, find_warnings, is_thinking
+from tool_calling.data.variants import SHARES, find_held_out
+from tool_calling.editions import Rows, Variation
 from tool_calling.environment import refuse_telemetry, return_pages
 from tool_calling.failures import report_failure, report_interrupt
 from tool_calling.files import discard_partial, lock_folder
@@ -46,17 +58,7 @@ from tool_calling.processes import (
 )
 from tool_calling.prompts import hide_tools, set_default
 from tool_calling.run_folder import Run, check_final, check_folder, check_models_stay, mark_output, read_run, write_run
-from tool_calling.samples import (
-    Rendering,
-    check_shown,
-    check_sides,
-    choose,
-    count_origins,
-    find_longest,
-    name_unit,
-    render_sides,
-    show_rows,
-)
+from tool_calling.samples import Rendering, check_shown, check_sides, choose, find_longest, list_plain, show_rows
 from tool_calling.saving.gguf import check_gguf, find_gguf_tools, find_server
 from tool_calling.templates import check_name, list_bundled, read_template
 from tool_calling.terminal import FlagError, UserError, report_problems, say, warn
@@ -135,6 +137,14 @@ def build_parser() -> Parser:
     add("--compact_tools", type=number(float, 0, 1), default=0.0, metavar="SHARE",
         help="train this share of the rows, chosen by hash, on their tools as Ollama writes them: without spaces, keys "
              "in another order, keywords that it does not know left out")
+    add("--augment", nargs="?", const=",".join(SHARES), type=one_of([*SHARES], several=True), metavar="KINDS",
+        help="train each epoch on other lists of tools in some rows, so that the model reads the list: "
+             + ", ".join(f"{kind} {share:g}" for kind, share in SHARES.items()) + " of the rows; missing: the right "
+             "tool is not in it, and the answer refuses; shuffled: another order, some tools fewer; masked: made-up "
+             "names for what has a description (no KINDS: all)")
+    add("--holdout_tools", type=split_names, metavar="NAMES|auto",
+        help="how well will it call tools added later? Rows that call these tools are scored by themselves, and no "
+             "list of a training row has them, as none has a tool that is added later; auto: a quarter of the tools")
     add("--tools_in_prompt", choices=["all", "none"], default="all",
         help="none: prompts go without the list of tools, in training and by the saved chat template; requests still "
              "bring it, and all rows must have the same one")
@@ -314,6 +324,8 @@ def check_together(args: argparse.Namespace, refuse) -> None:
         refuse(f"--eval_only trains nothing: leave out {flags}")
     if args.compact_tools and args.tools_in_prompt == "none":
         refuse("--compact_tools writes the list that --tools_in_prompt none leaves out: give one of them")
+    if (args.augment or args.holdout_tools) and args.tools_in_prompt == "none":
+        refuse("--augment and --holdout_tools change the list that --tools_in_prompt none leaves out: give one of them")
     if args.eval_model and not any(map(is_url, args.eval_only or [])):
         refuse(f"--eval_model {args.eval_model} is a model of a server: give its address to --eval_only")
     if args.convert_to and (args.dry_run or args.eval_only or args.show_row):
@@ -544,10 +556,10 @@ def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.Ex
     run.watch.note("import")
     trained, tokenizer, config = check_models(args, engine, gguf)
     run = run.with_date(tokenizer)
-    samples, held_out = render_sides(tokenizer, examples, held_out, pick(Rendering, args), run.date)
+    rows = pick(Variation, args).prepare(tokenizer, examples, held_out, pick(Rendering, args), run.date)
     set_default(tokenizer, thinks)  # rendering did not depend on it
-    show_rows(tokenizer, [*samples, *held_out] if args.show_row else samples, args.show_row)
-    schedule = plan_run(args, run, samples, find_longest([*samples, *held_out]), engine, config)
+    show_rows(tokenizer, [*rows.train, *rows.held_out, *rows.unseen] if args.show_row else rows.train, args.show_row)
+    schedule = plan_run(args, run, rows, engine, config)
     run.watch.note("render")
 
     # Train; then prove in a fresh process that what was saved does what was trained.
@@ -560,23 +572,21 @@ def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.Ex
     from tool_calling.saving.proof import Questions, prove
 
     with discard_partial(final) if final else contextlib.nullcontext():
-        saved = train_and_save(args, run, trained, tokenizer, schedule, held_out)
+        saved = train_and_save(args, run, trained, tokenizer, schedule, rows.held_out)
         if saved is None:  # not the first process
             return None
         trained, before, facts, layout, scored = saved
-        questions = Questions.of(scored, args.eval_batch_size, args.max_new_tokens)
+        questions = Questions.of(scored, args.eval_batch_size, args.max_new_tokens, rows.trials)
         args.max_new_tokens = questions.max_new_tokens
         proof = prove(trained, questions, layout, before, compute)
         run.watch.note("prove")
         run.watch.show()
 
     # Report, and hand over.
-    skipped = total - count_origins(samples) - count_origins(held_out)
-    data = {"train": len(samples), "held_out": len(held_out), "skipped": skipped, "unit": name_unit(samples, held_out)}
     facts |= {"stages": run.watch.seconds}
-    report = to_report(vars(args), command, proof, data | measure_lengths(samples), facts)
+    report = to_report(vars(args), command, proof, rows.count(total) | measure_lengths(rows.train), facts)
     report = finish(args.output_dir, report, proof)
-    serving = Serving.of(tokenizer, config.model_type, samples[0].parser, thinks)
+    serving = Serving.of(tokenizer, config.model_type, rows.plain[0].parser, thinks)
     commands = hand_over(report, trained, tokenizer, gguf, serving)
     return check_served(args, report, proof, questions, asked, commands) if args.serve_check else report
 
@@ -626,7 +636,14 @@ def read_sides(args: argparse.Namespace) -> tuple[list, list, int]:
         warn(warning)
     if args.tools_in_prompt == "none":
         check_one_list([*examples, *held_out])
+    settle_tools(args, [*examples, *held_out])
     return examples, held_out, len(examples) + len(held_out) + skipped + more
+
+
+def settle_tools(args: argparse.Namespace, examples: list) -> None:
+    """Set --holdout_tools to names of tools that the rows call."""
+    if args.holdout_tools:
+        args.holdout_tools = ",".join(find_held_out(examples, args.holdout_tools))
 
 
 def find_programs(args: argparse.Namespace) -> tuple[list[str], list[str]]:
@@ -677,26 +694,24 @@ def choose_optim(args: argparse.Namespace) -> str:
     return find_optim(args.optim, args.lora_rank, args.fsdp)
 
 
-def plan_run(args: argparse.Namespace, run: Run, samples: list, longest: int, engine: str, config):
-    """Return the schedule of the run, after the checks of what it shares with a former run and of disk space.
-
-    Args:
-        longest: tokens of the longest sample, held-out ones included.
-    """
+def plan_run(args: argparse.Namespace, run: Run, rows: Rows, engine: str, config):
+    """Return the schedule of the run, after the checks of what it shares with a former run and of disk space."""
     from tool_calling.engines.hub import can_share, count_parameters
     from tool_calling.estimates import Saving
-    from tool_calling.schedule import Batching, plan_schedule, show_plan
+    from tool_calling.schedule import Batching, plan_schedule, show_cost, show_plan
 
     # A run that went on without sharing goes on without it.
     share = args.share_prefix and run.former.get("share_prefix", True)
-    args.share_prefix = share and can_share(engine, config, longest)
-    schedule = plan_schedule(samples, pick(Batching, args), fill=engine == "unsloth")
+    args.share_prefix = share and can_share(engine, config, rows.find_longest())
+    schedule = plan_schedule(rows.train, pick(Batching, args), fill=engine == "unsloth")
     run.check_agrees(schedule, choose_optim(args))
     saving = pick(Saving, args)
     parameters = count_parameters(config, args.lora_rank, args.trust_remote_code, args.target_modules)
     checkpoints = saving.count_checkpoints(schedule.list_saves(args.save_steps), run.first_step)
     saving.check_disk(parameters, choose_optim(args), checkpoints)
     show_plan(schedule)
+    if args.augment:
+        show_cost(schedule, rows.plain)
     return schedule
 
 
@@ -730,7 +745,7 @@ def train_and_save(args: argparse.Namespace, run: Run, trained, tokenizer, sched
     facts = train(trainer, run)
     run.watch.note("train")
     report_gpu()
-    scored = choose(held_out or schedule.samples, args.eval_samples)
+    scored = choose(held_out or list_plain(schedule.samples), args.eval_samples)
     kept, layout = keep_trained(trained, trainer, tokenizer, scored), trainer.layout
     del model, trainer
     free_gpu()
@@ -759,11 +774,12 @@ def dry_run(args: argparse.Namespace) -> dict:
     quiet_libraries()
     tokenizer, missing, config = find_model(args.model_id, args.trust_remote_code, read_template(args.chat_template))
     hide_tools(tokenizer, args.tools_in_prompt == "none")
-    data = Data(sides, tokenizer, missing, pick(Rendering, args))
+    settle_tools(args, both)
+    data = Data(sides, tokenizer, missing, pick(Rendering, args), pick(Variation, args))
     audit = data.audit()
     if data.train:
         batching = replace(pick(Batching, args), max_seq_length=data.limit)
-        longest = find_longest([*data.train, *data.held_out])
+        longest = find_longest([*data.train, *data.held_out, *data.unseen])
         audit |= preview_run(data.train, longest, config, batching, pick(Saving, args), pick(Training, args))
     audit = finish_audit(audit, data, args.show_row, vars(args))
     say("audit", f"{Path(args.output_dir) / 'audit.json'} ({time.perf_counter() - start:.1f} s)")
@@ -783,7 +799,8 @@ def evaluate_only(args: argparse.Namespace, command: str) -> dict:
     from tool_calling.report import finish, to_report
     from tool_calling.saving.evaluation import Evaluation
 
-    proof, data, longest = pick(Evaluation, args).run(examples, pick(Rendering, args))
+    settle_tools(args, examples)
+    proof, data, longest = pick(Evaluation, args).run(examples, pick(Rendering, args), pick(Variation, args))
     data["skipped"] += skipped
     mark_output(vars(args), args.output_dir)
     folder = str(Path(args.output_dir) / "eval_only")  # beside the report of a training run, not in its place

@@ -435,6 +435,12 @@ def test_checks_need_no_heavy_library():
             ["--compact_tools", "0.5", "--tools_in_prompt", "none"],
             "--compact_tools writes the list that --tools_in_prompt none leaves out: give one of them",
         ),
+        (
+            ["--augment", "--tools_in_prompt", "none"],
+            "--augment and --holdout_tools change the list that --tools_in_prompt none leaves out: give one of them",
+        ),
+        (["--augment", "mask"], "argument --augment: must be one of missing, shuffled, masked, got mask; did you mean"),
+        (["--holdout_tools", " , "], "argument --holdout_tools: expected names, separated by commas"),
         (["--seed", str(2**32)], "argument --seed: must be at least 0 and below 4294967296, got 4294967296"),
     ],
 )

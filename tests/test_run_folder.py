@@ -218,6 +218,8 @@ def check(run: Run, **changes) -> None:
         ("target_modules", ["q_proj"]),
         ("thinking", "off"),
         ("compact_tools", 0.1),
+        ("augment", "masked"),
+        ("holdout_tools", "set_alarm"),
         ("tools_in_prompt", "none"),
         ("warmup_ratio", 0.5),
     ],

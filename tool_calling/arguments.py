@@ -55,6 +55,14 @@ def one_of(names: list[str], several: bool = False):
     return parse
 
 
+def split_names(text: str) -> str:
+    """Return names separated by commas without spaces around them; an argparse type."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError("expected names, separated by commas")
+    return ",".join(dict.fromkeys(names))
+
+
 def read_config(parser: Parser, path: str) -> list[str]:
     """Return the settings of a YAML file as words of a command line; its mistakes are one FlagError, a line each.
 

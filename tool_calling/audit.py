@@ -3,6 +3,7 @@
 import json
 import sys
 from collections import Counter, defaultdict
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from tool_calling.data.splits import (
     find_warnings,
     list_calls,
 )
+from tool_calling.data.variants import list_called
+from tool_calling.editions import Variation, count_refusals
 from tool_calling.engines.hub import check_kind, find_base, find_tokenizer, load_config, load_tokenizer
 from tool_calling.engines.tokens import fit_config
 from tool_calling.files import digest, write_file
@@ -31,8 +34,10 @@ from tool_calling.samples import (
     Sample,
     count_origins,
     drop_long,
+    list_plain,
     make_compact,
     render_examples,
+    set_apart,
     show_rows,
     to_sides,
 )
@@ -188,7 +193,7 @@ def audit_repeats(examples: list[Example], held_out: list[Example]) -> dict:
 class Data:
     """The checked rows of both sides, rendered, and all their problems; `missing` says why there is no tokenizer."""
 
-    def __init__(self, sides: list[Checked], tokenizer, missing: str, rendering: Rendering):
+    def __init__(self, sides: list[Checked], tokenizer, missing: str, rendering: Rendering, variation: Variation):
         self.sides, self.tokenizer, self.missing, self.rendering = sides, tokenizer, missing, rendering
         self.limit = sys.maxsize if missing else rendering.max_seq_length  # in tokens: it says nothing of characters
         self.total = sum(side.total for side in sides)
@@ -196,21 +201,29 @@ class Data:
         self.groups, unrendered = render_examples(tokenizer, sum(examples, []), sys.maxsize)
         self.kept, too_long = drop_long(self.groups, self.limit)
         self.problems = [*dict.fromkeys([*sides[0].problems, *sides[1].problems, *unrendered, *too_long])]
-        train, self.held_out = to_sides(*examples, self.kept, rendering.train_test_split)
-        self.train = make_compact(tokenizer, train, examples[0], rendering.compact_tools, self.limit)
+        both = sum(examples, [])
+        train, test = to_sides(*examples, self.kept, rendering.train_test_split)
+        train, test = set_apart(train, test, both, rendering.holdout_tools)
+        self.plain = make_compact(tokenizer, train, both, rendering.compact_tools, self.limit)
+        self.held_out, self.unseen = list_plain(test), [sample for sample in test if sample.variant]
+        variation = replace(variation, max_seq_length=self.limit)
+        self.train, self.facts = variation.vary(tokenizer, self.plain, both)
+        rows = {sample.row: both[sample.row] for sample in self.plain}
+        self.refusals = 0 if variation.augment else count_refusals([*rows.values()], variation.seed)
 
     def audit(self) -> dict:
         """Return what the rows are and call, how long they are, and what is wrong with them."""
         examples, valid = [side.examples for side in self.sides], sum(map(bool, self.kept))
-        both, compact = sum(examples, []), [sample for sample in self.train if sample.compact]
+        both, compact = sum(examples, []), [sample for sample in self.plain if sample.compact]
         unmeasured = self.train and not self.held_out and self.rendering.train_test_split > 0  # a share of 0 is meant
         return {
             "rows": {
                 "total": self.total,
                 "valid": valid,
                 "with_problems": self.total - valid,
-                "training": count_origins(self.train),
+                "training": count_origins(self.plain),
                 "held_out": count_origins(self.held_out),
+                **({"unseen": count_origins(self.unseen)} if self.rendering.holdout_tools else {}),
                 **({"compact": count_origins(compact)} if self.rendering.compact_tools else {}),
             },
             "inputs": audit_inputs(self.sides),
@@ -219,6 +232,8 @@ class Data:
             "unit": "characters" if self.missing else "tokens",
             "tokenizer_missing": self.missing,
             "turns": sum(map(len, self.groups)),
+            "without_call": sum(not list_called(both[row].messages) for row in {turn.row for turn in self.plain}),
+            **({"augment": self.facts._asdict()} if self.facts else {"would_refuse": self.refusals}),
             "sizes": audit_sizes(self.tokenizer, both, self.groups),
             "length": {} if self.missing else audit_lengths(self.groups, self.limit),
             "repeats": audit_repeats(*examples),
@@ -237,14 +252,17 @@ def show_audit(audit: dict) -> None:
 def finish_audit(audit: dict, data: Data, shown: int | None, settings: dict) -> dict:
     """Print the audit, its warnings and the row `shown`; return what is written to audit.json."""
     show_audit(audit)
+    if data.facts:
+        data.facts.show()
     for warning in audit["warnings"]:
         warn(warning)
     if shown and data.missing:
         warn("--show_row: without the tokenizer a row cannot be shown as the model sees it")
     elif shown:
-        trained = {(sample.row, sample.turn): sample for sample in data.train}  # some of them with compact tools
+        trained = {(sample.row, sample.turn) for sample in data.train}  # some with other tools than their rows bring
         rendered = [sample for group in data.groups for sample in group]
-        show_rows(data.tokenizer, [trained.get((turn.row, turn.turn), turn) for turn in rendered], shown)
+        others = [turn for turn in rendered if (turn.row, turn.turn) not in trained]
+        show_rows(data.tokenizer, [*data.train, *others], shown)
     return write_audit(audit, settings, settings["output_dir"])
 
 

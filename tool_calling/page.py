@@ -25,6 +25,12 @@ SCORE_NAMES = {
     "call_recall": "call recall",
     "broken_json": "broken calls",
 }
+TRIAL_NAMES = {  # held-out requests with other lists of tools, see editions.py
+    "shuffled": "exact, shuffled list",
+    "missing": "no call, tool missing",
+    "masked": "exact, masked names",
+    "unseen": "exact, unseen tools",
+}
 INVISIBLE = r"[\0-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ud800-\udfff\ufffe\uffff]"
 
 
@@ -76,14 +82,28 @@ def show_interval(interval: list[float] | None) -> str:
     return "–".join(f"{100 * end:.1f}" for end in interval or ())
 
 
-def list_scores(scores: dict[str, dict]) -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """Return (name, rows, [(value, interval) of each model]) of each score as texts; rows only if all models agree."""
+def list_scores(
+    scores: dict[str, dict], trials: dict[str, dict] | None = None
+) -> list[tuple[str, str, list[tuple[str, str]]]]:
+    """Return (name, rows, [(value, interval) of each model]) of each score as texts; rows only if all models agree.
+
+    Those of `trials`, {kind: {model: its scores}}, come last; not all models have some.
+    """
     lines = []
     for key, name in SCORE_NAMES.items():
         rows = {score["rows"].get(key) for score in scores.values()}
         show = str if key == "broken_json" else partial(show_percent, digits=1)
         cells = [(show(score[key]) or "–", show_interval(score["interval"].get(key))) for score in scores.values()]
         lines.append((name, show_number(rows.pop()) or "" if len(rows) == 1 else "", cells))
+    for kind, name in TRIAL_NAMES.items():
+        found = (trials or {}).get(kind, {})
+        shown = [found.get(model, {"exact_match": None, "interval": {}}) for model in scores]
+        cells = [
+            (show_percent(score["exact_match"], 1) or "–", show_interval(score["interval"].get("exact_match")))
+            for score in shown
+        ]
+        if found:
+            lines.append((name, show_number(next(iter(found.values()))["n"]), cells))
     return lines
 
 

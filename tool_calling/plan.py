@@ -78,7 +78,7 @@ def audit_schedule(schedule: Schedule, checkpoints: list[int]) -> dict:
     unfilled = replace(schedule, layout=replace(layout, lengths=(), share_prefix=True))
     epoch = {
         "padded": sum_epoch(schedule.padded()),
-        "packed": schedule.answers * sum(len(sample.input_ids) for sample in schedule.samples),
+        "packed": schedule.answers * sum(len(sample.input_ids) for sample in schedule.samples[: schedule.rows]),
         "shared_prefix": sum_epoch(unfilled),
     }
     counts = ("rows_per_step", "answers", "streams_per_step", "steps_per_epoch", "steps")

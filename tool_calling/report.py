@@ -27,7 +27,7 @@ LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "unsloth")
 def finish(folder: str | Path, report: dict, proof: Proof) -> dict:
     """Print the first answers and all scores; write report and answers into `folder`; return what report.json holds."""
     show_answers(proof)
-    show_scores(proof.scores)
+    show_scores(proof.scores, report.get("trials"))
     for server, agreement in report.get("served", {}).items():
         show_agreement(server, agreement)
     write_answers(folder, proof)
@@ -53,11 +53,11 @@ def show_answers(proof: Proof) -> None:
     print_safely("")
 
 
-def show_scores(scores: dict[str, dict]) -> None:
-    """Print the scores of the models side by side, each share with its 95 % interval."""
+def show_scores(scores: dict[str, dict], trials: dict[str, dict] | None = None) -> None:
+    """Print the scores of the models side by side, each share with its 95 % interval; see list_scores."""
     head = ("share, 95 % interval", "rows", [(model, "") for model in scores])
     widths = [max(9, len(model) + 1) for model in scores]  # names of models side by side may be long
-    for stage, (name, rows, cells) in zip_longest(["score"], [head, *list_scores(scores)], fillvalue=""):
+    for stage, (name, rows, cells) in zip_longest(["score"], [head, *list_scores(scores, trials)], fillvalue=""):
         line = f"{name:<23}{rows:>5}" + "".join(
             f"{value:>{width}} {interval:<10}" for width, (value, interval) in zip(widths, cells)
         )
@@ -101,7 +101,9 @@ def to_report(settings: dict, command: str, proof: Proof, data: dict, train: dic
         "finished": time.strftime("%Y-%m-%d %H:%M"),
     }
     served = compare_served(proof)
-    return report | ({"served": served} if served else {}) | ({"train": train} if train else {})
+    trials = {kind: answered.scores for kind, answered in proof.trials.items()}
+    more = {"served": served, "trials": trials, "train": train}
+    return report | {key: value for key, value in more.items() if value}
 
 
 def measure_lengths(samples: list[Sample]) -> dict:
@@ -142,7 +144,10 @@ def find_commit() -> str | None:
 
 
 def list_answers(proof: Proof) -> Iterator[dict]:
-    """Yield every answer of every model with all that another checker needs; broken calls are None."""
+    """Yield every answer of every model with all that another checker needs; broken calls are None.
+
+    Those to trials say of which kind they are.
+    """
     for model, result in proof.results.items():
         rows = zip(proof.asked(model), result["answers"], proof.said[model], proof.verdicts[model])
         for sample, answer, said, verdict in rows:
@@ -159,7 +164,9 @@ def list_answers(proof: Proof) -> Iterator[dict]:
                 "ast": verdict.ast,
                 "broken": verdict.broken,
                 "reward": compute_reward(said, read_reference(sample), sample.tools),
-            }
+            } | ({"list": sample.variant} if sample.variant else {})
+    for answered in proof.trials.values():
+        yield from list_answers(answered)
 
 
 def write_answers(folder: str | Path, proof: Proof) -> None:

@@ -26,8 +26,8 @@ TOOLS = "tools.json"  # beside adapter and model: the tools of training, as a cl
 CLIENT = "client.py"  # beside it: sends them
 # A resumed run must share these with the run that it continues.
 AGREED = """model_id chat_template load_in_4bit lora_rank lora_alpha lora_dropout use_rslora target_modules
-    train_tokens thinking compact_tools tools_in_prompt method num_generations temperature share_prefix
-    learning_rate lr_scheduler_type warmup_steps warmup_ratio weight_decay optim seed metric_for_best
+    train_tokens thinking compact_tools augment holdout_tools tools_in_prompt method num_generations temperature
+    share_prefix learning_rate lr_scheduler_type warmup_steps warmup_ratio weight_decay optim seed metric_for_best
     early_stopping_patience""".split()
 
 

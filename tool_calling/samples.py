@@ -15,6 +15,7 @@ from tool_calling.data.examples import Example
 from tool_calling.data.messages import is_trained
 from tool_calling.data.special_tokens import find_forbidden
 from tool_calling.data.splits import split_examples
+from tool_calling.data.variants import UNSEEN, list_called
 from tool_calling.files import digest
 from tool_calling.prompts import (
     check_calls,
@@ -41,6 +42,8 @@ class Sample(NamedTuple):
     parser: str = "hermes"  # reads the calls of the completion, see parse_calls
     row: int = 0  # the index of its example, of both sides: a row that is taken twice has two
     turn: int = 0  # the index of its message in the example
+    variant: str = ""  # of the row: see data/variants.py; "" for the row as it is
+    edition: int = 0  # of the rows, see editions.py
     compact: bool = False  # whether its prompt has the tools as Ollama writes them
     weight: float = 1.0  # of its supervised tokens in the loss
 
@@ -113,6 +116,26 @@ def to_sides(
     return tuple([sample for example in side for sample in samples[id(example)]] for side in (train, test))
 
 
+def set_apart(
+    train: list[Sample], held_out: list[Sample], examples: list[Example], names: str | None
+) -> tuple[list[Sample], list[Sample]]:
+    """Return both sides after all rows that call tools of these names have become UNSEEN held-out ones.
+
+    Also a call that is not trained counts: the list of a training row has no such tool.
+    """
+    if not names:
+        return train, held_out
+    apart = {row for row, example in enumerate(examples) if list_called(example.messages) & {*names.split(",")}}
+    unseen = [sample._replace(variant=UNSEEN) for sample in (*train, *held_out) if sample.row in apart]
+    train, held_out = ([sample for sample in side if sample.row not in apart] for side in (train, held_out))
+    return train, held_out + unseen
+
+
+def list_plain(samples: list[Sample]) -> list[Sample]:
+    """Return the samples of rows as they are."""
+    return [sample for sample in samples if not sample.variant]
+
+
 def make_compact(
     tokenizer, samples: list[Sample], examples: list[Example], share: float, limit: int, date: str | None = None
 ) -> list[Sample]:
@@ -162,6 +185,7 @@ class Rendering:
     metric_for_best: str | None
     early_stopping_patience: int | None
     compact_tools: float = 0
+    holdout_tools: str | None = None  # names, separated by commas
 
     @property
     def choosing(self) -> str | None:  # the flag that chooses a checkpoint by held-out rows, if one is given
@@ -196,7 +220,7 @@ def render_alike(
     for groups, _ in rendered:
         kept = [[sample for sample in group if sample.turn in turns] for group, turns in zip(groups, shared)]
         sides.append(to_sides(examples, held_out, kept, rendering.train_test_split))
-    return sides
+    return [set_apart(*side, both, rendering.holdout_tools) for side in sides]
 
 
 def render_sides(
@@ -205,14 +229,18 @@ def render_sides(
     """Return what render_valid does, as it suffices for a run, and print it."""
     start = time.perf_counter()
     train, test = render_valid(tokenizer, examples, held_out, rendering, date)
-    check_sides(train, test, rendering)
-    if not test:
+    plain = list_plain(test)
+    check_sides(train, plain, rendering)
+    if not plain:
         warn(NOT_HELD_OUT)
     tokens = [len(sample.input_ids) for sample in (*train, *test)]
     sizes = f"{sum(tokens) // len(tokens):,} tokens on average, {max(tokens):,} at most"
     seconds = time.perf_counter() - start
     compact = f" ({sum(sample.compact for sample in train):,} with compact tools)" if rendering.compact_tools else ""
-    say("render", f"{len(train):,} training{compact} and {len(test):,} held-out samples of {sizes} ({seconds:.1f} s)")
+    counts = f"{len(train):,} training{compact} and {len(plain):,} held-out samples"
+    if rendering.holdout_tools:
+        counts += f", {len(test) - len(plain):,} with calls of {rendering.holdout_tools},"
+    say("render", f"{counts} of {sizes} ({seconds:.1f} s)")
     if date:
         say("", f"the chat template writes the date into prompts: {date}, the day this run began, also when resumed")
     return train, test
@@ -252,16 +280,20 @@ def check_shown(number: int | None, examples: list[Example]) -> None:
 def show_rows(tokenizer, samples: list[Sample], shown: int | None) -> None:
     """Print all turns of row number `shown` as the model sees them; without a number, two samples with short prompts.
 
-    ▶ ... ◀ (green on a terminal) is supervised.
+    ▶ ... ◀ (green on a terminal) is supervised. What is the same in several editions is printed once.
     """
     chosen = [sample for sample in samples if sample.row == shown - 1] if shown else samples[:2]
+    forms: dict[tuple, Sample] = {}
+    for sample in chosen:
+        forms.setdefault(tuple(sample.input_ids), sample)
     if not chosen:
         warn(f"--show_row {shown}: the row is left out; expected one without a problem")
-    for sample in chosen:
+    for sample in forms.values():
         tokens = (sample.input_ids[: sample.prompt_length], sample.input_ids[sample.prompt_length :])
         prompt, completion = (hide_secrets(tokenizer.decode(part)) for part in tokens)
         if len(prompt) > 500 and not shown:
             prompt = f"{prompt[:160]} … {len(prompt) - 460:,} characters … {prompt[-300:]}"
-        head = f"\n{sample.source}  ({len(tokens[0]):,} prompt tokens, {len(tokens[1])} supervised)\n"
+        kind = f"{sample.variant}: " if sample.variant else ""
+        head = f"\n{sample.source}  ({kind}{len(tokens[0]):,} prompt tokens, {len(tokens[1])} supervised)\n"
         text = Text(head, style="bold") + Text(prompt, style="dim") + Text(f"▶{completion}◀", style="green")
         make_console(soft_wrap=True).print(text)

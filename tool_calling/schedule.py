@@ -33,13 +33,17 @@ class Batching:
 
 
 def group_samples(samples: list[Sample]) -> list[list[list[int]]]:
-    """Return indices of samples: groups (prompts share half their tokens) of conversations (the same row) of turns."""
+    """Return indices of samples: groups (prompts share half their tokens) of conversations (the same row) of turns.
+
+    Each edition has its own groups.
+    """
     index_of = {id(sample): i for i, sample in enumerate(samples)}
     groups: list[dict[int, list[int]]] = []
-    for sample, shared in to_tree(samples) if samples else []:
-        if not groups or shared < sample.prompt_length / 2:
-            groups.append({})
-        groups[-1].setdefault(sample.row, []).append(index_of[id(sample)])
+    for _, edition in groupby(samples, lambda sample: sample.edition):
+        for sample, shared in to_tree([*edition]):  # the first of an edition shares nothing
+            if not groups or shared < sample.prompt_length / 2:
+                groups.append({})
+            groups[-1].setdefault(sample.row, []).append(index_of[id(sample)])
     return [list(group.values()) for group in groups]
 
 
@@ -48,7 +52,9 @@ class Schedule:
     """The steps of a run: `batch_size` x `accumulation_steps` x `devices` samples each, in streams of `layout.rows`.
 
     The same samples, seed and epoch give the same order for the same samples per step, however a step is cut into
-    streams. So a resumed run goes on as planned, also on another number of devices.
+    streams. So a resumed run goes on as planned, also on another number of devices. Where samples are in several
+    editions, equally many in each and one after the other, each epoch takes the next edition, and begins anew after the
+    last.
     """
 
     samples: list[Sample]
@@ -67,6 +73,14 @@ class Schedule:
             object.__setattr__(self, "groups", group_samples(self.samples))
 
     @property
+    def editions(self) -> int:
+        return self.samples[-1].edition + 1 if self.samples else 1
+
+    @property
+    def rows(self) -> int:  # samples of an epoch
+        return len(self.samples) // self.editions
+
+    @property
     def rows_per_step(self) -> int:  # the effective batch, on all devices
         return self.batch_size * self.accumulation_steps * self.devices
 
@@ -76,7 +90,7 @@ class Schedule:
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(len(self.samples) / self.rows_per_step)
+        return math.ceil(self.rows / self.rows_per_step)
 
     @property
     def steps(self) -> int:  # of the whole run
@@ -89,8 +103,8 @@ class Schedule:
         half of it is of one list, so that it mixes several.
         """
         generator, piece = random.Random(f"{self.seed} {epoch}"), max(1, self.rows_per_step // 2)
-        pieces = []
-        for group in self.groups:
+        pieces, edition = [], epoch % self.editions
+        for group in (group for group in self.groups if self.samples[group[0][0]].edition == edition):
             rows = [row for conversation in generator.sample(group, len(group)) for row in conversation]
             pieces += [rows[i : i + piece] for i in range(0, len(rows), piece)]
         generator.shuffle(pieces)
@@ -162,7 +176,7 @@ class Schedule:
     def count_samples(self, step: int) -> int:
         """Return how many samples are trained on up to a step; the last step of an epoch has what is left."""
         epochs, more = divmod(step, self.steps_per_epoch)
-        return epochs * len(self.samples) + more * self.rows_per_step
+        return epochs * self.rows + more * self.rows_per_step
 
     def count_tokens(self, steps: range) -> int:
         """Return how many tokens are computed in these steps of the run."""
@@ -232,7 +246,7 @@ def show_plan(schedule: Schedule) -> None:
         for plan in (schedule, schedule.padded())
     )
     devices = f" on {schedule.devices} devices" if schedule.devices > 1 else ""
-    step = f"{plural(min(len(schedule.samples), schedule.rows_per_step), 'row')} per step{devices}"
+    step = f"{plural(min(schedule.rows, schedule.rows_per_step), 'row')} per step{devices}"
     step += f", {schedule.answers} answers to each," if schedule.answers > 1 else ""
     kind = "stream" if schedule.layout.share_prefix else "padded batch"
     text = f"{step} in {plural(len(streams), kind)} of about {sum(streams) // len(streams):,} tokens"
@@ -240,3 +254,12 @@ def show_plan(schedule: Schedule) -> None:
         text += f" instead of {plural(len(batches), 'batch')} of {sum(batches) // len(batches):,}"
         text += f" ({sum(batches) / sum(streams):.1f} times fewer)"
     say("plan", text)
+
+
+def show_cost(schedule: Schedule, plain: list[Sample]) -> None:
+    """Print how many tokens an epoch of all editions computes, beside one of the rows as they are."""
+    layout = replace(schedule.layout, lengths=())
+    plans = (replace(schedule, layout=layout), replace(schedule, layout=layout, samples=plain, groups=None))
+    sizes = [sum(sum(plan.measure(plan.streams(epoch))) for epoch in range(plan.editions)) for plan in plans]
+    tokens, before = (size // plan.editions for size, plan in zip(sizes, plans))
+    say("", f"with --augment an epoch computes {tokens:,} tokens instead of {before:,} ({tokens / before:.2f} times)")

@@ -4,7 +4,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, repeat
 from statistics import NormalDist
 from typing import NamedTuple
@@ -51,15 +51,19 @@ class Proof:
     """
 
     samples: list[Sample]
-    # {model: {"answers": [text], "calls": those that a server has read, "loss": nats per token, "samples": its own}}
+    # {model: {"answers": [text], "calls": those that a server has read, "loss": nats per token, "samples": its own,
+    # "trials": {kind: [text]}, "asked": {kind: its own samples}}}
     results: dict[str, dict]
     said: dict[str, list[Said]]
     verdicts: dict[str, list[Verdict]]
     scores: dict[str, dict]
+    trials: dict[str, "Proof"] = field(default_factory=dict)  # {kind: answers to samples with other lists of tools}
 
     @classmethod
-    def of(cls, samples: list[Sample], results: dict[str, dict]) -> "Proof":
-        """Score the answers of each model."""
+    def of(
+        cls, samples: list[Sample], results: dict[str, dict], trials: dict[str, list[Sample]] | None = None
+    ) -> "Proof":
+        """Score the answers of each model; those to `trials`, {kind: samples}, are in its result, too, by kind."""
         said, verdicts = {}, {}
         for name, result in results.items():
             rows, answers = result.get("samples", samples), result["answers"]
@@ -71,6 +75,13 @@ class Proof:
             references = [read_reference(row).text for row in proof.asked(proof.last)]
             classes = count_classes([*zip(references, (got.text for got in said[proof.last]))])
             proof.scores[proof.last] |= {} if classes is None else {"macro_f1": classes}
+        for kind, asked in (trials or {}).items():
+            answered = {
+                name: {"answers": result["trials"][kind]} for name, result in results.items() if "trials" in result
+            }
+            for name in answered:
+                answered[name] |= {"samples": results[name]["asked"][kind]} if "asked" in results[name] else {}
+            proof.trials[kind] = cls.of(asked, answered)
         return proof
 
     def asked(self, model: str) -> list[Sample]:

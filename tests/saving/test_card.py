@@ -42,6 +42,8 @@ SETTINGS = {
     "train_tokens": ["auto"],
     "thinking": "auto",
     "compact_tools": 0.0,
+    "augment": None,
+    "holdout_tools": None,
     "tools_in_prompt": "all",
     "method": "sft",
     "num_generations": None,

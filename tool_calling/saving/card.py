@@ -111,7 +111,7 @@ def to_card(report: dict, adapter: bool, name: str, command: str) -> str:
         name=name,
         base=base,
         origin=", which comes from ".join(f"`{name}`" for name in shown) if shown[1:] else None,
-        scores=list_scores(report["scores"]),
+        scores=list_scores(report["scores"], report.get("trials")),
         command=command,
         paths=", ".join(f"`{hide_folders(path)}`" for path in args["dataset_path"]),
         losses=[log["loss"] for log in report["train"]["history"] if "loss" in log],  # also from before a resume

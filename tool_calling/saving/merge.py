@@ -23,7 +23,7 @@ from tool_calling.engines.tokens import fit_vocabulary
 from tool_calling.files import discard_partial, partial_folder, put_in_place, write_file
 from tool_calling.origins import list_ancestors
 from tool_calling.run_folder import CLIENT, TOOLS, write_run
-from tool_calling.samples import Sample
+from tool_calling.samples import Sample, list_plain
 from tool_calling.saving.portable import make_portable, read_own, save_tokenizer, write_json
 from tool_calling.schedule import build_small_batches
 from tool_calling.terminal import UserError, say, warn
@@ -76,8 +76,9 @@ def keep_trained(trained: Trained, trainer, tokenizer, samples: list[Sample]) ->
         model, before = round_trained(trained, model, batches)
     if not leave_group():
         return None
-    tools = collect_tools(trainer.schedule.samples)
-    alike = all(tuple(sample.tools) in ((), tools) for sample in trainer.schedule.samples)
+    plain = list_plain(trainer.schedule.samples)  # of variants, no client sends the tools
+    tools = collect_tools(plain)
+    alike = all(tuple(sample.tools) in ((), tools) for sample in plain)
     trained = replace(trained, tools=tools, alike=alike)
     if lora:
         adapter = save_adapter(model, trained.settings, tokenizer, trained.tools)

@@ -1,10 +1,12 @@
 """The proof of a run: base, adapter and merged model answer the same held-out rows, in a fresh process."""
 
+import json
 import math
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import chain
 
 from tool_calling.engines.answers import generate_answers, limit_answers
 from tool_calling.engines.device import free_gpu
@@ -39,18 +41,36 @@ class Questions:
     samples: list[Sample]
     batch_size: int | None  # None: as many as fit
     max_new_tokens: int
+    trials: dict[str, list[Sample]] = field(default_factory=dict)  # samples with other lists, by kind: see editions.py
 
     @classmethod
-    def of(cls, samples: list[Sample], batch_size: int | None, max_new_tokens: int | None) -> "Questions":
+    def of(
+        cls, samples: list[Sample], batch_size: int | None, max_new_tokens: int | None, trials: dict | None = None
+    ) -> "Questions":
         """Return questions whose answers may be as long as the longest reference needs, unless a length is given."""
-        longest = max(len(sample.input_ids) - sample.prompt_length for sample in samples)
-        limit = max_new_tokens or limit_answers(samples)
+        asked = [*samples, *chain.from_iterable((trials or {}).values())]
+        longest = max(len(sample.input_ids) - sample.prompt_length for sample in asked)
+        limit = max_new_tokens or limit_answers(asked)
         say("answers", f"at most {limit:,} tokens each; the longest reference has {longest:,}")
-        return cls(samples, batch_size, limit)
+        return cls(samples, batch_size, limit, trials or {})
 
     def ask(self, model, tokenizer, name: str) -> list[str]:
         """Return the greedy answers of a model; `name` is on the progress bar."""
         return generate_answers(model, tokenizer, self.samples, self.batch_size, self.max_new_tokens, name)
+
+    def ask_all(self, model, tokenizer, name: str) -> dict:
+        """Return {"answers": those of ask, "trials": {kind: answers to trials}}; without trials, answers alone.
+
+        Trials with the same list are asked together: a batch computes what its prompts have in common once.
+        """
+        lists, said = {}, {}
+        for sample in chain.from_iterable(self.trials.values()):
+            lists.setdefault(json.dumps(sample.tools), []).append(sample)
+        for samples in lists.values():
+            found = replace(self, samples=samples).ask(model, tokenizer, name)
+            said |= {id(sample): answer for sample, answer in zip(samples, found)}
+        trials = {kind: [said[id(sample)] for sample in samples] for kind, samples in self.trials.items()}
+        return {"answers": self.ask(model, tokenizer, name)} | ({"trials": trials} if trials else {})
 
 
 def prove(trained: Trained, questions: Questions, layout: Layout, before: float | None, compute: Callable) -> Proof:
@@ -64,7 +84,7 @@ def prove(trained: Trained, questions: Questions, layout: Layout, before: float 
         compute: that of start_fresh.
     """
     start = time.perf_counter()
-    proof = Proof.of(questions.samples, compute(merge_and_score, trained, questions, layout))
+    proof = Proof.of(questions.samples, compute(merge_and_score, trained, questions, layout), questions.trials)
     if not trained.adapter:
         check_trained(trained, proof.results["trained"]["loss"], before)
     elif "merged" in proof.results:
@@ -89,11 +109,11 @@ def load_scored(model_id: str, base: str, load_in_4bit: bool, trust: bool, token
 def merge_and_score(trained: Trained, questions: Questions, layout: Layout) -> dict:
     """Answer the questions with base, adapter, and the model to keep read back; return {model: result}.
 
-    A result is {"answers": [...], "loss": held-out loss}; that of the base has answers alone, and so has "start", the
-    adapter that training went on from, in the place of the base. This runs in a fresh process, because Unsloth changes
-    Transformers' classes for good, and the proof must hold where no Unsloth is. Adapters stand on the base that they
-    were trained on, in 4 bits if that was so; the others have 16. Without an adapter, the trained model is already in
-    its partial folder.
+    A result is {"answers": [...], "loss": held-out loss}; that of the base has no loss, and neither has "start", the
+    adapter that training went on from, in the place of the base. The first and the last have answers to "trials", if
+    there are any. This runs in a fresh process, because Unsloth changes Transformers' classes for good, and the
+    proof must hold where no Unsloth is. Adapters stand on the base that they were trained on, in 4 bits if that was
+    so; the others have 16. Without an adapter, the trained model is already in its partial folder.
     """
     quiet_libraries()
     trust, place, small_place = trained.trust, trained.find_place(), trained.find_place(four_bit=True)
@@ -103,9 +123,10 @@ def merge_and_score(trained: Trained, questions: Questions, layout: Layout) -> d
         refuse_same_adapter(trained)
 
     def score(name, model):
-        answers = questions.ask(model, tokenizer, name)
+        asked = questions if name != "adapter" or trained.method == "lora" else replace(questions, trials={})
+        answers = asked.ask_all(model, tokenizer, name)
         free_gpu()  # of what answers needed; a loss needs larger pieces
-        results[name] = {"answers": answers, "loss": measure_loss(model, batches, "transformers")}
+        results[name] = {**answers, "loss": measure_loss(model, batches, "transformers")}
 
     def load(model_id: str, four_bit: bool):
         place = trained.find_place(four_bit)
@@ -120,7 +141,7 @@ def merge_and_score(trained: Trained, questions: Questions, layout: Layout) -> d
         base = load(trained.base_id, False)
     warn_if_spread(base)
     name = "start" if trained.start else "base"
-    results[name] = {"answers": questions.ask(base, tokenizer, name)}
+    results[name] = questions.ask_all(base, tokenizer, name)
     sums = None if trained.adapter else sum_weights(base)
     if trained.adapter:
         if trained.four_bit or trained.start:
@@ -190,7 +211,8 @@ def check_trained(trained: Trained, loss: float, expected: float) -> None:
 
 def show_saved(method: str, results: dict, before: float | None, seconds: float) -> None:
     """Print the loss of the model that is kept beside that of its origin: the adapter, or the weights in memory."""
-    name, answers = list(results)[-1], sum(len(result["answers"]) for result in results.values())
+    lists = [asked for result in results.values() for asked in (result["answers"], *result.get("trials", {}).values())]
+    name, answers = list(results)[-1], sum(map(len, lists))
     text = f"held-out loss {results[name]['loss']:.4f}"
     if name != "adapter":
         text = f"{'4' if method == 'merged_4bit' else '16'}-bit, read back by a fresh process: {text}, "
