@@ -26,7 +26,7 @@ from tool_calling.scores import read_reference
 from tool_calling.streams import Layout
 
 TOOLS = to_tools([WEATHER, ALARM])[0]
-VARIATION = Variation(",".join(SHARES), None, 7, 0, 2048, 40)
+VARIATION = Variation(",".join(SHARES), None, 7, 2048, 40)
 RENDERING = Rendering(["x"], 0.25, 2048, "error", None, None)
 
 
@@ -140,10 +140,20 @@ def test_rows_that_call_tools_held_out_are_apart_and_no_training_list_has_them(t
         plain for plain, sample in zip(made, both) if not sample.variant
     ]
     assert not any("Set an alarm" in tokenizer.decode(sample.input_ids) for sample in both)
-    compact, _ = replace(VARIATION, augment=None, holdout_tools="set_alarm", compact_tools=0.9).vary(
-        tokenizer, train, rows
-    )
-    assert sum(sample.compact for sample in compact) > len(compact) / 2
+
+
+def test_rows_with_compact_tools_have_them_in_all_editions(tokenizer):
+    rows = make_rows(40)
+    plain, _ = render_valid(tokenizer, rows, [], replace(RENDERING, compact_tools=0.5))
+    compact = {(sample.row, sample.turn) for sample in plain if sample.compact}
+    assert 10 < len(compact) < 50
+    for flags in ({}, {"augment": None, "holdout_tools": "set_alarm"}):
+        kept = [sample for sample in plain if not flags or sample.row % 3 != 1]
+        made, _ = replace(VARIATION, **flags).vary(tokenizer, kept, rows)
+        for sample in made:
+            assert sample.compact == ((sample.row, sample.turn) in compact)
+            text = tokenizer.decode(sample.input_ids)
+            assert all((json.dumps(tool) in text) != sample.compact for tool in sample.tools)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

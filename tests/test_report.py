@@ -202,6 +202,40 @@ def test_every_answer_is_written_for_other_checkers(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["answers.jsonl"]
 
 
+def to_tried_proof() -> Proof:
+    """Return a proof whose first and last model were also asked with other lists of tools."""
+    missing = [SAMPLES[1]._replace(tools=[WEATHER], completion="No tool.", variant="missing")]
+    unseen = [sample._replace(variant="unseen") for sample in SAMPLES[:2]]
+    trials = {"base": (["Sorry."], [ROME, ROME]), "merged": ([""], [ROME, ALARM_AT_6])}
+    results = {"base": dict(BASE), "adapter": dict(MERGED), "merged": dict(MERGED)}
+    for name, (first, second) in trials.items():
+        results[name]["trials"] = {"missing": first, "unseen": second}
+    return Proof.of(SAMPLES, results, {"missing": missing, "unseen": unseen})
+
+
+def test_answers_with_other_lists_of_tools_have_lines_of_their_own(tmp_path, capsys):
+    proof = to_tried_proof()
+    assert proof.scores == to_proof().scores
+    shares = {
+        kind: {model: score["exact_match"] for model, score in tried.scores.items()}
+        for kind, tried in proof.trials.items()
+    }
+    assert shares == {"missing": {"base": 1.0, "merged": 0.0}, "unseen": {"base": 0.5, "merged": 1.0}}  # "" is none
+    report = to_report(SETTINGS, "x", proof, DATA, None)
+    assert report["trials"] == {kind: tried.scores for kind, tried in proof.trials.items()}
+    report = finish(tmp_path, report, proof)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-3:-1] == [
+        "         no call, tool missing      1  100.0 % 20.7–100.0        –               0.0 % 0.0–79.3",
+        "         exact, unseen tools        2   50.0 % 9.5–90.5          –             100.0 % 34.2–100.0",
+    ]
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("exact, unseen tools") == 1 and "of requests for tools that no training row had" in page
+    written = [json.loads(line) for line in (tmp_path / "answers.jsonl").open()]
+    assert [line.get("list") for line in written] == [None] * 12 + ["missing"] * 2 + ["unseen"] * 4
+    assert [(line["model"], line["answer"]) for line in written[12:14]] == [("base", "Sorry."), ("merged", "")]
+
+
 def test_a_model_that_is_only_scored_is_shown_alone(capsys):
     show_answers(Proof.of(SAMPLES[:1], {"model": BASE}))
     assert capsys.readouterr().out.splitlines() == [

@@ -104,7 +104,6 @@ class Variation:
     augment: str | None
     holdout_tools: str | None
     seed: int
-    compact_tools: float
     max_seq_length: int
     eval_samples: int
 
@@ -131,16 +130,17 @@ class Variation:
             return samples, None
         rows = {sample.row: examples[sample.row] for sample in samples}
         variants, made, counts, unfit = Variants([*rows.values()], self.augment, self.seed), [], Counter(), 0
+        compact = list_compact(samples)
         for edition in range(EDITIONS):
             found = {row: variants.vary(example, edition) for row, example in rows.items()}
             found = {row: changed for row, changed in found.items() if changed}
-            rendered = self.render(tokenizer, {row: changed.example for row, changed in found.items()}, date)
+            rendered = self.render(tokenizer, {row: made.example for row, made in found.items()}, compact, date)
             for sample in samples:
                 changed = found.get(sample.row)
                 if changed and changed.turn in (None, sample.turn):
                     new = rendered.get((sample.row, sample.turn))
                     unfit += new is None
-                    sample = new._replace(row=sample.row, variant=changed.kind) if new else sample
+                    sample = new._replace(variant=changed.kind) if new else sample
                 counts[sample.variant] += 1
                 made.append(sample._replace(edition=edition))
         return made, Facts(EDITIONS, dict(counts), count_lists(made), variants.refusal, variants.is_own, unfit)
@@ -151,14 +151,20 @@ class Variation:
         """Return samples and examples with lists that lack the tools held out: a tool added later is in none either."""
         changed = leave_out(examples, self.holdout_tools.split(","))
         rows = {sample.row: changed[sample.row] for sample in samples}
-        made = self.render(tokenizer, rows, date)
-        samples = [made[sample.row, sample.turn]._replace(row=sample.row) for sample in samples]
-        return make_compact(tokenizer, samples, changed, self.compact_tools, self.max_seq_length, date), changed
+        made = self.render(tokenizer, rows, list_compact(samples), date)
+        return [made[sample.row, sample.turn] for sample in samples], changed
 
-    def render(self, tokenizer, rows: dict[int, Example], date: str | None) -> dict[tuple[int, int], Sample]:
-        """Return {(row, turn): sample} of all turns that a model can be trained on, given {row: example}."""
+    def render(self, tokenizer, rows: dict[int, Example], compact: set, date: str | None) -> dict:
+        """Return {(row, turn): sample} of all turns that a model can be trained on, given {row: example}.
+
+        Args:
+            compact: (row, turn) of those that get compact tools.
+        """
         groups, _ = render_examples(tokenizer, [*rows.values()], self.max_seq_length, date)
-        return {(row, sample.turn): sample for row, group in zip(rows, groups) for sample in group}
+        made = {(row, turn.turn): turn._replace(row=row) for row, group in zip(rows, groups) for turn in group}
+        chosen = [sample for turn, sample in made.items() if turn in compact]
+        again = make_compact(tokenizer, chosen, rows, 1, self.max_seq_length, date)
+        return made | {(sample.row, sample.turn): sample for sample in again}
 
     def make_trials(
         self,
@@ -222,6 +228,11 @@ def ask_otherwise(kind: str, sample: Sample, examples: list[Example], refusal: s
     names = make_names(tools, rng)
     changed = Listing([*map(names.rename_tool, tools)], names).apply(example)
     return changed if any(names) and not says_name(example, called) and is_valid(changed) else None
+
+
+def list_compact(samples: list[Sample]) -> set[tuple[int, int]]:
+    """Return (row, turn) of the samples with compact tools."""
+    return {(sample.row, sample.turn) for sample in samples if sample.compact}
 
 
 def count_lists(samples: list[Sample]) -> int:

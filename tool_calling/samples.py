@@ -137,7 +137,12 @@ def list_plain(samples: list[Sample]) -> list[Sample]:
 
 
 def make_compact(
-    tokenizer, samples: list[Sample], examples: list[Example], share: float, limit: int, date: str | None = None
+    tokenizer,
+    samples: list[Sample],
+    examples: list[Example] | dict[int, Example],
+    share: float,
+    limit: int,
+    date: str | None = None,
 ) -> list[Sample]:
     """Return the samples, those of a `share` of the rows with tools as Ollama writes them.
 

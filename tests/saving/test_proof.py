@@ -102,6 +102,27 @@ def test_answers_may_be_as_long_as_the_longest_reference_needs(capsys, lengths, 
     assert capsys.readouterr().out == expected
 
 
+def test_trials_with_one_list_are_asked_together(monkeypatch):
+    """A batch computes what its prompts have in common once, and answers come back in the order of the questions."""
+    asked = []
+
+    def answer(model, tokenizer, samples, batch_size, longest, name):
+        asked.append([sample.source for sample in samples])
+        return [f"{name} {sample.source}" for sample in samples]
+
+    monkeypatch.setattr("tool_calling.saving.proof.generate_answers", answer)
+    lists = {"a": [{"type": "a"}], "b": [{"type": "b"}], "c": [{"type": "a"}]}  # the first and the last are equal
+    trials = {
+        "masked": [Sample("1", [1, 2], 1, tools=lists["a"]), Sample("2", [1, 2], 1, tools=lists["b"])],
+        "unseen": [Sample("3", [1, 2], 1, tools=lists["c"])],
+    }
+    questions = Questions.of([Sample("0", [1, 2], 1)], 64, 7, trials)
+    expected = {"masked": ["x 1", "x 2"], "unseen": ["x 3"]}
+    assert questions.ask_all(None, None, "x") == {"answers": ["x 0"], "trials": expected}
+    assert asked == [["1", "3"], ["2"], ["0"]]
+    assert Questions.of([Sample("0", [1, 2], 1)], 64, 7).ask_all(None, None, "x") == {"answers": ["x 0"]}
+
+
 def test_a_trained_model_that_comes_back_different_is_refused(capsys):
     trained = make_trained("base", "final", None, "--lora_rank", "0")
     check_trained(trained, 0.119, 0.1)

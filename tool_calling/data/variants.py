@@ -14,7 +14,7 @@ from tool_calling.files import digest
 from tool_calling.terminal import UserError, suggest
 
 MISSING, SHUFFLED, MASKED, UNSEEN = "missing", "shuffled", "masked", "unseen"
-SHARES = {MISSING: 0.15, SHUFFLED: 0.2, MASKED: 0.3}  # of the rows of an epoch; the others stay as they are
+SHARES = {MISSING: 0.25, SHUFFLED: 0.15, MASKED: 0.3}  # of the rows of an epoch; the others stay as they are
 FOLDS = 3  # into which a list is divided: each thinned list lacks one of them
 LISTS = 2 * (1 + FOLDS)  # made of each list: whole and thinned ones, with their own names and with others
 KEPT_LISTS = 1_000  # whose lists are kept; those of a hundred thousand rows would fill the memory

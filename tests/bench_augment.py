@@ -1,0 +1,122 @@
+#!/usr/bin/env python3
+"""What --augment gives and costs: other lists of the same tools, tools held out, and requests for other tools.
+
+    python tests/bench_augment.py outputs/augment
+    python tests/bench_augment.py outputs/augment --at_once --model_id FOLDER [flags of training]
+
+Trains a base on the bundled rows four times for each seed: with all tools and with two held out, each without and with
+--augment. Then all models answer the same held-out rows side by side: with their own lists, with the other lists that
+--augment names, and rows of invented tools as the embedded base was made with (see bench_forgetting.py). The embedded
+base is trained for three epochs with the other flags of README's first command, another one with the script's defaults.
+Flags that this program does not have go to the training runs, so --augment KINDS chooses the kinds. The table of means
+over seeds, with each seed's values, is also in table.md.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+from bench_forgetting import BASE, FLAGS, ROOT, SCORED, finish, make_rows, start, write
+
+PAIRS = ["set_timer,get_weather", "book_taxi,set_alarm", "control_light,send_message"]  # held out, by seed in turn
+ROWS = 800  # --eval_samples: all 200 held-out rows, and 200 of each trial
+COLUMNS = {
+    "tokens": "tokens computed",
+    "plain": "held-out rows",
+    "shuffled": "shuffled list",
+    "missing": "no call, tool missing",
+    "masked": "masked names",
+    "unseen": "tools held out",
+    "other": "invented tools",
+}
+
+
+def read_report(folder: Path) -> dict:
+    """Return the report.json of a folder."""
+    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+
+
+def score(models: list[Path], out: Path, *flags: object) -> dict[str, dict]:
+    """Return {model: {column: share}} of models that answer the same rows side by side."""
+    finish([start("--eval_only", *models, "--no-load_in_4bit", "--output_dir", out, *flags)])
+    report = read_report(out / "eval_only")
+    found = {model: {"plain": scores["exact_match"]} for model, scores in report["scores"].items()}
+    for kind, trials in report.get("trials", {}).items():
+        for model, scores in trials.items():
+            found[model][kind] = scores["exact_match"]
+    return found
+
+
+def show(name: str, values: dict[str, list[float]]) -> list[str]:
+    """Return a line of the table: of each column the mean, and each value if there are several."""
+    cells = [name]
+    for column in COLUMNS:
+        form = "{:,.0f}" if column == "tokens" else "{:.1%}"
+        found = values.get(column, [])
+        each = f" ({', '.join(map(form.format, found))})" if len(found) > 1 and column != "tokens" else ""
+        cells.append(form.format(statistics.mean(found)) + each if found else "")
+    return cells
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where rows, models, reports and the table go")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[3407, 1, 2])
+    parser.add_argument("--model_id", default=str(BASE), help="the base to train")
+    parser.add_argument("--augment", default="missing,shuffled,masked", help="the kinds of the runs with --augment")
+    parser.add_argument("--at_once", action="store_true", help="train all at the same time")
+    args, more = parser.parse_known_args()
+    folder, base = args.folder.resolve(), args.model_id
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = [*(FLAGS if base == str(BASE) else []), "--num_epochs", 3, *more]
+
+    runs, names = [], {}
+    for index, seed in enumerate(args.seeds):
+        for held_out in (None, PAIRS[index % len(PAIRS)]):
+            for augment in (None, args.augment):
+                name = f"{seed}{'_held_out' * bool(held_out)}{'_augment' * bool(augment)}"
+                names[name] = (seed, held_out, augment)
+                given = ["--holdout_tools", held_out] * bool(held_out) + ["--augment", augment] * bool(augment)
+                places = ("--output_dir", folder / f"out_{name}", "--final_model_dir", folder / f"model_{name}")
+                runs.append(start("--model_id", base, *flags, "--seed", seed, *given, *places))
+                if not args.at_once:
+                    finish(runs)
+    finish(runs)
+
+    other = write(folder / "other.jsonl", make_rows("scored", SCORED))
+    models = {name: folder / f"model_{name}" for name in names}
+    whole = [models[name] for name, (_, held_out, _) in names.items() if not held_out]
+    scores = score([base, *whole], folder / "scored", "--augment", "--eval_samples", ROWS)
+    for pair in dict.fromkeys(held_out for _, held_out, _ in names.values() if held_out):
+        apart = [models[name] for name, (_, held_out, _) in names.items() if held_out == pair]
+        found = score([base, *apart], folder / f"scored_{pair}", "--holdout_tools", pair, "--eval_samples", ROWS)
+        unseen = scores[base].get("unseen", []) + [found[base]["unseen"]]
+        scores = found | scores
+        scores[base]["unseen"] = unseen
+    places = ("--eval_dataset_path", other, "--on_invalid", "skip", "--eval_samples", SCORED)
+    invented = score([base, *models.values()], folder / "scored_other", *places)
+
+    lines = [["", *COLUMNS.values()], ["---"] * (len(COLUMNS) + 1)]
+    own = {column: value if isinstance(value, list) else [value] for column, value in scores[base].items()}
+    lines.append(show("base", own | {"other": [invented[base]["plain"]]}))
+    for held_out in (False, True):
+        for augment in (None, args.augment):
+            chosen = [name for name, given in names.items() if (bool(given[1]), given[2]) == (held_out, augment)]
+            values = {column: [] for column in COLUMNS}
+            for name in chosen:
+                found = scores[str(models[name])] | {"other": invented[str(models[name])]["plain"]}
+                found["tokens"] = read_report(folder / f"out_{name}")["train"]["tokens_computed"]
+                for column, value in found.items():
+                    values[column].append(value)
+            tools = "two tools held out" if held_out else "all tools"
+            lines.append(show(f"{tools}, `--augment {augment}`" if augment else tools, values))
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    (folder / "table.md").write_text(table, encoding="utf-8")
+    print(table, end="")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main()
