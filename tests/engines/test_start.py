@@ -47,3 +47,33 @@ def test_unsloth_without_a_gpu_is_refused(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match="^--engine unsloth needs a CUDA GPU, and torch sees none; use --engine trans"):
         start_engine("unsloth", True, "out", 1)
+
+
+# What Unsloth does when it is imported: it looks through TRL's trainers, and rewrites each.
+UNSLOTH = """
+rewritten = []
+_patch_trl_rl_trainers = rewritten.append
+
+def patch_trl_rl_trainers():
+    for name in ("dpo_trainer", "grpo_trainer", "sft_trainer"):
+        _patch_trl_rl_trainers(name)
+"""
+REWRITE = """
+import sys
+from tool_calling.engines.start import OneTrainer
+before = list(sys.meta_path)
+sys.meta_path.insert(0, OneTrainer())
+import unsloth
+print(unsloth.models.rl.rewritten, sys.meta_path == before)
+"""
+
+
+def test_unsloth_rewrites_the_one_trainer_that_is_used(tmp_path):
+    models = tmp_path / "unsloth" / "models"
+    models.mkdir(parents=True)
+    (tmp_path / "unsloth" / "__init__.py").write_text("from unsloth.models import rl\nrl.patch_trl_rl_trainers()\n")
+    (models / "__init__.py").write_text("")
+    (models / "rl.py").write_text(UNSLOTH)
+    environment = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    result = subprocess.run([sys.executable, "-c", REWRITE], capture_output=True, text=True, env=environment)
+    assert (result.stdout, result.returncode) == ("['sft_trainer'] True\n", 0), result.stderr

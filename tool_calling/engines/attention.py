@@ -25,7 +25,7 @@ def to_key_blocks(attention_mask) -> list[list[int]]:
 
 def block_size(tensor) -> int:
     """Return how many tokens a block of attention has: few on CPU, to skip much; many on a GPU, to launch little."""
-    return 128 if tensor.device.type == "cpu" else 1024
+    return 256 if tensor.device.type == "cpu" else 1024
 
 
 def attend_in_blocks(module, query, key, value, attention_mask, **options):

@@ -35,6 +35,7 @@ PRIVATE_NAMES = [
         "_flex_attention_compiled _BLOCK_MASK_CACHE clear_block_mask_cache _create_block_mask_compiled",
         "unsloth 2026.10.9",
     ),
+    ("unsloth.models.rl", "patch_trl_rl_trainers _patch_trl_rl_trainers sft_trainer", "unsloth 2026.10.9"),
     ("unsloth.models.llama", "get_cached _unsloth_gradient_checkpointing", "unsloth 2026.10.9"),
     ("unsloth_zoo.fused_losses.fused_linear", "_keep_index", "unsloth_zoo 2026.10.9"),
     ("unsloth_zoo.gradient_checkpointing", "_old_checkpoint", "unsloth_zoo 2026.10.9"),
