@@ -2,8 +2,9 @@
 
 A life is what the command line does from the checkpoint to the adapter, or with --lora_rank 0 to the trained model. The
 first KILLS lives are ended by SIGKILL, each at a random moment before twice the time that the first needs for a
-checkpoint and soon after its second one, so that none comes to the end; the last one does. Each life is a fork, so that
-the libraries are loaded once. With the flag --slow_from N, which must be the last, that step takes a minute.
+checkpoint and soon after its second one, so that none comes to the end; the last one does. Each fifth lives until it
+has written a checkpoint, however slow the machine is. Each life is a fork, so that the libraries are loaded once. With
+the flag --slow_from N, which must be the last, that step takes a minute.
 """
 
 # ruff: noqa: E402 (the root of the project is put on the path first)
@@ -153,10 +154,10 @@ def main() -> int:
         if child == 0:
             os._exit(script.run_command_line())
         step = newest_step(folder)
-        if seconds is None:
+        if kills % 5 == 0 or seconds is None:
             while newest_step(folder) == step:
                 time.sleep(0.01)
-            seconds = 2 * (time.monotonic() - began)
+            seconds = seconds or 2 * (time.monotonic() - began)
         else:
             end = began + random.uniform(0, seconds)
             while time.monotonic() < end and newest_step(folder) < step + 2:
