@@ -485,7 +485,7 @@ def build_run_trainer(args: argparse.Namespace, model, tokenizer, schedule, held
 
     config = to_sft_config(args, schedule, bool(held_out))
     recording = engine == "unsloth" and args.cuda_graphs and can_record(schedule, args.lora_dropout)
-    twice = use_checkpointing(args.gradient_checkpointing, engine, schedule, model.config, recording)
+    twice = use_checkpointing(args.gradient_checkpointing, engine, schedule, model, recording)
     config.gradient_checkpointing = twice
     if engine == "unsloth" and schedule.layout.share_prefix:
         read_streams(model, find_recorded(schedule, model.config, twice) if recording else ())

@@ -4,7 +4,8 @@ import types
 
 import pytest
 import torch
-from small import CASES, make_adapted, make_schedule
+from peft import LoraConfig, get_peft_model
+from small import CASES, make_adapted, make_qwen3, make_schedule
 
 from tool_calling.engines import graphs
 from tool_calling.engines.graphs import (
@@ -40,21 +41,27 @@ def test_streams_are_recorded_where_half_of_the_free_memory_holds_them(monkeypat
     "lengths, recording, tokens",
     [((128, 256), True, 384), ((128, 256), False, 128), ((), False, 30)],  # all recorded, or the longest of the run
 )
-def test_activations_are_kept_where_half_of_the_free_memory_holds_them(monkeypatch, capsys, lengths, recording, tokens):
-    config, schedule = make_adapted().config, make_schedule(CASES["one tool set"], 8, lengths)
-    given = ("unsloth", schedule, config, recording)
+@pytest.mark.parametrize("rows", [None, [3, 5]])
+def test_activations_are_kept_where_half_of_the_free_memory_holds_them(
+    monkeypatch, capsys, lengths, recording, tokens, rows
+):
+    lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", trainable_token_indices=rows)
+    model, schedule = get_peft_model(make_qwen3(tied=True), lora), make_schedule(CASES["one tool set"], 8, lengths)
+    given = ("unsloth", schedule, model, recording)
+    head = 8 * model.config.vocab_size * 32 if rows else 0
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert not use_checkpointing("auto", *given) and use_checkpointing("on", *given)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(graphs, "free_gpu", lambda: None)
-    needed = 2 * (tokens * 2 * 2 * KEPT + (0.27 if recording else 0.11) * 2**30)
+    needed = 2 * (tokens * 2 * 2 * KEPT + (0.27 if recording else 0.11) * 2**30 + head)
     for free, twice in ((needed, False), (needed - 1, True)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 2**40))
         monkeypatch.setattr(graphs, "gather_object", lambda found: found)
         assert use_checkpointing("auto", *given) is twice
         verdict = "so they are computed twice" if twice else "and are kept"
         sizes = f"{needed / 2**31:.2f} of {needed / 2**30:.1f} GiB free"
-        assert capsys.readouterr().out == f"gpu      activations of {tokens:,} tokens would take {sizes}, {verdict}\n"
+        found = f"to train with all activations of {tokens:,} tokens would take {sizes}, {verdict}"
+        assert capsys.readouterr().out == f"gpu      {found}\n"
         assert use_checkpointing("on", *given) and not use_checkpointing("off", *given)
     assert use_checkpointing("auto", "transformers", *given[1:])  # what it keeps has not been measured
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (needed, 2**40))

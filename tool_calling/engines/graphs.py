@@ -4,6 +4,7 @@ import weakref
 
 import torch
 from accelerate.utils import gather_object
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from tool_calling.data.literals import as_list
@@ -16,6 +17,8 @@ HELD_SHARE = 0.5  # of the free GPU memory: activations and CUDA graphs that wou
 # Held in training, measured with Unsloth on Qwen3-0.6B: GiB that every run needs beside its streams, and the work of
 # one layer as a multiple of what its backward pass keeps. A recorded graph frees nothing between its kernels.
 EAGER_MEMORY, RECORDED_MEMORY = (0.11, 0.7), (0.27, 1.25)
+# Bytes for each number of a head some of whose rows are trained: a copy in 16 bits, and gradients in 32 and 16.
+HEAD_COPIES = 2 + 4 + 2
 
 
 def count_token_bytes(config, checkpointing: bool, working: float) -> float:
@@ -40,7 +43,7 @@ def can_record(schedule: Schedule, dropout: float) -> bool:
     return schedule.layout.share_prefix and schedule.streams_per_step == 1 and not dropout
 
 
-def use_checkpointing(choice: str, engine: str, schedule: Schedule, config, recording: bool) -> bool:
+def use_checkpointing(choice: str, engine: str, schedule: Schedule, model, recording: bool) -> bool:
     """Return whether activations are computed twice instead of kept: less memory, a third more time.
 
     With "auto" they are kept on CPU and, with Unsloth, where HELD_SHARE of each GPU's free memory holds those of the
@@ -53,14 +56,14 @@ def use_checkpointing(choice: str, engine: str, schedule: Schedule, config, reco
     free_gpu()
     tokens = sum(schedule.layout.lengths) if recording else max(schedule.measure_run())
     fixed, working = RECORDED_MEMORY if recording else EAGER_MEMORY
-    held = fixed * 2**30 + tokens * count_token_bytes(config, False, working)
+    held = fixed * 2**30 + tokens * count_token_bytes(model.config, False, working)
+    if any(isinstance(module, TrainableTokensLayer) for module in model.modules()):
+        held += HEAD_COPIES * model.config.vocab_size * model.config.hidden_size
     free = torch.cuda.mem_get_info()[0]
     twice = not all(gather_object([held <= HELD_SHARE * free]))  # all devices do alike
     verdict = "so they are computed twice" if twice else "and are kept"
-    say(
-        "gpu",
-        f"activations of {tokens:,} tokens would take {held / 2**30:.2f} of {free / 2**30:.1f} GiB free, {verdict}",
-    )
+    held, free = (f"{size / 2**30:.{digits}f}" for size, digits in ((held, 2), (free, 1)))
+    say("gpu", f"to train with all activations of {tokens:,} tokens would take {held} of {free} GiB free, {verdict}")
     return twice
 
 
