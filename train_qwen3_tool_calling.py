@@ -57,6 +57,7 @@ from tool_calling.processes import (
     unwrap_interrupt,
 )
 from tool_calling.prompts import hide_tools, set_default
+from tool_calling.reward_file import load_reward
 from tool_calling.run_folder import Run, check_final, check_folder, check_models_stay, mark_output, read_run, write_run
 from tool_calling.samples import Rendering, check_shown, check_sides, choose, find_longest, list_plain, show_rows
 from tool_calling.saving.gguf import check_gguf, find_gguf_tools, find_server
@@ -90,6 +91,7 @@ GRPO_STEPS = 100
 GRPO_EVAL_STEPS = 25  # from one look at the held-out rows, and one checkpoint, to the next
 NUM_GENERATIONS = 8  # the more, the surer what a better answer is
 TEMPERATURE = 1.0  # answers as likely as the model finds them
+HARD_ROWS = 0.1  # of the rows that the start answers right: some, so that it does not forget them
 
 LORA_RANK = 16
 LORA_ALPHA = 16  # alpha / rank = 1: the adapter's output is not scaled
@@ -187,6 +189,14 @@ def build_parser() -> Parser:
         help=f"grpo: answers drawn to each prompt (default: {NUM_GENERATIONS})")
     add("--temperature", type=number(float, 0, low_open=True), default=TEMPERATURE, metavar="T",
         help="grpo: at which they are drawn")
+    add("--hard_rows", type=number(float, 0, 1), metavar="SHARE",
+        help="grpo: of the rows that the start model answers right, train on this share alone, chosen by hash "
+             f"(default: {HARD_ROWS})")
+    add("--reward", type=path, metavar="FILE.py:NAME",
+        help="grpo: Python function that rates answers, as TRL calls it, instead of their likeness to the reference; "
+             "the file is run")
+    add("--beta", type=number(float, 0), default=0.0, metavar="B",
+        help="grpo: weight of the penalty for leaving the start (KL)")
     add("--num_epochs", type=count, default=NUM_EPOCHS, metavar="N", help="passes over the data")
     add("--max_steps", type=count, metavar="N",
         help=f"train N optimizer steps, not --num_epochs (default: grpo {GRPO_STEPS})")
@@ -304,9 +314,9 @@ def settle_method(args: argparse.Namespace) -> None:
     """Set what depends on --method."""
     if args.method == "grpo":
         defaults = {"num_generations": NUM_GENERATIONS, "max_steps": GRPO_STEPS, "metric_for_best": "exact_match"}
-        defaults |= {"learning_rate": GRPO_LEARNING_RATE, "eval_steps": GRPO_EVAL_STEPS}
+        defaults |= {"learning_rate": GRPO_LEARNING_RATE, "eval_steps": GRPO_EVAL_STEPS, "hard_rows": HARD_ROWS}
         for flag, value in defaults.items():
-            setattr(args, flag, getattr(args, flag) or value)
+            setattr(args, flag, value if getattr(args, flag) is None else getattr(args, flag))
 
 
 def check_together(args: argparse.Namespace, refuse) -> None:
@@ -314,9 +324,10 @@ def check_together(args: argparse.Namespace, refuse) -> None:
     if args.method == "grpo" and (args.fsdp or args.engine == "unsloth"):
         refuse("--method grpo lets the model answer while it trains, with Transformers: leave out --fsdp and "
                "--engine unsloth")  # fmt: skip
-    drawn = args.num_generations or args.temperature != TEMPERATURE or args.metric_for_best == "reward"
-    if args.method == "sft" and drawn:
-        refuse("--num_generations, --temperature and --metric_for_best reward are for --method grpo")
+    drawn = (args.num_generations, args.hard_rows, args.reward) != (None, None, None) or args.temperature != TEMPERATURE
+    if args.method == "sft" and (drawn or args.beta or args.metric_for_best == "reward"):
+        names = "--num_generations, --temperature, --hard_rows, --reward, --beta"
+        refuse(f"{names} and --metric_for_best reward are for --method grpo")
     if args.lora_rank and not args.target_modules:
         refuse("--target_modules: expected at least one name")
     if args.eval_only and (args.dry_run or args.show_row or args.resume_from_checkpoint or args.serve_check):
@@ -480,7 +491,7 @@ def build_run_trainer(args: argparse.Namespace, model, tokenizer, schedule, held
 
     from tool_calling.engines.fsdp import is_split
     from tool_calling.engines.graphs import can_record, find_recorded, read_streams, use_checkpointing
-    from tool_calling.training.policy import PolicyTrainer
+    from tool_calling.training.policy import Drawing, PolicyTrainer
     from tool_calling.training.trainer import SplitTrainer, StreamTrainer, build_trainer
 
     config = to_sft_config(args, schedule, bool(held_out))
@@ -489,13 +500,15 @@ def build_run_trainer(args: argparse.Namespace, model, tokenizer, schedule, held
     config.gradient_checkpointing = twice
     if engine == "unsloth" and schedule.layout.share_prefix:
         read_streams(model, find_recorded(schedule, model.config, twice) if recording else ())
-    own = deepcopy(tokenizer)  # TRL changes what it is given, and the tokenizer is saved with the model
+    copy = deepcopy(tokenizer)  # TRL changes what it is given, and the tokenizer is saved with the model
     given = (schedule, choose(held_out, len(held_out)), engine)
     if args.method == "grpo":
-        make = partial(PolicyTrainer, *given, temperature=args.temperature, max_new_tokens=args.max_new_tokens)
+        own = load_reward(args.reward) if args.reward else None
+        drawing = Drawing(args.temperature, args.max_new_tokens, args.beta, own)
+        make = partial(PolicyTrainer, *given, drawing=drawing)
     else:
         make = partial(SplitTrainer if is_split(model) else StreamTrainer, *given)
-    trainer = build_trainer(make, model, own, config)
+    trainer = build_trainer(make, model, copy, config)
     trainer.can_recompute = engine == "unsloth" and args.gradient_checkpointing == "auto" and not twice
     if args.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
@@ -546,6 +559,8 @@ def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.Ex
     asked = [*examples, *held_out]
     check_shown(args.show_row, asked)
     thinks, gguf = is_thinking(examples), find_programs(args)
+    if args.reward:
+        load_reward(args.reward)
     compute = locks.enter_context(start_fresh("tool_calling.saving.proof")) if is_main() else None
 
     # Import the engine first, then what is built on it. Render the samples and plan the steps.
@@ -622,6 +637,7 @@ def list_inputs(args: argparse.Namespace) -> dict[str, list[str]]:
     flags = """model_id chat_template merge_model_id dataset_path eval_dataset_path tools_path
         resume_from_checkpoint""".split()
     inputs = {flag: [split_share(path)[0] for path in as_list(getattr(args, flag) or [])] for flag in flags}
+    inputs["reward"] = [args.reward.rpartition(":")[0]] if args.reward else []
     if is_adapter(args.model_id):
         inputs["model_id"].append(read_adapter(args.model_id, "--model_id")["base_model_name_or_path"])
     return inputs
@@ -741,8 +757,14 @@ def train_and_save(args: argparse.Namespace, run: Run, trained, tokenizer, sched
         schedule = plan_schedule(schedule.samples, pick(Batching, args), fill=engine == "unsloth")
         trainer = build_run_trainer(args, model, tokenizer, schedule, held_out, engine)
     run.watch.note("check")
-    run.start(schedule, choose_optim(args))
-    facts = train(trainer, run)
+    chosen = {}
+    if args.method == "grpo" and args.hard_rows < 1:
+        from tool_calling.training.hard_rows import leave_out
+
+        chosen = {"hard_rows_chosen": leave_out(trainer, args.hard_rows, run.former.get("hard_rows_chosen"))}
+        run.watch.note("choose")
+    run.start(schedule, choose_optim(args), **chosen)
+    facts = train(trainer, run) | chosen
     run.watch.note("train")
     report_gpu()
     scored = choose(held_out or list_plain(schedule.samples), args.eval_samples)
@@ -764,6 +786,8 @@ def dry_run(args: argparse.Namespace) -> dict:
     check_shown(args.show_row, both)
     if args.tools_in_prompt == "none":
         check_one_list(both)
+    if args.reward:
+        load_reward(args.reward)
 
     from tool_calling.audit import Data, find_model, finish_audit
     from tool_calling.engines.start import quiet_libraries

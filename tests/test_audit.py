@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import yaml
 from conftest import ALARM, ROOT, TINY, WEATHER, native, run_here, run_script, write_jsonl
+from transformers import Qwen3Config
 
 import train_qwen3_tool_calling as script
 from tool_calling.data.examples import Example
 from tool_calling.data.splits import find_warnings
 from tool_calling.engines.hub import load_tokenizer
-from tool_calling.plan import audit_schedule
+from tool_calling.plan import Training, audit_schedule
 from tool_calling.run_folder import WRITTEN_BY
 from tool_calling.samples import NOT_HELD_OUT, Sample, show_rows
 from tool_calling.schedule import Schedule
@@ -318,6 +319,26 @@ def test_drawn_answers_are_counted_in_the_plan(dry, tmp_path):
     )
     assert (epoch["packed"], epoch["padded"]) == (4 * once["packed"], 4 * once["padded"])
     assert once["shared_prefix"] < epoch["shared_prefix"] < 2 * once["shared_prefix"]
+    mean = found["sizes"]["answer"]["mean"]  # of all rows and one that is held out
+    assert found["drawn"]["answers"] == 100 * 4 * len(ROWS) and found["drawn"]["hard_rows"] == 0.1  # all in each step
+    assert found["drawn"]["tokens"] == pytest.approx(100 * 4 * len(ROWS) * mean, rel=0.1)
+    assert line(result, "drawn").startswith(
+        f"drawn    {400 * len(ROWS):,} answers of about {found['drawn']['tokens']:,} "
+    )
+    assert "of the rows that the start answers right, 10.0% stay (--hard_rows)" in result.stdout
+    assert f"; while answers are drawn {found['memory_gib']['drawing']:.2f}" in line(result, "memory")
+
+
+@pytest.mark.parametrize("answers, rows", [(4, 32), (64, 256)])  # at most 256 at once
+def test_the_memory_of_drawn_answers(answers, rows):
+    """That of keys and values of 8 prompts, which share 1,000 tokens, in 16 bits."""
+    config = Qwen3Config(num_hidden_layers=28, num_key_value_heads=8, head_dim=128)
+    samples = [Sample(f"x:{n}", [*range(1000), 2000 + n, 3000, *range(50)], 1002, row=n) for n in range(8)]
+    training = Training(*[None] * 10, max_new_tokens=100)
+    memory = {"base": 1.0, "adapter": 0.25, "total": 1.5, "without_graphs": 1.5}
+    found = training.estimate_drawing(config, Schedule(samples, 8, 1, Layout(8), answers=answers), memory)
+    drawing = round(1.25 + rows * (2 + 100) * 2 * 28 * 8 * 128 * 2 / 2**30, 2)
+    assert found == {"drawing": drawing, "total": max(drawing, 1.5), "without_graphs": max(drawing, 1.5)}
 
 
 def test_batches_are_counted_as_the_run_orders_them():

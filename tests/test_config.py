@@ -127,7 +127,10 @@ def test_the_named_layers_are_a_set():
         (["--lora_rank", "0", "--save_method", "lora"], "--lora_rank 0 trains the 16-bit weights themselves"),
         (["--lora_rank", "-1"], "argument --lora_rank: must be at least 0, got -1"),
         (["--method", "grpo", "--engine", "unsloth"], "with Transformers: leave out --fsdp and --engine unsloth"),
-        (["--num_generations", "4"], "--num_generations, --temperature and --metric_for_best reward are for --method"),
+        (["--num_generations", "4"], "--reward, --beta and --metric_for_best reward are for --method grpo"),
+        (["--hard_rows", "0"], "are for --method grpo"),
+        (["--reward", "a.py:f"], "are for --method grpo"),
+        (["--beta", "0.1"], "are for --method grpo"),
         (["--metric_for_best", "reward"], "are for --method grpo"),
         (["--temperature", "0.7"], "are for --method grpo"),
         (["--method", "grpo", "--num_generations", "1"], "argument --num_generations: must be at least 2, got 1"),
@@ -168,6 +171,8 @@ def test_answers_that_are_drawn_have_defaults_of_their_own():
         25,
         "transformers",
     )
+    assert (args.hard_rows, args.reward, args.beta) == (0.1, None, 0.0)
+    assert script.parse_args(["--method", "grpo", "--hard_rows", "0"]).hard_rows == 0
     args = script.parse_args(["--method", "grpo", "--max_steps", "7", "--eval_steps", "3", "--num_generations", "4"])
     assert (args.num_generations, args.max_steps, args.eval_steps, args.save_steps) == (4, 7, 3, 3)
 

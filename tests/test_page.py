@@ -262,13 +262,22 @@ def test_full_report():
 def test_rewards_have_a_chart_and_the_loss_of_drawn_answers_has_none():
     report = full_report()
     drawn = [{"step": 1, "loss": -0.01, "reward": 0.8}, {"step": 2, "loss": 0.02, "reward": 0.9}]
+    drawn[1] |= {"reward_parses": 1.0, "reward_tools": 0.95, "reward_names": 0.9, "reward_values": 0.85}
+    drawn[1] |= {"reward_exact": 0.8, "groups_without_gradient": 0.25, "answers_cut": 0.01, "answer_tokens": 33.5}
+    report["train"]["hard_rows_chosen"] = {"rows": 1800, "right": 1619, "trained": 353, "left_out": "ff"}
     held = [{"step": 2, "eval_loss": 0.0556, "eval_exact_match": 0.861, "eval_reward": 0.91}]
     report["train"]["history"] = [*drawn, *held]
     assert read_page(report).words("figcaption") == [
         "Reward: drawn answers 0.9, held out 0.91",
         "Loss: held out 0.0556",
         "Exact match: held out 86.1 %",
+        "Drawn answers that are right in: parse 100 %, tools 95 %, argument names 90 %, values 85 %, exact 80 %",
+        "Not trained: prompts without gradient 25 %, answers cut 1 %",
+        "Tokens of an answer: drawn 33.5",
     ]
+    page = read_page(report)
+    facts = dict(zip(page.words("dt"), page.words("dd")))
+    assert facts["rows left out of 1,800, as the start answers them right"] == "1,447"
 
 
 def test_score_table():

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tool_calling.rewards import compute_reward, reward_answer
+from tool_calling.rewards import rate, rate_answer
 from tool_calling.samples import Sample
 from tool_calling.scores import Said, judge, score_answer
 
@@ -51,12 +51,33 @@ ONE, TWO = write(("a", {"x": 1, "y": "k"})), write(("a", {"x": 1}), ("a", {"x": 
 )
 def test_the_reward_of_an_answer(expected, got, reward):
     sample = Sample("", [], 0, expected, TOOLS)
-    assert reward_answer(got, sample) == pytest.approx(reward, abs=1e-12)
-    assert (reward_answer(got, sample) == 1) == score_answer(got, expected, TOOLS).exact
+    assert rate_answer(got, sample).reward == pytest.approx(reward, abs=1e-12)
+    assert (rate_answer(got, sample).reward == 1) == score_answer(got, expected, TOOLS).exact
+
+
+@pytest.mark.parametrize(
+    "expected, got, parts",
+    [
+        (ONE, ONE, (1, 1, 1, 1, 1)),
+        (ONE, write(("a", {"x": 1, "y": "l"})), (1, 1, 1, 1 / 2, 0)),
+        (ONE, write(("a", {"x": 1, "z": 0})), (1, 1, 1 / 3, 1 / 3, 0)),
+        (ONE, write(("b", {"x": 1, "y": "k"})), (1, 0, 0, 0, 0)),
+        (TWO, write(("a", {"x": 2})), (1, 1 / 2, 1 / 2, 1 / 2, 0)),
+        (TWO, write(("a", {"x": 2}), ("a", {})), (1, 1, 1 / 2, 1 / 2, 0)),
+        (ONE, "<tool_call>\n{\n</tool_call>", (0, 0, 0, 0, 0)),
+        ("Which city?", "What do you mean?", (1, 1, 1, 1, 1)),
+        ("Which city?", "", (1, 1, 1, 1, 0)),
+        ("Which city?", ONE, (1, 0, 0, 0, 0)),
+        ("Which city?", "<tool_call>\n{\n</tool_call>", (0, 0, 0, 0, 0)),
+    ],
+)
+def test_the_parts_of_a_rating(expected, got, parts):
+    rating = rate_answer(got, Sample("", [], 0, expected, TOOLS))
+    assert (rating.parses, rating.tools, rating.names, rating.values, rating.exact) == pytest.approx(parts)
 
 
 def test_without_tools_the_text_counts():
-    assert [reward_answer(text, Sample("", [], 0, "yes")) for text in ("yes", "yes ", "no")] == [1.0, 1.0, 0.0]
+    assert [rate_answer(text, Sample("", [], 0, "yes")).reward for text in ("yes", "yes ", "no")] == [1.0, 1.0, 0.0]
 
 
 values = st.sampled_from([0, 1, 1.0, True, "k", None, [1], {"x": 1}])
@@ -78,7 +99,7 @@ def to_said(calls: list[dict] | None, text: str = "text") -> Said:
 @given(said, calls, st.booleans())
 def test_it_is_1_exactly_where_the_scorer_says_exact(got, expected, tools):
     got, expected, tools = to_said(got.calls, got.text), to_said(expected), TOOLS if tools else []
-    reward = compute_reward(got, expected, tools)
+    reward = rate(got, expected, tools).reward
     assert (reward == 1) == judge(got, expected, tools).exact and -1 <= reward <= 1
     assert reward == 1 or reward <= 0.5
 
@@ -113,5 +134,5 @@ def test_a_part_that_becomes_right_never_lowers_it(data, got, expected):
             better.append(copy.deepcopy(wanted))
         elif repair == "drop" and len(better) > len(expected) and call["name"] not in names:
             better.pop(place)
-    before, after = (compute_reward(to_said(calls), to_said(expected), TOOLS) for calls in (got, better))
+    before, after = (rate(to_said(calls), to_said(expected), TOOLS).reward for calls in (got, better))
     assert after >= before - 1e-12

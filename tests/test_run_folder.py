@@ -222,6 +222,8 @@ def check(run: Run, **changes) -> None:
         ("holdout_tools", "set_alarm"),
         ("tools_in_prompt", "none"),
         ("warmup_ratio", 0.5),
+        ("hard_rows", 0.5),
+        ("beta", 0.1),
     ],
 )
 def test_each_difference_is_refused_by_name(tmp_path, name, value):
@@ -232,6 +234,18 @@ def test_each_difference_is_refused_by_name(tmp_path, name, value):
         check(run, **{name: value})
     was = "adamw_torch" if name == "optim" else run.former[name]
     assert str(error.value) == f"--{name} is {value}, and {was} in the run that {checkpoint} is from; expected the same"
+
+
+def test_a_file_of_rewards_that_has_changed_is_refused(tmp_path):
+    mine, checkpoint = tmp_path / "mine.py", make_checkpoint(tmp_path, 3)
+    mine.write_text("def rate(**given): return [1]")
+    run = make_run(tmp_path, checkpoint, optimizer="adamw_torch")
+    run = replace(run, settings=run.settings | {"reward": f"{mine}:rate"})
+    run = replace(run, former=run.former | {"reward": f"{mine}:rate", "reward_digest": run.reward_digest})
+    check(run)
+    mine.write_text("def rate(**given): return [2]")
+    with pytest.raises(UserError, match="^the file of --reward is not as it was in the run that .*; expected the same"):
+        check(run)
 
 
 def test_all_differences_are_named_at_once(tmp_path):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tool_calling.checkpoints import list_checkpoints
+from tool_calling.engines.answers import GPU_ROWS, limit_answers, measure_row
 from tool_calling.engines.choices import find_optim
 from tool_calling.engines.graphs import can_record
 from tool_calling.engines.hub import can_share, count_parameters
@@ -12,6 +13,8 @@ from tool_calling.estimates import Footprint, Saving
 from tool_calling.files import find_existing
 from tool_calling.samples import Sample
 from tool_calling.schedule import Batching, Schedule, plan_schedule
+
+CACHE_BYTES = 2  # of a number in keys and values
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,14 @@ class Training:
     gradient_checkpointing: str
     cuda_graphs: bool
     fsdp: bool
+    max_new_tokens: int | None = None
+
+    def estimate_drawing(self, config, schedule: Schedule, memory: dict[str, float]) -> dict[str, float]:
+        """Return the GiB of GPU memory while answers are drawn, with all their keys and values, and the new total."""
+        rows = min(GPU_ROWS, schedule.batch_size * schedule.accumulation_steps * schedule.answers)
+        numbers = measure_row(config, schedule.samples, self.max_new_tokens or limit_answers(schedule.samples))
+        drawing = round(memory["base"] + memory["adapter"] + rows * numbers * CACHE_BYTES / 2**30, 2)
+        return {"drawing": drawing} | {name: max(drawing, memory[name]) for name in ("total", "without_graphs")}
 
     def measure(self, config, schedule: Schedule) -> Footprint:
         """Return the footprint of training a model on CUDA."""
@@ -59,7 +70,19 @@ def preview_run(
     audit["files"] = list_writes(saving, bool(training.lora_rank), checkpoints)
     if config is not None:
         audit |= audit_costs(training.measure(config, schedule), saving, audit["plan"], schedule.layout.lengths)
+    if schedule.answers > 1:
+        audit["drawn"] = audit_answers(schedule) | {"hard_rows": batching.hard_rows}
+        if config is not None:
+            audit["memory_gib"] |= training.estimate_drawing(config, schedule, audit["memory_gib"])
     return audit
+
+
+def audit_answers(schedule: Schedule) -> dict:
+    """Return how many answers a run draws, and about how many tokens they have: as many as the references."""
+    samples, steps = schedule.samples, schedule.steps
+    answers = schedule.answers * schedule.count_samples(steps)
+    mean = sum(len(sample.input_ids) - sample.prompt_length for sample in samples) / len(samples)
+    return {"answers": answers, "tokens": round(answers * mean)}
 
 
 def audit_costs(footprint: Footprint, saving: Saving, plan: dict, lengths: tuple[int, ...]) -> dict:

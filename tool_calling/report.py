@@ -15,7 +15,7 @@ import torch
 from tool_calling.agreement import compare_served
 from tool_calling.files import write_file
 from tool_calling.page import list_scores, render_report
-from tool_calling.rewards import compute_reward
+from tool_calling.rewards import rate
 from tool_calling.samples import Sample
 from tool_calling.scores import Proof, count_confusion, count_per_tool, read_reference
 from tool_calling.terminal import cut_text, hide_secrets, print_safely, say
@@ -163,7 +163,7 @@ def list_answers(proof: Proof) -> Iterator[dict]:
                 "exact": verdict.exact,
                 "ast": verdict.ast,
                 "broken": verdict.broken,
-                "reward": compute_reward(said, read_reference(sample), sample.tools),
+                "reward": rate(said, read_reference(sample), sample.tools).reward,
             } | ({"list": sample.variant} if sample.variant else {})
     for answered in proof.trials.values():
         yield from list_answers(answered)

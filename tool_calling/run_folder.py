@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from tool_calling.checkpoints import find_best, list_checkpoints, read_state, to_step
-from tool_calling.files import LOCK, find_damage, find_existing, move_aside, write_file
+from tool_calling.files import LOCK, digest, find_damage, find_existing, move_aside, write_file
 from tool_calling.processes import is_main
 from tool_calling.prompts import find_date
 from tool_calling.terminal import UserError, Watch, hide_secrets, warn
@@ -27,8 +27,8 @@ CLIENT = "client.py"  # beside it: sends them
 # A resumed run must share these with the run that it continues.
 AGREED = """model_id chat_template load_in_4bit lora_rank lora_alpha lora_dropout use_rslora target_modules
     train_tokens thinking compact_tools augment holdout_tools tools_in_prompt method num_generations temperature
-    share_prefix learning_rate lr_scheduler_type warmup_steps warmup_ratio weight_decay optim seed metric_for_best
-    early_stopping_patience""".split()
+    hard_rows reward beta share_prefix learning_rate lr_scheduler_type warmup_steps warmup_ratio weight_decay optim
+    seed metric_for_best early_stopping_patience""".split()
 
 
 def check_folder(path: str, flag: str) -> None:
@@ -137,6 +137,12 @@ class Run:
         """The optimizer step from which this run goes on."""
         return to_step(self.checkpoint)
 
+    @property
+    def reward_digest(self) -> str | None:
+        """A hash of the file of --reward, if there is one."""
+        path = (self.settings.get("reward") or "").rpartition(":")[0]
+        return digest(Path(path).read_text(encoding="utf-8")) if path else None
+
     def with_date(self, tokenizer) -> "Run":
         """Return the run with the date of its prompts, if the chat template writes one."""
         return replace(self, date=self.former.get("prompt_date") or find_date(tokenizer))
@@ -156,6 +162,8 @@ class Run:
         if former.get("rows_per_step") != schedule.rows_per_step:
             name, rows = "--batch_size x --gradient_accumulation_steps x devices", former.get("rows_per_step")
             problems.append(f"{name} is {schedule.rows_per_step}, and {rows} {source}")
+        if self.reward_digest != former.get("reward_digest"):
+            problems.append(f"the file of --reward is not as it was {source} file")
         if former.get("training_rows") != schedule.digest():
             problems.append(f"the training rows are not those {source} rows in the same order")
         best = find_best(self.checkpoint) if settings["metric_for_best"] else None
@@ -184,10 +192,10 @@ class Run:
         waited = stopping.get("attributes", {}).get("early_stopping_patience_counter", 0)
         return state["global_step"] >= steps or waited >= patience
 
-    def start(self, schedule: "Schedule", optim: str) -> None:
+    def start(self, schedule: "Schedule", optim: str, **facts) -> None:
         """Mark the output folder as this run's, and remove checkpoints and unfinished folders of other runs.
 
-        The checkpoint to go on from stays, and those before it.
+        The checkpoint to go on from stays, and those before it. `facts` are for a run that goes on from this one.
         """
         if not is_main():
             return
@@ -198,5 +206,6 @@ class Run:
                 shutil.rmtree(move_aside(old), ignore_errors=True)
         for leftover in (*self.output.glob(".*.partial"), *self.output.glob(".*.old")):
             shutil.rmtree(leftover, ignore_errors=True)
-        facts = {"training_rows": schedule.digest(), "rows_per_step": schedule.rows_per_step, "optimizer": optim}
+        facts |= {"training_rows": schedule.digest(), "rows_per_step": schedule.rows_per_step, "optimizer": optim}
+        facts |= {"reward_digest": self.reward_digest} if self.reward_digest else {}
         write_run(self.settings, self.output, **facts, **({"prompt_date": self.date} if self.date else {}))

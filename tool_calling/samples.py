@@ -152,7 +152,7 @@ def make_compact(
     made = []
     for sample in samples:
         example = examples[sample.row]
-        if share and sample.tools and int(digest(["compact", example.messages])[:12], 16) < share * 16**12:
+        if share and sample.tools and is_in_share(["compact", example.messages], share):
             example = example._replace(messages=give_ids(example.messages))
             try:
                 prompt = write_as_ollama(render_turn(tokenizer, example, sample.turn, date)[0], sample.tools)
@@ -164,6 +164,11 @@ def make_compact(
                 sample = sample._replace(input_ids=tokens, prompt_length=len(start), compact=True)
         made.append(sample)
     return made
+
+
+def is_in_share(key: object, share: float) -> bool:
+    """Say whether the hash of a key chooses it among all, of which it chooses this share."""
+    return int(digest(key)[:12], 16) < share * 16**12
 
 
 def choose(samples: list[Sample], count: int) -> list[Sample]:

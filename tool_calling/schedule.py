@@ -30,6 +30,7 @@ class Batching:
     max_steps: int | None
     seed: int
     num_generations: int | None = None
+    hard_rows: float | None = None  # known before training; which rows these are is not
 
 
 def group_samples(samples: list[Sample]) -> list[list[list[int]]]:

@@ -31,7 +31,11 @@ class Layout:
 
     def batch(self, samples: list[Sample]) -> list[dict]:
         """Return the micro-batches of samples for scoring, where order does not matter."""
-        return [self.build(part) for part in split_rows(samples, self.rows, self.limit)]
+        return [self.build(part) for part in self.split(samples)]
+
+    def split(self, samples: list[Sample]) -> list[list[Sample]]:
+        """Return the samples of each of these micro-batches, in their order there."""
+        return split_rows(samples, self.rows, self.limit)
 
 
 def to_tree(samples: list[Sample]) -> list[tuple[Sample, int]]:

@@ -3,13 +3,13 @@
 import pytest
 import torch
 from conftest import ROOT, TINY
-from small import make_adapted
+from small import TRAIN, make_adapted
 
 import train_qwen3_tool_calling as script
 from tool_calling.data.examples import Reading, read_examples
 from tool_calling.data.splits import split_examples
 from tool_calling.engines import answers, attention
-from tool_calling.engines.answers import Sampling, generate_answers, generate_tokens
+from tool_calling.engines.answers import Sampling, generate_answers, generate_tokens, sample_answers
 from tool_calling.engines.loading import load_base, warn_if_spread
 from tool_calling.engines.losses import score_batches, to_metrics
 from tool_calling.engines.start import quiet_libraries
@@ -149,9 +149,9 @@ def test_drawn_answers_are_as_likely_as_the_model_finds_them():
     """Rows of several lengths share a beginning; each copy of a prompt draws for itself."""
     small, prompts = make_adapted().eval(), [[1, 2, 3, 4, 5], [1, 2, 3, 9], [1, 2, 3, 30, 8, 7]]
     for temperature in (1.0, 0.6):
-        sampling = Sampling(2000, temperature, torch.Generator().manual_seed(3))
+        sampling = Sampling(temperature, torch.Generator().manual_seed(3))
         with torch.no_grad():
-            answers = generate_tokens(small, prompts, [], 2, sampling)
+            answers = generate_tokens(small, [prompt for prompt in prompts for _ in range(2000)], [], 2, sampling)
             logits = [small(input_ids=torch.tensor([prompt])).logits[0, -1] for prompt in prompts]
         assert len(answers) == 6000 and {len(answer) for answer in answers} == {2}
         for number, each in enumerate(logits):
@@ -162,13 +162,32 @@ def test_drawn_answers_are_as_likely_as_the_model_finds_them():
 
 def test_the_same_numbers_draw_the_same_answers_and_cold_ones_are_greedy(model, tokenizer, samples):
     prompts, stops = [list(row.input_ids[: row.prompt_length]) for row in samples[:4]], [tokenizer.eos_token_id]
+    twice = [prompt for prompt in prompts for _ in range(2)]
     with torch.inference_mode():
         greedy = generate_tokens(model, prompts, stops, 8)
-        cold = generate_tokens(model, prompts, stops, 8, Sampling(2, 1e-4, torch.Generator()))
+        cold = generate_tokens(model, twice, stops, 8, Sampling(1e-4, torch.Generator()))
         same, again, other = (
-            generate_tokens(model, prompts, stops, 8, Sampling(2, 1.0, torch.Generator().manual_seed(seed)))
+            generate_tokens(model, twice, stops, 8, Sampling(1.0, torch.Generator().manual_seed(seed)))
             for seed in (1, 1, 2)
         )
     ended = [answer + stops if len(answer) < 8 else answer for answer in greedy]
     assert cold == [answer for answer in ended for _ in range(2)]
     assert same == again != other
+
+
+def test_drawn_answers_for_which_memory_runs_out_are_drawn_in_smaller_batches(monkeypatch):
+    small, tried, generate = make_adapted(), [], answers.generate_tokens
+
+    def run_out(model, prompts, *more):
+        tried.append(len(prompts))
+        if len(prompts) > 3:
+            raise torch.OutOfMemoryError("full")
+        return generate(model, prompts, *more)
+
+    monkeypatch.setattr(answers, "generate_tokens", run_out)
+    sampling = Sampling(1e-4, torch.Generator().manual_seed(3))
+    found = sample_answers(small, [], TRAIN[:2], 4, 5, sampling)
+    assert tried == [8, 4, 2, 2, 4, 2, 2]
+    for sample, group in zip(TRAIN, found):
+        with torch.no_grad():
+            assert group == generate(small, [sample.input_ids[:6]], [], 5) * 4  # at this temperature all are greedy

@@ -48,6 +48,9 @@ SETTINGS = {
     "method": "sft",
     "num_generations": None,
     "temperature": 1.0,
+    "hard_rows": None,
+    "reward": None,
+    "beta": 0.0,
     "share_prefix": True,
     "learning_rate": 2e-5,
     "lr_scheduler_type": "linear",
@@ -119,6 +122,7 @@ python x.py --output_dir=out b 'a b.jsonl' $HF_TOKEN
 | `tools_in_prompt` | all |
 | `method` | sft |
 | `temperature` | 1.0 |
+| `beta` | 0.0 |
 | `share_prefix` | True |
 | `learning_rate` | 2e-05 |
 | `lr_scheduler_type` | linear |

@@ -1,6 +1,7 @@
 """GRPO: its gradient is TRL's, what is rewarded becomes likelier, and a run that improves nothing keeps nothing."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from small import TRAIN, make_trainer, weights
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import utils as trl_utils
 
+from tool_calling.rewards import Rating
 from tool_calling.run_folder import Run
 from tool_calling.terminal import UserError
 from tool_calling.training.loop import describe_rewards, train
@@ -21,6 +23,11 @@ STOP = 9
 ANSWERS = [[[5, 6, STOP], [7, STOP], [5, STOP], [8, 8, 8, STOP]], [[6, STOP], [STOP], [5, 5, STOP], [5, 6, 7, 8, 5]]]
 REWARDS = [[1.0, 0.0, 0.5, 0.25], [1.0, -1.0, 0.0, 0.05]]
 ROUND = {"rel": 1e-5, "abs": 1e-7}
+
+
+def to_ratings(rewards: list[float]) -> list[Rating]:
+    """Return ratings with these rewards, of which 1 is exact and nothing else has a part that is right."""
+    return [Rating(reward, *[float(reward == 1)] * 5) for reward in rewards]
 
 
 def make_policy(folder, tokenizer, monkeypatch, *flags: str, **more):
@@ -48,8 +55,16 @@ class StockHead:
         return log_probs.gather(1, labels[:, None])[:, 0], entropy, None, None, None
 
 
-def compute_trl_gradient(folder, tokenizer, model, temperature: float) -> torch.Tensor:
-    """Return the gradient that TRL's GRPOTrainer computes from ANSWERS and REWARDS."""
+def move(model) -> None:
+    """Move an adapter away from where it is, as steps would."""
+    generator = torch.Generator().manual_seed(7)
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data += 0.1 * torch.randn(weight.shape, generator=generator)
+
+
+def compute_trl_gradient(folder, tokenizer, model, temperature: float, beta: float) -> tuple:
+    """Return the gradient and the KL that TRL's GRPOTrainer computes from ANSWERS and REWARDS after a move."""
     rewards = {tuple(answer): reward for pair in zip(ANSWERS, REWARDS) for answer, reward in zip(*pair)}
     prompts = [sample.input_ids[: sample.prompt_length] for sample in TRAIN[:2]]
 
@@ -60,7 +75,7 @@ def compute_trl_gradient(folder, tokenizer, model, temperature: float) -> torch.
     config = GRPOConfig(
         output_dir=str(folder),
         loss_type="dapo",
-        beta=0.0,
+        beta=beta,
         num_generations=4,
         temperature=temperature,
         mask_truncated_completions=True,
@@ -84,21 +99,32 @@ def compute_trl_gradient(folder, tokenizer, model, temperature: float) -> torch.
         rollout_func=roll_out,
     )
     trainer.model.train()
+    move(trainer.model)
     trainer.current_gradient_accumulation_steps = 1
     inputs = trainer._generate_and_score_completions([{"prompt": text} for text in "00001111"])
     trainer.compute_loss(trainer.model, inputs).backward()
-    return compute_gradient(trainer.model)
+    return compute_gradient(trainer.model), (trainer._metrics["train"].get("kl") or [0.0])[0]
 
 
 @pytest.mark.parametrize(
     "flags",
-    [(), ("--no-share_prefix",), ("--temperature", "0.7"), ("--batch_size", "1", "--gradient_accumulation_steps", "2")],
+    [
+        (),
+        ("--no-share_prefix",),
+        ("--temperature", "0.7"),
+        ("--batch_size", "1", "--gradient_accumulation_steps", "2"),
+        ("--beta", "0.5"),
+        ("--beta", "0.2", "--temperature", "0.7", "--batch_size", "1", "--gradient_accumulation_steps", "2"),
+    ],
 )
 def test_the_gradient_is_that_of_trl(tmp_path, tokenizer, monkeypatch, flags):
     monkeypatch.setattr(trl_utils, "_ChunkedLogProbFunction", StockHead)
     trainer = make_policy(tmp_path / "ours", tokenizer, monkeypatch, *flags, held_out=TRAIN[:2])
-    expected = compute_trl_gradient(tmp_path / "trl", tokenizer, copy.deepcopy(trainer.model), trainer.temperature)
-    groups = [Group(*group) for group in zip(trainer.arrays, ANSWERS, REWARDS)]
+    drawing, model = trainer.drawing, copy.deepcopy(trainer.model)
+    expected, kl = compute_trl_gradient(tmp_path / "trl", tokenizer, model, drawing.temperature, drawing.beta)
+    trainer.remember_start()
+    move(trainer.model)
+    groups = [*map(Group, trainer.arrays, ANSWERS, map(to_ratings, REWARDS))]
     monkeypatch.setattr(trainer, "draw", lambda samples: groups)
     size = trainer.schedule.layout.rows
     batches = [trainer.collate([*range(start, start + size)]) for start in range(0, 2, size)]
@@ -108,25 +134,29 @@ def test_the_gradient_is_that_of_trl(tmp_path, tokenizer, monkeypatch, flags):
         trainer.training_step(trainer.model, batch, tokens)
     found = compute_gradient(trainer.model)
     assert expected.norm() > 0.01 and (found - expected).norm() < 1e-5 * expected.norm()
+    assert float(trainer.told[1]["kl"]) / 17 == pytest.approx(kl, rel=1e-4) and bool(kl) == bool(drawing.beta)
 
 
 def test_answers_are_weighted_by_what_they_are_better_than_the_others():
     assert compute_advantages([1.0, 0.0]) == pytest.approx([0.5 / (0.5**0.5 + 1e-4), -0.5 / (0.5**0.5 + 1e-4)])
     assert compute_advantages([0.3] * 8) == [0.0] * 8
-    groups = [Group(*group) for group in zip(TRAIN, ANSWERS, REWARDS)]
+    groups = [*map(Group, TRAIN, ANSWERS, map(to_ratings, REWARDS))]
     kept = weigh(groups[1], [STOP])
     assert [list(sample.input_ids[6:]) for sample in kept] == ANSWERS[1][:3] and kept[0].prompt_length == 6
     assert [sample.weight for sample in kept] == compute_advantages(REWARDS[1])[:3]
-    assert weigh(Group(TRAIN[0], ANSWERS[0], [1.0] * 4), [STOP]) == []
+    assert weigh(Group(TRAIN[0], ANSWERS[0], to_ratings([1.0] * 4)), [STOP]) == []
 
 
 def test_what_is_logged_of_a_step():
-    groups = [Group(TRAIN[0], ANSWERS[0], [0.5] * 4), Group(TRAIN[1], ANSWERS[1], REWARDS[1])]
+    groups = [
+        Group(sample, answers, to_ratings(rewards))
+        for sample, answers, rewards in zip(TRAIN, ANSWERS, ([0.5] * 4, REWARDS[1]))
+    ]
     facts = count_facts(groups, [STOP])._asdict() | {"seconds": 2.0}
     assert summarise([facts]) == pytest.approx(
         {
             "reward": (4 * 0.5 + 0.05) / 8,
-            "reward_exact": 1 / 8,
+            **{f"reward_{part}": 1 / 8 for part in ("parses", "tools", "names", "values", "exact")},
             "groups_without_gradient": 1 / 2,
             "answer_tokens": (11 + 11) / 8,
             "answers_cut": 1 / 8,
@@ -148,24 +178,23 @@ def test_how_rewards_went_is_one_line():
 
 def test_what_is_rewarded_becomes_likelier(tmp_path, tokenizer, monkeypatch):
     """An answer is rewarded for its first token alone: half of all tokens are good ones."""
-    patch(monkeypatch, "reward_answer", lambda text, sample: 0.25)
     flags = ("--max_steps", "40", "--num_generations", "16", "--max_new_tokens", "1", "--lora_rank", "0")
     trainer = make_policy(tmp_path, tokenizer, monkeypatch, *flags, held_out=TRAIN[:4])
-    monkeypatch.setattr(trainer, "reward", lambda sample, answers: [float(answer[0] < 30) for answer in answers])
+    monkeypatch.setattr(trainer, "rate", lambda rows, answers, texts: to_ratings([float(a[0] < 30) for a in answers]))
     patch(monkeypatch, "is_whole", lambda answer, stops: True)  # one token is enough
     trainer.args.adam_epsilon = 1e-8
     trainer.train()
     logs = [log for log in trainer.state.log_history if "reward" in log]
     first, last = (sum(log["reward"] for log in part) / 5 for part in (logs[:5], logs[-5:]))
     assert first < 0.7 and last > 0.9, [round(log["reward"], 2) for log in logs]
-    held = [(log["step"], log["eval_reward"]) for log in trainer.state.log_history if "eval_reward" in log]
-    assert held == [(0, 0.25), (25, 0.25), (40, 0.25)]
+    held = {log["step"]: log["eval_reward"] for log in trainer.state.log_history if "eval_reward" in log}
+    assert [*held] == [0, 25, 40] and held[40] == 1.0
 
 
 def test_a_resumed_run_draws_the_same_answers(tmp_path, tokenizer, monkeypatch):
-    patch(monkeypatch, "reward_answer", lambda text, sample: float(len(text) % 3))
+    patch(monkeypatch, "rate_answer", lambda text, sample: to_ratings([float(len(text) % 3)])[0])
     patch(monkeypatch, "is_whole", lambda answer, stops: True)
-    flags = ("--save_steps", "2", "--max_new_tokens", "4", "--eval_steps", "2")
+    flags = ("--save_steps", "2", "--max_new_tokens", "4", "--eval_steps", "2", "--beta", "0.1")
     whole = make_policy(tmp_path, tokenizer, monkeypatch, *flags, held_out=TRAIN[:4])
     start = weights(whole)
     whole.train()
@@ -175,12 +204,39 @@ def test_a_resumed_run_draws_the_same_answers(tmp_path, tokenizer, monkeypatch):
     assert not torch.equal(start, ends)
     rewards = [[log["reward"] for log in t.state.log_history if "reward" in log] for t in (whole, again)]
     assert rewards[0] == rewards[1] and len(rewards[0]) == 4
+    assert torch.equal(weights(again), ends)
     evaluated = [[log["step"] for log in t.state.log_history if "eval_loss" in log] for t in (whole, again)]
     assert evaluated == [[0, 2, 4], [0, 2, 4]]  # not at the start again
 
 
+def test_the_users_own_reward_takes_the_place_of_the_rewards_alone(tmp_path, tokenizer, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "def short(prompts, completions, completion_ids, source, trainer_state, **columns):\n"
+        "    assert len(prompts) == len(source) and trainer_state.max_steps == 2\n"
+        "    short.seen.append([*zip(source, completions)])\n"
+        "    return [None if len(ids) == 1 else -float(len(ids)) for ids in completion_ids]\n\n\n"
+        "short.seen = []\n"
+    )
+    flags = ("--max_steps", "2", "--max_new_tokens", "4", "--reward", f"{tmp_path / 'mine.py'}:short")
+    trainer = make_policy(tmp_path / "out", tokenizer, monkeypatch, *flags, held_out=TRAIN[:4])
+    trainer.train()
+    seen = trainer.drawing.own_reward.function.seen
+    assert [len(part) for part in seen] == [4, 8, 8, 4]  # two prompts of a step, and the held-out rows before and after
+    drawn = [log for log in trainer.state.log_history if "reward" in log]
+    assert all(-4 <= log["reward"] < -1 and log["reward_exact"] == 0 for log in drawn)
+
+
+def test_answers_without_a_reward_count_in_no_mean():
+    nan = math.nan
+    assert compute_advantages([nan, 1.0, 0.0]) == [0.0, *compute_advantages([1.0, 0.0])]
+    assert compute_advantages([nan, 1.0]) == compute_advantages([nan, nan]) == [0.0, 0.0]
+    facts = count_facts([Group(TRAIN[0], ANSWERS[0], to_ratings([nan, 1.0, 0.0, nan]))], [STOP])
+    assert (facts.answers, facts.rated, facts.reward, facts.equal, facts.exact) == (4, 2, 1.0, 0, 1.0)
+    assert summarise([facts._asdict() | {"seconds": 1.0}])["reward"] == 0.5
+
+
 def test_a_run_that_improves_nothing_says_so(tmp_path, tokenizer, monkeypatch):
-    patch(monkeypatch, "reward_answer", lambda text, sample: 0.5)
+    patch(monkeypatch, "rate_answer", lambda text, sample: to_ratings([0.5])[0])
     flags = ("--max_new_tokens", "4", "--eval_steps", "2", "--metric_for_best", "reward")
     trainer = make_policy(tmp_path, tokenizer, monkeypatch, *flags, held_out=TRAIN[:4])
     with pytest.raises(UserError) as error:

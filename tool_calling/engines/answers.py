@@ -1,6 +1,8 @@
 """Answers of a model of plain Transformers: the greedy one to each prompt, or several drawn at random."""
 
 import sys
+from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,9 +27,8 @@ HELD_SHARE = 0.5  # of the free GPU memory: the keys and values of rows that are
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn: how many to each prompt, each token at which temperature, from which random numbers."""
+    """How answers are drawn: each token at which temperature, from which random numbers."""
 
-    count: int
     temperature: float
     generator: torch.Generator
 
@@ -50,44 +51,51 @@ def generate_answers(
         name: of the model, on the progress bar; None: there is another bar.
     """
     stops, answers = find_stop_tokens(model, tokenizer), {}
-    model.eval()
-    if is_on_one_gpu(model):
-        compute_rows_alone(model)  # PEFT would need the CPU in every step, which a CUDA graph forbids
-    waiting = split_rows(samples, rows or count_rows(model, samples, max_new_tokens))
+    rows = rows or count_rows(model, samples, max_new_tokens)
     with Progress(transient=True, disable=not name or not sys.stdout.isatty()) as bar:
         task = bar.add_task(f"answers of {name}", total=len(samples))
-        while waiting:
-            batch, tokens = waiting.pop(0), None
-            prompts = [list(sample.input_ids[: sample.prompt_length]) for sample in batch]
-            try:
-                with torch.inference_mode(), autocast(model):
-                    tokens = generate_tokens(model, prompts, stops, max_new_tokens)
-            except torch.OutOfMemoryError:
-                if len(batch) == 1:
-                    raise
-            if tokens is None:  # not above, where the failed computation is still held
-                free_gpu()
-                waiting[:0] = split_rows(batch, -(-len(batch) // 2))
-                continue
+        for batch, found in answer_in_parts(model, samples, rows, stops, max_new_tokens):
             bar.advance(task, len(batch))
-            answers |= {id(sample): tokenizer.decode(answer) for sample, answer in zip(batch, tokens)}
+            answers |= {id(sample): tokenizer.decode(answer) for sample, answer in zip(batch, found)}
     return [answers[id(sample)] for sample in samples]
 
 
-def sample_answers(model, stops: list[int], samples: list[Sample], max_new_tokens: int, sampling: Sampling):
-    """Return {index of a sample: its answers as tokens}, each with the one of `stops` that ended it, if one did."""
+def sample_answers(
+    model, stops: list[int], samples: list[Sample], count: int, max_new_tokens: int, sampling: Sampling
+) -> list[list[list[int]]]:
+    """Return `count` drawn answers to each sample as tokens, with the one of `stops` that ended it, if one did."""
+    answers = {id(sample): [] for sample in samples}
+    rows = count_rows(model, samples, max_new_tokens)
+    wanted = [sample for sample in samples for _ in range(count)]
+    for batch, found in answer_in_parts(model, wanted, rows, stops, max_new_tokens, sampling):
+        for sample, answer in zip(batch, found):
+            answers[id(sample)].append(answer)
+    return [answers[id(sample)] for sample in samples]
+
+
+def answer_in_parts(model, samples: list[Sample], rows: int, *arguments) -> Iterator[tuple[list[Sample], list]]:
+    """Yield the samples of a batch of at most `rows`, and what generate_tokens returns for them and `arguments`.
+
+    If memory runs out, half as many are answered at once.
+    """
     model.eval()
-    rows = max(1, count_rows(model, samples, max_new_tokens) // sampling.count)
-    index_of, answers = {id(sample): index for index, sample in enumerate(samples)}, {}
-    for batch in split_rows(samples, rows):
+    if is_on_one_gpu(model):
+        compute_rows_alone(model)  # PEFT would need the CPU in every step, which a CUDA graph forbids
+    waiting = split_rows(samples, rows)
+    while waiting:
+        batch, found = waiting.pop(0), None
         prompts = [list(sample.input_ids[: sample.prompt_length]) for sample in batch]
-        with torch.inference_mode(), autocast(model):
-            found = generate_tokens(model, prompts, stops, max_new_tokens, sampling)
-        answers |= {
-            index_of[id(sample)]: found[place * sampling.count : (place + 1) * sampling.count]
-            for place, sample in enumerate(batch)
-        }
-    return answers
+        try:
+            with torch.inference_mode(), autocast(model):
+                found = generate_tokens(model, prompts, *arguments)
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+        if found is None:  # not above, where the failed computation is still held
+            free_gpu()
+            waiting[:0] = split_rows(batch, -(-len(batch) // 2))
+        else:
+            yield batch, found
 
 
 def limit_answers(samples: list[Sample]) -> int:
@@ -107,14 +115,19 @@ def count_rows(model, samples: list[Sample], max_new_tokens: int) -> int:
     """Return how many of these samples can be answered at once: as many as HELD_SHARE allows on a GPU."""
     if not is_on_one_gpu(model):
         return CPU_ROWS
-    prompts = [list(sample.input_ids[: sample.prompt_length]) for sample in samples]
-    longest, config = max(map(len, prompts)) + max_new_tokens, model.config.get_text_config(decoder=True)
+    row = measure_row(model.config, samples, max_new_tokens) * model.dtype.itemsize
+    free_gpu()
+    return min(GPU_ROWS, max(1, int(HELD_SHARE * torch.cuda.mem_get_info()[0] / row)))
+
+
+def measure_row(config, samples: list[Sample], max_new_tokens: int) -> int:
+    """Return how many numbers are held as keys and values of each row while these samples are answered."""
+    prompts, config = [list(s.input_ids[: s.prompt_length]) for s in samples], config.get_text_config(decoder=True)
+    longest = max(map(len, prompts)) + max_new_tokens
     own = longest - (count_shared(prompts) if longest <= find_reach(config)[0] else 0)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    row = own * 2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize
-    free_gpu()
-    return min(GPU_ROWS, max(1, int(HELD_SHARE * torch.cuda.mem_get_info()[0] / row)))
+    return own * 2 * config.num_hidden_layers * heads * head_dim
 
 
 def generate_tokens(
@@ -122,13 +135,14 @@ def generate_tokens(
 ) -> list[list[int]]:
     """Return the greedy answers to prompts as tokens, each without the one of `stops` that ended it.
 
-    With `sampling`, as many to each prompt as it says, one after the other, and each with the token that ended it.
+    With `sampling`, drawn ones, each with the token that ended it. Prompts that equal the one before are not computed.
     """
-    batch = Batch(model, prompts, max_new_tokens, sampling.draw if sampling else find_likeliest)
-    count = sampling.count if sampling else 1
-    if count > 1:
-        batch.keep([place for place in range(len(prompts)) for _ in range(count)])
-    answers = [[] for _ in range(len(prompts) * count)]
+    new = [place for place, prompt in enumerate(prompts) if not place or prompt != prompts[place - 1]]
+    choose = sampling.draw if sampling else find_likeliest
+    batch = Batch(model, [prompts[place] for place in new], max_new_tokens, choose)
+    if len(new) < len(prompts):
+        batch.keep([bisect_right(new, place) - 1 for place in range(len(prompts))])
+    answers = [[] for _ in prompts]
     rows = [*range(len(answers))]  # whose answer stands in each row of the batch
     for _ in range(max_new_tokens):
         going = []

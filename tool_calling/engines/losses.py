@@ -47,22 +47,27 @@ def score_batches(model, batches: list[dict], engine: str):
     before it. So this forward pass, which knows the completion, counts token exact matches without generating.
     """
     losses, exact, tokens, samples = [], [], 0, 0
-    was_training = model.training
-    model.eval()
     for batch in batches:
-        supervised = batch["labels"] != IGNORED
-        starts = supervised & ~supervised.roll(1, dims=1)  # before each completion stands its prompt
-        index = starts.flatten().cumsum(dim=0)[supervised.flatten()] - 1  # the completion that each token is of
-        with torch.no_grad(), autocast(model):
-            loss, hits = compute_token_losses(model, to_device(batch, model), engine)
-        misses = torch.zeros(int(starts.sum()), device=hits.device)
-        misses.index_add_(0, index.to(hits.device), (~hits).float())
+        loss, reproduced = score_batch(model, batch, engine)
         losses.append(loss.sum(dtype=torch.float64))
-        exact.append((misses == 0).sum(dtype=torch.float64))
-        tokens, samples = tokens + len(loss), samples + len(misses)
-    model.train(was_training)
+        exact.append(reproduced.sum(dtype=torch.float64))
+        tokens, samples = tokens + len(loss), samples + len(reproduced)
     zero = torch.zeros((), dtype=torch.float64, device=model.device)
     return torch.stack([sum(losses, zero), zero + tokens, sum(exact, zero), zero + samples])
+
+
+def score_batch(model, batch: dict, engine: str):
+    """Return (losses of the supervised tokens; whether greedy decoding reproduces each sample), in a batch's order."""
+    supervised = batch["labels"] != IGNORED
+    starts = supervised & ~supervised.roll(1, dims=1)  # before each completion stands its prompt
+    index = starts.flatten().cumsum(dim=0)[supervised.flatten()] - 1  # the completion that each token is of
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), autocast(model):
+        loss, hits = compute_token_losses(model, to_device(batch, model), engine)
+    model.train(was_training)
+    misses = torch.zeros(int(starts.sum()), device=hits.device)
+    return loss, misses.index_add_(0, index.to(hits.device), (~hits).float()) == 0
 
 
 def to_device(batch: dict, model) -> dict:

@@ -30,7 +30,7 @@ from tool_calling.files import discard_partial, move_aside, put_in_place, write_
 from tool_calling.processes import is_main
 from tool_calling.samples import Sample
 from tool_calling.schedule import Schedule, StreamSampler
-from tool_calling.streams import IGNORED, split_rows
+from tool_calling.streams import IGNORED, Layout, split_rows
 from tool_calling.terminal import UserError, list_first, plural, warn
 from tool_calling.training.callbacks import ProgressBar
 
@@ -59,23 +59,28 @@ class StreamTrainer(SFTTrainer):
     can_recompute = False  # whether activations are kept that may be computed twice instead
 
     def __init__(self, schedule: Schedule, held_out: list[Sample], engine: str, **settings):
-        self.schedule, self.held_out, self.engine = schedule, held_out, engine
-        self.layout = schedule.layout  # as planned, or smaller streams once those did not fit into memory
-        self.held_out_batches = self.batch_held_out()
+        self.held_out, self.engine = held_out, engine
+        self.take(schedule)
         self.step_rows, self.step_loss, self.step_norm = [], 0.0, 0.0  # of the current optimizer step
         self.noted = []  # steps whose numbers are still to be checked and logged
         self.epoch_batches, self.next_batches = iter(()), []  # the micro-batches of the epoch, and of the next step
         self.tokens_computed, self.staging = 0, None
-        # As arrays: lists would be turned into arrays anew in every step.
-        self.arrays = [sample._replace(input_ids=np.asarray(sample.input_ids)) for sample in schedule.samples]
-        last = self.arrays[0]
-        self.arrays.append(last._replace(prompt_length=len(last.input_ids)))  # trains nothing: see StreamSampler
         self.progress = ProgressBar()
         numbers = [Dataset.from_dict({"index": range(len(rows))}) if rows else None for rows in (self.arrays, held_out)]
         super().__init__(data_collator=self.collate, train_dataset=numbers[0], eval_dataset=numbers[1], **settings)
         self.accelerator.ddp_handler.gradient_as_bucket_view = True  # otherwise gradients are copied from their buckets
         self.remove_callback(PrinterCallback)
         self.add_callback(self.progress)
+
+    def take(self, schedule: Schedule) -> None:
+        """Train by this schedule, with as many streams per step as the one that the trainer was made with."""
+        self.schedule = schedule
+        self.layout = schedule.layout  # as planned, or smaller streams once those did not fit into memory
+        self.held_out_batches = self.batch_held_out()
+        # As arrays: lists would be turned into arrays anew in every step.
+        self.arrays = [sample._replace(input_ids=np.asarray(sample.input_ids)) for sample in schedule.samples]
+        last = self.arrays[0]
+        self.arrays.append(last._replace(prompt_length=len(last.input_ids)))  # trains nothing: see StreamSampler
 
     def create_optimizer(self, model=None):
         """Return the optimizer, with a group of their own for rows of tokens: at TOKEN_RATE, and without decay."""
@@ -96,9 +101,13 @@ class StreamTrainer(SFTTrainer):
         return {**self.schedule.layout.build([self.arrays[index] for index in indices]), "rows": indices}
 
     def batch_held_out(self) -> list[dict]:
-        """Return the micro-batches of the held-out samples, as large as those of training."""
-        layout = replace(self.layout, rows=self.layout.rows * self.schedule.answers)
-        return layout.batch(self.held_out) if self.held_out else []
+        """Return the micro-batches of the held-out samples."""
+        return self.scoring_layout.batch(self.held_out) if self.held_out else []
+
+    @property
+    def scoring_layout(self) -> Layout:
+        """A layout of samples, each of which has one answer, that are as many as are trained at once."""
+        return replace(self.layout, rows=self.layout.rows * self.schedule.answers)
 
     def find_rows(self, indices) -> list[Sample]:
         """Return the samples of a micro-batch by what it says of them."""
@@ -127,7 +136,15 @@ class StreamTrainer(SFTTrainer):
         """
         self.tokens_computed += inputs["input_ids"].numel()
         losses = compute_token_losses(model, inputs, self.engine)[0]
-        return (losses * inputs["weights"]).sum() / num_items_in_batch * self.accelerator.num_processes
+        return (
+            (losses * self.weigh_tokens(model, inputs, losses.detach())).sum()
+            / num_items_in_batch
+            * self.accelerator.num_processes
+        )
+
+    def weigh_tokens(self, model, inputs, losses):
+        """Return the weights of the supervised tokens of a micro-batch in the loss."""
+        return inputs["weights"]
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Return the loss of a micro-batch, its gradient added to what was there.
