@@ -37,7 +37,7 @@ from tool_calling.data.examples import Checked, Reading, check_rows, read_exampl
 from tool_calling.data.formats import FORMATS
 from tool_calling.data.literals import as_list
 from tool_calling.data.rows import split_share
-from tool_calling.data.splits import check_one_list, find_warnings, is_thinking
+from tool_calling.data.splits import check_one_list, find_warnings, is_thinking, split_folds
 from tool_calling.data.variants import SHARES, find_held_out
 from tool_calling.editions import Rows, Variation
 from tool_calling.environment import refuse_telemetry, return_pages
@@ -56,10 +56,20 @@ from tool_calling.processes import (
     raise_interrupted,
     unwrap_interrupt,
 )
-from tool_calling.prompts import hide_tools, set_default
+from tool_calling.prompts import find_date, hide_tools, set_default
 from tool_calling.reward_file import load_reward
 from tool_calling.run_folder import Run, check_final, check_folder, check_models_stay, mark_output, read_run, write_run
-from tool_calling.samples import Rendering, check_shown, check_sides, choose, find_longest, list_plain, show_rows
+from tool_calling.samples import (
+    Rendering,
+    check_shown,
+    check_sides,
+    choose,
+    find_longest,
+    list_plain,
+    name_unit,
+    render_valid,
+    show_rows,
+)
 from tool_calling.saving.gguf import check_gguf, find_gguf_tools, find_server
 from tool_calling.templates import check_name, list_bundled, read_template
 from tool_calling.terminal import FlagError, UserError, report_problems, say, warn
@@ -92,6 +102,9 @@ GRPO_EVAL_STEPS = 25  # from one look at the held-out rows, and one checkpoint, 
 NUM_GENERATIONS = 8  # the more, the surer what a better answer is
 TEMPERATURE = 1.0  # answers as likely as the model finds them
 HARD_ROWS = 0.1  # of the rows that the start answers right: some, so that it does not forget them
+
+DOUBT_FOLDS = 3
+DOUBT_EPOCHS = 1
 
 LORA_RANK = 16
 LORA_ALPHA = 16  # alpha / rank = 1: the adapter's output is not scaled
@@ -197,7 +210,8 @@ def build_parser() -> Parser:
              "the file is run")
     add("--beta", type=number(float, 0), default=0.0, metavar="B",
         help="grpo: weight of the penalty for leaving the start (KL)")
-    add("--num_epochs", type=count, default=NUM_EPOCHS, metavar="N", help="passes over the data")
+    add("--num_epochs", type=count, metavar="N",
+        help=f"passes over the data (default: {NUM_EPOCHS}, doubt {DOUBT_EPOCHS})")
     add("--max_steps", type=count, metavar="N",
         help=f"train N optimizer steps, not --num_epochs (default: grpo {GRPO_STEPS})")
     add("--batch_size", type=count, default=BATCH_SIZE, metavar="N", help="samples per device and micro-batch")
@@ -248,7 +262,9 @@ def build_parser() -> Parser:
         help="train nothing: score these models, adapters and OpenAI-compatible servers (http://localhost:8000/v1) on "
              "the held-out rows, side by side")
     add("--eval_model", metavar="NAME", help="model of the server of --eval_only (default: its only one)")
-
+    add("--doubt", nargs="?", type=number(int, 2), const=DOUBT_FOLDS, metavar="FOLDS",
+        help="keep no model: rank the labels that are probably wrong, by models of which each is trained without one "
+             f"of FOLDS parts of the rows and asked about it (no FOLDS: {DOUBT_FOLDS})")
     add("--serve_check", action="store_true", default=False,
         help="at the end, serve the model with an installed vLLM or llama-server and compare its answers with the "
              "scored ones")
@@ -358,6 +374,7 @@ def check_together(args: argparse.Namespace, refuse) -> None:
             f"--fsdp --lora_rank 0 splits the optimizer too, which only PyTorch's can: leave out --optim "
             f"{args.optim}, or give adamw_torch or adamw_torch_fused"
         )
+    check_doubt(args, refuse)
     if args.serve_check and args.save_method == "lora":
         refuse("--serve_check serves a whole model: leave out --save_method lora")
     if args.save_gguf and args.save_method != "merged_16bit":
@@ -366,12 +383,27 @@ def check_together(args: argparse.Namespace, refuse) -> None:
         refuse("--metric_for_best keeps a checkpoint by its score: --save_steps must be --eval_steps")
 
 
+def check_doubt(args: argparse.Namespace, refuse) -> None:
+    """Refuse what makes no sense beside --doubt: other work, and what is done with a model that is kept."""
+    if args.doubt and count_devices() > 1:
+        refuse("--doubt computes on one GPU: start it with python, not with torchrun")
+    if args.doubt and (args.method == "grpo" or args.engine == "unsloth"):
+        refuse("--doubt trains on labels, with Transformers: leave out --method grpo and --engine unsloth")
+    flags = """augment holdout_tools convert_to dry_run eval_only show_row resume_from_checkpoint metric_for_best
+        early_stopping_patience save_gguf serve_check push_to_hub""".split()
+    given = [f"--{flag}" for flag in flags if getattr(args, flag)]
+    given += ["--report_to"] * (args.report_to != "none")
+    if args.doubt and given:
+        refuse(f"--doubt only ranks labels, and keeps no model: leave out {' and '.join(given)}")
+
+
 def settle_defaults(args: argparse.Namespace) -> None:
     """Set what depends on other flags."""
     # Unsloth's classes for full fine-tuning take no streams, its kernels no split weights, and its decoder none of the
     # caches in which answers are drawn.
-    if not args.lora_rank or args.fsdp or args.method == "grpo":
+    if not args.lora_rank or args.fsdp or args.method == "grpo" or args.doubt:
         args.engine = "transformers"
+    args.num_epochs = args.num_epochs or (DOUBT_EPOCHS if args.doubt else NUM_EPOCHS)
     if args.load_in_4bit is None:
         args.load_in_4bit = args.lora_rank > 0
     args.learning_rate = args.learning_rate or LEARNING_RATE / (1 if args.lora_rank else 10)
@@ -467,8 +499,9 @@ def to_sft_config(args: argparse.Namespace, schedule, evaluate: bool):
         # Logs, checkpoints, evaluation
         logging_steps=args.logging_steps, disable_tqdm=True,
         logging_nan_inf_filter=False,  # it hides what StreamTrainer looks for
-        save_strategy="steps" if args.save_steps else "epoch", save_steps=args.save_steps or 500,
-        save_total_limit=args.save_total_limit, restore_callback_states_from_checkpoint=True,
+        save_strategy="no" if args.doubt else "steps" if args.save_steps else "epoch",
+        save_steps=args.save_steps or 500, save_total_limit=args.save_total_limit,
+        restore_callback_states_from_checkpoint=True,
         eval_strategy="no" if not evaluate else "steps" if args.eval_steps else "epoch", eval_steps=args.eval_steps,
         eval_on_start=evaluate and args.method == "grpo",
         load_best_model_at_end=bool(args.metric_for_best), metric_for_best_model=args.metric_for_best,
@@ -541,7 +574,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     if args.eval_only:
         return evaluate_only(args, command)
     with contextlib.ExitStack() as locks:  # released when the run ends, however it ends
-        return train_and_prove(args, command, locks)
+        return (rank_labels if args.doubt else train_and_prove)(args, command, locks)
 
 
 def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.ExitStack) -> dict | None:
@@ -683,8 +716,9 @@ def check_models(args: argparse.Namespace, engine: str, gguf: tuple[list[str], l
 
     check_report_to(args.report_to)
     check_optim(choose_optim(args))
+    merges = args.save_method != "lora" and not args.doubt
     base, config, merge_base = check_base(
-        args.model_id, args.merge_model_id, bool(args.lora_rank), args.save_method != "lora", args.trust_remote_code
+        args.model_id, args.merge_model_id, bool(args.lora_rank), merges, args.trust_remote_code
     )
     check_dropout(args.lora_dropout, config, args.model_id)
     start = args.model_id if base != args.model_id else None
@@ -738,24 +772,17 @@ def train_and_save(args: argparse.Namespace, run: Run, trained, tokenizer, sched
     samples to score); None for all processes but the first. The model lives in here alone: merging needs its memory.
     """
     from tool_calling.engines.device import free_gpu, report_gpu
-    from tool_calling.engines.graphs import make_room
     from tool_calling.engines.loading import warn_of_frozen_experts
     from tool_calling.saving.merge import keep_trained
-    from tool_calling.schedule import Batching, plan_schedule
     from tool_calling.training.loop import train
-    from tool_calling.training.selfcheck import check_sharing
 
-    engine = trained.engine
-    model = load_model(args, engine, schedule, tokenizer)
+    model = load_model(args, trained.engine, schedule, tokenizer)
     warn_of_frozen_experts(model)
     report_gpu()
-    trainer = build_run_trainer(args, model, tokenizer, schedule, held_out, engine)
+    trainer = build_run_trainer(args, model, tokenizer, schedule, held_out, trained.engine)
     run.watch.note("load")
-    if args.share_prefix and not check_sharing(trainer.model, schedule, engine):
-        args.share_prefix = False
-        make_room(trainer.model)  # of what the check has recorded
-        schedule = plan_schedule(schedule.samples, pick(Batching, args), fill=engine == "unsloth")
-        trainer = build_run_trainer(args, model, tokenizer, schedule, held_out, engine)
+    trainer = check_trainer(args, trainer, tokenizer, held_out)
+    schedule = trainer.schedule
     run.watch.note("check")
     chosen = {}
     if args.method == "grpo" and args.hard_rows < 1:
@@ -774,8 +801,22 @@ def train_and_save(args: argparse.Namespace, run: Run, trained, tokenizer, sched
     return kept and (*kept, facts, layout, scored)
 
 
+def check_trainer(args: argparse.Namespace, trainer, tokenizer, held_out: list):
+    """Return the trainer, or one without sharing if that changes more than rounding does."""
+    from tool_calling.engines.graphs import make_room
+    from tool_calling.schedule import Batching, plan_schedule
+    from tool_calling.training.selfcheck import check_sharing
+
+    if not args.share_prefix or check_sharing(trainer.model, trainer.schedule, trainer.engine):
+        return trainer
+    args.share_prefix = False
+    make_room(trainer.model)  # of what the check has recorded
+    schedule = plan_schedule(trainer.schedule.samples, pick(Batching, args), fill=trainer.engine == "unsloth")
+    return build_run_trainer(args, trainer.model, tokenizer, schedule, held_out, trainer.engine)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# What trains nothing
+# What keeps no model
 # ----------------------------------------------------------------------------------------------------------------------
 def dry_run(args: argparse.Namespace) -> dict:
     """Print, write and return what a run would do, without a GPU and without weights; problems of rows come last."""
@@ -833,6 +874,75 @@ def evaluate_only(args: argparse.Namespace, command: str) -> dict:
     return finish(folder, to_report(vars(args), command, proof, data, None), proof)
 
 
+def rank_labels(args: argparse.Namespace, command: str, locks: contextlib.ExitStack) -> dict:
+    """Rank the labels that models contradict which were trained without them, and write them into the output folder."""
+    if existed := Path(args.output_dir).is_dir():
+        locks.enter_context(lock_folder(args.output_dir))
+    paths = [*args.dataset_path, *(args.eval_dataset_path or [])]
+    examples, skipped = read_examples(paths, to_reading(args))
+    if args.tools_in_prompt == "none":
+        check_one_list(examples)
+
+    from tool_calling.engines.start import start_engine
+
+    engine = start_engine(args.engine, args.share_prefix, args.output_dir, args.seed)
+    from tool_calling.doubts import finish_doubts, rank
+    from tool_calling.report import describe_run
+
+    _, tokenizer, config = check_models(args, engine, ([], []))
+    rendering = replace(pick(Rendering, args), train_test_split=0)
+    samples, _ = render_valid(tokenizer, examples, [], rendering, find_date(tokenizer))
+    folds = split_folds(examples, args.doubt)
+    sides = [[sample for sample in samples if folds[sample.row] == fold] for fold in range(args.doubt)]
+    if not all(sides):
+        raise UserError(f"--doubt {args.doubt}: expected at least {args.doubt} different requests; add rows")
+    say("render", f"{len(samples):,} samples in {args.doubt} folds of {min(map(len, sides)):,} and more")
+    if not existed:
+        locks.enter_context(lock_folder(args.output_dir))
+    mark_output(vars(args), args.output_dir)
+    doubts = rank(find_doubts(args, engine, tokenizer, config, sides))
+    data = {"path": " ".join(paths), "rows": len(samples), "skipped": skipped, "unit": name_unit(samples)}
+    return finish_doubts(args.output_dir, doubts, {"data": data} | describe_run(vars(args), command))
+
+
+def find_doubts(args: argparse.Namespace, engine: str, tokenizer, config, sides: list[list]) -> list:
+    """Return the doubts about the samples of each fold, by a model that was trained on all others."""
+    from tool_calling.doubts import Doubter
+    from tool_calling.engines.answers import limit_answers
+    from tool_calling.engines.device import free_gpu
+    from tool_calling.engines.hub import can_share
+    from tool_calling.engines.loading import copy_trained, set_trained, warn_of_frozen_experts
+    from tool_calling.schedule import Batching, plan_schedule, show_plan
+    from tool_calling.training.loop import train_at_once
+
+    samples = sum(sides, [])
+    args.share_prefix = args.share_prefix and can_share(engine, config, find_longest(samples))
+    doubter = Doubter(tokenizer, engine, args.eval_batch_size, args.max_new_tokens or limit_answers(samples))
+    model = load_model(args, engine, plan_schedule(samples, pick(Batching, args), fill=False), tokenizer)
+    warn_of_frozen_experts(model)
+    start, doubts = copy_trained(model), []
+    for fold, side in enumerate(sides, start=1):
+        began = time.perf_counter()
+        others = [sample for other in sides if other is not side for sample in other]
+        schedule = plan_schedule(others, pick(Batching, args), fill=False)
+        show_plan(schedule)
+        trainer = build_run_trainer(args, model, tokenizer, schedule, [], engine)
+        trainer = check_trainer(args, trainer, tokenizer, [])
+        set_trained(model, start)
+        loss = train_at_once(trainer)
+        found = doubter.find(model, side, trainer.layout, fold)
+        doubts += found
+        done = f"trained on {len(others):,} in {trainer.state.global_step:,} steps, loss {loss:.4f}"
+        say(
+            "fold",
+            f"{fold} of {args.doubt}: {done}; {len(found):,} of the other {len(side):,} are in doubt "
+            f"({time.perf_counter() - began:.0f} s)",
+        )
+        del trainer
+        free_gpu()
+    return doubts
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Errors and exit codes
 # ----------------------------------------------------------------------------------------------------------------------
@@ -851,7 +961,7 @@ def run_command_line() -> int:
                 unwrap_interrupt(error)
                 raise
     except Interrupted as stop:
-        resumable = [] if args.eval_only or args.dry_run else [PROGRAM, *argv]
+        resumable = [] if args.eval_only or args.dry_run or args.doubt else [PROGRAM, *argv]
         return report_interrupt(stop.args[0], args.output_dir, resumable, began)
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         return report_failure(error)

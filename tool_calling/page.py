@@ -14,7 +14,8 @@ from tool_calling.terminal import plural
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 SHOWN_CHARACTERS = 2000  # of each text; of the rest only the length is shown
-SHOWN_ROWS = 10  # of those that a server answers otherwise
+# Of rows that a server answers otherwise, and of labels in doubt.
+LIMITS = {"SHOWN_ROWS": 10, "SHOWN_DOUBTS": 300}
 SCORE_NAMES = {
     "exact_match": "exact",
     "call_exact": "exact, call expected",
@@ -47,7 +48,7 @@ def render_report(report: dict) -> str:
         "whole": lambda text: Markup(escape(show_text(text, sys.maxsize))),  # it is there to be copied
     }
     functions = (draw_curve, list_scores, list_servers, mark_difference, shade_confusion, show_interval, show_percent)
-    page.globals |= {function.__name__: function for function in functions} | {"SHOWN_ROWS": SHOWN_ROWS}
+    page.globals |= {function.__name__: function for function in functions} | LIMITS
     return page.from_string(TEMPLATE.read_text(encoding="utf-8")).render(report)
 
 

@@ -93,6 +93,17 @@ def to_report(settings: dict, command: str, proof: Proof, data: dict, train: dic
         "confusion": count_confusion(proof.verdicts[proof.last]),
         "data": {"path": " ".join(paths), "rows": data["train"] + data["held_out"], **data},
         "failures": list_failures(proof),
+        **describe_run(settings, command),
+    }
+    served = compare_served(proof)
+    trials = {kind: answered.scores for kind, answered in proof.trials.items()}
+    more = {"served": served, "trials": trials, "train": train}
+    return report | {key: value for key, value in more.items() if value}
+
+
+def describe_run(settings: dict, command: str) -> dict:
+    """Return with what, where and when a run was made."""
+    return {
         "versions": find_versions(),
         "args": settings,
         "git": find_commit(),
@@ -100,10 +111,6 @@ def to_report(settings: dict, command: str, proof: Proof, data: dict, train: dic
         "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu",
         "finished": time.strftime("%Y-%m-%d %H:%M"),
     }
-    served = compare_served(proof)
-    trials = {kind: answered.scores for kind, answered in proof.trials.items()}
-    more = {"served": served, "trials": trials, "train": train}
-    return report | {key: value for key, value in more.items() if value}
 
 
 def measure_lengths(samples: list[Sample]) -> dict:

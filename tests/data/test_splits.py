@@ -13,6 +13,7 @@ from tool_calling.data.splits import (
     find_warnings,
     is_thinking,
     split_examples,
+    split_folds,
 )
 
 
@@ -53,6 +54,16 @@ def test_appended_rows_move_few_others():
     before = requests(split_examples(examples[:900], 0.1)[1])
     after = requests(split_examples(examples, 0.1)[1])
     assert len(before - after) <= 15  # of 90; chance alone would move 81
+
+
+def test_equal_requests_are_in_one_fold_and_folds_are_of_one_size():
+    examples = [example(f"request {i % 50}", f"answer {i}") for i in range(200)]
+    folds = split_folds(examples, 3)
+    assert [folds.count(fold) for fold in range(3)] == [68, 68, 64]
+    assert folds[:50] == folds[50:100] == folds[100:150] == folds[150:]
+    shuffled = random.Random(0).sample(range(200), 200)
+    assert split_folds([examples[i] for i in shuffled], 3) == [folds[i] for i in shuffled]
+    assert split_folds([example("a"), example("a")], 2) == [0, 0]
 
 
 def test_nothing_is_held_out_at_zero():

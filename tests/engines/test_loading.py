@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import TINY
 from peft import LoraConfig, get_peft_model
+from small import make_adapted, row
 
-from tool_calling.engines.loading import find_place, load_adapter, load_base
+from tool_calling.engines.loading import copy_trained, find_place, load_adapter, load_base, set_trained
 from tool_calling.terminal import UserError
 
 
@@ -34,6 +35,20 @@ def test_an_adapter_leaves_the_parts_of_its_base_where_they_are(tmp_path, monkey
     ):
         model = load_adapter(load_base(str(TINY), False, place=place), str(tmp_path)).eval()
         torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_trained_can_be_set_back():
+    model = make_adapted()
+    start, tokens = copy_trained(model), torch.tensor([row([1, 2, 3], [4]).input_ids])
+    expected = model(tokens).logits
+    assert start and all("lora_" in name for name in start)
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data.add_(1)
+    assert not torch.allclose(model(tokens).logits, expected)
+    set_trained(model, start)
+    assert torch.equal(model(tokens).logits, expected)
+    assert all(weight.requires_grad for name, weight in model.named_parameters() if name in start)
 
 
 def test_weights_out_of_reach_are_one_line():

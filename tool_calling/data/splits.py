@@ -54,6 +54,16 @@ def split_examples(examples: list[Example], share: float) -> tuple[list[Example]
     return sides
 
 
+def split_folds(examples: list[Example], count: int) -> list[int]:
+    """Return in which of `count` folds each example is: its request's place among all hashes decides.
+
+    So equal requests are in one fold, the order of the file does not matter, and folds are of about the same size.
+    """
+    digests = digest_prompts(examples)
+    places = {key: place % count for place, key in enumerate(sorted(set(digests)))}
+    return [places[key] for key in digests]
+
+
 def list_calls(example: Example) -> list[list[str]]:
     """Return the names of the tools that each trained turn calls; turns without a call are left out."""
     calls = [message.get("tool_calls") for message in filter(is_trained, example.messages)]

@@ -118,6 +118,19 @@ def set_adapter_weights(model, adapter: str) -> None:
             raise ValueError(f"missing or unknown weights: {list_first(strays, 3)}")
 
 
+def copy_trained(model) -> dict:
+    """Return a copy of the weights that are trained, by name, in the machine's memory."""
+    return {name: weight.detach().cpu().clone() for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def set_trained(model, weights: dict) -> None:
+    """Give the weights that are trained the values of a copy."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.requires_grad:
+                weight.copy_(weights[name])
+
+
 @contextlib.contextmanager
 def refuse_other_base(what: str, base: str):
     """Turn the error of an adapter that does not fit its base into a UserError, a line that begins with `what`."""

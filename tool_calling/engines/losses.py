@@ -49,15 +49,15 @@ def score_batches(model, batches: list[dict], engine: str):
     losses, exact, tokens, samples = [], [], 0, 0
     for batch in batches:
         loss, reproduced = score_batch(model, batch, engine)
-        losses.append(loss.sum(dtype=torch.float64))
+        losses.append(loss.sum())
         exact.append(reproduced.sum(dtype=torch.float64))
-        tokens, samples = tokens + len(loss), samples + len(reproduced)
+        tokens, samples = tokens + len(batch["places"]), samples + len(reproduced)
     zero = torch.zeros((), dtype=torch.float64, device=model.device)
     return torch.stack([sum(losses, zero), zero + tokens, sum(exact, zero), zero + samples])
 
 
 def score_batch(model, batch: dict, engine: str):
-    """Return (losses of the supervised tokens; whether greedy decoding reproduces each sample), in a batch's order."""
+    """Return (loss in nats, float64; whether greedy decoding reproduces it) of each sample, in a batch's order."""
     supervised = batch["labels"] != IGNORED
     starts = supervised & ~supervised.roll(1, dims=1)  # before each completion stands its prompt
     index = starts.flatten().cumsum(dim=0)[supervised.flatten()] - 1  # the completion that each token is of
@@ -66,8 +66,9 @@ def score_batch(model, batch: dict, engine: str):
     with torch.no_grad(), autocast(model):
         loss, hits = compute_token_losses(model, to_device(batch, model), engine)
     model.train(was_training)
-    misses = torch.zeros(int(starts.sum()), device=hits.device)
-    return loss, misses.index_add_(0, index.to(hits.device), (~hits).float()) == 0
+    sums = torch.zeros(2, int(starts.sum()), dtype=torch.float64, device=loss.device)
+    loss, misses = sums.index_add_(1, index.to(loss.device), torch.stack([loss, ~hits]).double())
+    return loss, misses == 0
 
 
 def to_device(batch: dict, model) -> dict:

@@ -87,14 +87,19 @@ def make_steps(trainer, checkpoint: str | None) -> float:
     stopper = Stopper(checkpoint)
     trainer.add_callback(stopper)
     with handle_signals(stopper.note):
-        try:
-            loss = trainer.train(resume_from_checkpoint=checkpoint).training_loss
-        finally:  # otherwise an error would be printed through the bar: wrapped, on stdout, the cursor hidden after it
-            trainer.progress.bar.stop()
+        loss = train_at_once(trainer, checkpoint)
         number = stopper.agree()
     if number:
         raise Interrupted(number)
     return loss
+
+
+def train_at_once(trainer, checkpoint: str | None = None) -> float:
+    """Train to the end and return the mean loss; a signal does what the program lets it do."""
+    try:
+        return trainer.train(resume_from_checkpoint=checkpoint).training_loss
+    finally:  # otherwise an error would be printed through the bar: wrapped, on stdout, the cursor hidden after it
+        trainer.progress.bar.stop()
 
 
 def load_trained(trainer, checkpoint: str) -> None:
