@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import patch
 from datasets import Dataset
-from small import TRAIN, make_trainer, weights
+from small import TRAIN, limit_memory, make_trainer, weights
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import utils as trl_utils
 
@@ -207,6 +207,27 @@ def test_a_resumed_run_draws_the_same_answers(tmp_path, tokenizer, monkeypatch):
     assert torch.equal(weights(again), ends)
     evaluated = [[log["step"] for log in t.state.log_history if "eval_loss" in log] for t in (whole, again)]
     assert evaluated == [[0, 2, 4], [0, 2, 4]]  # not at the start again
+
+
+def test_a_step_that_does_not_fit_is_computed_in_smaller_streams(tmp_path, tokenizer, monkeypatch, capsys):
+    patch(monkeypatch, "rate_answer", lambda text, sample: to_ratings([float(len(text) % 3)])[0])
+    patch(monkeypatch, "is_whole", lambda answer, stops: True)
+    flags = ("--max_new_tokens", "4", "--beta", "0.1")
+    whole = make_policy(tmp_path / "whole", tokenizer, monkeypatch, *flags, held_out=TRAIN[:4])
+    start = weights(whole)
+    whole.train()
+    capsys.readouterr()
+    sizes = limit_memory(monkeypatch, 30)
+    parts = make_policy(tmp_path / "parts", tokenizer, monkeypatch, *flags, held_out=TRAIN[:4])
+    assert parts.scoring_layout.rows == 8
+    parts.train()
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: out of GPU memory")]
+    assert warnings[0].endswith("each step is computed in 2 streams of at most 4 answers; the result is the same")
+    assert max(sizes) <= 30 and parts.scoring_layout.rows <= 4
+    change = (weights(whole) - start).norm()
+    assert change > 0.01 and (weights(parts) - weights(whole)).norm() < 1e-4 * change
+    found = [[log["kl"] for log in trainer.state.log_history if "kl" in log] for trainer in (whole, parts)]
+    assert found[1] == pytest.approx(found[0], rel=1e-4) and found[0][0] == 0.0 < found[0][3]
 
 
 def test_the_users_own_reward_takes_the_place_of_the_rewards_alone(tmp_path, tokenizer, monkeypatch):

@@ -107,7 +107,8 @@ class StreamTrainer(SFTTrainer):
     @property
     def scoring_layout(self) -> Layout:
         """A layout of samples, each of which has one answer, that are as many as are trained at once."""
-        return replace(self.layout, rows=self.layout.rows * self.schedule.answers)
+        planned = self.layout is self.schedule.layout  # by prompts; streams that are divided count answers
+        return replace(self.layout, rows=self.layout.rows * (self.schedule.answers if planned else 1))
 
     def find_rows(self, indices) -> list[Sample]:
         """Return the samples of a micro-batch by what it says of them."""
@@ -193,8 +194,9 @@ class StreamTrainer(SFTTrainer):
         size = -(-len(rows) // 2)
         self.layout = self.schedule.divide(size)
         self.held_out_batches = self.batch_held_out()
-        streams = self.schedule.streams_per_step * -(-self.schedule.layout.rows // size)
-        parts = f"{streams} streams of at most {plural(size, 'row')}"
+        answers = self.schedule.answers
+        streams = self.schedule.streams_per_step * -(-self.schedule.layout.rows * answers // size)
+        parts = f"{streams} streams of at most {plural(size, 'row' if answers == 1 else 'answer')}"
         warn(f"{failed}: from here on each step is computed in {parts}; the result is the same")
 
     @cached_property
