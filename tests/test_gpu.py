@@ -319,6 +319,20 @@ def test_a_step_that_does_not_fit_goes_on_in_smaller_streams(folder, flags):
 # ---------------------------------------------------------------------------------------------------------------
 # Two GPUs
 # ---------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("flags", [["--no-load_in_4bit"], ["--load_in_4bit", "--beta", 0.01]])
+def test_a_model_gets_better_by_answers_that_it_draws_on_the_gpu(folder, flags):
+    """As tests/training/test_grpo_runs.py has it on the CPU."""
+    grpo = ["--method", "grpo", "--num_generations", 4, "--batch_size", 4, "--gradient_accumulation_steps", 1]
+    steps = ["--max_steps", 12, "--eval_steps", 6, "--warmup_steps", 0, "--learning_rate", 0.003]
+    screen = run(folder, *grpo, *steps, "--metric_for_best", "reward", "--max_new_tokens", 40, *flags)
+    history = json.loads((folder / "out" / "report.json").read_text())["train"]["history"]
+    held = [log["eval_reward"] for log in history if "eval_reward" in log]
+    drawn = [log for log in history if "reward" in log]
+    assert len(held) == 3 and max(held) > held[0] and len(drawn) == 12 and "rows are answered right already" in screen
+    if "--beta" in flags:
+        assert abs(drawn[0]["kl"]) < 1e-3 and 0 < drawn[-1]["kl"] < 10
+
+
 def test_rows_of_tokens_are_trained_from_a_cuda_graph_and_trained_on_from_their_adapter(folder):
     base, first, second = make_blank_base(folder / "blank"), folder / "rows", folder / "more"
     places = {"--output_dir": first, "--final_model_dir": folder / "rows_final"}
