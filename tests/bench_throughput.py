@@ -353,7 +353,7 @@ def main() -> None:
     parser.add_argument("--tools_path", default=str(ROOT / script.TOOLS_PATH))
     parser.add_argument("--cpu", action="store_true", help="compare padded and shared on CPU with the embedded base")
     parser.add_argument("--answers", action="store_true", help="time 150 answers of 64 tokens, nothing else")
-    parser.add_argument("--only", help="comma-separated names of recipes")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="recipes, as the tables name them")
     parser.add_argument("--warm_up", type=number(int, 1), default=10)
     parser.add_argument("--steps", type=number(int, 1), default=20)
     for hidden in ("--job", "--result"):
@@ -371,7 +371,7 @@ def main() -> None:
     else:
         jobs |= {name: [name, "unsloth", SHARED, FOUR_BIT, rows, 1, tools] for name, (tools, rows) in GROWTH.items()}
     if options.only:
-        jobs = {name: job for name, job in jobs.items() if name in options.only.split(",")}
+        jobs = {name: job for name, job in jobs.items() if name in options.only}
     start = time.perf_counter()
     results = run_all(options, jobs)
     print_tables(options, jobs, results)
