@@ -73,7 +73,7 @@ def test_each_edition_has_all_turns_in_order_and_what_is_not_a_variant_is_as_it_
             assert all(json.dumps(tool) in prompt for tool in sample.tools)
     kinds = {sample.variant for sample in made}
     assert kinds == {"", *SHARES} and facts.rows == {kind: sum(s.variant == kind for s in made) for kind in kinds}
-    assert facts == Facts(3, facts.rows, facts.lists, REFUSAL, False, 0) and 2 < facts.lists <= 9
+    assert facts == Facts(3, facts.rows, facts.lists, REFUSAL, False, 0) and 5 < facts.lists <= 31
     assert sum(sample.input_ids != before.input_ids for sample, before in zip(made[60:], made)) > 20
     again = VARIATION.vary(tokenizer, plain, rows)
     assert again == (made, facts)
@@ -114,7 +114,7 @@ def test_without_the_flags_nothing_changes(tokenizer, rendered):
     assert (
         nothing.vary(tokenizer, plain, rows) == (plain, None) and nothing.make_trials(tokenizer, held_out, rows) == {}
     )
-    assert 0 < count_refusals(rows, 7) < 10
+    assert 2 < count_refusals(rows, 7) < 12
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -331,7 +331,7 @@ def test_a_dry_run_says_how_many_rows_would_refuse(folder, tmp_path):
         return json.loads((tmp_path / "audit.json").read_text()), result.stdout
 
     plain, shown = audit()
-    assert plain["without_call"] == 8 and 0 < plain["would_refuse"] < 10
+    assert plain["without_call"] == 8 and 5 < plain["would_refuse"] < 15
     assert shown.splitlines()[-2] == (
         f"advice   8 of 40 training rows have no call; with --augment, {plain['would_refuse']} more refuse in an "
         "epoch, as their tool is not in the list"

@@ -224,23 +224,23 @@ EIGHT = [tool(f"tool_{letter}", f"Does {letter}.", **{letter: {"type": "string"}
 
 def test_lists_are_whole_or_lack_a_fold_and_every_second_one_has_other_names():
     made = make_listings(EIGHT, [], 7)
-    assert len(made) == LISTS == 8 and [listing.names is not None for listing in made] == [False, True] * 4
-    assert [len(listing.left_out) for listing in made] == [0, 0, 3, 3, 3, 3, 2, 2]
-    folds = [made[number].left_out for number in (2, 4, 6)]
+    assert len(made) == LISTS == 10 and [listing.names is not None for listing in made] == [False, True] * 5
+    assert [len(listing.left_out) for listing in made] == [0, 0, *[2] * 8]
+    folds = [made[number].left_out for number in (2, 4, 6, 8)]
     assert sorted(name for fold in folds for name in fold) == names(EIGHT) and len(folds) == FOLDS
     for listing in made:
         old = listing.names.invert() if listing.names else Names({}, {})
         undone = [*map(old.rename_tool, listing.tools)]
         assert sorted(names(undone)) == sorted({*names(EIGHT)} - listing.left_out) and not listing.added
         assert all(tool in EIGHT for tool in undone)
-    assert len({str(names(listing.tools)) for listing in made}) == 8 and names(made[0].tools) != names(EIGHT)
+    assert len({str(names(listing.tools)) for listing in made}) == 10 and names(made[0].tools) != names(EIGHT)
     assert make_listings(EIGHT, [], 7) == made and make_listings(EIGHT, [], 8) != made
 
 
 def test_tools_of_other_rows_come_into_whole_lists_alone():
     """A refusal might be wrong with another tool in the list; and a name is in a list once."""
     made = make_listings(EIGHT, [WEATHER, ALARM, tool("tool_a", "Other.")], 7)
-    assert [listing.added for listing in made] == [True, True] + [False] * 6
+    assert [listing.added for listing in made] == [True, True] + [False] * 8
     assert [len(listing.tools) for listing in made[:2]] == [10, 10]
     assert {*names(made[0].tools)} == {*names(EIGHT), "get_weather", "set_alarm"}
 
@@ -274,7 +274,7 @@ def test_rows_are_drawn_by_shares_and_each_edition_anew():
     assert [again.vary(row, 0) for row in rows] == made[0]  # neither order nor other rows matter
     assert [Variants(rows, KINDS, 8).vary(row, 0) for row in rows] != made[0]
     lists = {str(names(changed.example.tools)) for changed in [*made[0], *made[1]] if changed}
-    assert len(lists) == LISTS
+    assert len(lists) == 2 * LISTS  # each edition has others
     masked = Variants(rows, "masked", 7)
     assert {changed.kind for row in rows if (changed := masked.vary(row, 0))} == {"masked"}
 

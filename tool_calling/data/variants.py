@@ -15,8 +15,8 @@ from tool_calling.terminal import UserError, suggest
 
 MISSING, SHUFFLED, MASKED, UNSEEN = "missing", "shuffled", "masked", "unseen"
 SHARES = {MISSING: 0.25, SHUFFLED: 0.15, MASKED: 0.3}  # of the rows of an epoch; the others stay as they are
-FOLDS = 3  # into which a list is divided: each thinned list lacks one of them
-LISTS = 2 * (1 + FOLDS)  # made of each list: whole and thinned ones, with their own names and with others
+FOLDS = 4  # into which a list is divided: each thinned list lacks one of them
+LISTS = 2 * (1 + FOLDS)  # made of a list for an edition, with their own names and with others: few, as rows share them
 KEPT_LISTS = 1_000  # whose lists are kept; those of a hundred thousand rows would fill the memory
 REFUSAL = "Sorry, I have no tool for that."  # where the rows have no answer of their own that says so
 REFUSES = re.compile(
@@ -306,14 +306,18 @@ class Variants:
         lists = {id(example.tools): example.tools for example in examples}
         self.others = {tool["function"]["name"]: tool for tools in lists.values() for tool in tools}
 
-    def list_listings(self, tools: list[dict]) -> list[Listing]:
-        """Return the lists made of a list of tools; most rows share theirs, and where not, few are kept at a time."""
-        if id(tools) not in self.listings:
+    def list_listings(self, tools: list[dict], edition: int) -> list[Listing]:
+        """Return the lists made of a list of tools for an edition; each has others, so that none can be remembered.
+
+        Most rows share their tools, and where not, few lists are kept at a time.
+        """
+        key = (id(tools), edition)
+        if key not in self.listings:
             if len(self.listings) == KEPT_LISTS:
                 self.listings.clear()
-            made = make_listings(tools, [*self.others.values()], self.seed)
-            self.listings[id(tools)] = tools, made  # the tools are held, so that no other list gets their id
-        return self.listings[id(tools)][1]
+            made = make_listings(tools, [*self.others.values()], f"{self.seed} {edition}")
+            self.listings[key] = tools, made  # the tools are held, so that no other list gets their id
+        return self.listings[key][1]
 
     def vary(self, example: Example, edition: int) -> Changed | None:
         """Return what becomes of an example in an edition, None if it stays as it is."""
@@ -325,7 +329,8 @@ class Variants:
             if 0 <= drawn < share:
                 kind = name
             drawn -= share
-        fitting = [made for made in self.list_listings(example.tools) if self.fits(kind, made, example)] if kind else []
+        listings = self.list_listings(example.tools, edition) if kind else []
+        fitting = [made for made in listings if self.fits(kind, made, example)]
         if not fitting:
             return None
         made, turn = fitting[number % len(fitting)], find_call(example) if kind == MISSING else None
