@@ -204,7 +204,7 @@ def build_parser() -> Parser:
         help="grpo: at which they are drawn")
     add("--hard_rows", type=number(float, 0, 1), metavar="SHARE",
         help="grpo: of the rows that the start model answers right, train on this share alone, chosen by hash "
-             f"(default: {HARD_ROWS})")
+             f"(default: {HARD_ROWS}; with --reward all)")
     add("--reward", type=path, metavar="FILE.py:NAME",
         help="grpo: Python function that rates answers, as TRL calls it, instead of their likeness to the reference; "
              "the file is run")
@@ -249,7 +249,7 @@ def build_parser() -> Parser:
         help=f"steps from one held-out loss and exact match to the next (default: an epoch, grpo {GRPO_EVAL_STEPS})")
     add("--metric_for_best", choices=["exact_match", "loss", "reward"],
         help="keep the checkpoint that is best on the held-out rows; reward: grpo alone has it (default: the last, "
-             "grpo exact_match)")
+             "grpo exact_match, with --reward reward)")
     add("--early_stopping_patience", type=count, metavar="N",
         help="stop after N evaluations without improvement (default: never)")
     add("--eval_samples", type=count, default=EVAL_SAMPLES, metavar="N",
@@ -329,8 +329,11 @@ def settle_shape(args: argparse.Namespace, parser: Parser) -> None:
 def settle_method(args: argparse.Namespace) -> None:
     """Set what depends on --method."""
     if args.method == "grpo":
-        defaults = {"num_generations": NUM_GENERATIONS, "max_steps": GRPO_STEPS, "metric_for_best": "exact_match"}
-        defaults |= {"learning_rate": GRPO_LEARNING_RATE, "eval_steps": GRPO_EVAL_STEPS, "hard_rows": HARD_ROWS}
+        defaults = {"num_generations": NUM_GENERATIONS, "max_steps": GRPO_STEPS}
+        defaults |= {"learning_rate": GRPO_LEARNING_RATE, "eval_steps": GRPO_EVAL_STEPS}
+        # A reward of the user's may say otherwise what is right.
+        defaults |= {"metric_for_best": "reward" if args.reward else "exact_match"}
+        defaults |= {"hard_rows": 1.0 if args.reward else HARD_ROWS}
         for flag, value in defaults.items():
             setattr(args, flag, value if getattr(args, flag) is None else getattr(args, flag))
 

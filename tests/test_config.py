@@ -173,6 +173,8 @@ def test_answers_that_are_drawn_have_defaults_of_their_own():
     )
     assert (args.hard_rows, args.reward, args.beta) == (0.1, None, 0.0)
     assert script.parse_args(["--method", "grpo", "--hard_rows", "0"]).hard_rows == 0
+    own = script.parse_args(["--method", "grpo", "--reward", "mine.py:rate"])
+    assert (own.hard_rows, own.metric_for_best) == (1.0, "reward")
     args = script.parse_args(["--method", "grpo", "--max_steps", "7", "--eval_steps", "3", "--num_generations", "4"])
     assert (args.num_generations, args.max_steps, args.eval_steps, args.save_steps) == (4, 7, 3, 3)
 
