@@ -99,8 +99,10 @@ def speed(args: argparse.Namespace) -> str:
     """Time both sides, each in a process of its own, and return the table."""
     lines = []
     for side, name in (("ours", "--method grpo"), ("trl", "TRL's GRPOTrainer with Unsloth")):
-        command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
-        result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, Path(__file__).resolve(), args.folder, "--speed", args.speed, "--side", side]
+        command += ["--completion_tokens", args.completion_tokens, "--steps", args.steps]
+        command += ["--load_in_4bit"] if args.load_in_4bit else []
+        result = subprocess.run([*map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         if result.returncode:
             sys.exit(f"{name} failed: see above")
         found = json.loads(result.stdout.splitlines()[-1])
