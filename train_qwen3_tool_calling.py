@@ -202,7 +202,7 @@ def build_parser() -> Parser:
         help=f"grpo: answers drawn to each prompt (default: {NUM_GENERATIONS})")
     add("--temperature", type=number(float, 0, low_open=True), default=TEMPERATURE, metavar="T",
         help="grpo: at which they are drawn")
-    add("--hard_rows", type=number(float, 0, 1), metavar="SHARE",
+    add("--hard_rows", type=number(float, 0, 1, high_open=False), metavar="SHARE",
         help="grpo: of the rows that the start model answers right, train on this share alone, chosen by hash "
              f"(default: {HARD_ROWS}; with --reward all)")
     add("--reward", type=path, metavar="FILE.py:NAME",

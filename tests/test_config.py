@@ -129,6 +129,7 @@ def test_the_named_layers_are_a_set():
         (["--method", "grpo", "--engine", "unsloth"], "with Transformers: leave out --fsdp and --engine unsloth"),
         (["--num_generations", "4"], "--reward, --beta and --metric_for_best reward are for --method grpo"),
         (["--hard_rows", "0"], "are for --method grpo"),
+        (["--method", "grpo", "--hard_rows", "1.1"], "argument --hard_rows: must be at least 0 and at most 1, got 1.1"),
         (["--reward", "a.py:f"], "are for --method grpo"),
         (["--beta", "0.1"], "are for --method grpo"),
         (["--metric_for_best", "reward"], "are for --method grpo"),
@@ -173,6 +174,7 @@ def test_answers_that_are_drawn_have_defaults_of_their_own():
     )
     assert (args.hard_rows, args.reward, args.beta) == (0.1, None, 0.0)
     assert script.parse_args(["--method", "grpo", "--hard_rows", "0"]).hard_rows == 0
+    assert script.parse_args(["--method", "grpo", "--hard_rows", "1"]).hard_rows == 1
     own = script.parse_args(["--method", "grpo", "--reward", "mine.py:rate"])
     assert (own.hard_rows, own.metric_for_best) == (1.0, "reward")
     args = script.parse_args(["--method", "grpo", "--max_steps", "7", "--eval_steps", "3", "--num_generations", "4"])

@@ -27,13 +27,14 @@ class Parser(argparse.ArgumentParser):
         raise FlagError(message + (suggest(unknown[1], self._option_string_actions) if unknown else ""))
 
 
-def number(kind, low, high=math.inf, low_open=False):
-    """Return an argparse type for an int or float in [low, high), or in (low, high) with `low_open`."""
-    expected = f"{'above' if low_open else 'at least'} {low}" + (f" and below {high}" if high < math.inf else "")
+def number(kind, low, high=math.inf, low_open=False, high_open=True):
+    """Return an argparse type for an int or float from low to high; `open` ends are out of reach."""
+    expected = f"{'above' if low_open else 'at least'} {low}"
+    expected += f" and {'below' if high_open else 'at most'} {high}" if high < math.inf else ""
 
     def parse(text: str):
         value = kind(text)
-        if not low <= value < high or (low_open and value == low):
+        if not low <= value <= high or (low_open and value == low) or (high_open and value == high):
             raise argparse.ArgumentTypeError(f"must be {expected}, got {text}")
         return value
 
