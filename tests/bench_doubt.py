@@ -6,8 +6,8 @@
 
 Of the labels, a third each calls a wrong tool, has a value of another row, or lacks an optional argument, as a careless
 annotator would write them: all fit the schemas of their tools. One run for each seed, by which labels are chosen and
-corrupted. The embedded base is trained with the steps of README's first command, another one with the script's
-defaults. Flags that this program does not have go to the runs. The table is also in table.md.
+corrupted. The embedded base is trained with the batches and the rate of README's first command, another one with the
+script's defaults. Flags that this program does not have go to the runs. The table is also in table.md.
 """
 
 import argparse

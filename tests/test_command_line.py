@@ -642,7 +642,7 @@ def test_help_names_every_flag_with_its_default():
         "--dataset_path": "data/synthetic_finetune_dataset.json",
         "--tools_path": "data/tools.json",
         "--learning_rate": "0.0002, grpo 1e-05",
-        "--num_epochs": "3, doubt 1",
+        "--num_epochs": "3",
         "--batch_size": "2",
         "--gradient_accumulation_steps": "4",
         "--max_seq_length": "2048",
