@@ -33,6 +33,7 @@ from tool_calling.arguments import (
     split_names,
 )
 from tool_calling.checkpoints import find_checkpoint
+from tool_calling.conflicts import find_conflict
 from tool_calling.data.examples import Checked, Reading, check_rows, read_examples, write_converted
 from tool_calling.data.formats import FORMATS
 from tool_calling.data.literals import as_list
@@ -44,12 +45,11 @@ from tool_calling.environment import refuse_telemetry, return_pages
 from tool_calling.failures import report_failure, report_interrupt
 from tool_calling.files import discard_partial, lock_folder
 from tool_calling.fresh import start_fresh
-from tool_calling.origins import LORA_FLAGS, is_adapter, is_url, list_trained_tokens, read_adapter, read_shape
+from tool_calling.origins import LORA_FLAGS, is_adapter, list_trained_tokens, read_adapter, read_shape
 from tool_calling.processes import (
     LAUNCHER,
     PATIENCE,
     Interrupted,
-    count_devices,
     handle_signals,
     is_main,
     leave,
@@ -304,7 +304,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.train_tokens = as_list(args.train_tokens)
     args.dry_run = bool(args.dry_run)
     settle_method(args)
-    check_together(args, parser.error)
+    if conflict := find_conflict(vars(args), TEMPERATURE):
+        parser.error(conflict)
     settle_defaults(args)
     return args
 
@@ -334,68 +335,6 @@ def settle_method(args: argparse.Namespace) -> None:
         defaults |= {"hard_rows": 1.0 if args.reward else HARD_ROWS}
         for flag, value in defaults.items():
             setattr(args, flag, value if getattr(args, flag) is None else getattr(args, flag))
-
-
-def check_together(args: argparse.Namespace, refuse) -> None:
-    """Refuse flags that exclude each other."""
-    if args.method == "grpo" and (args.fsdp or args.engine == "unsloth"):
-        refuse("--method grpo lets the model answer while it trains, with Transformers: leave out --fsdp and "
-               "--engine unsloth")  # fmt: skip
-    drawn = (args.num_generations, args.hard_rows, args.reward) != (None, None, None) or args.temperature != TEMPERATURE
-    if args.method == "sft" and (drawn or args.beta or args.metric_for_best == "reward"):
-        names = "--num_generations, --temperature, --hard_rows, --reward, --beta"
-        refuse(f"{names} and --metric_for_best reward are for --method grpo")
-    if args.lora_rank and not args.target_modules:
-        refuse("--target_modules: expected at least one name")
-    if args.eval_only and (args.dry_run or args.show_row or args.resume_from_checkpoint or args.serve_check):
-        flags = "--dry_run, --show_row, --resume_from_checkpoint and --serve_check"
-        refuse(f"--eval_only trains nothing: leave out {flags}")
-    if args.compact_tools and args.tools_in_prompt == "none":
-        refuse("--compact_tools writes the list that --tools_in_prompt none leaves out: give one of them")
-    if (args.augment or args.holdout_tools) and args.tools_in_prompt == "none":
-        refuse("--augment and --holdout_tools change the list that --tools_in_prompt none leaves out: give one of them")
-    if args.eval_model and not any(map(is_url, args.eval_only or [])):
-        refuse(f"--eval_model {args.eval_model} is a model of a server: give its address to --eval_only")
-    if args.convert_to and (args.dry_run or args.eval_only or args.show_row):
-        refuse("--convert_to only writes rows: leave out --dry_run, --eval_only and --show_row")
-    if args.dry_run and args.resume_from_checkpoint:
-        refuse("--dry_run shows a run from its start: leave out --resume_from_checkpoint")
-    if not args.lora_rank and (args.load_in_4bit or args.engine == "unsloth" or args.save_method == "lora"):
-        refuse(
-            "--lora_rank 0 trains the 16-bit weights themselves, with Transformers: leave out --load_in_4bit, "
-            "--engine unsloth and --save_method lora"
-        )
-    if args.fsdp and (count_devices() == 1 or args.engine == "unsloth"):
-        refuse(
-            "--fsdp splits the weights over several GPUs, with Transformers: start it with torchrun, and leave out "
-            "--engine unsloth"
-        )
-    if args.fsdp and not args.lora_rank and args.optim not in (None, "adamw_torch", "adamw_torch_fused"):
-        refuse(
-            f"--fsdp --lora_rank 0 splits the optimizer too, which only PyTorch's can: leave out --optim "
-            f"{args.optim}, or give adamw_torch or adamw_torch_fused"
-        )
-    check_doubt(args, refuse)
-    if args.serve_check and args.save_method == "lora":
-        refuse("--serve_check serves a whole model: leave out --save_method lora")
-    if args.save_gguf and args.save_method != "merged_16bit":
-        refuse(f"--save_gguf is made from the 16-bit model: leave out --save_method {args.save_method}")
-    if (args.metric_for_best or args.early_stopping_patience) and args.save_steps not in (None, args.eval_steps):
-        refuse("--metric_for_best keeps a checkpoint by its score: --save_steps must be --eval_steps")
-
-
-def check_doubt(args: argparse.Namespace, refuse) -> None:
-    """Refuse what makes no sense beside --doubt: other work, and what is done with a model that is kept."""
-    if args.doubt and count_devices() > 1:
-        refuse("--doubt computes on one GPU: start it with python, not with torchrun")
-    if args.doubt and (args.method == "grpo" or args.engine == "unsloth"):
-        refuse("--doubt trains on labels, with Transformers: leave out --method grpo and --engine unsloth")
-    flags = """augment holdout_tools convert_to dry_run eval_only show_row resume_from_checkpoint metric_for_best
-        early_stopping_patience save_gguf serve_check push_to_hub""".split()
-    given = [f"--{flag}" for flag in flags if getattr(args, flag)]
-    given += ["--report_to"] * (args.report_to != "none")
-    if args.doubt and given:
-        refuse(f"--doubt only ranks labels, and keeps no model: leave out {' and '.join(given)}")
 
 
 def settle_defaults(args: argparse.Namespace) -> None:
@@ -909,38 +848,22 @@ def find_doubts(args: argparse.Namespace, engine: str, tokenizer, config, sides:
     """Return the doubts about the samples of each fold, by a model that was trained on all others."""
     from tool_calling.doubts import Doubter
     from tool_calling.engines.answers import limit_answers
-    from tool_calling.engines.device import free_gpu
     from tool_calling.engines.hub import can_share
-    from tool_calling.engines.loading import copy_trained, set_trained, warn_of_frozen_experts
+    from tool_calling.engines.loading import warn_of_frozen_experts
     from tool_calling.schedule import Batching, plan_schedule, show_plan
-    from tool_calling.training.loop import train_at_once
 
-    samples = sum(sides, [])
+    samples, plan = sum(sides, []), partial(plan_schedule, batching=pick(Batching, args), fill=False)
     args.share_prefix = args.share_prefix and can_share(engine, config, find_longest(samples))
     doubter = Doubter(tokenizer, engine, args.eval_batch_size, args.max_new_tokens or limit_answers(samples))
-    model = load_model(args, engine, plan_schedule(samples, pick(Batching, args), fill=False), tokenizer)
+    model = load_model(args, engine, plan(samples), tokenizer)
     warn_of_frozen_experts(model)
-    start, doubts = copy_trained(model), []
-    for fold, side in enumerate(sides, start=1):
-        began = time.perf_counter()
-        others = [sample for other in sides if other is not side for sample in other]
-        schedule = plan_schedule(others, pick(Batching, args), fill=False)
+
+    def make_trainer(samples: list):
+        schedule = plan(samples, batching=pick(Batching, args))  # sharing may have been switched off
         show_plan(schedule)
-        trainer = build_run_trainer(args, model, tokenizer, schedule, [], engine)
-        trainer = check_trainer(args, trainer, tokenizer, [])
-        set_trained(model, start)
-        loss = train_at_once(trainer)
-        found = doubter.find(model, side, trainer.layout, fold)
-        doubts += found
-        done = f"trained on {len(others):,} in {trainer.state.global_step:,} steps, loss {loss:.4f}"
-        say(
-            "fold",
-            f"{fold} of {args.doubt}: {done}; {len(found):,} of the other {len(side):,} are in doubt "
-            f"({time.perf_counter() - began:.0f} s)",
-        )
-        del trainer
-        free_gpu()
-    return doubts
+        return check_trainer(args, build_run_trainer(args, model, tokenizer, schedule, [], engine), tokenizer, [])
+
+    return doubter.ask_folds(model, sides, make_trainer)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
@@ -12,6 +13,8 @@ from typing import NamedTuple
 from rich.progress import track
 
 from tool_calling.engines.answers import generate_answers
+from tool_calling.engines.device import free_gpu
+from tool_calling.engines.loading import copy_trained, set_trained
 from tool_calling.engines.losses import score_batch
 from tool_calling.files import write_file
 from tool_calling.page import render_report
@@ -21,6 +24,7 @@ from tool_calling.samples import Sample
 from tool_calling.scores import Said, judge, read_answer, read_reference
 from tool_calling.streams import Layout
 from tool_calling.terminal import cut_text, plural, print_safely, say
+from tool_calling.training.loop import train_at_once
 
 CLEAR = 1.0  # nats by which a model must prefer its own answer: then it finds the label less than half as likely
 SHOWN_ROWS = 5  # printed; the page has more, and doubt.jsonl all
@@ -49,6 +53,28 @@ class Doubter:
     engine: str
     batch_size: int | None
     max_new_tokens: int
+
+    def ask_folds(self, model, sides: list[list[Sample]], make_trainer: Callable) -> list[Doubt]:
+        """Return the doubts about the samples of each side, by the model as it is after training on all others.
+
+        Args:
+            make_trainer: returns the trainer of the model on samples.
+        """
+        start, doubts = copy_trained(model), []
+        for fold, side in enumerate(sides, start=1):
+            began = time.perf_counter()
+            others = [sample for other in sides if other is not side for sample in other]
+            trainer = make_trainer(others)
+            set_trained(model, start)
+            loss = train_at_once(trainer)
+            found = self.find(model, side, trainer.layout, fold)
+            doubts += found
+            done = f"trained on {len(others):,} in {trainer.state.global_step:,} steps, loss {loss:.4f}"
+            told = f"{len(found):,} of the other {len(side):,} are in doubt ({time.perf_counter() - began:.0f} s)"
+            say("fold", f"{fold} of {len(sides)}: {done}; {told}")
+            del trainer
+            free_gpu()
+        return doubts
 
     def find(self, model, samples: list[Sample], layout: Layout, fold: int) -> list[Doubt]:
         """Return the doubts of a model about samples that it was not trained on.
