@@ -89,7 +89,7 @@ def list_flags() -> list[argparse.Action]:
 def test_ci_runs_the_test_command_of_readme():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(re.findall(r"^pip install .* && python -m pytest.*$", readme, re.MULTILINE)) == 1  # as .ci/run reads it
-    assert len(readme.splitlines()) <= 200
+    assert len(readme.splitlines()) <= 250
 
 
 def test_readme_names_each_flag_as_help_does():
