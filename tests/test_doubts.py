@@ -294,9 +294,6 @@ def test_wrong_labels_come_first_in_a_run(tmp_path):
         "fold     1 of 2: trained on 12 in 12 steps",
         "fold     2 of 2: trained on 12 in 12 steps",
     ]
-    again = run_forked("--config", tmp_path / "out" / "run.yaml")  # a second run finds the same
-    assert again.returncode == 0, again.stderr
-    assert [json.loads(line) for line in (tmp_path / "out" / "doubt.jsonl").open()] == found
 
 
 @pytest.mark.slow

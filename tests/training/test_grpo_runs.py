@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 FLAGS = [
     *("--method", "grpo", "--num_generations", 4, "--batch_size", 4, "--gradient_accumulation_steps", 1),
-    *("--no-load_in_4bit", "--metric_for_best", "reward", "--max_new_tokens", 40, "--warmup_steps", 0),
+    *("--no-load_in_4bit", "--metric_for_best", "reward", "--warmup_steps", 0, "--max_new_tokens"),
 ]
+WHOLE, SHORT = [*FLAGS, 40], [*FLAGS, 12]  # answers that come to their end, and the beginnings of some
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def job(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_gets_better_by_its_own_answers(job):
-    result = run_forked(*arguments(job, *FLAGS, "--max_steps", 12, "--eval_steps", 6, "--learning_rate", 0.003))
+    result = run_forked(*arguments(job, *WHOLE, "--max_steps", 12, "--eval_steps", 6, "--learning_rate", 0.003))
     assert result.returncode == 0, result.stderr
     report = json.loads((job / "out" / "report.json").read_text())
     held = [log["eval_reward"] for log in report["train"]["history"] if "eval_reward" in log]
@@ -39,7 +40,7 @@ def test_a_run_gets_better_by_its_own_answers(job):
 
 @pytest.mark.slow
 def test_a_run_that_improves_nothing_writes_no_model(job):
-    result = run_forked(*arguments(job, *FLAGS, "--max_steps", 1, "--eval_steps", 1, "--learning_rate", 1e-12))
+    result = run_forked(*arguments(job, *WHOLE, "--max_steps", 1, "--eval_steps", 1, "--learning_rate", 1e-12))
     assert result.returncode == 1 and names(job) == ["out", "rows.jsonl", "tools.json"]
     (line,) = errors(result)
     assert line.startswith("error: training has not improved the model: held-out reward was ")
@@ -78,7 +79,7 @@ def other(job):
 
 @pytest.mark.slow
 def test_a_resumed_run_trains_the_same_rows_to_the_same_weights(other):
-    flags = [*FLAGS, "--max_steps", 4, "--eval_steps", 2, "--learning_rate", 0.003, "--hard_rows", 0]
+    flags = [*SHORT, "--max_steps", 4, "--eval_steps", 2, "--learning_rate", 0.003, "--hard_rows", 0]
     flags += ["--beta", 0.01]
     flags += ["--reward", f"{other / 'mine.py'}:rate"]
     result = run_forked(*arguments(other, *flags))
@@ -102,7 +103,7 @@ def test_a_resumed_run_trains_the_same_rows_to_the_same_weights(other):
 
 @pytest.mark.slow
 def test_two_processes_draw_for_each_other_and_log_what_both_have(other):
-    flags = [*FLAGS[:4], "--batch_size", 2, *FLAGS[6:], "--max_steps", 2, "--eval_steps", 1, "--hard_rows", 0]
+    flags = [*SHORT[:4], "--batch_size", 2, *SHORT[6:], "--max_steps", 2, "--eval_steps", 1, "--hard_rows", 0]
     words = arguments(other, *flags, "--learning_rate", 0.003, "--reward", f"{other / 'mine.py'}:rate")
     words = ["-m", "torch.distributed.run", "--nproc_per_node", 2, ROOT / "train_qwen3_tool_calling.py", *words]
     result = wait(Fork(*words), 240)  # whether it gets better or not
@@ -126,5 +127,5 @@ def test_two_processes_draw_for_each_other_and_log_what_both_have(other):
     assert both[0][1]["tokens"] != both[1][1]["tokens"]  # each has drawn its own
     chosen = read_chosen(other / "out")
     shutil.rmtree(other / "out")
-    run_forked(*arguments(other, *FLAGS, "--max_steps", 1, "--hard_rows", 0))
+    run_forked(*arguments(other, *SHORT, "--max_steps", 1, "--hard_rows", 0))
     assert read_chosen(other / "out") == chosen and 0 < chosen["right"] < chosen["rows"]
