@@ -13,12 +13,11 @@ runs. The table has means over seeds, and each seed's values; it is also in tabl
 """
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
 
-from bench_forgetting import BASE, FLAGS, ROOT, SCORED, finish, make_rows, start, write
+from bench_forgetting import BASE, FLAGS, ROOT, SCORED, finish, make_rows, read_report, start, write, write_table
 
 PAIRS = ["set_timer,get_weather", "book_taxi,set_alarm", "control_light,send_message"]  # held out, by seed in turn
 COLUMNS = {
@@ -30,11 +29,6 @@ COLUMNS = {
     "unseen": "tools held out",
     "other": "invented tools",
 }
-
-
-def read_report(folder: Path) -> dict:
-    """Return the report.json of a folder."""
-    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
 
 def score(models: list[Path], out: Path, *flags: object) -> dict[str, dict]:
@@ -100,9 +94,8 @@ def main() -> None:
     places = ("--eval_dataset_path", other, "--on_invalid", "skip", "--eval_samples", min(SCORED, args.rows))
     invented = score([base, *models.values()], folder / "scored_other", *places)
 
-    lines = [["", *COLUMNS.values()], ["---"] * (len(COLUMNS) + 1)]
     own = {column: value if isinstance(value, list) else [value] for column, value in scores[base].items()}
-    lines.append(show("base", own | {"other": [invented[base]["plain"]]}))
+    lines = [show("base", own | {"other": [invented[base]["plain"]]})]
     for held_out in (False, True):
         for augment in (None, args.augment):
             chosen = [name for name, given in names.items() if (bool(given[1]), given[2]) == (held_out, augment)]
@@ -114,9 +107,7 @@ def main() -> None:
                     values[column].append(value)
             tools = "two tools held out" if held_out else "all tools"
             lines.append(show(f"{tools}, `--augment {augment}`" if augment else tools, values))
-    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    (folder / "table.md").write_text(table, encoding="utf-8")
-    print(table, end="")
+    print(write_table(folder / "table.md", ["", *COLUMNS.values()], lines), end="")
 
 
 if __name__ == "__main__":

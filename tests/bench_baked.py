@@ -11,14 +11,13 @@ folder is not trained again. The table is also in table.md.
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
 import time
 from pathlib import Path
 
-from bench_forgetting import BASE, FLAGS, ROOT, finish, start
+from bench_forgetting import BASE, FLAGS, ROOT, finish, read_report, start, write_table
 
 HEAD = [
     "`--tools_in_prompt`",
@@ -61,19 +60,17 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(ROOT)  # where the training runs start, too: paths mean the same
     flags = ["--model_id", base, *(FLAGS if base == str(BASE) else []), *more]
-    lines = [HEAD, ["---"] * len(HEAD)]
+    lines = []
     for value in ("all", "none"):
         output, model = folder / f"out_{value}", folder / f"model_{value}"
         if not model.exists():
             finish([start(*flags, "--output_dir", output, "--final_model_dir", model, "--tools_in_prompt", value)])
-        report = json.loads((output / "report.json").read_text())
+        report = read_report(output)
         loss = [log["eval_loss"] for log in report["train"]["history"] if "eval_loss" in log][-1]
         exact = [f"{report['scores'][name]['exact_match']:.1%}" for name in ("base", "merged")]
         prompt, first = report["data"]["tokens"]["prompt"], time_first_tokens(model, flags)
         lines.append([f"`{value}`", f"{prompt:,.0f}", f"{loss:.4f}", *exact, f"{first:.1f}"])
-    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    (folder / "table.md").write_text(table)
-    print(table, end="")
+    print(write_table(folder / "table.md", HEAD, lines), end="")
 
 
 if __name__ == "__main__":

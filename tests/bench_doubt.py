@@ -17,7 +17,7 @@ import sys
 from copy import deepcopy
 from pathlib import Path
 
-from bench_forgetting import BASE, ROOT, finish, start, write
+from bench_forgetting import BASE, ROOT, finish, start, write, write_table
 
 FLAGS = "--batch_size 32 --gradient_accumulation_steps 1 --learning_rate 1e-2 --no-load_in_4bit".split()
 FIRST = (60, 120, 240)  # of the ranking
@@ -111,12 +111,9 @@ def main() -> None:
             finish(runs)
     finish(runs)
     head = ["seed", "in doubt", *(f"corrupted of the first {first}" for first in FIRST)]
-    lines = [head + [f"{kind}, of the first {FIRST[1]}" for kind in KINDS]]
-    lines.append(["---"] * len(lines[0]))
-    lines += [[seed, *count_found(folder / f"out_{seed}", done[seed])] for seed in args.seeds]
-    table = "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
-    (folder / "table.md").write_text(table)
-    print(table, end="")
+    head += [f"{kind}, of the first {FIRST[1]}" for kind in KINDS]
+    lines = [[seed, *count_found(folder / f"out_{seed}", done[seed])] for seed in args.seeds]
+    print(write_table(folder / "table.md", head, lines), end="")
 
 
 if __name__ == "__main__":

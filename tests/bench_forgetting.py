@@ -43,6 +43,18 @@ def write(path: Path, rows: list[dict]) -> Path:
     return path
 
 
+def write_table(path: Path, head: list[str], lines: list[list]) -> str:
+    """Write a table in Markdown to a file and return it."""
+    text = "".join(f"| {' | '.join(map(str, line))} |\n" for line in [head, ["---"] * len(head), *lines])
+    path.write_text(text, encoding="utf-8")
+    return text
+
+
+def read_report(folder: Path) -> dict:
+    """Return the report.json of a run's folder."""
+    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+
+
 def start(*arguments: object) -> subprocess.Popen:
     """Start the command line of the project."""
     command = [sys.executable, ROOT / "train_qwen3_tool_calling.py", *arguments]

@@ -24,17 +24,12 @@ import sys
 import time
 from pathlib import Path
 
-from bench_forgetting import BASE, FLAGS, ROOT, SCORED, finish, start
+from bench_forgetting import BASE, FLAGS, ROOT, SCORED, finish, read_report, start, write_table
 
 ADAPTER = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PROMPTS, ANSWERS, WARM = 8, 8, 2  # of a step; steps that are not counted
 HEAD = ["setting", "seed", "exact: base", "after SFT", "after GRPO", "gain", "false calls: SFT", "GRPO"]
 HEAD += ["step that is kept", "minutes"]
-
-
-def read_report(folder: Path) -> dict:
-    """Return report.json of a run."""
-    return json.loads((folder / "report.json").read_text())
 
 
 def count_false_calls(score: dict) -> int:
@@ -86,13 +81,6 @@ def learn(args: argparse.Namespace, more: list[str]) -> str:
         false = [count_false_calls(score) for score in (before, after)]
         lines.append([f"`{setting}`", seed, *shares, *false, step, minutes])
     return write_table(args.folder / "table.md", HEAD, lines)
-
-
-def write_table(path: Path, head: list[str], lines: list[list]) -> str:
-    """Write a table to a file and return it."""
-    text = "".join(f"| {' | '.join(map(str, line))} |\n" for line in [head, ["---"] * len(head), *lines])
-    path.write_text(text)
-    return text
 
 
 def speed(args: argparse.Namespace) -> str:

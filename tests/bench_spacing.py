@@ -10,12 +10,11 @@ script's defaults. Flags that this program does not have go to the training runs
 """
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
 
-from bench_forgetting import BASE, FLAGS, ROOT, finish, start
+from bench_forgetting import BASE, FLAGS, ROOT, finish, read_report, start, write_table
 
 HEAD = [
     "rows with compact tools",
@@ -72,17 +71,14 @@ def main() -> None:
     finish(runs)
 
     compact = score_compact([base, *map(str, models)], flags)
-    reports = [json.loads((output / "report.json").read_text()) for output in outputs]
-    lines = [HEAD, ["---"] * len(HEAD)]
-    lines.append(["base", "", "", f"{reports[0]['scores']['base']['exact_match']:.1%}", f"{compact[base]:.1%}"])
+    reports = [*map(read_report, outputs)]
+    lines = [["base", "", "", f"{reports[0]['scores']['base']['exact_match']:.1%}", f"{compact[base]:.1%}"]]
     for share, model, report in zip(args.shares, models, reports):
         train, plain = report["train"], report["scores"]["merged"]["exact_match"]
         loss = [log["eval_loss"] for log in train["history"] if "eval_loss" in log][-1]
         exact = (f"{plain:.1%}", f"{compact[str(model)]:.1%}")
         lines.append([f"{share:.0%}", f"{train['tokens_computed']:,}", f"{loss:.4f}", *exact])
-    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    (folder / "table.md").write_text(table)
-    print(table, end="")
+    print(write_table(folder / "table.md", HEAD, lines), end="")
 
 
 if __name__ == "__main__":
