@@ -51,7 +51,8 @@ def import_unsloth(share_prefix: bool, output_dir: str) -> None:
             settings |= {"PG_FLEX_BF16_BLOCK_M": "64", "PG_FLEX_BF16_BLOCK_N": "32"}
     for name, value in settings.items():
         os.environ.setdefault(name, value)
-    sys.meta_path.insert(0, OneTrainer())
+    if "unsloth" not in sys.modules:  # else nothing would ever take the finder out
+        sys.meta_path.insert(0, OneTrainer())
     import unsloth  # noqa: F401
 
 

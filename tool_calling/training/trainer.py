@@ -137,11 +137,8 @@ class StreamTrainer(SFTTrainer):
         """
         self.tokens_computed += inputs["input_ids"].numel()
         losses = compute_token_losses(model, inputs, self.engine)[0]
-        return (
-            (losses * self.weigh_tokens(model, inputs, losses.detach())).sum()
-            / num_items_in_batch
-            * self.accelerator.num_processes
-        )
+        loss = (losses * self.weigh_tokens(model, inputs, losses.detach())).sum() / num_items_in_batch
+        return loss * self.accelerator.num_processes
 
     def weigh_tokens(self, model, inputs, losses):
         """Return the weights of the supervised tokens of a micro-batch in the loss."""
