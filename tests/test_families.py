@@ -1,6 +1,7 @@
 """Other families of chat models: each renders, shares and scores through its own template and architecture."""
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -157,7 +158,8 @@ def test_llama_writes_calls_as_its_template_does():
         "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n<|eot_id|>"
     )
     assert "<|start_header_id|>ipython<|end_header_id|>\n\n" in prompt  # the tool's reply
-    assert find_date(tokenizer) == time.strftime("%Y-%m-%d")
+    days = time.strftime("%Y-%m-%d"), find_date(tokenizer), time.strftime("%Y-%m-%d")
+    assert days[1] in (days[0], days[2])  # midnight may pass meanwhile
     assert find_date(make_tokenizer("qwen2.5")) is None
 
 
@@ -430,11 +432,13 @@ def test_llama_runs_from_rows_to_a_merged_model_and_resumes_on_another_day(tmp_p
         *("--num_epochs", 1, "--no-load_in_4bit", "--max_new_tokens", 8),
         *("--learning_rate", 0.01, "--warmup_steps", 0),
     ]
-    today = time.strftime("%Y-%m-%d")
+    before = time.strftime("%Y-%m-%d")
     result = run_forked(*arguments)
+    after = time.strftime("%Y-%m-%d")
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
-    assert f"         the chat template writes the date into prompts: {today}, the day this run began" in result.stdout
+    day = re.search(r"the chat template writes the date into prompts: (\S+), the day this run began", result.stdout)
+    assert day and day[1] in (before, after)  # midnight may pass while it runs
     assert '▶{"name": "get_weather", "parameters": {"city": ' in result.stdout
     check = next(line for line in result.stdout.splitlines() if line.startswith("check "))
     assert check.startswith("check    sharing changes the loss of 4 rows by ") and ": rounding (" in check
