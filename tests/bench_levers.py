@@ -3,7 +3,8 @@
     python tests/bench_levers.py MODEL [--rows 8 128]    # the step
     python tests/bench_levers.py --attention             # attention alone, of streams of three shapes
 
-Each variant is a process of its own; they load side by side and are timed one after the other.
+Each variant is a process of its own; they load side by side and are timed one after the other. Flags that this program
+does not have go to all variants: `--gradient_checkpointing on` shows what a step takes where memory is short.
 """
 
 import argparse
@@ -50,14 +51,14 @@ def take_away(lever: str) -> None:
         compat.compile_attention = lambda: None
 
 
-def time_variant(model: str, lever: str, rows: int, result: Path) -> dict:
+def time_variant(model: str, lever: str, rows: int, flags: list[str], result: Path) -> dict:
     """Train and time a variant, when it is its turn."""
     sys.path.insert(0, str(ROOT))
     import train_qwen3_tool_calling as script
 
     batch = ["--batch_size", str(rows), "--gradient_accumulation_steps", "1"]
     steps = ["--max_steps", str(WARM_UP + STEPS), "--output_dir", tempfile.mkdtemp()]
-    args = script.parse_args(["--model_id", model, *batch, *steps, *OFF.get(lever, [])])
+    args = script.parse_args(["--model_id", model, *batch, *steps, *flags, *OFF.get(lever, [])])
     return_pages()
     from tool_calling.engines.start import start_engine
 
@@ -76,12 +77,12 @@ def time_variant(model: str, lever: str, rows: int, result: Path) -> dict:
     return time_steps(trainer, WARM_UP)
 
 
-def print_levers(model: str, rows: list[int]) -> None:
+def print_levers(model: str, rows: list[int], flags: list[str]) -> None:
     """Time all variants and print a table."""
-    jobs = [(lever, count) for count in rows for lever in LEVERS]
+    jobs = [(lever, count, flags) for count in rows for lever in LEVERS]
     commands = [[sys.executable, __file__, model, "--job", json.dumps(job)] for job in jobs]
     print("| rows per step | without | ms per step | samples/s | peak GiB | first loss |\n|---|---|---|---|---|---|")
-    for (lever, count), found in zip(jobs, run_in_turn(commands)):
+    for (lever, count, _), found in zip(jobs, run_in_turn(commands)):
         cells = [str(count), LEVERS[lever]]
         if isinstance(found, str):
             cells += [found, "", "", ""]
@@ -272,7 +273,7 @@ def main() -> None:
     parser.add_argument("--attention", action="store_true", help="time attention alone")
     for hidden in ("--job", "--result"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options, flags = parser.parse_known_args()
     if options.attention:
         return print_attention()
     if options.job:
@@ -280,7 +281,7 @@ def main() -> None:
         return Path(options.result).write_text(json.dumps(found))
     if not options.model:
         parser.error("expected a model, or --attention")
-    print_levers(options.model, options.rows)
+    print_levers(options.model, options.rows, flags)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from tool_calling.data.variants import (
     UNSEEN,
     Listing,
     Variants,
+    can_lack,
     find_refusal,
     is_valid,
     leave_out,
@@ -218,13 +219,12 @@ def ask_otherwise(kind: str, sample: Sample, examples: list[Example], refusal: s
     answer, tools = example.messages[turn], example.tools
     number = int(digest([kind, example.messages])[:12], 16) % SCORED_LISTS
     rng = random.Random(f"scored {kind} {number} {digest(tools)}")
-    called, before = (list_called(part) for part in ([answer], example.messages[:turn]))
+    called = frozenset(list_called([answer]))
     if kind == SHUFFLED:
         return Listing(rng.sample(tools, len(tools))).apply(example) if len(tools) > 1 else None
     if kind == MISSING:
         kept = [tool for tool in tools if tool["function"]["name"] not in called]
-        fits = called and kept and before.isdisjoint(called) and "reasoning_content" not in answer
-        return refuse(example, kept, turn, refusal) if fits else None
+        return refuse(example, kept, turn, refusal) if can_lack(example, turn, called, kept) else None
     names = make_names(tools, rng)
     changed = Listing([*map(names.rename_tool, tools)], names).apply(example)
     return changed if any(names) and not says_name(example, called) and is_valid(changed) else None

@@ -97,14 +97,11 @@ def list_scores(
         cells = [(show(score[key]) or "–", show_interval(score["interval"].get(key))) for score in scores.values()]
         lines.append((name, show_number(rows.pop()) or "" if len(rows) == 1 else "", cells))
     for kind, name in TRIAL_NAMES.items():
-        found = (trials or {}).get(kind, {})
-        shown = [found.get(model, {"exact_match": None, "interval": {}}) for model in scores]
-        cells = [
-            (show_percent(score["exact_match"], 1) or "–", show_interval(score["interval"].get("exact_match")))
-            for score in shown
-        ]
-        if found:
-            lines.append((name, show_number(next(iter(found.values()))["n"]), cells))
+        if found := (trials or {}).get(kind):
+            shown = [found.get(model, {"exact_match": None, "interval": {}}) for model in scores]
+            shares = (show_percent(score["exact_match"], 1) or "–" for score in shown)
+            intervals = (show_interval(score["interval"].get("exact_match")) for score in shown)
+            lines.append((name, show_number(next(iter(found.values()))["n"]), [*zip(shares, intervals)]))
     return lines
 
 

@@ -243,6 +243,13 @@ def leave_out(examples: list[Example], names: list[str]) -> list[Example]:
     return [example._replace(tools=changed.get(id(example.tools), example.tools)) for example in examples]
 
 
+def can_lack(example: Example, turn: int, left_out: frozenset[str], tools: list[dict]) -> bool:
+    """Return whether a turn can refuse with these tools: all that it calls are left out, and none called before."""
+    called, before = (list_called(part) for part in (example.messages[turn : turn + 1], example.messages[:turn]))
+    lacks = bool(called) and called <= left_out and left_out.isdisjoint(before)
+    return lacks and bool(tools) and "reasoning_content" not in example.messages[turn]
+
+
 def refuse(example: Example, tools: list[dict], turn: int, refusal: str) -> Example:
     """Return an example up to a turn, with a list that lacks what the turn calls, and with a refusal for its answer."""
     return example._replace(messages=[*example.messages[:turn], {"role": "assistant", "content": refusal}], tools=tools)
@@ -341,14 +348,10 @@ class Variants:
 
     def fits(self, kind: str, made: Listing, example: Example) -> bool:
         """Return whether a list serves a kind of variant of an example."""
-        called = list_called(example.messages)
         if kind == MISSING:
-            turn = find_call(example)
-            if turn is None or made.added or not made.tools or "reasoning_content" in example.messages[turn]:
-                return False
-            gone, kept = (list_called(part) for part in (example.messages[turn : turn + 1], example.messages[:turn]))
-            named = made.names is None or MASKED in self.shares
-            return named and gone <= made.left_out and made.left_out.isdisjoint(kept)
+            named, turn = made.names is None or MASKED in self.shares, find_call(example)
+            return named and not made.added and turn is not None and can_lack(example, turn, made.left_out, made.tools)
+        called = list_called(example.messages)
         if (made.names is not None) != (kind == MASKED) or made.tools == example.tools:
             return False
         if made.names and says_name(example, called):
