@@ -1,6 +1,7 @@
 """Conversations of every kind, and their samples as text."""
 
 from tool_calling.samples import Sample
+from tool_calling.scores import Verdict, judge, read_answer, read_reference
 
 ASK = {"role": "user", "content": "rain in Rome and Oslo?"}
 REPLY = {"role": "tool", "content": '{"rain": true}'}
@@ -53,3 +54,9 @@ GREETING = [  # some templates refuse it
     {"role": "user", "content": "rain in Rome?"},
     calls("Rome"),
 ]
+
+
+def score_answer(got: str, expected: str, tools: list[dict], parser: str = "hermes") -> Verdict:
+    """Compare the text of an answer with its reference, see judge; a call drafted inside of reasoning is none."""
+    sample = Sample("", [], 0, expected, tools, parser=parser)
+    return judge(read_answer(got, sample), read_reference(sample), tools)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import trl
 from conftest import ALARM, TINY, WEATHER, native, write_jsonl
-from conversations import ASK, calls, says, supervised
+from conversations import ASK, calls, says, score_answer, supervised
 from jobs import run_forked
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
@@ -17,7 +17,7 @@ from tool_calling.engines.answers import find_stop_tokens
 from tool_calling.parsers import PARSERS, parse_calls
 from tool_calling.prompts import find_call_end, find_end_token, find_parser, give_ids
 from tool_calling.samples import render_examples
-from tool_calling.scores import read_calls, score_answer
+from tool_calling.scores import read_calls
 from tool_calling.terminal import UserError
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"

@@ -4,12 +4,13 @@ import copy
 import json
 
 import pytest
+from conversations import score_answer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tool_calling.rewards import rate, rate_answer
 from tool_calling.samples import Sample
-from tool_calling.scores import Said, judge, score_answer
+from tool_calling.scores import Said, judge
 
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in "abc"]
 

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 from conftest import ROOT
+from conversations import score_answer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +20,6 @@ from tool_calling.scores import (
     count_per_tool,
     count_scores,
     find_interval,
-    score_answer,
 )
 
 

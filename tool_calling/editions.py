@@ -216,10 +216,9 @@ def ask_otherwise(kind: str, sample: Sample, examples: list[Example], refusal: s
     """
     example, turn = examples[sample.row], sample.turn
     example = example._replace(messages=example.messages[: turn + 1])
-    answer, tools = example.messages[turn], example.tools
+    called, tools = frozenset(list_called(example.messages[turn:])), example.tools
     number = int(digest([kind, example.messages])[:12], 16) % SCORED_LISTS
     rng = random.Random(f"scored {kind} {number} {digest(tools)}")
-    called = frozenset(list_called([answer]))
     if kind == SHUFFLED:
         return Listing(rng.sample(tools, len(tools))).apply(example) if len(tools) > 1 else None
     if kind == MISSING:

@@ -112,12 +112,6 @@ def read_reference(sample: Sample) -> Said:
     return Said(text, read_calls(text, sample.parser, sample.tools))
 
 
-def score_answer(got: str, expected: str, tools: list[dict], parser: str = "hermes") -> Verdict:
-    """Compare the text of an answer with its reference, see judge; a call drafted inside of reasoning is none."""
-    sample = Sample("", [], 0, expected, tools, parser=parser)
-    return judge(read_answer(got, sample), read_reference(sample), tools)
-
-
 def judge(got: Said, expected: Said, tools: list[dict]) -> Verdict:
     """Compare an answer with its reference, exactly and by BFCL-like rules; without tools only the text counts.
 

@@ -49,6 +49,11 @@ def call(*named: tuple, content: str = "", **more) -> dict:
     return {"role": "assistant", "content": content, **more, "tool_calls": called}
 
 
+def invert(names: Names) -> Names:
+    """Return the names that undo these."""
+    return Names(*({new: old for old, new in part.items()} for part in names))
+
+
 def names(tools: list[dict]) -> list[str]:
     return [tool["function"]["name"] for tool in tools]
 
@@ -208,7 +213,7 @@ def test_names_can_be_undone_and_calls_fit_their_schemas(parts, seed):
     new = make_names(tools, rng)
     assert len({*new.tools.values(), *new.parameters.values()}) == len(new.tools) + len(new.parameters)
     changed = Listing([*map(new.rename_tool, tools)], new).apply(example)
-    old = new.invert()
+    old = invert(new)
     assert Listing([*map(old.rename_tool, changed.tools)], old).apply(changed) == example
     validators, problems = check_tools(changed.tools)
     assert problems == [] and check_calls(changed.messages, validators) == ([], [])
@@ -229,7 +234,7 @@ def test_lists_are_whole_or_lack_a_fold_and_every_second_one_has_other_names():
     folds = [made[number].left_out for number in (2, 4, 6, 8)]
     assert sorted(name for fold in folds for name in fold) == names(EIGHT) and len(folds) == FOLDS
     for listing in made:
-        old = listing.names.invert() if listing.names else Names({}, {})
+        old = invert(listing.names) if listing.names else Names({}, {})
         undone = [*map(old.rename_tool, listing.tools)]
         assert sorted(names(undone)) == sorted({*names(EIGHT)} - listing.left_out) and not listing.added
         assert all(tool in EIGHT for tool in undone)

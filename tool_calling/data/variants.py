@@ -33,10 +33,6 @@ class Names(NamedTuple):
     tools: dict[str, str]
     parameters: dict[str, str]
 
-    def invert(self) -> "Names":
-        """Return the names that undo these."""
-        return Names(*({new: old for old, new in names.items()} for names in self))
-
     def rename_text(self, text: str) -> str:
         """Return a text with the new names, where an old one stands in it that is no plain word.
 
