@@ -80,13 +80,14 @@ def make_qwen3(tied: bool = False, size: int = VOCABULARY) -> Qwen3ForCausalLM:
     )
 
 
-def make_adapted():
-    """Return a small Qwen3 with LoRA whose two factors are both alive."""
+def make_adapted(attention: str = "sdpa"):
+    """Return a small Qwen3 with LoRA whose two factors are both alive, and with this attention of Transformers."""
     lora = LoraConfig(r=4, lora_alpha=4, target_modules=script.TARGET_MODULES, task_type="CAUSAL_LM")
     model = get_peft_model(make_qwen3(tied=True), lora)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
+    model.get_base_model().set_attn_implementation(attention)
     return model
 
 

@@ -145,10 +145,16 @@ def test_a_model_partly_outside_of_the_device_answers_alike_and_says_so(model, t
     assert capsys.readouterr().err.startswith("warning: the 16-bit model is larger than the GPU's memory: ")
 
 
-def test_drawn_answers_are_as_likely_as_the_model_finds_them():
-    """Rows of several lengths share a beginning; each copy of a prompt draws for itself."""
-    small, prompts = make_adapted().eval(), [[1, 2, 3, 4, 5], [1, 2, 3, 9], [1, 2, 3, 30, 8, 7]]
-    for temperature in (1.0, 0.6):
+@pytest.mark.parametrize("attention", ["blocks", "sdpa"])
+def test_drawn_answers_are_as_likely_as_the_model_finds_them(attention):
+    """Rows of several lengths share a beginning, which "blocks" computes once; each copy of a prompt draws for itself.
+
+    The temperatures are low, as the probabilities of a small random model hardly differ.
+    """
+    small, prompts = make_adapted(attention).eval(), [[1, 2, 3, 4, 5], [1, 2, 3, 9], [1, 2, 3, 30, 8, 7]]
+    with torch.no_grad():
+        alone = [small(input_ids=torch.tensor([prompt[3:]])).logits[0, -1] for prompt in prompts]
+    for temperature in (0.1, 0.05):
         sampling = Sampling(temperature, torch.Generator().manual_seed(3))
         with torch.no_grad():
             answers = generate_tokens(small, [prompt for prompt in prompts for _ in range(2000)], [], 2, sampling)
@@ -158,6 +164,9 @@ def test_drawn_answers_are_as_likely_as_the_model_finds_them():
             drawn = torch.tensor([answer[0] for answer in answers[2000 * number : 2000 * (number + 1)]])
             found = drawn.bincount(minlength=61) / 2000
             assert (found - (each / temperature).softmax(dim=0)).abs().max() < 0.035  # 3 deviations of a half
+        blind = [(each / temperature).softmax(dim=0) for each in alone]  # to the common beginning
+        wanted = [(each / temperature).softmax(dim=0) for each in logits]
+        assert max((a - b).abs().max() for a, b in zip(blind, wanted)) > 0.07
 
 
 def test_the_same_numbers_draw_the_same_answers_and_cold_ones_are_greedy(model, tokenizer, samples):

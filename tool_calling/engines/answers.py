@@ -13,6 +13,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, StaticLayer
 
 from tool_calling.data.literals import as_list
+from tool_calling.engines.attention import BLOCKS
+from tool_calling.engines.compat import attends_by
 from tool_calling.engines.device import autocast, free_gpu, is_on_one_gpu
 from tool_calling.engines.reach import find_reach
 from tool_calling.engines.tokens import compute_rows_alone
@@ -185,7 +187,8 @@ class Batch:
     def __init__(self, model, prompts: list[list[int]], room: int, choose=find_likeliest):
         """Compute the prompts, with room for so many more tokens, each of which `choose` takes from its logits."""
         self.model, self.choose = model, choose
-        self.whole = max(map(len, prompts)) + room <= find_reach(model.config)[0]
+        near = max(map(len, prompts)) + room <= find_reach(model.config)[0]
+        self.whole = near and attends_by(model.config, BLOCKS)  # another attention would not see the common prefix
         self.recorded = self.whole and is_on_one_gpu(model)
         self.worth_leaving = 0.5 if self.recorded else 1  # of the rows: from then on those that are done are left out
         self.graph, self.steps = None, 0

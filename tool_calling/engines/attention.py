@@ -4,8 +4,11 @@ import math
 
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
+BLOCKS = "blocks"  # the name of attend_in_blocks as an attention of Transformers
 HELD_SCORES = 2**28  # attention scores held at once while answers are generated: 1 GiB in fp32
 
 
@@ -86,3 +89,7 @@ def multiply(left, right):
         return left.float() @ right.float()
     products = torch.bmm(left.flatten(0, -3), right.flatten(0, -3), out_dtype=torch.float32)
     return products.view(*left.shape[:-1], right.shape[-1])
+
+
+AttentionInterface.register(BLOCKS, attend_in_blocks)
+AttentionMaskInterface.register(BLOCKS, sdpa_mask)

@@ -23,6 +23,7 @@ PRIVATE_NAMES = [
         "transformers 5.17",
     ),
     ("transformers.training_args", "_setup_devices _n_gpu", "transformers 5.17"),
+    ("transformers.configuration_utils", "_attn_implementation", "transformers 5.17"),
     ("transformers.cache_utils", "get_layer_types_and_kwargs", "transformers 5.17"),
     ("transformers.modeling_layers", "_gradient_checkpointing_func", "transformers 5.17"),
     ("trl.trainer.utils", "_ChunkedLogProbFunction final_logit_softcapping logit_scale", "trl 1.15"),
@@ -126,6 +127,11 @@ def keep_4_bit_layout(model) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def attends_by(config, name: str) -> bool:
+    """Return whether a model of this config computes the attention of this name."""
+    return config.get_text_config(decoder=True)._attn_implementation == name
 
 
 def leave_to_ddp(model) -> None:

@@ -5,10 +5,9 @@ import contextlib
 import torch
 from accelerate.utils import get_max_memory
 from peft import PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, BitsAndBytesConfig
-from transformers.masking_utils import sdpa_mask
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from tool_calling.engines.attention import attend_in_blocks
+from tool_calling.engines.attention import BLOCKS
 from tool_calling.engines.compat import keep_4_bit_layout
 from tool_calling.engines.device import free_gpu, to_dtype
 from tool_calling.engines.hub import load_config
@@ -47,11 +46,9 @@ def load_base(
         free_gpu()  # otherwise memory that PyTorch keeps of the model before would not count as free
         room = get_max_memory().items()
         options["max_memory"] = {name: int(0.75 * size) if isinstance(name, int) else size for name, size in room}
-    AttentionInterface.register("blocks", attend_in_blocks)
-    AttentionMaskInterface.register("blocks", sdpa_mask)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            model_id, attn_implementation="blocks", output_loading_info=True, **options
+            model_id, attn_implementation=BLOCKS, output_loading_info=True, **options
         )
     except (OSError, RuntimeError) as error:
         if is_disk_full(error) or isinstance(error, RuntimeError) and "mismatched" not in str(error):
