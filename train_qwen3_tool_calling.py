@@ -101,7 +101,7 @@ GRPO_STEPS = 100
 GRPO_EVAL_STEPS = 25  # from one look at the held-out rows, and one checkpoint, to the next
 NUM_GENERATIONS = 8  # the more, the surer what a better answer is
 TEMPERATURE = 1.0  # answers as likely as the model finds them
-HARD_ROWS = 0.1  # of the rows that the start answers right: some, so that it does not forget them
+HARD_ROWS = 0.1  # of the rows that the start surely answers right: some, so that it does not forget them
 
 DOUBT_FOLDS = 2  # each model learns from half of the rows: together they cost as much as a run
 
@@ -202,7 +202,7 @@ def build_parser() -> Parser:
     add("--temperature", type=number(float, 0, low_open=True), default=TEMPERATURE, metavar="T",
         help="grpo: at which they are drawn")
     add("--hard_rows", type=number(float, 0, 1, high_open=False), metavar="SHARE",
-        help="grpo: of the rows that the start model answers right, train on this share alone, chosen by hash "
+        help="grpo: of the rows that the start surely answers right, train on this share alone, chosen by hash "
              f"(default: {HARD_ROWS}; with --reward all)")
     add("--reward", type=path, metavar="FILE.py:NAME",
         help="grpo: Python function that rates answers, as TRL calls it, instead of their likeness to the reference; "

@@ -86,7 +86,7 @@ def test_a_resumed_run_trains_the_same_rows_to_the_same_weights(other):
     assert "Traceback" not in result.stderr
     out, whole, chosen = other / "out", other / "whole", read_chosen(other / "out")
     assert 0 < chosen["right"] < chosen["rows"] and chosen["trained"] == chosen["rows"] - chosen["right"]
-    line = "{right} of {rows} rows are answered right already: {right} of them are left out, and {trained} "
+    line = "{right} of {rows} rows are surely right already: {right} of them are left out, and {trained} "
     line = line.format(**chosen)
     assert line in result.stdout
     shutil.copytree(out / "checkpoint-4", whole)

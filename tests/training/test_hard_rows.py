@@ -1,5 +1,6 @@
 """--hard_rows: rows that the start answers right are found, and only a share of them stays, the same when resumed."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,8 @@ from conftest import patch
 from small import TRAIN, make_trainer
 
 from tool_calling.engines.answers import generate_tokens
+from tool_calling.engines.losses import score_batch
+from tool_calling.streams import build_padded
 from tool_calling.terminal import UserError
 from tool_calling.training.hard_rows import find_right, leave_out
 
@@ -15,8 +18,9 @@ FLAGS = ("--method", "grpo", "--num_generations", "2", "--batch_size", "4", "--m
 
 
 @pytest.fixture
-def trainer(tmp_path, tokenizer):
-    """A trainer of 24 rows, of which its model reproduces every third."""
+def trainer(tmp_path, tokenizer, monkeypatch):
+    """A trainer of 24 rows, of which its model reproduces every third; of those it counts as sure."""
+    patch(monkeypatch, "SURE", 1e-9)
     trainer = make_trainer(tmp_path, tokenizer, *FLAGS, held_out=TRAIN[:2])
     prompts = [sample.input_ids[:6] for sample in TRAIN]
     with torch.no_grad():
@@ -39,6 +43,15 @@ def test_rows_that_are_answered_right_are_found(trainer, share_prefix):
     assert trainer.model.training
 
 
+def test_rows_are_right_if_the_model_is_sure_of_them(trainer, monkeypatch):
+    hits = [*range(0, 24, 3)]
+    losses, reproduced = score_batch(trainer.model, build_padded([trainer.schedule.samples[row] for row in hits]), "")
+    sure = sorted(loss for loss in losses.tolist())
+    assert all(reproduced) and sure[3] < sure[4]
+    patch(monkeypatch, "SURE", math.exp(-(sure[3] + sure[4]) / 2))
+    assert find_right(trainer) == {row for row, loss in zip(hits, losses.tolist()) if loss <= sure[3]} | {1}
+
+
 def test_a_share_of_them_stays_and_all_that_are_hard(trainer, capsys):
     before = trainer.schedule.samples
     chosen = leave_out(trainer, 0.4, None)
@@ -46,7 +59,7 @@ def test_a_share_of_them_stays_and_all_that_are_hard(trainer, capsys):
     assert {*range(24)} - {*range(0, 24, 3), 1} < {*kept} and kept == sorted(kept) and 15 < len(kept) < 24
     assert chosen == {"rows": 24, "right": 9, "trained": len(kept), "left_out": chosen["left_out"]}
     assert int(chosen["left_out"], 16) == sum(1 << i for i in range(24) if i not in kept)
-    found = f"9 of 24 rows are answered right already: {24 - len(kept)} of them are left out, and {len(kept)} rows are"
+    found = f"9 of 24 rows are surely right already: {24 - len(kept)} of them are left out, and {len(kept)} rows are"
     assert found in capsys.readouterr().out
     assert len(trainer.arrays) == len(kept) + 1 and trainer.schedule.steps_per_epoch == -(-len(kept) // 16)
     assert sorted(row for stream in trainer.schedule.streams(0) for row in stream) == [*range(len(kept))]
@@ -69,7 +82,7 @@ def test_all_or_none_stay(trainer, monkeypatch):
     patch(monkeypatch, "find_right", lambda trainer: {*range(24)})
     with pytest.raises(UserError) as error:
         leave_out(trainer, 0.0, None)
-    assert str(error.value) == "--hard_rows 0: the model answers all 24 training rows right already"
+    assert str(error.value) == "--hard_rows 0: the model is sure of all 24 training rows"
 
 
 def test_a_row_is_left_out_of_all_editions_if_it_is_right_in_all(trainer):
