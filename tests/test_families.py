@@ -10,7 +10,7 @@ import torch
 import transformers
 import trl
 from conftest import ALARM, TINY, WEATHER, native, write_jsonl
-from conversations import ASK, CONVERSATIONS, calls, says, supervised
+from conversations import ASK, CONVERSATIONS, calls, says, score_answer, supervised
 from jobs import run_forked
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
@@ -29,7 +29,7 @@ from tool_calling.run_folder import Run
 from tool_calling.samples import Sample, render_examples
 from tool_calling.saving.merge import Trained, merge_adapter, save_adapter, save_whole
 from tool_calling.schedule import Batching, plan_schedule
-from tool_calling.scores import read_calls, score_answer
+from tool_calling.scores import read_calls
 from tool_calling.streams import count_tokens
 from tool_calling.terminal import UserError
 from tool_calling.training.loop import load_trained, train
