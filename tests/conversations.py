@@ -1,4 +1,4 @@
-"""Conversations of every kind, and their samples as text."""
+"""Conversations of every kind, their samples as text, and the score of a text."""
 
 from tool_calling.samples import Sample
 from tool_calling.scores import Verdict, judge, read_answer, read_reference

@@ -16,12 +16,12 @@ from tool_calling.terminal import UserError, shorten, warn
 THOUGHTS = (("<think>", "</think>"), ("<|channel>", "<channel|>"))  # marks of reasoning; the latter are Gemma 4's
 EMPTY_THOUGHT = "<think>\n\n</think>\n\n"  # of a turn served without thinking
 DEFAULT = "{{% if enable_thinking is not defined %}}{{% set enable_thinking = {} %}}{{% endif %}}\n"
-NAME = '{"type": "function", "function": {"name": (tool.function or tool).name}}'
 # Lines before a chat template: it writes all of the tools of a request, their names, or what it does for one without.
 SHOWN_TOOLS = {
     "all": "",
-    "names": "{% set named = namespace(tools=[]) %}{% for tool in tools or [] %}"
-    f"{{% set named.tools = named.tools + [{NAME}] %}}{{% endfor %}}{{% set tools = named.tools or none %}}\n",
+    "names": "{% set named = namespace(tools=[]) %}{% for tool in tools or [] %}{% set named.tools = named.tools + "
+    '[{"type": "function", "function": {"name": (tool.function or tool).name}}] %}{% endfor %}'
+    "{% set tools = named.tools or none %}\n",
     "none": "{% set tools = none %}\n",
 }
 # What Ollama keeps of the schema of a tool's arguments and of one argument, in the order in which it writes them.

@@ -155,18 +155,18 @@ def test_drawn_answers_are_as_likely_as_the_model_finds_them(attention):
     with torch.no_grad():
         alone = [small(input_ids=torch.tensor([prompt[3:]])).logits[0, -1] for prompt in prompts]
     for temperature in (0.1, 0.05):
+        blind = [(each / temperature).softmax(dim=0) for each in alone]  # to the common beginning
         sampling = Sampling(temperature, torch.Generator().manual_seed(3))
         with torch.no_grad():
             answers = generate_tokens(small, [prompt for prompt in prompts for _ in range(2000)], [], 2, sampling)
             logits = [small(input_ids=torch.tensor([prompt])).logits[0, -1] for prompt in prompts]
-        assert len(answers) == 6000 and {len(answer) for answer in answers} == {2}
-        for number, each in enumerate(logits):
-            drawn = torch.tensor([answer[0] for answer in answers[2000 * number : 2000 * (number + 1)]])
-            found = drawn.bincount(minlength=61) / 2000
-            assert (found - (each / temperature).softmax(dim=0)).abs().max() < 0.035  # 3 deviations of a half
-        blind = [(each / temperature).softmax(dim=0) for each in alone]  # to the common beginning
         wanted = [(each / temperature).softmax(dim=0) for each in logits]
         assert max((a - b).abs().max() for a, b in zip(blind, wanted)) > 0.07
+        assert len(answers) == 6000 and {len(answer) for answer in answers} == {2}
+        for number, each in enumerate(wanted):
+            drawn = torch.tensor([answer[0] for answer in answers[2000 * number : 2000 * (number + 1)]])
+            found = drawn.bincount(minlength=61) / 2000
+            assert (found - each).abs().max() < 0.035  # 3 deviations of a half
 
 
 def test_the_same_numbers_draw_the_same_answers_and_cold_ones_are_greedy(model, tokenizer, samples):

@@ -192,7 +192,9 @@ TOOLS = ({**WEATHER, "function": {**WEATHER["function"], "description": 'Of {{ci
 @pytest.mark.skipif(not shutil.which("go"), reason="Go is not here, whose templates Ollama has")
 @pytest.mark.parametrize("thinks", [False, True])
 @pytest.mark.parametrize(
-    "trained, part", [((), "all"), (TOOLS, "all"), (TOOLS, "names"), (TOOLS, "none")], ids=lambda value: str(value)[:5]
+    "trained, part",
+    [((), "all"), (TOOLS, "all"), (TOOLS, "names"), (TOOLS, "none")],
+    ids=["several lists", "one list", "names", "left out"],
 )
 def test_ollama_sends_the_prompts_of_training(tokenizer, tmp_path, monkeypatch, thinks, trained, part):
     """Of one list of tools to the byte, however Ollama writes those of a request, or without it."""

@@ -46,7 +46,7 @@ def test_rows_that_are_answered_right_are_found(trainer, share_prefix):
 def test_rows_are_right_if_the_model_is_sure_of_them(trainer, monkeypatch):
     hits = [*range(0, 24, 3)]
     losses, reproduced = score_batch(trainer.model, build_padded([trainer.schedule.samples[row] for row in hits]), "")
-    sure = sorted(loss for loss in losses.tolist())
+    sure = sorted(losses.tolist())
     assert all(reproduced) and sure[3] < sure[4]
     patch(monkeypatch, "SURE", math.exp(-(sure[3] + sure[4]) / 2))
     assert find_right(trainer) == {row for row, loss in zip(hits, losses.tolist()) if loss <= sure[3]} | {1}

@@ -22,8 +22,8 @@ def digest_tools(examples: list[Example]) -> list[str]:
 
 def check_one_list(examples: list[Example], part: str) -> None:
     """Refuse rows with different tools, in whatever order, for prompts without all of them; rows without any may be."""
-    rows = {id(row.tools): row for row in reversed(examples) if row.tools and part != "all"}  # most share one list
-    lists = {digest(sorted(row.tools, key=digest)): row.source for row in rows.values()}
+    rows = {id(row.tools): row for row in reversed(examples) if row.tools}  # most share one list, digested once
+    lists = {} if part == "all" else {digest(sorted(row.tools, key=digest)): row.source for row in rows.values()}
     if len(lists) > 1:
         *_, second, first = lists.values()
         found = f"{first} and {second} bring different tools, which prompts without the list cannot tell apart"
