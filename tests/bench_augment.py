@@ -2,14 +2,16 @@
 """What --augment gives and costs: other lists of the same tools, tools held out, and requests for other tools.
 
     python tests/bench_augment.py outputs/augment
-    python tests/bench_augment.py outputs/augment --at_once --model_id FOLDER [flags of training]
+    python tests/bench_augment.py outputs/augment --at_once --augment missing missing,shuffled,masked
+    python tests/bench_augment.py outputs/augment --model_id FOLDER [flags of training]
 
-Trains a base on the bundled rows four times for each seed: with all tools and with two held out, each without and with
---augment. Then all models answer the same held-out rows side by side: with their own lists, with the other lists that
---augment names, and rows of invented tools as the embedded base was made with (see bench_forgetting.py). The embedded
-base is trained for three epochs with the other flags of README's first command, another one with the script's defaults;
---learning_rate 2e-3 is the gentler rate that README names. Flags that this program does not have go to the training
-runs. The table has means over seeds, and each seed's values; it is also in table.md.
+Trains a base on the bundled rows for each seed: with all tools and with two held out, each without --augment and with
+each choice of its kinds. Then all models answer the same held-out rows side by side: with their own lists, with the
+other lists that --augment names, and rows of invented tools as the embedded base was made with (see
+bench_forgetting.py). The embedded base is trained for three epochs with the other flags of README's first command,
+another one with the script's defaults; --learning_rate 2e-3 is the gentler rate that README names. Flags that this
+program does not have go to the training runs. The table has means over seeds, and each seed's values; it is also in
+table.md.
 """
 
 import argparse
@@ -31,9 +33,8 @@ COLUMNS = {
 }
 
 
-def score(models: list[Path], out: Path, *flags: object) -> dict[str, dict]:
-    """Return {model: {column: share}} of models that answer the same rows side by side."""
-    finish([start("--eval_only", *models, "--no-load_in_4bit", "--output_dir", out, *flags)])
+def read_shares(out: Path) -> dict[str, dict]:
+    """Return {model: {column: share}} of a run in which models answered the same rows side by side."""
     report = read_report(out / "eval_only")
     found = {model: {"plain": scores["exact_match"]} for model, scores in report["scores"].items()}
     for kind, trials in report.get("trials", {}).items():
@@ -58,11 +59,13 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where rows, models, reports and the table go")
     parser.add_argument("--seeds", type=int, nargs="+", default=[3407, 1, 2])
     parser.add_argument("--model_id", default=str(BASE), help="the base to train")
-    parser.add_argument("--augment", default="missing,shuffled,masked", help="the kinds of the runs with --augment")
+    parser.add_argument(
+        "--augment", nargs="+", default=["missing,shuffled,masked"], help="the kinds of the runs with --augment"
+    )
     parser.add_argument(
         "--rows", type=int, default=800, help="that are answered, a quarter of them with each other list"
     )
-    parser.add_argument("--at_once", action="store_true", help="train all at the same time")
+    parser.add_argument("--at_once", action="store_true", help="make all runs at the same time")
     args, more = parser.parse_known_args()
     folder, base = args.folder.resolve(), args.model_id
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,8 +74,8 @@ def main() -> None:
     runs, names = [], {}
     for index, seed in enumerate(args.seeds):
         for held_out in (None, PAIRS[index % len(PAIRS)]):
-            for augment in (None, args.augment):
-                name = f"{seed}{'_held_out' * bool(held_out)}{'_augment' * bool(augment)}"
+            for augment in (None, *args.augment):
+                name = f"{seed}{'_held_out' * bool(held_out)}{f'_{augment}' if augment else ''}"
                 names[name] = (seed, held_out, augment)
                 given = ["--holdout_tools", held_out] * bool(held_out) + ["--augment", augment] * bool(augment)
                 places = ("--output_dir", folder / f"out_{name}", "--final_model_dir", folder / f"model_{name}")
@@ -84,20 +87,29 @@ def main() -> None:
     other = write(folder / "other.jsonl", make_rows("scored", SCORED))
     models = {name: folder / f"model_{name}" for name in names}
     whole = [models[name] for name, (_, held_out, _) in names.items() if not held_out]
-    scores = score([base, *whole], folder / "scored", "--augment", "--eval_samples", args.rows)
-    for pair in dict.fromkeys(held_out for _, held_out, _ in names.values() if held_out):
+    pairs = dict.fromkeys(held_out for _, held_out, _ in names.values() if held_out)
+    asked = {"scored": (whole, ["--augment", "--eval_samples", args.rows])}
+    for pair in pairs:
         apart = [models[name] for name, (_, held_out, _) in names.items() if held_out == pair]
-        found = score([base, *apart], folder / f"scored_{pair}", "--holdout_tools", pair, "--eval_samples", args.rows)
+        asked[f"scored_{pair}"] = (apart, ["--holdout_tools", pair, "--eval_samples", args.rows])
+    few = ["--eval_dataset_path", other, "--on_invalid", "skip", "--eval_samples", min(SCORED, args.rows)]
+    asked["scored_other"] = (list(models.values()), few)
+    for out, (chosen, given) in asked.items():
+        runs.append(start("--eval_only", base, *chosen, "--no-load_in_4bit", "--output_dir", folder / out, *given))
+        if not args.at_once:
+            finish(runs)
+    finish(runs)
+    scores, invented = read_shares(folder / "scored"), read_shares(folder / "scored_other")
+    for pair in pairs:
+        found = read_shares(folder / f"scored_{pair}")
         unseen = scores[base].get("unseen", []) + [found[base]["unseen"]]
         scores = found | scores
         scores[base]["unseen"] = unseen
-    places = ("--eval_dataset_path", other, "--on_invalid", "skip", "--eval_samples", min(SCORED, args.rows))
-    invented = score([base, *models.values()], folder / "scored_other", *places)
 
     own = {column: value if isinstance(value, list) else [value] for column, value in scores[base].items()}
     lines = [show("base", own | {"other": [invented[base]["plain"]]})]
     for held_out in (False, True):
-        for augment in (None, args.augment):
+        for augment in (None, *args.augment):
             chosen = [name for name, given in names.items() if (bool(given[1]), given[2]) == (held_out, augment)]
             values = {column: [] for column in COLUMNS}
             for name in chosen:
