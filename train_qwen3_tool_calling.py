@@ -56,7 +56,7 @@ from tool_calling.processes import (
     raise_interrupted,
     unwrap_interrupt,
 )
-from tool_calling.prompts import SHOWN_TOOLS, find_date, set_default, show_tools
+from tool_calling.prompts import find_date, hide_tools, set_default
 from tool_calling.reward_file import load_reward
 from tool_calling.run_folder import Run, check_final, check_folder, check_models_stay, mark_output, read_run, write_run
 from tool_calling.samples import (
@@ -159,9 +159,9 @@ def build_parser() -> Parser:
     add("--holdout_tools", type=split_names, metavar="NAMES|auto",
         help="how well will it call tools added later? Rows that call these tools are scored by themselves, and no "
              "list of a training row has them, as none has a tool that is added later; auto: a quarter of the tools")
-    add("--tools_in_prompt", choices=[*SHOWN_TOOLS], default="all",
-        help="names: prompts have the names of tools alone, in training and by the saved chat template; none: nothing "
-             "of them; requests still bring the list, and all rows must have the same one")
+    add("--tools_in_prompt", choices=["all", "none"], default="all",
+        help="none: prompts go without the list of tools, in training and by the saved chat template; requests still "
+             "bring it, and all rows must have the same one")
     add("--eval_dataset_path", nargs="+", type=path, metavar="PATH",
         help="rows to hold out, instead of a share of --dataset_path; as there")
     add("--convert_to", type=path, metavar="PATH",
@@ -665,7 +665,7 @@ def check_models(args: argparse.Namespace, engine: str, gguf: tuple[list[str], l
         say("adapter", f"{start} is trained on, on its base {base}: {shape}")
     folder, template = find_tokenizer(args.model_id, base), read_template(args.chat_template)
     tokenizer = load_tokenizer(folder, args.trust_remote_code, template=template)
-    show_tools(tokenizer, args.tools_in_prompt)
+    hide_tools(tokenizer, args.tools_in_prompt == "none")
     trained = Trained(
         base, merge_base, config.dtype, engine, args.final_model_dir, args.save_method, vars(args), start=start
     )
@@ -774,7 +774,7 @@ def dry_run(args: argparse.Namespace) -> dict:
 
     quiet_libraries()
     tokenizer, missing, config = find_model(args.model_id, args.trust_remote_code, read_template(args.chat_template))
-    show_tools(tokenizer, args.tools_in_prompt)
+    hide_tools(tokenizer, args.tools_in_prompt == "none")
     settle_tools(args, both)
     data = Data(sides, tokenizer, missing, pick(Rendering, args), pick(Variation, args))
     audit = data.audit()

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""What --tools_in_prompt gives and costs: one base trained with the list of tools in its prompts, or a part of it.
+"""What --tools_in_prompt none gives and costs: one base trained with and without the list of tools in its prompts.
 
     python tests/bench_baked.py outputs/baked [--num_epochs 3]
     python tests/bench_baked.py outputs/baked --model_id FOLDER [flags of training]
 
-Trains a base on the bundled rows in each way; then each merged model answers some of the held-out rows again, one after
+Trains a base on the bundled rows both ways; then each merged model answers some of the held-out rows again, one after
 the other and only with their first token. The embedded base is trained as by README's first command, another one with
 the script's defaults. Flags that this program does not have go to the training runs; a model that is already in the
 folder is not trained again. The table is also in table.md.
@@ -61,7 +61,7 @@ def main() -> None:
     os.chdir(ROOT)  # where the training runs start, too: paths mean the same
     flags = ["--model_id", base, *(FLAGS if base == str(BASE) else []), *more]
     lines = []
-    for value in ("all", "names", "none"):
+    for value in ("all", "none"):
         output, model = folder / f"out_{value}", folder / f"model_{value}"
         if not model.exists():
             finish([start(*flags, "--output_dir", output, "--final_model_dir", model, "--tools_in_prompt", value)])

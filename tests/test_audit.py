@@ -663,9 +663,6 @@ def test_rows_without_their_list_of_tools_are_measured_and_shown_so(dry, tmp_pat
     assert result.returncode == 0, result.stderr
     assert found["sizes"]["tools"]["max"] == 0 and found["sizes"]["prompt"] == dry[1]["sizes"]["prompt"]
     assert "<tools>" not in result.stdout and "▶<tool_call>" in result.stdout
-    named, result = audit(tmp_path, "--tools_in_prompt", "names", "--show_row", 4)
-    assert 0 < named["sizes"]["tools"]["max"] < dry[1]["sizes"]["tools"]["max"]
-    assert '<tools>\n{"type": "function", "function": {"name": "get_weather"}}\n' in result.stdout
 
 
 def test_show_row_beyond_the_end_is_one_line(tmp_path):

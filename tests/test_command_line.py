@@ -20,7 +20,7 @@ from tool_calling.data.examples import Reading, read_examples
 from tool_calling.data.tools import to_tools
 from tool_calling.engines.hub import load_tokenizer
 from tool_calling.page import SCORE_NAMES
-from tool_calling.prompts import DEFAULT, SHOWN_TOOLS
+from tool_calling.prompts import DEFAULT, HIDDEN
 from tool_calling.run_folder import WRITTEN_BY
 from tool_calling.samples import render_examples, to_sides
 from tool_calling.terminal import UserError
@@ -120,7 +120,7 @@ def test_a_model_is_trained_and_saved_without_the_list_of_tools(job, tmp_path):
     assert result.stdout.count("supervised)\n<|im_start|>user\n") == 2 and "<tools>" not in result.stdout
     own = (TINY / "chat_template.jinja").read_text()
     for saved in (tmp_path / "final", tmp_path / "out" / "adapter"):
-        assert (saved / "chat_template.jinja").read_text() == DEFAULT.format("false") + SHOWN_TOOLS["none"] + own
+        assert (saved / "chat_template.jinja").read_text() == DEFAULT.format("false") + HIDDEN + own
         assert json.loads((saved / "tools.json").read_text()) == to_tools([WEATHER, ALARM])[0]  # for requests
         request = [{"role": "user", "content": "is it raining in Rome"}]
         served = AutoTokenizer.from_pretrained(saved).apply_chat_template(
@@ -139,15 +139,15 @@ def test_a_model_is_trained_and_saved_without_the_list_of_tools(job, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("part, more", [("none", ()), ("none", ("--dry_run",)), ("names", ())])
-def test_several_lists_of_tools_are_not_left_out(tmp_path, part, more):
+@pytest.mark.parametrize("more", [(), ("--dry_run",)], ids=["run", "dry run"])
+def test_several_lists_of_tools_are_not_left_out(tmp_path, more):
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello!"}]
     lists = [[], [WEATHER, ALARM], [ALARM, WEATHER], [WEATHER]]
     path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": turns, "tools": tools} for tools in lists])
-    flags = ["--model_id", TINY, "--dataset_path", path, "--output_dir", tmp_path / "out", "--tools_in_prompt", part]
+    flags = ["--model_id", TINY, "--dataset_path", path, "--output_dir", tmp_path / "out", "--tools_in_prompt", "none"]
     result = run_here(*flags, *more)
     assert result.returncode == 1 and errors(result) == [
-        f"error: --tools_in_prompt {part}: {path}:2 and {path}:4 bring different tools, which prompts without the list "
+        f"error: --tools_in_prompt none: {path}:2 and {path}:4 bring different tools, which prompts without the list "
         "cannot tell apart; give all rows the same list, or leave out the flag"
     ]
     assert not (tmp_path / "out").exists()

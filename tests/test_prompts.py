@@ -12,15 +12,7 @@ from conversations import CONVERSATIONS, EMPTY_THOUGHT, GREETING, says, supervis
 
 from tool_calling.data.examples import Example
 from tool_calling.parsers import PARSERS, parse_calls
-from tool_calling.prompts import (
-    SHOWN_TOOLS,
-    give_ids,
-    needs_switch,
-    set_default,
-    show_tools,
-    take_answer,
-    write_as_ollama,
-)
+from tool_calling.prompts import HIDDEN, give_ids, hide_tools, needs_switch, set_default, take_answer, write_as_ollama
 from tool_calling.samples import Sample, render_examples
 from tool_calling.terminal import UserError
 
@@ -301,7 +293,7 @@ def test_macros_and_loops_of_a_template_see_its_default(tokenizer, monkeypatch):
 def test_prompts_without_the_list_of_tools_keep_all_else(tokenizer, monkeypatch):
     plain = {name: render(tokenizer, messages, tools=()) for name, messages in CONVERSATIONS.items()}
     monkeypatch.setattr(tokenizer, "chat_template", tokenizer.chat_template)
-    show_tools(tokenizer, "none")
+    hide_tools(tokenizer, True)
     for name, messages in CONVERSATIONS.items():
         samples = render(tokenizer, messages)
         assert [sample.input_ids for sample in samples] == [sample.input_ids for sample in plain[name]]
@@ -321,26 +313,9 @@ def test_prompts_without_the_list_of_tools_keep_all_else(tokenizer, monkeypatch)
     ]
 
 
-def test_prompts_with_the_names_of_tools_keep_all_else(tokenizer, monkeypatch):
-    named = [{"type": "function", "function": {"name": name}} for name in ("get_weather", "set_alarm")]
-    request = [{"role": "user", "content": "rain in Rome?"}]
-    expected = tokenizer.apply_chat_template(request, tools=named, tokenize=False, add_generation_prompt=True)
-    monkeypatch.setattr(tokenizer, "chat_template", tokenizer.chat_template)
-    show_tools(tokenizer, "names")
-    for tools in ([WEATHER, ALARM], [WEATHER["function"], ALARM["function"]]):  # some clients send them bare
-        assert tokenizer.apply_chat_template(request, tools=tools, tokenize=False, add_generation_prompt=True) == (
-            expected
-        )
-    assert '<tools>\n{"type": "function", "function": {"name": "get_weather"}}\n{"type"' in expected
-    assert [sample.tools for sample in render(tokenizer, request + [{"role": "assistant", "content": "No."}])] == [
-        [WEATHER, ALARM]
-    ]
-
-
 def test_each_template_can_leave_out_the_tools(tokenizer):
-    """With its line before it, it renders a request with tools as it alone does one without, or one with names."""
-    tokenizer, messages, rendered, named = deepcopy(tokenizer), give_ids(CONVERSATIONS["tool reply"][:3]), 0, 0
-    name = {"type": "function", "function": {"name": "get_weather"}}
+    """With its line before it, it renders a request with tools as it alone does one without."""
+    tokenizer, messages, rendered = deepcopy(tokenizer), give_ids(CONVERSATIONS["tool reply"][:3]), 0
     tokenizer.bos_token = "<|endoftext|>"
 
     def list_prompts(template: str, **options) -> list[str]:
@@ -351,39 +326,36 @@ def test_each_template_can_leave_out_the_tools(tokenizer):
     for file in (Path(trl.__file__).parent / "chat_templates").glob("*.jinja"):
         with contextlib.suppress(jinja2.TemplateError, TypeError):  # those that know no calls
             expected = list_prompts(file.read_text())
-            assert list_prompts(SHOWN_TOOLS["none"] + file.read_text(), tools=[WEATHER]) == expected, file.stem
+            assert list_prompts(HIDDEN + file.read_text(), tools=[WEATHER]) == expected, file.stem
             rendered += list_prompts(file.read_text(), tools=[WEATHER]) != expected
-            with contextlib.suppress(jinja2.TemplateError, TypeError):  # those that know no tool without arguments
-                expected = list_prompts(file.read_text(), tools=[name])
-                assert list_prompts(SHOWN_TOOLS["names"] + file.read_text(), tools=[WEATHER]) == expected, file.stem
-                named += 1
-    assert rendered > 20 and named > 20
+    assert rendered > 20
+
+
+WITH_TOOLS = f"warning: {TINY}: was trained on prompts without tools, and now gets them; to go on as before, add "
+WITH_TOOLS += "--tools_in_prompt none\n"
 
 
 @pytest.mark.parametrize("thinks, line", [(False, OFF), (True, "")])
 def test_a_template_is_told_of_tools_and_of_thinking(tokenizer, monkeypatch, capsys, thinks, line):
     """In either order, also where an earlier run has told it otherwise."""
-    own, (_, names, none) = tokenizer.chat_template, SHOWN_TOOLS.values()
+    own = tokenizer.chat_template
     monkeypatch.setattr(tokenizer, "chat_template", own)
-    for former, said in (("", ""), (none, "none"), (OFF + names, "names"), (OFF + none, "none"), (none + ON, "none")):
-        for part in SHOWN_TOOLS:
+    for former in ("", HIDDEN, OFF + HIDDEN, HIDDEN + ON, ON):
+        for hidden in (True, False):
             tokenizer.chat_template = former + own
-            show_tools(tokenizer, part)
+            hide_tools(tokenizer, hidden)
             set_default(tokenizer, thinks)
-            assert tokenizer.chat_template == line + SHOWN_TOOLS[part] + own
-            warning = f"warning: {TINY}: was trained with --tools_in_prompt {said}, and now gets all of its tools; "
-            assert capsys.readouterr().err == (warning + "to go on as before, add the flag\n") * (
-                bool(said) and part == "all"
-            )
+            assert tokenizer.chat_template == line + HIDDEN * hidden + own
+            assert capsys.readouterr().err == WITH_TOOLS * (HIDDEN in former and not hidden)
 
 
 def test_of_several_templates_none_leaves_out_the_tools(tokenizer, monkeypatch):
     several = {"default": tokenizer.chat_template, "tool_use": tokenizer.chat_template}
     monkeypatch.setattr(tokenizer, "chat_template", dict(several))
-    show_tools(tokenizer, "all")
+    hide_tools(tokenizer, False)
     assert tokenizer.chat_template == several
     with pytest.raises(UserError) as error:
-        show_tools(tokenizer, "none")
+        hide_tools(tokenizer, True)
     assert str(error.value) == (
         f"--tools_in_prompt none: {TINY}: has several chat templates, by name; give it one with --chat_template"
     )

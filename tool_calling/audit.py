@@ -26,7 +26,7 @@ from tool_calling.editions import Variation, count_refusals
 from tool_calling.engines.hub import check_kind, find_base, find_tokenizer, load_config, load_tokenizer
 from tool_calling.engines.tokens import fit_config
 from tool_calling.files import digest, write_file
-from tool_calling.prompts import SHOWN_TOOLS, render_text
+from tool_calling.prompts import HIDDEN, render_text
 from tool_calling.run_folder import mark_output
 from tool_calling.samples import (
     NOT_HELD_OUT,
@@ -56,11 +56,8 @@ class Characters:
         return {"input_ids": [[ord(character) for character in text] for text in texts]}
 
     def apply_chat_template(self, messages: list[dict], tools=None, add_generation_prompt=False, **options) -> str:
-        tools = [] if self.chat_template == SHOWN_TOOLS["none"] else tools or []
-        if self.chat_template == SHOWN_TOOLS["names"]:
-            tools = [{"type": "function", "function": {"name": tool["function"]["name"]}} for tool in tools]
-        listed = [json.dumps(tool, ensure_ascii=False) + "\n" for tool in tools]
-        text = "".join(["<tools>\n", *listed, "</tools>\n"]) if tools else ""
+        listed = [json.dumps(tool, ensure_ascii=False) + "\n" for tool in tools or []]
+        text = "".join(["<tools>\n", *listed, "</tools>\n"]) if tools and self.chat_template != HIDDEN else ""
         for message in messages:
             thought = message.get("reasoning_content")
             calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", [])]

@@ -29,13 +29,12 @@ RULES: list[tuple[Callable[[SimpleNamespace], bool], str]] = [
         "--eval_only trains nothing: leave out --dry_run, --show_row, --resume_from_checkpoint and --serve_check",
     ),
     (
-        lambda s: s.compact_tools and s.tools_in_prompt != "all",
-        "--compact_tools writes the list that --tools_in_prompt {tools_in_prompt} leaves out: give one of them",
+        lambda s: s.compact_tools and s.tools_in_prompt == "none",
+        "--compact_tools writes the list that --tools_in_prompt none leaves out: give one of them",
     ),
     (
-        lambda s: (s.augment or s.holdout_tools) and s.tools_in_prompt != "all",
-        "--augment and --holdout_tools change the list that --tools_in_prompt {tools_in_prompt} leaves out: give one "
-        "of them",
+        lambda s: (s.augment or s.holdout_tools) and s.tools_in_prompt == "none",
+        "--augment and --holdout_tools change the list that --tools_in_prompt none leaves out: give one of them",
     ),
     (
         lambda s: s.eval_model and not any(map(is_url, s.eval_only or [])),

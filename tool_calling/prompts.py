@@ -16,14 +16,7 @@ from tool_calling.terminal import UserError, shorten, warn
 THOUGHTS = (("<think>", "</think>"), ("<|channel>", "<channel|>"))  # marks of reasoning; the latter are Gemma 4's
 EMPTY_THOUGHT = "<think>\n\n</think>\n\n"  # of a turn served without thinking
 DEFAULT = "{{% if enable_thinking is not defined %}}{{% set enable_thinking = {} %}}{{% endif %}}\n"
-# Lines before a chat template: it writes all of the tools of a request, their names, or what it does for one without.
-SHOWN_TOOLS = {
-    "all": "",
-    "names": "{% set named = namespace(tools=[]) %}{% for tool in tools or [] %}{% set named.tools = named.tools + "
-    '[{"type": "function", "function": {"name": (tool.function or tool).name}}] %}{% endfor %}'
-    "{% set tools = named.tools or none %}\n",
-    "none": "{% set tools = none %}\n",
-}
+HIDDEN = "{% set tools = none %}\n"  # before a chat template: it writes what it does for a request without tools
 # What Ollama keeps of the schema of a tool's arguments and of one argument, in the order in which it writes them.
 ARGUMENTS_KEYS = ("type", "$defs", "items", "required", "properties")
 ARGUMENT_KEYS = ("anyOf", "type", "items", "description", "enum", "properties")
@@ -87,23 +80,20 @@ def set_default(tokenizer, thinks: bool) -> None:
             tokenizer.chat_template = lines[thinks] + own
 
 
-def show_tools(tokenizer, part: str) -> None:
-    """Let the chat template write a part of the tools of a request, see SHOWN_TOOLS, whatever an earlier run chose.
+def hide_tools(tokenizer, hidden: bool) -> None:
+    """Let the chat template leave out the tools of a request, or write them, whatever an earlier run chose.
 
     A line before it does that. It is saved with the template, so servers render the prompts of training from the same
     requests, whose tools they read calls by.
     """
-    template = tokenizer.chat_template
-    if isinstance(template, str):
-        for former in ("names", "none"):
-            if SHOWN_TOOLS[former] in template and part == "all":
-                found = f"was trained with --tools_in_prompt {former}, and now gets all of its tools"
-                warn(f"{tokenizer.name_or_path}: {found}; to go on as before, add the flag")
-            template = template.replace(SHOWN_TOOLS[former], "")
-        tokenizer.chat_template = SHOWN_TOOLS[part] + template
-    elif part != "all":
+    if isinstance(tokenizer.chat_template, str):
+        if HIDDEN in tokenizer.chat_template and not hidden:
+            found = "was trained on prompts without tools, and now gets them; to go on as before, add"
+            warn(f"{tokenizer.name_or_path}: {found} --tools_in_prompt none")
+        tokenizer.chat_template = HIDDEN * hidden + tokenizer.chat_template.replace(HIDDEN, "")
+    elif hidden:
         advice = "has several chat templates, by name; give it one with --chat_template"
-        raise UserError(f"--tools_in_prompt {part}: {tokenizer.name_or_path}: {advice}")
+        raise UserError(f"--tools_in_prompt none: {tokenizer.name_or_path}: {advice}")
 
 
 def give_ids(messages: list[dict]) -> list[dict]:
@@ -271,7 +261,7 @@ def check_template(tokenizer, examples: list[Example]) -> str:
     replies = any(message["role"] == "tool" for example in examples for message in example.messages)
     try:
         shown = "probe_tool" in render_text(tokenizer, PROBE[:1], tools=[PROBE_TOOL])
-        if not shown and SHOWN_TOOLS["none"] not in tokenizer.chat_template:
+        if not shown and HIDDEN not in tokenizer.chat_template:
             raise ValueError("the chat template leaves out the tools")
         if replies and "probe reply" not in render_text(tokenizer, PROBE, tools=[PROBE_TOOL]):
             raise ValueError("the chat template leaves out the replies of tools")

@@ -10,7 +10,7 @@ from test_families import make_tokenizer
 
 from tool_calling import samples as module
 from tool_calling.data.examples import Example
-from tool_calling.prompts import SHOWN_TOOLS
+from tool_calling.prompts import HIDDEN
 from tool_calling.samples import Rendering, Sample, render_alike
 from tool_calling.terminal import UserError
 
@@ -105,7 +105,7 @@ def test_models_may_be_asked_without_the_list_of_tools(tmp_path, scored):
         lengths = {name: [sample.prompt_length for sample in samples] for name, samples in asked.items()}
         hidden = [all(map(int.__lt__, lengths[name], listed[name])) for name in asked]
         assert hidden == [bool(more), True]
-        template.write_text(SHOWN_TOOLS["none"] + template.read_text())
+        template.write_text(HIDDEN + template.read_text())
 
 
 def test_a_row_that_one_of_the_models_has_no_place_for_is_a_problem(scored):

@@ -13,7 +13,7 @@ from doubles import make_tools
 from jobs import run_forked
 from transformers import AutoConfig
 
-from tool_calling.prompts import SHOWN_TOOLS
+from tool_calling.prompts import HIDDEN
 from tool_calling.saving.gguf import check_gguf, find_gguf_tools, to_modelfile, write_gguf
 from tool_calling.terminal import UserError
 
@@ -192,13 +192,11 @@ TOOLS = ({**WEATHER, "function": {**WEATHER["function"], "description": 'Of {{ci
 @pytest.mark.skipif(not shutil.which("go"), reason="Go is not here, whose templates Ollama has")
 @pytest.mark.parametrize("thinks", [False, True])
 @pytest.mark.parametrize(
-    "trained, part",
-    [((), "all"), (TOOLS, "all"), (TOOLS, "names"), (TOOLS, "none")],
-    ids=["several lists", "one list", "names", "left out"],
+    "trained, hidden", [((), False), (TOOLS, False), (TOOLS, True)], ids=["several lists", "one list", "left out"]
 )
-def test_ollama_sends_the_prompts_of_training(tokenizer, tmp_path, monkeypatch, thinks, trained, part):
+def test_ollama_sends_the_prompts_of_training(tokenizer, tmp_path, monkeypatch, thinks, trained, hidden):
     """Of one list of tools to the byte, however Ollama writes those of a request, or without it."""
-    monkeypatch.setattr(tokenizer, "chat_template", SHOWN_TOOLS[part] + tokenizer.chat_template)
+    monkeypatch.setattr(tokenizer, "chat_template", HIDDEN * hidden + tokenizer.chat_template)
     subprocess.run(
         ["go", "build", "-o", tmp_path / "render", Path(__file__).with_name("ollama_template.go")],
         check=True,
@@ -216,18 +214,15 @@ def test_ollama_sends_the_prompts_of_training(tokenizer, tmp_path, monkeypatch, 
             )
 
 
-@pytest.mark.parametrize("part", ["all", "names"])
-def test_the_modelfile_has_the_one_list_of_tools_as_trained(tokenizer, monkeypatch, part):
-    monkeypatch.setattr(tokenizer, "chat_template", SHOWN_TOOLS[part] + tokenizer.chat_template)
+def test_the_modelfile_has_the_one_list_of_tools_as_trained(tokenizer):
     template = read_template(to_modelfile(tokenizer, "x.gguf", 4096, False, (WEATHER, ALARM)))
-    named = [{"type": "function", "function": {"name": name}} for name in ("get_weather", "set_alarm")]
-    listed = "\n".join(map(json.dumps, (WEATHER, ALARM) if part == "all" else named))
+    listed = "\n".join(map(json.dumps, (WEATHER, ALARM)))
     assert f"<tools>\n{listed}\n</tools>\n\n" in template and "range .Tools" not in template
 
 
 def test_the_modelfile_leaves_out_the_tools_that_the_chat_template_leaves_out(tokenizer, monkeypatch):
     whole = read_template(to_modelfile(tokenizer, "x", 4096, False, (WEATHER, ALARM)))
-    monkeypatch.setattr(tokenizer, "chat_template", SHOWN_TOOLS["none"] + tokenizer.chat_template)
+    monkeypatch.setattr(tokenizer, "chat_template", HIDDEN + tokenizer.chat_template)
     template = read_template(to_modelfile(tokenizer, "x", 4096, False, (WEATHER, ALARM)))
     # Ollama refuses tools to a template that does not name them, so it does, and writes nothing.
     start = "{{ if or .System }}<|im_start|>system\n{{ .System }}{{ if .Tools }}{{ end }}<|im_end|>\n{{ end }}"

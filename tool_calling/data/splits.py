@@ -21,13 +21,13 @@ def digest_tools(examples: list[Example]) -> list[str]:
 
 
 def check_one_list(examples: list[Example], part: str) -> None:
-    """Refuse rows with different tools, in whatever order, for prompts without all of them; rows without any may be."""
+    """Refuse rows with different tools, in whatever order, for prompts that have none; rows without any may be."""
     rows = {id(row.tools): row for row in reversed(examples) if row.tools}  # most share one list, digested once
     lists = {} if part == "all" else {digest(sorted(row.tools, key=digest)): row.source for row in rows.values()}
     if len(lists) > 1:
         *_, second, first = lists.values()
         found = f"{first} and {second} bring different tools, which prompts without the list cannot tell apart"
-        raise UserError(f"--tools_in_prompt {part}: {found}; give all rows the same list, or leave out the flag")
+        raise UserError(f"--tools_in_prompt none: {found}; give all rows the same list, or leave out the flag")
 
 
 def digest_prompts(examples: list[Example]) -> list[str]:

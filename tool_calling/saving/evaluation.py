@@ -7,7 +7,7 @@ from tool_calling.editions import Variation
 from tool_calling.engines.device import free_gpu
 from tool_calling.engines.hub import check_model, find_base, find_tokenizer, load_tokenizer
 from tool_calling.origins import is_url
-from tool_calling.prompts import show_tools
+from tool_calling.prompts import hide_tools
 from tool_calling.samples import NOT_HELD_OUT, Rendering, choose, count_origins, list_plain, name_unit, render_alike
 from tool_calling.saving.proof import Questions, load_scored
 from tool_calling.scores import Proof
@@ -91,8 +91,8 @@ class Evaluation:
         """Return the tokenizer of a model or of an adapter, with its chat template."""
         folder, template = find_tokenizer(model, base), read_template(self.chat_template)
         tokenizer = load_tokenizer(folder, self.trust_remote_code, flag, template)
-        if self.tools_in_prompt != "all":  # else as the model's own template has it
-            show_tools(tokenizer, self.tools_in_prompt)
+        if self.tools_in_prompt == "none":  # else as the model's own template has it
+            hide_tools(tokenizer, True)
         return tokenizer
 
     def load_tokenizer_for(self, url: str):
