@@ -691,7 +691,7 @@ def plan_run(args: argparse.Namespace, run: Run, rows: Rows, engine: str, config
     # A run that went on without sharing goes on without it.
     share = args.share_prefix and run.former.get("share_prefix", True)
     args.share_prefix = share and can_share(engine, config, rows.find_longest())
-    schedule = plan_schedule(rows.train, pick(Batching, args), fill=engine == "unsloth")
+    schedule = plan_schedule(rows.train, pick(Batching, args), engine=engine)
     run.check_agrees(schedule, choose_optim(args))
     saving = pick(Saving, args)
     parameters = count_parameters(config, args.lora_rank, args.trust_remote_code, args.target_modules)
@@ -749,7 +749,7 @@ def check_trainer(args: argparse.Namespace, trainer, tokenizer, held_out: list):
         return trainer
     args.share_prefix = False
     make_room(trainer.model)  # of what the check has recorded
-    schedule = plan_schedule(trainer.schedule.samples, pick(Batching, args), fill=trainer.engine == "unsloth")
+    schedule = plan_schedule(trainer.schedule.samples, pick(Batching, args), engine=trainer.engine)
     return build_run_trainer(args, trainer.model, tokenizer, schedule, held_out, trainer.engine)
 
 
@@ -848,7 +848,7 @@ def find_doubts(args: argparse.Namespace, engine: str, tokenizer, config, sides:
     from tool_calling.engines.loading import warn_of_frozen_experts
     from tool_calling.schedule import Batching, plan_schedule, show_plan
 
-    samples, plan = sum(sides, []), partial(plan_schedule, batching=pick(Batching, args), fill=False)
+    samples, plan = sum(sides, []), partial(plan_schedule, batching=pick(Batching, args), engine=engine)
     args.share_prefix = args.share_prefix and can_share(engine, config, find_longest(samples))
     doubter = Doubter(tokenizer, engine, args.eval_batch_size, args.max_new_tokens or limit_answers(samples))
     model = load_model(args, engine, plan(samples), tokenizer)

@@ -56,7 +56,7 @@ def measure(words: list[str], file: Path, steps: int) -> None:
     from tool_calling.training.selfcheck import check_sharing
 
     tokenizer = load_tokenizer(args.model_id)
-    schedule = plan_schedule(make_rows(args, tokenizer, None), pick(Batching, args), fill=engine == "unsloth")
+    schedule = plan_schedule(make_rows(args, tokenizer, None), pick(Batching, args), engine=engine)
     model = script.load_model(args, engine, schedule, tokenizer)
     loaded = torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else 0.0
     trainer = script.build_run_trainer(args, model, tokenizer, schedule, [], engine)

@@ -239,7 +239,7 @@ def run_recipe(
 
     tokenizer = load_tokenizer(args.model_id)
     samples = make_rows(args, tokenizer, tools)
-    schedule = plan_schedule(samples, pick(Batching, args), fill=engine == "unsloth")
+    schedule = plan_schedule(samples, pick(Batching, args), engine=engine)
     model = script.load_model(args, engine, schedule, tokenizer)
     wait_for_turn(Path(options.result))
     if kind != SHARED:

@@ -178,7 +178,7 @@ def test_another_effective_batch_is_refused(tmp_path, monkeypatch):
     (tmp_path / "checkpoint-3" / "trainer_state.json").write_text('{"global_step": 3}')
     rows = [Sample("row:1", [1, 2, 3], 2)]
     args = script.parse_args(["--batch_size", "2", "--gradient_accumulation_steps", "4"])
-    schedule = plan_schedule(rows, pick(Batching, args), fill=False)
+    schedule = plan_schedule(rows, pick(Batching, args), engine="transformers")
     former = vars(args) | {"training_rows": schedule.digest(), "rows_per_step": 16}
     run = Run(tmp_path, vars(args), str(tmp_path / "checkpoint-3"), former)
     with pytest.raises(UserError) as error:
@@ -188,7 +188,7 @@ def test_another_effective_batch_is_refused(tmp_path, monkeypatch):
         f"{tmp_path / 'checkpoint-3'} is from; expected the same"
     )
     monkeypatch.setenv("WORLD_SIZE", "2")
-    run.check_agrees(plan_schedule(rows, pick(Batching, args), fill=False), "adamw_torch")
+    run.check_agrees(plan_schedule(rows, pick(Batching, args), engine="transformers"), "adamw_torch")
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -139,7 +139,7 @@ def test_checkpoints_on_the_disk_at_once_are_counted():
 
     def count(*flags, first_step=0):
         args = script.parse_args([*flags])
-        saves = plan_schedule(samples, pick(Batching, args), fill=False).list_saves(args.save_steps)
+        saves = plan_schedule(samples, pick(Batching, args), engine="transformers").list_saves(args.save_steps)
         return pick(Saving, args).count_checkpoints(saves, first_step)
 
     assert count("--num_epochs", "4") == 4

@@ -353,7 +353,7 @@ def to_trained(args, adapter: str | None = None) -> Trained:
 def build_trainer(args):
     """Return the trainer of a run over to_samples, with a model of its own."""
     tokenizer = load_tokenizer(args.model_id)
-    schedule = plan_schedule(to_samples(tokenizer), pick(Batching, args), fill=False)
+    schedule = plan_schedule(to_samples(tokenizer), pick(Batching, args), engine="transformers")
     model = script.load_model(args, "transformers", schedule, tokenizer)
     return script.build_run_trainer(args, model, tokenizer, schedule, [], "transformers")
 

@@ -270,7 +270,7 @@ if __name__ == "__main__":
     tokenizer = load_tokenizer(args.model_id)
     examples, _ = read_examples(args.dataset_path, script.to_reading(args))
     train, _ = render_sides(tokenizer, examples, [], pick(Rendering, args))
-    schedule = plan_schedule(train, pick(Batching, args), fill=engine == "unsloth")
+    schedule = plan_schedule(train, pick(Batching, args), engine=engine)
     model = script.load_model(args, engine, schedule, tokenizer)
     trainer = script.build_run_trainer(args, model, tokenizer, schedule, [], engine)
     model = trainer.model.train()
@@ -402,7 +402,7 @@ def test_unsloth_on_two_gpus_replays_streams_of_several_lengths(folder):
     )
     examples, _ = read_examples(args.dataset_path, script.to_reading(args))
     train, _ = render_sides(load_tokenizer(MODEL), examples, [], pick(Rendering, args))
-    assert len(plan_schedule(train, pick(Batching, args), fill=True).layout.lengths) > 2
+    assert len(plan_schedule(train, pick(Batching, args), engine="unsloth").layout.lengths) > 2
     output = run_on_two(
         *(folder, "lengths", "--engine", "unsloth", "--dataset_path", folder / "lengths.jsonl"),
         *("--max_steps", "8", "--save_method", "lora"),

@@ -187,7 +187,7 @@ def plan(flags: dict):
     """Return the schedule of SAMPLES with these settings."""
     args = script.parse_args([])
     vars(args).update(flags)
-    return plan_schedule(SAMPLES, pick(Batching, args), fill=False)
+    return plan_schedule(SAMPLES, pick(Batching, args), engine="transformers")
 
 
 def check(run: Run, **changes) -> None:

@@ -23,7 +23,7 @@ def plan(samples: list[Sample], batch_size: int, steps: int, max_seq_length: int
         *("--seed", "1"),
         *flags,
     ]
-    return plan_schedule(samples, pick(Batching, script.parse_args(flags)), fill=engine == "unsloth")
+    return plan_schedule(samples, pick(Batching, script.parse_args(flags)), engine=engine)
 
 
 def fused(lengths: list[int], shared: int, *flags: int, engine="transformers") -> tuple[Layout, int]:

@@ -155,7 +155,7 @@ def test_unsloth_records_streams_where_flags_and_steps_allow_it(monkeypatch, fla
     monkeypatch.setattr(graphs, "read_streams", lambda model, recorded: noted.append(recorded))
     monkeypatch.setattr(tokens, "prepare_tokens", lambda *given: fitted.append(given) or {"trainable_token_indices": 7})
     args = script.parse_args(["--gradient_checkpointing", "on", *flags])
-    schedule = plan_schedule(TRAIN, pick(Batching, args), fill=True)
+    schedule = plan_schedule(TRAIN, pick(Batching, args), engine="unsloth")
     assert script.load_model(args, "unsloth", schedule, "its tokenizer") is model
     assert fitted == [(model, "its tokenizer", TRAIN, ["auto"], [], False)] and asked[1]["trainable_token_indices"] == 7
     built = script.build_run_trainer(args, model, None, schedule, [], "unsloth")

@@ -92,7 +92,7 @@ def live(folder: Path, flags: list[str]) -> None:
     run = Run(Path(args.output_dir), vars(args), checkpoint, read_run(checkpoint, vars(script.parse_args([]))))
     engine = start_engine(args.engine, args.share_prefix, args.output_dir, args.seed)
     schedule, held_out = (
-        plan_schedule(make_rows(23, seed=2), pick(Batching, args), fill=engine == "unsloth"),
+        plan_schedule(make_rows(23, seed=2), pick(Batching, args), engine=engine),
         make_rows(4, seed=3),
     )
     optim = script.choose_optim(args)

@@ -64,7 +64,7 @@ def preview_run(
     """
     engine = "transformers" if training.engine == "transformers" else "unsloth"
     share = batching.share_prefix and (config is None or can_share(engine, config, longest))
-    schedule = plan_schedule(samples, replace(batching, share_prefix=share), fill=engine == "unsloth")
+    schedule = plan_schedule(samples, replace(batching, share_prefix=share), engine=engine)
     checkpoints = schedule.list_saves(saving.save_steps)
     audit = audit_schedule(schedule, checkpoints)
     audit["files"] = list_writes(saving, bool(training.lora_rank), checkpoints)

@@ -193,14 +193,17 @@ class Schedule:
         return [*range(every, self.steps, every), self.steps]
 
 
-def plan_schedule(samples: list[Sample], batching: Batching, fill: bool) -> Schedule:
-    """Return which samples are computed together in which step: streams as long as the flags allow a padded batch."""
+def plan_schedule(samples: list[Sample], batching: Batching, engine: str) -> Schedule:
+    """Return which samples are computed together in which step: streams as long as the flags allow a padded batch.
+
+    For Unsloth, whose attention is compiled for each length, they get a few lengths to be filled up to.
+    """
     size, accumulation = batching.batch_size, batching.gradient_accumulation_steps
     run = {"epochs": batching.num_epochs, "max_steps": batching.max_steps, "seed": batching.seed}
     run["answers"] = batching.num_generations or 1
     layout = Layout(size, batching.share_prefix)
     schedule = Schedule(samples, size, accumulation, layout, devices=count_devices(), **run)
-    return schedule.fuse(size * batching.max_seq_length, fill) if batching.share_prefix else schedule
+    return schedule.fuse(size * batching.max_seq_length, engine == "unsloth") if batching.share_prefix else schedule
 
 
 class StreamSampler:

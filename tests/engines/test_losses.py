@@ -96,7 +96,7 @@ def test_held_out_rows_that_share_nothing_make_no_larger_streams_than_training(m
     train = [row([*range(1, 31), i % 8], [9]) for i in range(16)]
     strangers = [row([i, *range(1, 31)], [9]) for i in range(16)]
     flags = ["--batch_size", "2", "--gradient_accumulation_steps", "8", "--max_seq_length", "64"]
-    layout = plan_schedule(train, pick(Batching, script.parse_args(flags)), fill=False).layout
+    layout = plan_schedule(train, pick(Batching, script.parse_args(flags)), engine="transformers").layout
     assert layout.rows == 16 and layout.limit == 128
     batches = layout.batch(strangers)
     assert [batch["input_ids"].numel() for batch in batches] == [128] * 4
