@@ -366,7 +366,6 @@ def load_model(args: argparse.Namespace, engine: str, schedule, tokenizer):
 
     from peft import LoraConfig, get_peft_model
 
-    from tool_calling.engines.casts import cast_together
     from tool_calling.engines.compat import compile_attention, take_all_targets
     from tool_calling.engines.fsdp import split_model
     from tool_calling.engines.hub import find_base
@@ -405,7 +404,6 @@ def load_model(args: argparse.Namespace, engine: str, schedule, tokenizer):
     compute_rows_alone(model)
     if engine == "unsloth":
         take_all_targets()
-        cast_together(model)
         if schedule.layout.share_prefix:
             compile_attention()
     return split_model(model) if args.fsdp else model

@@ -21,8 +21,6 @@ WARM_UP, STEPS = 20, 20
 LEVERS = {
     "": "all levers",
     "recompute": "activations computed twice",
-    "casts": "each product casts its weights of the adapter",
-    "head": "logits of all supervised tokens at once, found by a wait for the GPU",
     "wait": "the numbers of a step read before the next one starts",
     "walk": "the library's walks through all modules and weights",
     "dynamic": "attention compiled for any length",
@@ -33,15 +31,11 @@ OFF = {"recompute": ["--gradient_checkpointing", "on"], "graphs": ["--no-cuda_gr
 
 def take_away(lever: str) -> None:
     """Undo a lever that is no flag, before the model is loaded."""
-    from tool_calling.engines import casts, compat
+    from tool_calling.engines import compat
     from tool_calling.training import trainer
 
     stream = trainer.StreamTrainer
-    if lever == "casts":
-        casts.cast_together = lambda model: None
-    elif lever == "head":
-        trainer.fuse_head = lambda model: None
-    elif lever == "wait":
+    if lever == "wait":
         check = stream.check_steps
         stream.check_steps = lambda self, left: check(self, 0)
     elif lever == "walk":

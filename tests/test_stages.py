@@ -17,7 +17,7 @@ from train_small import make_base
 import train_qwen3_tool_calling as script
 from tool_calling import samples
 from tool_calling.arguments import pick
-from tool_calling.engines import casts, compat, graphs, tokens
+from tool_calling.engines import compat, graphs, tokens
 from tool_calling.files import lock_folder, partial_folder
 from tool_calling.samples import render_examples
 from tool_calling.saving import proof
@@ -149,7 +149,6 @@ def test_unsloth_records_streams_where_flags_and_steps_allow_it(monkeypatch, fla
     monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace(FastLanguageModel=unsloth))
     monkeypatch.setattr(compat, "compile_attention", lambda: None)
     monkeypatch.setattr(compat, "take_all_targets", lambda: None)
-    monkeypatch.setattr(casts, "cast_together", lambda model: None)
     monkeypatch.setattr(trainer, "build_trainer", lambda *given: SimpleNamespace(config=given[3]))
     monkeypatch.setattr(graphs, "find_recorded", lambda schedule, config, checkpointing: schedule.layout.lengths)
     monkeypatch.setattr(graphs, "read_streams", lambda model, recorded: noted.append(recorded))
