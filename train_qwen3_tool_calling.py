@@ -646,7 +646,7 @@ def find_programs(args: argparse.Namespace) -> tuple[list[str], list[str]]:
 def check_models(args: argparse.Namespace, engine: str, gguf: tuple[list[str], list[str]]) -> tuple:
     """Return (what will be Trained, tokenizer, config), after all checks that need no weights."""
     from tool_calling.engines.choices import check_optim, check_report_to
-    from tool_calling.engines.hub import check_base, check_dropout, find_tokenizer, load_tokenizer
+    from tool_calling.engines.hub import check_base, check_dropout, check_requantised, find_tokenizer, load_tokenizer
     from tool_calling.engines.tokens import fit_config
     from tool_calling.saving.merge import Trained
 
@@ -657,6 +657,8 @@ def check_models(args: argparse.Namespace, engine: str, gguf: tuple[list[str], l
         args.model_id, args.merge_model_id, bool(args.lora_rank), merges, args.trust_remote_code
     )
     check_dropout(args.lora_dropout, config, args.model_id)
+    if args.load_in_4bit:
+        check_requantised(args.model_id)
     start = args.model_id if base != args.model_id else None
     if start:
         shape = ", ".join(f"{flag} {' '.join(map(str, as_list(getattr(args, flag))))}" for flag in LORA_FLAGS)

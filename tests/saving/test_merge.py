@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from conftest import ALARM, TINY, WEATHER
 from jobs import names
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -146,6 +147,27 @@ def test_of_two_merges_of_a_4_bit_adapter_the_better_is_kept(
     on_16, on_4 = (f"{rows / 8:.1%} (loss {loss:.4f})" for loss, rows in zip(losses, exact))
     line = f"exact match {on_16} on the 16-bit base, {on_4} on its 4-bit weights in 16 bits: the {kept} is kept"
     assert f"merge    {line}" in capsys.readouterr().out
+
+
+def test_what_is_put_into_4_bits_again_is_merged_into_the_16_bit_base(tmp_path, tokenizer, monkeypatch):
+    """A 4-bit number with a little added is rounded to what it was: all of the adapter would be lost."""
+    save_adapter_of(AutoModelForCausalLM.from_pretrained(TINY), tmp_path, 1e-3)
+    monkeypatch.setattr("tool_calling.saving.merge.score_batches", lambda *_: pytest.fail("nothing to compare"))
+    settings = trained(tmp_path).settings | {"load_in_4bit": True}
+    of_4_bits = replace(trained(tmp_path), settings=settings, method="merged_4bit")
+    models = [
+        AutoModelForCausalLM.from_pretrained(TINY),
+        AutoModelForCausalLM.from_pretrained(save_merged(of_4_bits, tokenizer, [])),
+        merge_adapter(of_4_bits, tokenizer, four_bit=True),
+    ]
+    before, kept, lost = (model.model.layers[0].mlp.up_proj.weight.detach() for model in models)
+    added = merge_adapter(of_4_bits, tokenizer).model.layers[0].mlp.up_proj.weight.detach() - before
+    exact = before.clone()
+    for weight in (before, kept, lost):
+        weight.copy_(dequantize_4bit(*quantize_4bit(weight, compress_statistics=True, quant_type="nf4")))
+    shares = [((weight - before) * added).sum().item() / added.square().sum().item() for weight in (kept, lost)]
+    assert not torch.equal(exact, before)
+    assert shares == [pytest.approx(1, abs=0.1), pytest.approx(0, abs=0.1)]
 
 
 def test_an_adapter_on_weights_that_came_in_4_bits_is_merged_into_the_original(tmp_path, tokenizer, monkeypatch):

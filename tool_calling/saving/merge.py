@@ -240,9 +240,11 @@ def save_merged(trained: Trained, tokenizer, batches: list[dict]) -> Path:
     """Merge the adapter, save the model whole; return its folder, not yet the final one.
 
     Trained on 4-bit weights, the adapter fits these best, and the 16-bit base knows more. Of both merges, the one is
-    kept that reproduces more of the held-out `batches`; of equals, the one with the lower loss.
+    kept that reproduces more of the held-out `batches`; of equals, the one with the lower loss. What is put into 4 bits
+    again stands on the 16-bit base: a 4-bit number with a little added would be rounded to what it was. Weights that
+    came quantised have other numbers than requantise gives.
     """
-    if not trained.four_bit or trained.base_id != trained.model_id:  # weights that came quantised have other numbers
+    if not trained.four_bit or trained.base_id != trained.model_id or trained.method == "merged_4bit":
         return save_whole(trained, merge_adapter(trained, tokenizer), tokenizer)
     found, merged = {}, None
     for four_bit in (False, True):
