@@ -1,5 +1,6 @@
-"""Environment variables that libraries read when they are imported."""
+"""What is set before libraries are imported."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import types
 
 from conftest import ROOT
 
-from tool_calling.environment import refuse_telemetry, return_pages
+from tool_calling.environment import keep_objects, refuse_telemetry, return_pages
 
 
 def test_telemetry_is_off_unless_asked_for(monkeypatch):
@@ -58,3 +59,49 @@ def test_libraries_are_told_before_they_are_imported():
         env={name: value for name, value in os.environ.items() if name not in (*names, "PYTORCH_CUDA_ALLOC_CONF")},
     )
     assert result.stderr.splitlines()[-1] == "['expandable_segments:True', '1', '1', '1', False]"
+
+
+def test_objects_of_imports_are_left_out_of_garbage_collection_for_good():
+    program = """
+import gc
+from tool_calling.environment import keep_objects
+runs = []
+gc.callbacks.append(lambda phase, info: runs.append(phase))
+with keep_objects():
+    kept = [[] for _ in range(10**5)]
+print(runs, gc.isenabled(), gc.get_freeze_count() > len(kept), len(gc.get_objects()) < 100)
+more = [[] for _ in range(10**5)]
+print(bool(runs))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert (result.stdout, result.returncode) == ("[] True True True\nTrue\n", 0), result.stderr
+
+
+def test_what_was_kept_is_collected_while_its_modules_are_still_there(tmp_path):
+    (tmp_path / "locks.py").write_text("""
+import os
+class Lock:
+    def __init__(self):
+        self.me = self
+    def __del__(self):
+        print(os.getpid() > 0)
+""")
+    program = f"""
+import sys
+from tool_calling.environment import keep_objects
+sys.path.insert(0, {str(tmp_path)!r})
+with keep_objects():
+    import locks
+    locks.Lock()
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert (result.stdout, result.stderr) == ("True\n", "")
+
+
+def test_garbage_is_collected_again_after_an_import_that_fails():
+    try:
+        with keep_objects():
+            raise ImportError
+    except ImportError:
+        assert gc.isenabled()
+    gc.unfreeze()

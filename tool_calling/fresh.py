@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
+from tool_calling.environment import keep_objects
 from tool_calling.processes import GROUP, STOP_SIGNALS, hold_signals
 from tool_calling.terminal import UserError
 
@@ -59,14 +60,7 @@ def start_python(connection: Connection, *modules: str) -> subprocess.Popen:
     former = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # inherited
     try:
         return subprocess.Popen(
-            [
-                sys.executable,
-                "-P",
-                "-m",
-                "tool_calling.fresh",
-                str(number),
-                *modules,
-            ],  # -P: import nothing from the cwd
+            [sys.executable, "-P", "-m", "tool_calling.fresh", str(number), *modules],  # -P: nothing from the cwd
             env=inherited | {"PYTHONPATH": os.pathsep.join(path)},
             stdin=subprocess.DEVNULL,
             pass_fds=[number],
@@ -82,9 +76,10 @@ def serve(connection: Connection, *modules: str) -> None:
         connection.poll(None)  # until the other end is closed, at the latest when its process dies
         os._exit(1)
 
-    for module in modules:
-        with contextlib.suppress(Exception):  # the job, which needs the module too, will tell
-            importlib.import_module(module)
+    with keep_objects():
+        for module in modules:
+            with contextlib.suppress(Exception):  # the job, which needs the module too, will tell
+                importlib.import_module(module)
     try:
         job = connection.recv_bytes()
     except EOFError:  # there is none: the run ended before

@@ -118,8 +118,8 @@ def count_rows(model, samples: list[Sample], max_new_tokens: int) -> int:
     if not is_on_one_gpu(model):
         return CPU_ROWS
     row = measure_row(model.config, samples, max_new_tokens) * model.dtype.itemsize
-    free_gpu()
-    return min(GPU_ROWS, max(1, int(HELD_SHARE * torch.cuda.mem_get_info()[0] / row)))
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return min(GPU_ROWS, max(1, int(HELD_SHARE * free / row)))
 
 
 def measure_row(config, samples: list[Sample], max_new_tokens: int) -> int:

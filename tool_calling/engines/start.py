@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from tool_calling.environment import keep_objects
 from tool_calling.terminal import UserError, plural
 
 # Transformers is imported inside of functions here: Unsloth patches it and must be imported before it.
@@ -23,12 +24,13 @@ def start_engine(engine: str, share_prefix: bool, output_dir: str, seed: int) ->
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if engine == "auto":
         engine = "unsloth" if cuda else "transformers"
-    if engine == "unsloth":
-        if not cuda:
-            raise UserError("--engine unsloth needs a CUDA GPU, and torch sees none; use --engine transformers")
-        import_unsloth(share_prefix, output_dir)
-    quiet_libraries()
-    import transformers
+    if engine == "unsloth" and not cuda:
+        raise UserError("--engine unsloth needs a CUDA GPU, and torch sees none; use --engine transformers")
+    with keep_objects():
+        if engine == "unsloth":
+            import_unsloth(share_prefix, output_dir)
+        quiet_libraries()
+        import transformers
 
     transformers.set_seed(seed)
     return engine
