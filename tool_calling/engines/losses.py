@@ -72,8 +72,8 @@ def score_batch(model, batch: dict, engine: str):
 
 
 def to_device(batch: dict, model) -> dict:
-    """Return a batch on the device of the model."""
-    return {name: tensor.to(model.device) for name, tensor in batch.items()}
+    """Return a batch on the device of the model; what is no tensor stays as it is."""
+    return {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in batch.items()}
 
 
 def to_metrics(sums) -> dict:

@@ -20,12 +20,14 @@ from tool_calling.terminal import plural, say, warn
 CHECKED_ROWS = 4  # compared at the start of each run
 FP32_LIMIT = 1e-4  # of the gradient's norm, and of the largest loss of a token: rounding in fp32 is less
 # In 16 bits rounding is measured: between the same rows alone in streams and as padded batches. Sharing may change as
-# much, so many times over; less than SURE is rounding anyway.
-MARGIN, SURE = 3, 0.02
+# much, so many times over; less than SURE (see Difference) is rounding anyway.
+MARGIN, SURE = 3, (math.inf, 0.1, 0.1)
+# At which losses are compared: a model that is trained already has next to none, and their gradient is all rounding.
+TEMPERATURE = 10.0
 
 
 class Difference(NamedTuple):
-    """How two ways to compute the same rows differ."""
+    """How two ways to compute the same rows differ; in losses at TEMPERATURE."""
 
     loss: float  # of the sum, as a share of it
     token: float  # of the token that differs the most, in nats
@@ -95,12 +97,16 @@ def compare_sharing(model, rows: list[Sample], lengths: tuple[int, ...], engine:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):  # each way would draw masks of its own
             module.eval()
-    shared = compute_gradient(model, [build_stream(rows, lengths)], engine)
-    single = compute_gradient(model, [build_padded(rows[i : i + 2]) for i in range(0, len(rows), 2)], engine)
+
+    def compute(*batches):
+        return compute_gradient(model, [batch | {"temperature": TEMPERATURE} for batch in batches], engine)
+
+    shared = compute(build_stream(rows, lengths))
+    single = compute(*(build_padded(rows[i : i + 2]) for i in range(0, len(rows), 2)))
     limit = Difference(math.inf, FP32_LIMIT * max(1.0, single[0].abs().max().item()), FP32_LIMIT)
     if to_dtype(model.device.type) != torch.float32:
-        alone = compute_gradient(model, [build_stream([row], lengths) for row in rows], engine)
-        limit = Difference(math.inf, *(max(SURE, MARGIN * noise) for noise in compare(alone, single)[1:]))
+        alone = compute(*(build_stream([row], lengths) for row in rows))
+        limit = Difference(*(max(sure, MARGIN * noise) for sure, noise in zip(SURE, compare(alone, single))))
     model.train(was_training)
     return compare(shared, single), limit
 
