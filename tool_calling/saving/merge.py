@@ -30,6 +30,7 @@ from tool_calling.terminal import UserError, say, warn
 
 MERGE_SLACK = 0.02  # nats per token (a share of losses over 1), and share of the rows, that a merge may cost
 # What of the base's settings for answers stays: all else says how to sample, and scores are those of greedy answers.
+ROUNDED_ANSWERS = 0.05  # share of the rows whose exact answers rounding may tip: some become exact instead
 KEPT = ("bos_token_id", "pad_token_id", "max_length", "max_new_tokens", "cache_implementation")
 GENERATION, BASE_GENERATION = "generation_config.json", "generation_config.base.json"
 ROUNDED_WEIGHTS = 2**26  # numbers of a weight that are rounded or summed at a time: it takes as much memory again

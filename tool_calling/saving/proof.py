@@ -19,6 +19,7 @@ from tool_calling.files import partial_folder, put_in_place
 from tool_calling.samples import Sample
 from tool_calling.saving.merge import (
     MERGE_SLACK,
+    ROUNDED_ANSWERS,
     Trained,
     is_worse,
     quantise_folder,
@@ -183,12 +184,13 @@ def check_merged(trained: Trained, proof: Proof) -> None:
     worse = round((before - after) * len(exact)) / len(exact)
     said = (proof.said[name] for name in ("adapter", "merged"))
     different = sum(sure and a.text != b.text for sure, a, b in zip(exact, *said)) / len(exact)
+    tipped = max(ROUNDED_ANSWERS, 1 / len(exact))
     wrong = is_worse(got["loss"], expected["loss"]) or worse > slack
     found = f"held-out loss {got['loss']:.4f}, adapter {expected['loss']:.4f}; exact {after:.1%}, adapter {before:.1%}"
     if trained.method == "merged_4bit" and math.isfinite(got["loss"]):
         if wrong:
             warn(f"4 bits cost something: {found}")
-    elif wrong or not math.isfinite(got["loss"]) or (not trained.four_bit and different > slack):
+    elif wrong or not math.isfinite(got["loss"]) or (not trained.four_bit and different > tipped):
         shutil.rmtree(partial_folder(trained.final), ignore_errors=True)
         advice = "what is learned on a base in 4 bits may be worth less on it in 16: train longer, or with "
         raise UserError(
