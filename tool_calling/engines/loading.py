@@ -23,6 +23,7 @@ def load_base(
 ):
     """Return a model with plain Transformers, in 4 bits if asked, on the GPU if there is one or where `place` says.
 
+    Its `unknown_weights` are those of the folder that it has no place for, by name.
     Weights are read from safetensors alone, here and in every load, because a pickle can run code.
 
     Args:
@@ -56,6 +57,7 @@ def load_base(
         raise UserError(f"{model_id}: its weights cannot be loaded: {str(error).splitlines()[0]}") from None
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{model_id}: has no weights for {list_first(missing, 3)}; download it again")
+    model.unknown_weights = sorted(info["unexpected_keys"])
     if not takes_sdpa(model, model.config):
         model.set_attn_implementation("eager")
     keep_4_bit_layout(model)

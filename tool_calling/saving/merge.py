@@ -10,7 +10,8 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from peft import load_peft_weights
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoModelForCausalLM, GenerationConfig
+from safetensors import safe_open
+from transformers import GenerationConfig
 
 from tool_calling.engines.answers import find_stop_tokens
 from tool_calling.engines.device import free_gpu, leave_group
@@ -26,11 +27,11 @@ from tool_calling.run_folder import CLIENT, TOOLS, write_run
 from tool_calling.samples import Sample, list_plain
 from tool_calling.saving.portable import make_portable, read_own, save_tokenizer, write_json
 from tool_calling.schedule import build_small_batches
-from tool_calling.terminal import UserError, say, warn
+from tool_calling.terminal import UserError, list_first, say, warn
 
 MERGE_SLACK = 0.02  # nats per token (a share of losses over 1), and share of the rows, that a merge may cost
-# What of the base's settings for answers stays: all else says how to sample, and scores are those of greedy answers.
 ROUNDED_ANSWERS = 0.05  # share of the rows whose exact answers rounding may tip: some become exact instead
+# What of the base's settings for answers stays: all else says how to sample, and scores are those of greedy answers.
 KEPT = ("bos_token_id", "pad_token_id", "max_length", "max_new_tokens", "cache_implementation")
 GENERATION, BASE_GENERATION = "generation_config.json", "generation_config.base.json"
 ROUNDED_WEIGHTS = 2**26  # numbers of a weight that are rounded or summed at a time: it takes as much memory again
@@ -274,17 +275,20 @@ def quantise_folder(folder: Path, trust: bool, place: str) -> None:
 
 
 def read_back(folder: Path, trust: bool = False, place: str | None = None):
-    """Return the saved model, loaded with plain Transformers and checked: no stray weights, all finite."""
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, output_loading_info=True, use_safetensors=True, trust_remote_code=trust
-    )
-    strays = [*info["missing_keys"], *info["unexpected_keys"], *(n for n, _ in model.named_parameters() if "lora" in n)]
-    if strays:
-        raise UserError(f"{folder}: missing or unknown weights: {', '.join(sorted(strays)[:5])}")
-    if bad := [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]:
-        raise UserError(f"{folder}: weights that are not finite: {', '.join(bad[:5])}")
-    del model
-    return load_base(str(folder), False, trust, place=place)
+    """Return the saved model, loaded with plain Transformers and checked: no weights too few or many, all finite."""
+    refuse_broken_numbers(folder)
+    model = load_base(str(folder), False, trust, place=place)
+    if model.unknown_weights:
+        raise UserError(f"{folder}: has unknown weights: {list_first(model.unknown_weights, 3)}")
+    return model
+
+
+def refuse_broken_numbers(folder: Path) -> None:
+    """Refuse a model whose files have weights that are not finite; the GPU looks through them, if there is one."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt", "cuda" if torch.cuda.is_available() else "cpu") as weights:
+            if broken := [name for name in weights.keys() if not weights.get_tensor(name).isfinite().all()]:
+                raise UserError(f"{folder}: weights that are not finite: {list_first(broken, 3)}")
 
 
 def is_worse(loss: float, expected: float) -> bool:
