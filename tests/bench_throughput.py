@@ -233,6 +233,9 @@ def run_recipe(
     from tool_calling.engines.start import start_engine
 
     start_engine(args.engine, args.share_prefix, args.output_dir, args.seed)
+    import torch
+
+    torch.backends.cuda.enable_cudnn_sdp(kind != SHARED)  # the others run with PyTorch's own settings, too
     from tool_calling.engines.hub import load_tokenizer
     from tool_calling.schedule import Batching, plan_schedule
     from tool_calling.training.selfcheck import check_sharing
