@@ -45,7 +45,7 @@ from tool_calling.environment import refuse_telemetry, return_pages
 from tool_calling.failures import report_failure, report_interrupt
 from tool_calling.files import discard_partial, lock_folder
 from tool_calling.fresh import start_fresh
-from tool_calling.origins import LORA_FLAGS, is_adapter, list_trained_tokens, read_adapter, read_shape
+from tool_calling.origins import LORA_FLAGS, check_4_bits, is_adapter, list_trained_tokens, read_adapter, read_shape
 from tool_calling.processes import (
     LAUNCHER,
     PATIENCE,
@@ -510,6 +510,8 @@ def main(argv: list[str] | None = None) -> dict | None:
     check_folder(args.output_dir, "--output_dir")
     if args.eval_only:
         return evaluate_only(args, command)
+    if args.load_in_4bit:
+        check_4_bits(args.model_id)
     with contextlib.ExitStack() as locks:  # released when the run ends, however it ends
         return (rank_labels if args.doubt else train_and_prove)(args, command, locks)
 
@@ -646,7 +648,7 @@ def find_programs(args: argparse.Namespace) -> tuple[list[str], list[str]]:
 def check_models(args: argparse.Namespace, engine: str, gguf: tuple[list[str], list[str]]) -> tuple:
     """Return (what will be Trained, tokenizer, config), after all checks that need no weights."""
     from tool_calling.engines.choices import check_optim, check_report_to
-    from tool_calling.engines.hub import check_base, check_dropout, check_requantised, find_tokenizer, load_tokenizer
+    from tool_calling.engines.hub import check_base, check_dropout, find_tokenizer, load_tokenizer
     from tool_calling.engines.tokens import fit_config
     from tool_calling.saving.merge import Trained
 
@@ -657,8 +659,6 @@ def check_models(args: argparse.Namespace, engine: str, gguf: tuple[list[str], l
         args.model_id, args.merge_model_id, bool(args.lora_rank), merges, args.trust_remote_code
     )
     check_dropout(args.lora_dropout, config, args.model_id)
-    if args.load_in_4bit:
-        check_requantised(args.model_id)
     start = args.model_id if base != args.model_id else None
     if start:
         shape = ", ".join(f"{flag} {' '.join(map(str, as_list(getattr(args, flag))))}" for flag in LORA_FLAGS)

@@ -15,9 +15,9 @@ from train_small import make_base
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import train_qwen3_tool_calling as script
-from tool_calling.engines.hub import check_base, check_requantised, find_base
+from tool_calling.engines.hub import check_base, find_base
 from tool_calling.engines.loading import go_on_from, load_adapter, load_base, set_adapter_weights
-from tool_calling.origins import list_ancestors, list_trained_tokens, read_shape
+from tool_calling.origins import check_4_bits, list_ancestors, list_trained_tokens, read_shape
 from tool_calling.prompts import DEFAULT
 from tool_calling.run_folder import check_models_stay, write_run
 from tool_calling.saving.merge import Trained, refuse_same_adapter
@@ -251,16 +251,17 @@ def test_what_was_trained_on_4_bits_and_merged_is_not_put_into_4_bits_again(tmp_
     write_run(settings, merged)
     (tmp_path / "tools.json").write_text(json.dumps([WEATHER, ALARM]))
     write_jsonl(tmp_path / "rows.jsonl", ROWS)
-    result = run_here(*arguments(tmp_path, "--model_id", merged))
-    assert result.returncode == 1 and errors(result) == [
-        f"error: --model_id {merged}: was trained on 4-bit weights, and in 4 bits again it may lose all that it "
-        "learned; go on from its adapter, runs/first/adapter, or add --no-load_in_4bit"
-    ]
+    for more in ([], ["--dry_run"]):
+        result = run_here(*arguments(tmp_path, "--model_id", merged, *more))
+        assert result.returncode == 1 and errors(result) == [
+            f"error: --model_id {merged}: was trained on 4-bit weights, and in 4 bits again it may lose all that it "
+            "learned; go on from its adapter, runs/first/adapter, or add --no-load_in_4bit"
+        ]
     for changes in ({"load_in_4bit": False}, {"save_method": "merged_4bit"}):
         write_run(settings | changes, merged)
-        check_requantised(str(merged))
-    check_requantised(str(TINY))
-    check_requantised("Qwen/Qwen3-0.6B")
+        check_4_bits(str(merged))
+    check_4_bits(str(TINY))
+    check_4_bits("Qwen/Qwen3-0.6B")
 
 
 @pytest.mark.slow

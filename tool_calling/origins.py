@@ -57,6 +57,18 @@ def read_shape(folder: str, flag: str) -> dict[str, object]:
     return {flag: settings[name] for flag, name in LORA_FLAGS.items()} | {"target_modules": sorted(targets)}
 
 
+def check_4_bits(model_id: str) -> None:
+    """Refuse to put a merged model of ours into 4 bits again if its adapter was trained on 4-bit weights.
+
+    Most of what it adds to a weight is less than a step of 4 bits: rounded again, the weight is what it was before.
+    """
+    known = {} if is_adapter(model_id) else read_yaml(Path(model_id) / "run.yaml")
+    if known.get("load_in_4bit") and known.get("save_method") == "merged_16bit":
+        found = "was trained on 4-bit weights, and in 4 bits again it may lose all that it learned"
+        adapter = Path(str(known.get("output_dir"))) / "adapter"
+        raise UserError(f"--model_id {model_id}: {found}; go on from its adapter, {adapter}, or add --no-load_in_4bit")
+
+
 def list_trained_tokens(model_id: str) -> list[int]:
     """Return the ids of the tokens whose embedding rows an adapter has of its own; [] for anything else."""
     trained = read_yaml(Path(model_id) / SETTINGS).get("trainable_token_indices") or []

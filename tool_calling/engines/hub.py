@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AddedToken, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tool_calling.engines.reach import find_reach
-from tool_calling.origins import is_adapter, read_adapter, read_yaml
+from tool_calling.origins import is_adapter, read_adapter
 from tool_calling.prompts import find_end_token
 from tool_calling.templates import list_tokens
 from tool_calling.terminal import UserError, cut_text, list_first, say
@@ -195,18 +195,6 @@ def check_quantised(config, model_id: str, adapter: bool) -> bool:
         reason = "is quantised, and --lora_rank 0 trains 16-bit weights"
         raise UserError(f"--model_id {model_id}: {reason}; give the original, or train an adapter")
     return True
-
-
-def check_requantised(model_id: str) -> None:
-    """Refuse to put a merged model of ours into 4 bits again if its adapter was trained on 4-bit weights.
-
-    Most of what it adds to a weight is less than a step of 4 bits: rounded again, the weight is what it was before.
-    """
-    known = {} if is_adapter(model_id) else read_yaml(Path(model_id) / "run.yaml")
-    if known.get("load_in_4bit") and known.get("save_method") == "merged_16bit":
-        found = "was trained on 4-bit weights, and in 4 bits again it may lose all that it learned"
-        adapter = Path(str(known.get("output_dir"))) / "adapter"
-        raise UserError(f"--model_id {model_id}: {found}; go on from its adapter, {adapter}, or add --no-load_in_4bit")
 
 
 def check_merge_base(config, model_id: str, merge_model_id: str | None, trust: bool) -> str:
