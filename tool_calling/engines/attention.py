@@ -50,14 +50,14 @@ def attend_in_blocks(module, query, key, value, attention_mask, **options):
     if key_blocks is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     size, outputs, groups = block_size(query), [], query.shape[1] // key.shape[1]
-    if query.device.type != "cpu":  # there, only cuDNN's kernel knows groups and masks, see start_engine
-        key, value, groups = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1), 1
-    keys, values = key.split(size, dim=2), value.split(size, dim=2)
+    # One key for each query head: on a GPU, only cuDNN's kernel takes fewer with a mask, and start_engine has it off.
+    wide = (tensor[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for tensor in (key, value))
+    keys, values = (tensor.split(size, dim=2) for tensor in wide)
     for queries, mask, blocks in zip(query.split(size, dim=2), attention_mask.split(size, dim=2), key_blocks):
         masks = mask.split(size, dim=3)
         seen = [torch.cat([parts[block] for block in blocks], dim=2) for parts in (keys, values)]
         mask = torch.cat([masks[block] for block in blocks], dim=3)
-        outputs.append(scaled_dot_product_attention(queries, *seen, mask, scale=scaling, enable_gqa=groups > 1))
+        outputs.append(scaled_dot_product_attention(queries, *seen, mask, scale=scaling))
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
