@@ -31,9 +31,8 @@ def return_pages() -> None:
 def keep_objects() -> Iterator[None]:
     """Collect no garbage in this block, and never look again at the objects that exist after it.
 
-    Imports make a million objects that stay. Python would look through them all again and again, a third of the time
-    that they take, and for half a second whenever GPU memory is given back (see free_gpu; Unsloth does so a dozen times
-    while it loads a model).
+    Imports make a million objects that stay. To look through them again and again takes a third of the imports' time,
+    and half a second whenever GPU memory is given back, as Unsloth does a dozen times while it loads a model.
     """
     gc.disable()
     try:

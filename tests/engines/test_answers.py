@@ -13,7 +13,7 @@ from tool_calling.engines.answers import Sampling, generate_answers, generate_to
 from tool_calling.engines.loading import load_base, warn_if_spread
 from tool_calling.engines.losses import score_batches, to_metrics
 from tool_calling.engines.start import quiet_libraries
-from tool_calling.samples import render_examples
+from tool_calling.samples import Sample, render_examples
 from tool_calling.streams import build_padded, build_stream
 
 
@@ -83,6 +83,21 @@ def test_a_batch_answers_as_each_prompt_alone(model, tokenizer, samples, monkeyp
         assert generate_tokens(model, strangers, [stop], 12) == [
             write_alone(model, tokenizer, prompt, 12) for prompt in strangers
         ]
+
+
+def test_rows_with_the_same_tools_and_prompts_of_like_length_are_answered_together(model, monkeypatch):
+    asked = []
+
+    def answer(model, prompts, *more):
+        asked.append([len(prompt) for prompt in prompts])
+        return [[len(prompt)] for prompt in prompts]
+
+    monkeypatch.setattr(answers, "generate_tokens", answer)
+    lists = [{"type": "a"}], [{"type": "b"}]
+    rows = [Sample(f"x:{n}", [1] * (n + 1), n, tools=lists[n % 2]) for n in (9, 2, 4, 3, 8, 7)]
+    found = [answer for batch, said in answers.answer_in_parts(model, rows, 2) for answer in zip(batch, said)]
+    assert asked == [[2, 4], [8, 3], [7, 9]]
+    assert all(said == [row.prompt_length] for row, said in found) and len(found) == len(rows)
 
 
 @pytest.mark.slow

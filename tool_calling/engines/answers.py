@@ -78,12 +78,14 @@ def sample_answers(
 def answer_in_parts(model, samples: list[Sample], rows: int, *arguments) -> Iterator[tuple[list[Sample], list]]:
     """Yield the samples of a batch of at most `rows`, and what generate_tokens returns for them and `arguments`.
 
-    If memory runs out, half as many are answered at once.
+    Prompts with the same tools share the most, and those of like length pad the least. If memory runs out, half as many
+    are answered at once.
     """
     model.eval()
     if is_on_one_gpu(model):
         compute_rows_alone(model)  # PEFT would need the CPU in every step, which a CUDA graph forbids
-    waiting = split_rows(samples, rows)
+    ordered = sorted(samples, key=lambda sample: (str(sample.tools), sample.prompt_length))
+    waiting = [ordered[i : i + rows] for i in range(0, len(ordered), rows)]
     while waiting:
         batch, found = waiting.pop(0), None
         prompts = [list(sample.input_ids[: sample.prompt_length]) for sample in batch]

@@ -5,7 +5,7 @@ import math
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 BLOCKS = "blocks"  # the name of attend_in_blocks as an attention of Transformers
@@ -51,8 +51,7 @@ def attend_in_blocks(module, query, key, value, attention_mask, **options):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     size, outputs, groups = block_size(query), [], query.shape[1] // key.shape[1]
     # One key for each query head: on a GPU, only cuDNN's kernel takes fewer with a mask, and start_engine has it off.
-    wide = (tensor[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for tensor in (key, value))
-    keys, values = (tensor.split(size, dim=2) for tensor in wide)
+    keys, values = (repeat_kv(tensor, groups).split(size, dim=2) for tensor in (key, value))
     for queries, mask, blocks in zip(query.split(size, dim=2), attention_mask.split(size, dim=2), key_blocks):
         masks = mask.split(size, dim=3)
         seen = [torch.cat([parts[block] for block in blocks], dim=2) for parts in (keys, values)]
