@@ -2,6 +2,7 @@
 
 import copy
 import random
+import re
 import shutil
 from html.parser import HTMLParser
 
@@ -391,6 +392,12 @@ def test_a_model_that_is_only_scored_has_no_answer_before():
     assert [text for text in read_page(report).words("pre") if text in ("yes", "no")] == ["yes", "no"]
     page = render_report(report | {"failures": [report["failures"][0] | {"before": "hm"}]})
     assert "<div>model<pre>hm</pre></div>" in page.replace("\n", "")
+
+
+def test_the_first_failures_are_open():
+    failures = [{"where": f"x:{n}", "request": "hi", "expected": "yes", "got": "no"} for n in range(5)]
+    page = render_report(minimal_report() | {"failures": failures})
+    assert re.findall("<details( open)?>", page) == [" open"] * 3 + [""] * 2
 
 
 def test_no_failures():

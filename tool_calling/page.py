@@ -14,8 +14,8 @@ from tool_calling.terminal import plural
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 SHOWN_CHARACTERS = 2000  # of each text; of the rest only the length is shown
-# Of rows that a server answers otherwise, and of labels in doubt.
-LIMITS = {"SHOWN_ROWS": 10, "SHOWN_DOUBTS": 300}
+# Of rows that a server answers otherwise, and of labels in doubt; and those of each list that are open at first.
+LIMITS = {"SHOWN_ROWS": 10, "SHOWN_DOUBTS": 300, "OPENED": 3}
 SCORE_NAMES = {
     "exact_match": "exact",
     "call_exact": "exact, call expected",
