@@ -4,6 +4,7 @@ import importlib
 import operator
 import os
 import pickle
+import runpy
 import signal
 import subprocess
 import sys
@@ -159,6 +160,19 @@ def test_a_signal_kills_the_process_at_once():
         run_fresh(time.sleep, 60)
     assert 0.9 < time.monotonic() - began < 20
     assert [child for child in psutil.Process().children() if "tool_calling.fresh" in child.cmdline()] == []
+
+
+def test_after_a_signal_the_process_writes_nothing_more(tmp_path):
+    """What it has written is removed next, by whoever waits for it, while the block goes on."""
+    file = tmp_path / "file"
+    (tmp_path / "write.py").write_text(f"while True:\n    open({str(file)!r}, 'a').write('more')\n")
+    with handle_signals(raise_interrupted), start_fresh() as compute:
+        threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        with pytest.raises(Interrupted):
+            compute(runpy.run_path, str(tmp_path / "write.py"))
+        size = file.stat().st_size
+        time.sleep(0.3)
+        assert file.stat().st_size == size > 0
 
 
 def test_a_signal_during_the_start_is_not_lost(monkeypatch):

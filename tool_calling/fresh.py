@@ -38,10 +38,12 @@ def start_fresh(*modules: str) -> Iterator[Callable]:
             try:
                 ours.send_bytes(pickle.dumps((function, arguments)))
                 result = pickle.loads(ours.recv_bytes())
+                process.wait()
             except (EOFError, ConnectionError):
                 advice = "it needs memory for the whole 16-bit model"
                 raise UserError(f"the process that merges was killed; {advice}") from None
-            process.wait()
+            finally:
+                stack.close()  # after a signal it writes nothing more that somebody has just removed
             if isinstance(result, Exception):
                 raise result
             return result

@@ -276,19 +276,14 @@ def quantise_folder(folder: Path, trust: bool, place: str) -> None:
 
 def read_back(folder: Path, trust: bool = False, place: str | None = None):
     """Return the saved model, loaded with plain Transformers and checked: no weights too few or many, all finite."""
-    refuse_broken_numbers(folder)
-    model = load_base(str(folder), False, trust, place=place)
-    if model.unknown_weights:
-        raise UserError(f"{folder}: has unknown weights: {list_first(model.unknown_weights, 3)}")
-    return model
-
-
-def refuse_broken_numbers(folder: Path) -> None:
-    """Refuse a model whose files have weights that are not finite; the GPU looks through them, if there is one."""
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt", "cuda" if torch.cuda.is_available() else "cpu") as weights:
             if broken := [name for name in weights.keys() if not weights.get_tensor(name).isfinite().all()]:
                 raise UserError(f"{folder}: weights that are not finite: {list_first(broken, 3)}")
+    model = load_base(str(folder), False, trust, place=place)
+    if model.unknown_weights:
+        raise UserError(f"{folder}: has unknown weights: {list_first(model.unknown_weights, 3)}")
+    return model
 
 
 def is_worse(loss: float, expected: float) -> bool:
