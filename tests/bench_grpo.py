@@ -183,7 +183,7 @@ def time_ours(args: argparse.Namespace) -> None:
     engine = start_engine(settings.engine, settings.share_prefix, settings.output_dir, settings.seed)
     tokenizer, samples = make_samples(args, settings)
     settings.metric_for_best, settings.save_steps = None, 10**9  # nothing is held out, and nothing saved
-    schedule = plan_schedule(samples, script.pick(Batching, settings), engine="transformers")
+    schedule = plan_schedule(samples, script.pick(Batching, settings), engine=engine)
     model = script.load_model(settings, engine, schedule, tokenizer)
     trainer = script.build_run_trainer(settings, model, tokenizer, schedule, [], engine)
     patch(MonkeyPatch(), "is_whole", lambda answer, stops: True)  # all answers are as long, and all are trained

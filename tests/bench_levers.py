@@ -63,7 +63,7 @@ def time_variant(model: str, lever: str, rows: int, flags: list[str], result: Pa
     from tool_calling.training.selfcheck import check_sharing
 
     tokenizer = load_tokenizer(args.model_id)
-    schedule = plan_schedule(make_rows(args, tokenizer, None), pick(Batching, args), engine="unsloth")
+    schedule = plan_schedule(make_rows(args, tokenizer, None), pick(Batching, args), engine=engine)
     loaded = script.load_model(args, engine, schedule, tokenizer)
     trainer = script.build_run_trainer(args, loaded, tokenizer, schedule, [], engine)
     check_sharing(trainer.model, schedule, engine)  # compiles and records
