@@ -447,7 +447,7 @@ def to_sft_config(args: argparse.Namespace, schedule, evaluate: bool):
         max_length=None, remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True},
         router_aux_loss_coef=0.0,  # routers of experts are not trained, and the loss is that of the answers alone
         # Several GPUs
-        ddp_timeout=PATIENCE, ddp_find_unused_parameters=False, ddp_broadcast_buffers=False,
+        ddp_timeout=PATIENCE,
         accelerator_config={"even_batches": False, "non_blocking": cuda},
     )
     # fmt: on

@@ -39,13 +39,17 @@ FLAGS = [
 ]
 
 
-def train(folder, devices, *more):
+def run(folder, devices, *more):
     if not (folder / "base").exists():
         make_base(folder / "base")
     words = [*SMALL, folder, 0, *FLAGS, "--gradient_accumulation_steps", 2 // devices, *more]
     result = wait(Fork(*(TORCHRUN if devices == 2 else []), *words))
     assert result.returncode == 0, result.stderr
-    return result.stdout
+    return result
+
+
+def train(folder, devices, *more):
+    return run(folder, devices, *more).stdout
 
 
 def copy_until(run, step, folder):
@@ -94,6 +98,24 @@ def test_two_devices_do_what_one_does_and_go_on_from_each_others_checkpoints(tmp
     assert "resume   from" in output and "holds 0.5" in output
     assert difference(mixed, one) < ROUNDING
     assert logs(mixed, 6) == pytest.approx(logs(one, 6), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_device_that_runs_out_of_memory_computes_its_share_in_smaller_streams(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    more = ["--eval_steps", 1]
+    train(one, 1, *more)
+    warnings = [line for line in run(two, 2, *more, "--room", 80).stderr.splitlines() if "out of GPU memory" in line]
+    failed = "warning: device 2 of 2 is out of GPU memory at step 1 with a stream of 130 tokens"  # 20 + 11 * 10
+    assert warnings == [
+        f"{failed}: from here on each step is computed in 2 streams of at most 6 rows; the result is the same"
+    ]
+    assert difference(two, one) < ROUNDING and logs(two, 6) == pytest.approx(logs(one, 6), rel=1e-5)
+    held = [
+        [log["eval_loss"] for log in state["log_history"] if "eval_loss" in log]
+        for state in (json.loads((each / "out/checkpoint-6/trainer_state.json").read_text()) for each in (one, two))
+    ]
+    assert len(held[0]) == 6 and held[1] == pytest.approx(held[0], rel=1e-5)
 
 
 @pytest.mark.slow

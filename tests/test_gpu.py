@@ -387,7 +387,7 @@ def test_all_weights_split_over_two_gpus_are_trained_saved_and_resumed(folder):
 
 @two_gpus
 def test_unsloth_on_two_gpus_replays_streams_of_several_lengths(folder):
-    """CUDA refuses to record a stream once DistributedDataParallel is built on another: all come before."""
+    """Each GPU records its graphs when their lengths come, in the middle of training, where the other may replay."""
     generator = random.Random(0)
     rows = [
         native(" ".join(generator.choices(WORDS, k=words)), ("set_alarm", {"time": "6"}))

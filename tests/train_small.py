@@ -4,7 +4,8 @@ A life is what the command line does from the checkpoint to the adapter, or with
 first KILLS lives are ended by SIGKILL, each at a random moment before twice the time that the first needs for a
 checkpoint and soon after its second one, so that none comes to the end; the last one does. Each fifth lives until it
 has written a checkpoint, however slow the machine is. Each life is a fork, so that the libraries are loaded once. With
-the flag --slow_from N, which must be the last, that step takes a minute.
+the flag --slow_from N, which must be the last, that step takes a minute; with --room N, the last one of several
+devices has no memory for training on a stream of more tokens.
 """
 
 # ruff: noqa: E402 (the root of the project is put on the path first)
@@ -130,6 +131,25 @@ def slow_down(step: int) -> None:
     trainer.compute_token_losses = compute_slowly
 
 
+def limit_memory(tokens: int) -> None:
+    """Let training run out of memory on the last device, for each stream of more tokens."""
+    import torch
+
+    from tool_calling.training import trainer
+
+    compute, last = trainer.compute_token_losses, os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
+
+    def compute_what_fits(model, batch, engine):
+        if last and batch["input_ids"].numel() > tokens:
+            raise torch.OutOfMemoryError("simulated")
+        return compute(model, batch, engine)
+
+    trainer.compute_token_losses = compute_what_fits
+
+
+TROUBLES = {"--slow_from": slow_down, "--room": limit_memory}
+
+
 def newest_step(folder: Path) -> int:
     """Return the step of the newest checkpoint, 0 if there is none."""
     return max((int(path.name[11:]) for path in list_checkpoints(folder / "out")), default=0)
@@ -143,9 +163,9 @@ def main() -> int:
     folder, kills, flags = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     if not (folder / "base").is_dir():
         make_base(folder / "base")
-    if "--slow_from" in flags:
-        slow_down(int(flags.pop()))
-        flags.pop()
+    if flags[-2] in TROUBLES:
+        *flags, trouble, number = flags
+        TROUBLES[trouble](int(number))
     sys.argv[1:] = ["--output_dir", str(folder / "out"), *flags]  # what the interrupted command line looks at
     script.main = lambda argv: live(folder, flags)
     seconds = None

@@ -74,9 +74,9 @@ def make_console(**settings) -> Console:
     return console
 
 
-def warn(text: str, kind: str = "warning") -> None:
-    """Print one line on stderr, from the main process only."""
-    if is_main():
+def warn(text: str, kind: str = "warning", everywhere: bool = False) -> None:
+    """Print one line on stderr, from the main process only unless what it says concerns this one alone."""
+    if everywhere or is_main():
         print(f"{kind}: {hide_secrets(text)}", file=sys.stderr, flush=True)
 
 

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 from conftest import patch
-from small import CASES, TRAIN, limit_memory, make_adapted, make_schedule, make_trainer, row
+from small import CASES, TRAIN, limit_memory, make_adapted, make_schedule, make_trainer
 
 from tool_calling.engines.attention import to_attention_mask
 from tool_calling.streams import build_stream
 from tool_calling.training import selfcheck
-from tool_calling.training.selfcheck import check_sharing, compare_sharing, compute_lengths
+from tool_calling.training.selfcheck import check_sharing, compare_sharing
 
 
 @pytest.fixture(scope="module")
@@ -43,35 +43,6 @@ def test_the_self_check_passes_and_a_broken_mask_fails_it(model, monkeypatch, ca
     patch(monkeypatch, "to_attention_mask", everything_before)
     assert check_sharing(model, schedule, "transformers") is False
     assert "more than rounding (1e-04): sharing is switched off" in capsys.readouterr().err
-
-
-def test_on_several_devices_a_stream_of_each_length_is_computed_before_training(model):
-    train = [*CASES["one tool set"], row([1, 2], [3], 1)]
-    computed = []
-    handle = model.get_input_embeddings().register_forward_hook(lambda *given: computed.append(given[1][0].shape[1]))
-    try:
-        for devices in (1, 2):
-            schedule = make_schedule(train, 4, (16, 32, 64), seed=1, devices=devices)
-            assert check_sharing(model, schedule, "transformers") is True
-            streams = [length for length in computed if length in schedule.layout.lengths]
-            assert streams == [32] if devices == 1 else [32, 16, 32, 64]  # the rows of the check need 32
-            computed.clear()
-    finally:
-        handle.remove()
-
-
-def test_where_recording_runs_out_of_memory_nothing_stays_recorded(model, monkeypatch):
-    decoder, computed = model.get_base_model().model, []
-
-    def compute(model, batches, engine):
-        computed.append(batches[0]["input_ids"].shape[1])
-        if computed[-1] == 64:
-            raise torch.OutOfMemoryError
-
-    monkeypatch.setattr(selfcheck, "compute_gradient", compute)
-    monkeypatch.setattr(decoder, "graphs", {}, raising=False)
-    compute_lengths(model, make_schedule(CASES["one tool set"], 4, (32, 64, 128)), "unsloth")
-    assert computed == [32, 64] and decoder.graphs is None
 
 
 def test_the_self_check_takes_fewer_rows_when_memory_is_short(tmp_path, tokenizer, monkeypatch, capsys):

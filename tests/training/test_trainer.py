@@ -106,10 +106,10 @@ def test_an_evaluation_after_it_takes_the_smaller_streams(tmp_path, tokenizer, m
     assert held[1][0]["eval_exact_match"] == held[0][0]["eval_exact_match"]
 
 
-def test_memory_that_runs_out_on_several_gpus_ends_the_run(tmp_path, tokenizer):
-    """The others wait for one gradient, not for two halves."""
+def test_memory_that_runs_out_with_a_split_model_ends_the_run(tmp_path, tokenizer, monkeypatch):
+    """Each device gathers a layer as often as the others compute it."""
     trainer = make_trainer(tmp_path, tokenizer)
-    trainer.accelerator = types.SimpleNamespace(num_processes=2)
+    patch(monkeypatch, "is_split", lambda model: True)
     with pytest.raises(UserError, match="out of GPU memory at step 1 with a stream of 36 tokens; lower --batch_size"):
         trainer.divide_streams(TRAIN[:8], 36)
     assert trainer.layout is trainer.schedule.layout
@@ -117,24 +117,22 @@ def test_memory_that_runs_out_on_several_gpus_ends_the_run(tmp_path, tokenizer):
 
 def test_held_out_rows_are_shared_out_over_the_gpus(tmp_path, tokenizer, monkeypatch):
     """Each computes as many batches as the others, the last one perhaps of nothing."""
-    trainer = make_trainer(tmp_path, tokenizer, "--batch_size", "2", held_out=TRAIN[:6])
-    assert len(trainer.held_out_batches) == 3
+    trainer = make_trainer(tmp_path, tokenizer, "--batch_size", "2", held_out=TRAIN[:5])
+    monkeypatch.setattr(trainer_module, "gather_object", lambda counts: [1, 2])
     shares = []
-    monkeypatch.setattr(
-        trainer_module, "score_batches", lambda model, batches, engine: shares.append(batches) or torch.ones(4)
-    )
     for index in range(2):
-        trainer.accelerator = types.SimpleNamespace(num_processes=2, process_index=index, reduce=lambda sums, how: sums)
-        trainer.evaluation_loop(None)
-    first, second = shares
-    assert [id(batch) for batch in (first[0], second[0], first[1])] == [id(batch) for batch in trainer.held_out_batches]
-    assert len(first) == len(second) == 2 and not (second[1]["labels"] != -100).any()
+        trainer.accelerator = types.SimpleNamespace(num_processes=2, process_index=index)
+        shares.append(trainer.batch_held_out())
+    supervised = [[len(batch["places"]) for batch in share] for share in shares]
+    expected = [[len(row.input_ids) - row.prompt_length for row in TRAIN[first:5:2]] for first in (0, 1)]
+    assert [sum(share) for share in supervised] == [sum(share) for share in expected]
+    assert len(shares[0]) == len(shares[1]) == 2 and supervised[1][1] == 0
 
 
 def test_a_held_out_row_that_is_taken_twice_counts_once(tmp_path, tokenizer):
     again = [sample._replace(row=sample.row + 6) for sample in TRAIN[:6]]
     trainer = make_trainer(tmp_path, tokenizer, "--batch_size", "2", held_out=[*TRAIN[:6], *again])
-    assert len(trainer.held_out_batches) == 3
+    assert len(trainer.batch_held_out()) == 3
 
 
 def test_activations_that_are_computed_again_change_nothing(tmp_path, tokenizer):

@@ -16,9 +16,9 @@ from torch.nn.attention.flex_attention import flex_attention
 PRIVATE_NAMES = [
     (
         "transformers:Trainer",
-        "_get_grad_norm _clip_grad_norm _maybe_log_save_evaluate _get_output_dir _save_checkpoint _wrap_model _save "
+        "_get_grad_norm _clip_grad_norm _maybe_log_save_evaluate _get_output_dir _save_checkpoint _save "
         "_save_optimizer_and_scheduler _load_optimizer_and_scheduler _load_from_checkpoint get_batch_samples "
-        "autocast_smart_context_manager evaluation_loop training_step compute_loss get_train_dataloader save_model "
+        "evaluation_loop training_step compute_loss get_train_dataloader save_model "
         "create_model_card create_optimizer floating_point_ops",
         "transformers 5.17",
     ),
@@ -28,8 +28,6 @@ PRIVATE_NAMES = [
     ("transformers.modeling_layers", "_gradient_checkpointing_func", "transformers 5.17"),
     ("trl.trainer.utils", "_ChunkedLogProbFunction final_logit_softcapping logit_scale", "trl 1.15"),
     ("trl.trainer.base_trainer", "loss_is_scaled_for_ga", "trl 1.15"),
-    ("accelerate.accelerator", "_is_accelerate_prepared", "accelerate 1.15"),
-    ("torch.nn.parallel.distributed", "_ddp_params_and_buffers_to_ignore", "torch 2.14"),
     ("bitsandbytes.nn.modules", "support_avx512bf16_for_cpu", "bitsandbytes 0.50"),
     (
         "unsloth.utils.prefix_grouper_kernel",
@@ -132,18 +130,6 @@ def keep_4_bit_layout(model) -> None:
 def attends_by(config, name: str) -> bool:
     """Return whether a model of this config computes the attention of this name."""
     return config.get_text_config(decoder=True)._attn_implementation == name
-
-
-def leave_to_ddp(model) -> None:
-    """Let DistributedDataParallel average only the gradients of trained weights; FSDP owns the others."""
-    model._ddp_params_and_buffers_to_ignore = [
-        name for name, weight in model.named_parameters() if not weight.requires_grad
-    ]
-
-
-def mark_prepared(model) -> None:
-    """Keep accelerate from preparing a model: it refuses one split in part, and would average gradients once more."""
-    model._is_accelerate_prepared = True
 
 
 def use_own_device(config) -> None:

@@ -5,6 +5,7 @@ import os
 
 import torch
 import torch.distributed as distributed
+from torch.distributed.tensor import DTensor
 
 from tool_calling.processes import GROUP, is_main
 from tool_calling.terminal import say
@@ -42,6 +43,33 @@ def report_gpu() -> None:
         name, total = torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory / 2**30
         peak = torch.cuda.max_memory_reserved() / 2**30
         say("gpu", f"{name}, {total:.1f} GiB; {peak:.2f} GiB reserved at peak ({peak / total:.1%} of the card)")
+
+
+def list_shared(weights: list) -> list:
+    """Return those of the weights of which each of several devices has a copy."""
+    return [weight for weight in weights if distributed.is_initialized() and not isinstance(weight, DTensor)]
+
+
+def begin_alike(weights: list) -> None:
+    """Give all devices the first one's values of weights."""
+    for weight in list_shared(weights):
+        distributed.broadcast(weight.data, 0)
+
+
+def average_gradients(weights: list) -> None:
+    """Replace the gradients of weights by their mean over all devices; FSDP has averaged those that it has split.
+
+    DistributedDataParallel would exchange them while they are computed. But of a replayed CUDA graph they come all at
+    once, and then they are exchanged faster as one tensor than handled one by one.
+    """
+    weights = list_shared(weights)
+    if weights:
+        gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
+        together = torch.cat([gradient.flatten() for gradient in gradients])
+        distributed.all_reduce(together)
+        together /= distributed.get_world_size()
+        for weight, mean in zip(weights, together.split([weight.numel() for weight in weights])):
+            weight.grad = mean.view_as(weight)
 
 
 def leave_group() -> bool:

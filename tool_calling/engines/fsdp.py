@@ -10,7 +10,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
-from tool_calling.engines.compat import leave_to_ddp
 from tool_calling.engines.device import to_dtype
 from tool_calling.engines.hub import build_skeleton
 from tool_calling.processes import PATIENCE, is_main
@@ -26,7 +25,7 @@ def split_model(model):
     """Return the model with its weights split over all devices; the weights must be floats or stored as floats.
 
     Each device gathers a layer when it computes it and then lets it go. An adapter, which is small, stays whole on each
-    device, and its gradients are averaged as those of a whole model would be (DDP, told to leave the rest alone).
+    device, and its gradients are averaged as those of a whole model would be.
     Without an adapter all weights are trained in fp32, and FSDP splits gradients and optimizer moments too. Checkpoints
     and results are saved whole, and equal those of a run without FSDP up to rounding (norms are computed in 16 bits).
     """
@@ -41,7 +40,6 @@ def split_model(model):
         how["ignored_params"] = {parameter for parameter in model.parameters() if parameter.requires_grad}
         for parameter in how["ignored_params"]:
             parameter.data = parameter.data.to(state.device)
-        leave_to_ddp(model)
     else:
         how["mp_policy"] = MixedPrecisionPolicy(to_dtype(state.device.type), torch.float32)  # computed in, averaged in
         model.register_load_state_dict_pre_hook(split_weights)

@@ -38,7 +38,6 @@ def fuse_head(model) -> None:
 
 
 def has_fused_head(model) -> bool:
-    """Return whether fuse_head has changed a model, which may be wrapped for several GPUs."""
-    model = getattr(model, "module", model)
+    """Return whether fuse_head has changed a model."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return getattr(base, "fused_head", False)

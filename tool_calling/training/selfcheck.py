@@ -55,8 +55,6 @@ def check_sharing(model, schedule: Schedule, engine: str) -> bool:
         reason = str(error).splitlines()[0]
         warn(f"attention with a shared prefix cannot be computed here ({reason}): sharing is switched off")
         return False
-    if schedule.devices > 1:
-        compute_lengths(model, schedule, engine)
     free_gpu()
     changes = f"by {change.loss:.1e} and {{}} gradient by {change.gradient:.1e} of its norm"
     within = change.gradient <= limit.gradient and change.token <= limit.token
@@ -121,20 +119,3 @@ def relative_difference(gradient, other) -> float:
     """Return how much a gradient differs from another, as a share of the other's norm, over all devices' parts."""
     norms = gather_object([((gradient - other).norm().item(), other.norm().item())])
     return math.hypot(*(norm for norm, _ in norms)) / max(math.hypot(*(norm for _, norm in norms)), sys.float_info.min)
-
-
-def compute_lengths(model, schedule: Schedule, engine: str) -> None:
-    """Compute a stream of each length of the schedule, so that Unsloth's are recorded as CUDA graphs before training.
-
-    On several GPUs later is too late: DistributedDataParallel ties the gradients to the CUDA stream on which it is
-    built, and CUDA refuses to record what belongs to another. If memory runs out, nothing stays recorded.
-    """
-    model.train()
-    shortest, fits = min(schedule.samples, key=lambda row: len(row.input_ids)), True  # no stream is shorter
-    try:
-        for length in schedule.layout.lengths:
-            compute_gradient(model, [build_stream([shortest], (length,))], engine)
-    except torch.OutOfMemoryError:
-        fits = False
-    if not fits:  # not above, where the failed computation is still held
-        make_room(model)

@@ -13,14 +13,13 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PrinterCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from tool_calling.checkpoints import list_checkpoints
-from tool_calling.engines.compat import mark_prepared, set_checkpointing
-from tool_calling.engines.device import autocast
+from tool_calling.engines.compat import set_checkpointing
+from tool_calling.engines.device import average_gradients, begin_alike
 from tool_calling.engines.fsdp import gather_weights, gather_whole, is_split, split_as
 from tool_calling.engines.graphs import make_room
 from tool_calling.engines.heads import fuse_head
@@ -68,7 +67,8 @@ class StreamTrainer(SFTTrainer):
         self.progress = ProgressBar()
         numbers = [Dataset.from_dict({"index": range(len(rows))}) if rows else None for rows in (self.arrays, held_out)]
         super().__init__(data_collator=self.collate, train_dataset=numbers[0], eval_dataset=numbers[1], **settings)
-        self.accelerator.ddp_handler.gradient_as_bucket_view = True  # otherwise gradients are copied from their buckets
+        # Gradients are averaged in training_step; accelerate would wrap the model to do it.
+        self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.remove_callback(PrinterCallback)
         self.add_callback(self.progress)
 
@@ -76,7 +76,6 @@ class StreamTrainer(SFTTrainer):
         """Train by this schedule, with as many streams per step as the one that the trainer was made with."""
         self.schedule = schedule
         self.layout = schedule.layout  # as planned, or smaller streams once those did not fit into memory
-        self.held_out_batches = self.batch_held_out()
         # As arrays: lists would be turned into arrays anew in every step.
         self.arrays = [sample._replace(input_ids=np.asarray(sample.input_ids)) for sample in schedule.samples]
         last = self.arrays[0]
@@ -101,8 +100,12 @@ class StreamTrainer(SFTTrainer):
         return {**self.schedule.layout.build([self.arrays[index] for index in indices]), "rows": indices}
 
     def batch_held_out(self) -> list[dict]:
-        """Return the micro-batches of the held-out samples."""
-        return self.scoring_layout.batch(self.held_out) if self.held_out else []
+        """Return the micro-batches of this device's share of the held-out samples, as many as others have of theirs."""
+        rows = self.held_out[self.accelerator.process_index :: self.accelerator.num_processes]
+        batches = self.scoring_layout.batch(rows) if rows else []
+        # With --fsdp all devices must compute as often, so some get a batch that supervises nothing.
+        missing = max(gather_object([len(batches)])) - len(batches)
+        return batches + [self.schedule.layout.build(self.arrays[-1:])] * missing
 
     @property
     def scoring_layout(self) -> Layout:
@@ -166,6 +169,8 @@ class StreamTrainer(SFTTrainer):
                 self.divide_streams(part, batch["input_ids"].numel())
                 lost = self.step_rows  # the rows of this step before these: their gradient was dropped to make room
         self.step_rows, self.step_loss = [*self.step_rows, *rows], self.step_loss + loss
+        if self.accelerator.sync_gradients:  # the last micro-batch of the step
+            average_gradients(self.trained)
         return loss
 
     def divide_streams(self, rows: list[Sample], tokens: int) -> None:
@@ -173,28 +178,26 @@ class StreamTrainer(SFTTrainer):
 
         UserError if a row alone did not.
         """
-        step = self.state.global_step + 1
+        step, devices = self.state.global_step + 1, self.accelerator.num_processes
         make_room(self.model)
-        failed = f"out of GPU memory at step {step:,} with a stream of {tokens:,} tokens"
-        alone = self.accelerator.num_processes == 1
-        if self.can_recompute and alone:
+        where = f"device {self.accelerator.process_index + 1} of {devices} is " if devices > 1 else ""
+        failed = f"{where}out of GPU memory at step {step:,} with a stream of {tokens:,} tokens"
+        if self.can_recompute:
             self.can_recompute = False
             set_checkpointing(self.model, True)
-            warn(
-                f"{failed}: from here on activations are computed twice, and steps not replayed; the result is the same"
-            )
+            change = "activations are computed twice, and steps not replayed"
+            warn(f"{failed}: from here on {change}; the result is the same", everywhere=True)
             return
         if len(rows) == 1:
             raise UserError(explain_memory(rows[0], step))
-        if not alone:  # the others wait for one gradient, not for two halves
+        if is_split(self.model):  # all devices compute as often
             raise UserError(f"{failed}; lower --batch_size and raise --gradient_accumulation_steps as much")
         size = -(-len(rows) // 2)
         self.layout = self.schedule.divide(size)
-        self.held_out_batches = self.batch_held_out()
         answers = self.schedule.answers
         streams = self.schedule.streams_per_step * -(-self.schedule.layout.rows * answers // size)
         parts = f"{streams} streams of at most {plural(size, 'row' if answers == 1 else 'answer')}"
-        warn(f"{failed}: from here on each step is computed in {parts}; the result is the same")
+        warn(f"{failed}: from here on each step is computed in {parts}; the result is the same", everywhere=True)
 
     @cached_property
     def trained(self) -> list:
@@ -276,11 +279,8 @@ class StreamTrainer(SFTTrainer):
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
         """Return token exact match, and the held-out loss as a mean over tokens (the library's is one over batches)."""
-        devices, batches = self.accelerator.num_processes, self.held_out_batches
-        # With --fsdp all devices must compute as often, so some get a batch that supervises nothing.
-        batches = [*batches, *[self.schedule.layout.build(self.arrays[-1:])] * (-len(batches) % devices)]
-        share = batches[self.accelerator.process_index :: devices]
-        scores = self.accelerator.reduce(score_batches(self.model, share, self.engine), "sum")
+        scores = score_batches(self.model, self.batch_held_out(), self.engine)
+        scores = self.accelerator.reduce(scores, "sum")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in to_metrics(scores).items()}
         return EvalLoopOutput(None, None, metrics, num_samples=len(self.held_out))
 
@@ -311,18 +311,6 @@ class StreamTrainer(SFTTrainer):
 
 class SplitTrainer(StreamTrainer):
     """A StreamTrainer of a model that split_model has split over the devices; what it saves is whole."""
-
-    def _wrap_model(self, model, training=True, dataloader=None):
-        """Return the model with averaged gradients; without an adapter, FSDP has averaged them."""
-        if not training or model is not self.model:
-            return super()._wrap_model(model, training, dataloader)
-        mark_prepared(model)
-        if not isinstance(model, PeftModel):
-            return model
-        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-
-    def autocast_smart_context_manager(self, cache_enabled=True):
-        return autocast(self.model)
 
     def save_model(self, output_dir=None, _internal_call=False):
         weights = None if isinstance(self.model, PeftModel) else gather_weights(self.model)
@@ -360,9 +348,9 @@ def build_trainer(make, model, tokenizer, config) -> StreamTrainer:
     options = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {"save_original_format": False}
     model.save_pretrained = partial(model.save_pretrained, **options)
     # TRL makes the adapter of a 4-bit base bf16, in which late, small updates round to nothing.
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    for weight in trainer.trained:
+        weight.data = weight.data.float()
+    begin_alike(trainer.trained)
     if torch.cuda.is_available() and not is_split(model):
         fuse_head(model)
     # The trainer would turn checkpointing on only in train(), after the self-check.
