@@ -21,7 +21,7 @@ from pathlib import Path
 
 from bench_forgetting import BASE, FLAGS, ROOT, SCORED, finish, make_rows, read_report, start, write, write_table
 
-PAIRS = ["set_timer,get_weather", "book_taxi,set_alarm", "control_light,send_message"]  # held out, by seed in turn
+PAIRS = ["set_timer,get_weather", "book_taxi,set_alarm", "control_light,send_message"]
 COLUMNS = {
     "tokens": "tokens computed",
     "plain": "held-out rows",
@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where rows, models, reports and the table go")
     parser.add_argument("--seeds", type=int, nargs="+", default=[3407, 1, 2])
     parser.add_argument("--model_id", default=str(BASE), help="the base to train")
+    parser.add_argument("--holdout_tools", nargs="+", default=PAIRS, help="for the seeds in turn")
     parser.add_argument(
         "--augment", nargs="+", default=["missing,shuffled,masked"], help="the kinds of the runs with --augment"
     )
@@ -73,7 +74,7 @@ def main() -> None:
 
     runs, names = [], {}
     for index, seed in enumerate(args.seeds):
-        for held_out in (None, PAIRS[index % len(PAIRS)]):
+        for held_out in (None, args.holdout_tools[index % len(args.holdout_tools)]):
             for augment in (None, *args.augment):
                 name = f"{seed}{'_held_out' * bool(held_out)}{f'_{augment}' if augment else ''}"
                 names[name] = (seed, held_out, augment)

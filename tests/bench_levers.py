@@ -25,8 +25,10 @@ LEVERS = {
     "walk": "the library's walks through all modules and weights",
     "dynamic": "attention compiled for any length",
     "graphs": "kernels launched one by one",
+    "memory": "both: activations computed twice, kernels launched one by one",
 }
-OFF = {"recompute": ["--gradient_checkpointing", "on"], "graphs": ["--no-cuda_graphs"]}  # levers that are flags
+TWICE, ONE_BY_ONE = ["--gradient_checkpointing", "on"], ["--no-cuda_graphs"]
+OFF = {"recompute": TWICE, "graphs": ONE_BY_ONE, "memory": TWICE + ONE_BY_ONE}  # levers that are flags
 
 
 def take_away(lever: str) -> None:
