@@ -18,25 +18,31 @@ def to_attention_mask(subtree_end):
     return ((index[None, :] <= index[:, None]) & (index[:, None] < subtree_end[None, :]))[None, None]
 
 
-def to_key_blocks(attention_mask) -> list[list[int]]:
-    """Return for each block of queries the blocks of keys of which it sees anything, from [1, 1, tokens, tokens]."""
-    size, length = block_size(attention_mask), attention_mask.shape[-1]
-    blocks, fill = -(-length // size), -length % size
-    blocked = pad(attention_mask[0, 0], (0, fill, 0, fill)).view(blocks, size, blocks, size)
-    return [row.nonzero()[:, 0].tolist() for row in blocked.any(dim=3).any(dim=1).cpu()]
+def to_key_blocks(attention_mask) -> list[tuple[list[slice], torch.Tensor]]:
+    """Return for each block of queries the keys of which it sees any, and their mask, from [1, 1, tokens, tokens]."""
+    queries, step = block_sizes(attention_mask)
+    length, parts = attention_mask.shape[-1], attention_mask.split(queries, dim=2)
+    seen = torch.stack([part.any(dim=2).flatten() for part in parts])
+    seen = pad(seen, (0, -length % step)).view(len(parts), -1, step).any(dim=2).tolist()
+    blocks = []
+    for part, row in zip(parts, seen):
+        edges = [step * i for i, (last, this) in enumerate(zip([False, *row], [*row, False])) if last != this]
+        keys = [slice(start, stop) for start, stop in zip(edges[::2], edges[1::2])]
+        blocks.append((keys, torch.cat([part[..., run] for run in keys], dim=3)))
+    return blocks
 
 
-def block_size(tensor) -> int:
-    """Return how many tokens a block of attention has: few on CPU, to skip much; many on a GPU, to launch little."""
-    return 256 if tensor.device.type == "cpu" else 1024
+def block_sizes(tensor) -> tuple[int, int]:
+    """Return how many queries and keys make a block: few on CPU, to skip much; many on a GPU, to launch little."""
+    return (256, 32) if tensor.device.type == "cpu" else (1024, 128)
 
 
 def attend_in_blocks(module, query, key, value, attention_mask, **options):
     """Return the attention [rows, tokens, heads, head_dim] as Transformers calls it, without what sees nothing.
 
-    With the option `key_blocks` (see to_key_blocks), blocks of a stream in which no query sees a key are left out: most
-    of it. With `prefix_cache`, the rows have a prefix in common, whose keys and values are there. With neither, this is
-    Transformers' own "sdpa".
+    With the option `key_blocks` (see to_key_blocks), keys of a stream that no query of a block sees are left out: most
+    of them. With `prefix_cache`, the rows have a prefix in common, whose keys and values are there. With neither, this
+    is Transformers' own "sdpa".
     """
     key_blocks, prefix_cache = options.pop("key_blocks", None), options.pop("prefix_cache", None)
     scaling = options.get("scaling")
@@ -49,13 +55,11 @@ def attend_in_blocks(module, query, key, value, attention_mask, **options):
         return torch.cat([attend_with_prefix(*part, scaling, layer) for part in zip(*parts)]), None
     if key_blocks is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    size, outputs, groups = block_size(query), [], query.shape[1] // key.shape[1]
     # One key for each query head: on a GPU, only cuDNN's kernel takes fewer with a mask, and start_engine has it off.
-    keys, values = (repeat_kv(tensor, groups).split(size, dim=2) for tensor in (key, value))
-    for queries, mask, blocks in zip(query.split(size, dim=2), attention_mask.split(size, dim=2), key_blocks):
-        masks = mask.split(size, dim=3)
-        seen = [torch.cat([parts[block] for block in blocks], dim=2) for parts in (keys, values)]
-        mask = torch.cat([masks[block] for block in blocks], dim=3)
+    key, value = (repeat_kv(tensor, query.shape[1] // key.shape[1]) for tensor in (key, value))
+    outputs = []
+    for queries, (keys, mask) in zip(query.split(block_sizes(query)[0], dim=2), key_blocks):
+        seen = [torch.cat([tensor[:, :, run] for run in keys], dim=2) for tensor in (key, value)]
         outputs.append(scaled_dot_product_attention(queries, *seen, mask, scale=scaling))
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 

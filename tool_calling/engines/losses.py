@@ -36,7 +36,8 @@ def compute_token_losses(model, batch: dict, engine: str):
     supervised = labels != IGNORED
     columns = supervised.any(dim=0).nonzero()[:, 0].tolist()  # a tensor would be on another GPU if layers are spread
     logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits[supervised[:, columns]]
-    losses = cross_entropy(logits.float() / temperature, labels[supervised], reduction="none")
+    scaled = logits.float() if temperature == 1 else logits.float() / temperature
+    losses = cross_entropy(scaled, labels[supervised], reduction="none")
     return losses, logits.detach().argmax(dim=-1) == labels[supervised]
 
 
