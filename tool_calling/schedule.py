@@ -101,13 +101,14 @@ class Schedule:
         """Return the order of the samples in one epoch: random, yet with samples of the same tools in small runs.
 
         With one list of tools this is a plain shuffle. With many, samples that can share their prefix meet in a step:
-        half of it is of one list, so that it mixes several.
+        half of it is of one list, so that it mixes several; but no more than three, if each has as many samples.
         """
         generator, piece = random.Random(f"{self.seed} {epoch}"), max(1, self.rows_per_step // 2)
         pieces, edition = [], epoch % self.editions
         for group in (group for group in self.groups if self.samples[group[0][0]].edition == edition):
             rows = [row for conversation in generator.sample(group, len(group)) for row in conversation]
-            pieces += [rows[i : i + piece] for i in range(0, len(rows), piece)]
+            count = max(1, len(rows) // piece)  # none is shorter than half a step: of such ones, one could take in many
+            pieces += [rows[len(rows) * i // count : len(rows) * (i + 1) // count] for i in range(count)]
         generator.shuffle(pieces)
         return [row for rows in pieces for row in rows]
 
