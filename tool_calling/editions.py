@@ -144,7 +144,8 @@ class Variation:
                     sample = new._replace(variant=changed.kind) if new else sample
                 counts[sample.variant] += 1
                 made.append(sample._replace(edition=edition))
-        return made, Facts(EDITIONS, dict(counts), count_lists(made), variants.refusal, variants.is_own, unfit)
+        lists = {json.dumps(tools) for tools in {id(sample.tools): sample.tools for sample in made}.values()}
+        return made, Facts(EDITIONS, dict(counts), len(lists), variants.refusal, variants.is_own, unfit)
 
     def leave_out(
         self, tokenizer, samples: list[Sample], examples: list[Example], date: str | None
@@ -232,12 +233,6 @@ def ask_otherwise(kind: str, sample: Sample, examples: list[Example], refusal: s
 def list_compact(samples: list[Sample]) -> set[tuple[int, int]]:
     """Return (row, turn) of the samples with compact tools."""
     return {(sample.row, sample.turn) for sample in samples if sample.compact}
-
-
-def count_lists(samples: list[Sample]) -> int:
-    """Return how many different lists of tools samples have."""
-    lists = {id(sample.tools): sample.tools for sample in samples}
-    return len({json.dumps(tools) for tools in lists.values()})
 
 
 def count_refusals(examples: list[Example], seed: int) -> int:

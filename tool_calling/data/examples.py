@@ -131,7 +131,9 @@ class Reader:
             return problems
         syntax = "+".join(change.removeprefix(READ_AS) for change in changes if change.startswith(READ_AS))
         checked.examples.append(Example(source, messages, box.tools, format, syntax, filled))
-        checked.kept.update(map(to_kind, kept))
+        for problem in kept:  # counted by what a schema has against a call
+            kinds = (kind for mark, kind in REFUSED.items() if mark in problem)
+            checked.kept[next(kinds, "another rule of the schema")] += 1
         checked.filled += filled and format != "native"  # which has no other place for tools
         checked.changes.update(changes)
         for change in changes:
@@ -151,11 +153,6 @@ def to_examples(rows, reading: Reading) -> Checked:
             problems = ["is nested too deeply; expected a few hundred levels at most"]
         reader.checked.problems += [(source, " ".join(problem.splitlines())) for problem in problems]
     return reader.checked
-
-
-def to_kind(problem: str) -> str:
-    """Return of which kind it is that a schema refuses a call."""
-    return next((kind for mark, kind in REFUSED.items() if mark in problem), "another rule of the schema")
 
 
 def apply_thinking(checked: Checked, thinking: str) -> None:
