@@ -4,7 +4,8 @@
     python tests/bench_levers.py --attention             # attention alone, of streams of three shapes
 
 Each variant is a process of its own; they load side by side and are timed one after the other. Flags that this program
-does not have go to all variants: `--gradient_checkpointing on` shows what a step takes where memory is short.
+does not have go to all variants: `--gradient_checkpointing on` shows what a step takes where memory is short,
+`--rows 8 --batch_size 1 --gradient_accumulation_steps 8 --max_seq_length 1280` a step of two streams.
 """
 
 import argparse
@@ -73,9 +74,9 @@ def time_variant(model: str, lever: str, rows: int, flags: list[str], result: Pa
     return time_steps(trainer, WARM_UP)
 
 
-def print_levers(model: str, rows: list[int], flags: list[str]) -> None:
-    """Time all variants and print a table."""
-    jobs = [(lever, count, flags) for count in rows for lever in LEVERS]
+def print_levers(model: str, rows: list[int], without: list[str], flags: list[str]) -> None:
+    """Time the variants without one of these levers, and that with all, and print a table."""
+    jobs = [(lever, count, flags) for count in rows for lever in ("", *without)]
     commands = [[sys.executable, __file__, model, "--job", json.dumps(job)] for job in jobs]
     print("| rows per step | without | ms per step | samples/s | peak GiB | first loss |\n|---|---|---|---|---|---|")
     for (lever, count, _), found in zip(jobs, run_in_turn(commands)):
@@ -266,6 +267,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="folder of a model")
     parser.add_argument("--rows", nargs="+", type=int, default=[8, 128], help="per step")
+    parser.add_argument("--without", nargs="+", choices=[*LEVERS][1:], default=[*LEVERS][1:], help="levers")
     parser.add_argument("--attention", action="store_true", help="time attention alone")
     for hidden in ("--job", "--result"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
@@ -277,7 +279,7 @@ def main() -> None:
         return Path(options.result).write_text(json.dumps(found))
     if not options.model:
         parser.error("expected a model, or --attention")
-    print_levers(options.model, options.rows, flags)
+    print_levers(options.model, options.rows, options.without, flags)
 
 
 if __name__ == "__main__":
