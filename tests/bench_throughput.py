@@ -235,7 +235,6 @@ def run_recipe(
     start_engine(args.engine, args.share_prefix, args.output_dir, args.seed)
     import torch
 
-    torch.backends.cuda.enable_cudnn_sdp(kind != SHARED)  # the others run with PyTorch's own settings, too
     from tool_calling.engines.hub import load_tokenizer
     from tool_calling.schedule import Batching, plan_schedule
     from tool_calling.training.selfcheck import check_sharing
@@ -246,6 +245,7 @@ def run_recipe(
     model = script.load_model(args, engine, schedule, tokenizer)
     wait_for_turn(Path(options.result))
     if kind != SHARED:
+        torch.backends.cuda.enable_cudnn_sdp(True)  # as PyTorch has it
         trainer = make_stock_trainer(args, model, tokenizer, samples, packing=kind == PACKED)
         return time_steps(trainer, options.warm_up)
     trainer = script.build_run_trainer(args, model, tokenizer, schedule, [], engine)

@@ -39,3 +39,7 @@ def test_a_block_of_queries_computes_only_keys_that_some_of_them_see():
     got, _ = attend_in_blocks(None, query, key, value, mask, key_blocks=blocks, scaling=0.3)
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=0.3, enable_gqa=True)
     torch.testing.assert_close(got, expected.transpose(1, 2))
+
+
+def test_attention_whose_gradients_are_not_always_finite_is_off():
+    assert not torch.backends.cuda.cudnn_sdp_enabled()

@@ -4,7 +4,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from conftest import ROOT, write_jsonl
 from jobs import ENVIRONMENT, ROWS, arguments
 
@@ -48,11 +47,6 @@ def test_unsloth_without_a_gpu_is_refused(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match="^--engine unsloth needs a CUDA GPU, and torch sees none; use --engine trans"):
         start_engine("unsloth", True, "out", 1)
-
-
-def test_attention_whose_gradients_are_not_always_finite_is_off():
-    start_engine("transformers", True, "out", 1)
-    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 # What Unsloth does when it is imported: it looks through TRL's trainers, and rewrites each.

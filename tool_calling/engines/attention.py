@@ -55,7 +55,7 @@ def attend_in_blocks(module, query, key, value, attention_mask, **options):
         return torch.cat([attend_with_prefix(*part, scaling, layer) for part in zip(*parts)]), None
     if key_blocks is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    # One key for each query head: on a GPU, only cuDNN's kernel takes fewer with a mask, and start_engine has it off.
+    # One key for each query head: on a GPU, only cuDNN's kernel takes fewer with a mask, and it is off.
     key, value = (repeat_kv(tensor, query.shape[1] // key.shape[1]) for tensor in (key, value))
     outputs = []
     for queries, (keys, mask) in zip(query.split(block_sizes(query)[0], dim=2), key_blocks):
@@ -95,5 +95,8 @@ def multiply(left, right):
     return products.view(*left.shape[:-1], right.shape[-1])
 
 
+# On H100 and H200, the backward pass of cuDNN's attention with a mask writes NaN at some lengths where all scores are
+# low, as in Qwen2.5 (pytorch/pytorch issue 196678). It is off in all processes, so that they compute the same.
+torch.backends.cuda.enable_cudnn_sdp(False)
 AttentionInterface.register(BLOCKS, attend_in_blocks)
 AttentionMaskInterface.register(BLOCKS, sdpa_mask)

@@ -26,9 +26,6 @@ def start_engine(engine: str, share_prefix: bool, output_dir: str, seed: int) ->
         engine = "unsloth" if cuda else "transformers"
     if engine == "unsloth" and not cuda:
         raise UserError("--engine unsloth needs a CUDA GPU, and torch sees none; use --engine transformers")
-    # On H100 and H200, the backward pass of cuDNN's attention with a mask writes NaN at some lengths where all scores
-    # are low, as in Qwen2.5 (pytorch/pytorch issue 196678).
-    torch.backends.cuda.enable_cudnn_sdp(False)
     with keep_objects():
         if engine == "unsloth":
             import_unsloth(share_prefix, output_dir)
