@@ -163,7 +163,7 @@ def main() -> int:
     folder, kills, flags = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     if not (folder / "base").is_dir():
         make_base(folder / "base")
-    if flags[-2] in TROUBLES:
+    if TROUBLES.keys() & flags[-2:-1]:
         *flags, trouble, number = flags
         TROUBLES[trouble](int(number))
     sys.argv[1:] = ["--output_dir", str(folder / "out"), *flags]  # what the interrupted command line looks at

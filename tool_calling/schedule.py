@@ -107,7 +107,7 @@ class Schedule:
         pieces, edition = [], epoch % self.editions
         for group in (group for group in self.groups if self.samples[group[0][0]].edition == edition):
             rows = [row for conversation in generator.sample(group, len(group)) for row in conversation]
-            count = max(1, len(rows) // piece)  # none is shorter than half a step: of such ones, one could take in many
+            count = max(1, len(rows) // piece)  # a step could mix many pieces that are shorter than half of it
             pieces += [rows[len(rows) * i // count : len(rows) * (i + 1) // count] for i in range(count)]
         generator.shuffle(pieces)
         return [row for rows in pieces for row in rows]

@@ -18,7 +18,7 @@ from tool_calling.files import partial_folder
 from tool_calling.samples import Sample
 from tool_calling.saving.merge import Trained
 from tool_calling.saving.proof import Questions, check_merged, check_trained, merge_and_score
-from tool_calling.scores import Proof, Verdict, read_answer
+from tool_calling.scores import Proof, Verdict, count_scores, read_answer
 from tool_calling.streams import Layout
 from tool_calling.terminal import UserError
 
@@ -50,7 +50,8 @@ def test_a_merge_that_went_wrong_keeps_the_adapter_and_no_folder(tmp_path, capsy
             for name, hits in (("adapter", exact), ("merged", kept))
         }
         said = {name: [*map(read_answer, result["answers"], samples)] for name, result in results.items()}
-        check_merged(trained, Proof(samples, results, said, verdicts, {}))
+        scores = {name: count_scores(rows) for name, rows in verdicts.items()}
+        check_merged(trained, Proof(samples, results, said, verdicts, scores))
 
     check(0.119, different=50)  # 4-bit: loss and score decide
     check(8.15, loss=8.0)  # 2 % of a large loss, 0.02 of a small one

@@ -58,7 +58,7 @@ def attend_in_blocks(module, query, key, value, attention_mask, **options):
     # One key for each query head: on a GPU, only cuDNN's kernel takes fewer with a mask, and it is off.
     key, value = (repeat_kv(tensor, query.shape[1] // key.shape[1]) for tensor in (key, value))
     outputs = []
-    for queries, (keys, mask) in zip(query.split(block_sizes(query)[0], dim=2), key_blocks):
+    for queries, (keys, mask) in zip(query.split([mask.shape[2] for _, mask in key_blocks], dim=2), key_blocks):
         seen = [torch.cat([tensor[:, :, run] for run in keys], dim=2) for tensor in (key, value)]
         outputs.append(scaled_dot_product_attention(queries, *seen, mask, scale=scaling))
     return torch.cat(outputs, dim=2).transpose(1, 2), None

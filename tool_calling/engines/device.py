@@ -46,8 +46,8 @@ def report_gpu() -> None:
 
 
 def list_shared(weights: list) -> list:
-    """Return those of the weights of which each of several devices has a copy."""
-    return [weight for weight in weights if distributed.is_initialized() and not isinstance(weight, DTensor)]
+    """Return those of the weights of which each of several devices has a copy; none on one device."""
+    return [weight for weight in weights if not isinstance(weight, DTensor)] if distributed.is_initialized() else []
 
 
 def begin_alike(weights: list) -> None:

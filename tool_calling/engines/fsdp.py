@@ -25,9 +25,9 @@ def split_model(model):
     """Return the model with its weights split over all devices; the weights must be floats or stored as floats.
 
     Each device gathers a layer when it computes it and then lets it go. An adapter, which is small, stays whole on each
-    device, and its gradients are averaged as those of a whole model would be.
-    Without an adapter all weights are trained in fp32, and FSDP splits gradients and optimizer moments too. Checkpoints
-    and results are saved whole, and equal those of a run without FSDP up to rounding (norms are computed in 16 bits).
+    device, and its gradients are averaged as those of a whole model would be. Without an adapter all weights are
+    trained in fp32, and FSDP splits gradients and optimizer moments too. Checkpoints and results are saved whole, and
+    equal those of a run without FSDP up to rounding (norms are computed in 16 bits).
     """
     if any(not weight.is_floating_point() for weight in model.parameters()):
         reason = "--fsdp splits floating-point weights, and those of --model_id are quantised"

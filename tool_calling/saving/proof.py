@@ -184,7 +184,7 @@ def check_merged(trained: Trained, proof: Proof) -> None:
     different = sum(sure and a.text != b.text for sure, a, b in zip(exact, *said)) / len(exact)
     tipped = max(ROUNDED_ANSWERS, 1 / len(exact))
     wrong = is_worse(got["loss"], expected["loss"]) or (fewer and not may_be_chance(lost, gained))
-    before, after = (sum(hits) / len(hits) for hits in (exact, kept))
+    before, after = (proof.scores[name]["exact_match"] for name in ("adapter", "merged"))
     found = f"held-out loss {got['loss']:.4f}, adapter {expected['loss']:.4f}; exact {after:.1%}, adapter {before:.1%}"
     if trained.method == "merged_4bit" and math.isfinite(got["loss"]):
         if wrong:
