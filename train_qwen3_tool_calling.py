@@ -460,15 +460,16 @@ def build_run_trainer(args: argparse.Namespace, model, tokenizer, schedule, held
     from transformers import EarlyStoppingCallback
 
     from tool_calling.engines.fsdp import is_split
-    from tool_calling.engines.graphs import can_record, find_recorded, read_streams, use_checkpointing
+    from tool_calling.engines.graphs import find_recorded, read_streams, use_checkpointing
     from tool_calling.training.policy import Drawing, PolicyTrainer
     from tool_calling.training.trainer import SplitTrainer, StreamTrainer, build_trainer
 
     config = to_sft_config(args, schedule, bool(held_out))
-    recording = engine == "unsloth" and args.cuda_graphs and can_record(schedule, args.lora_dropout)
+    streams = engine == "unsloth" and schedule.layout.share_prefix
+    recording = streams and args.cuda_graphs and not args.lora_dropout  # a replay would drop the same again
     twice = use_checkpointing(args.gradient_checkpointing, engine, schedule, model, recording)
     config.gradient_checkpointing = twice
-    if engine == "unsloth" and schedule.layout.share_prefix:
+    if streams:
         read_streams(model, find_recorded(schedule, model.config, twice) if recording else ())
     copy = deepcopy(tokenizer)  # TRL changes what it is given, and the tokenizer is saved with the model
     given = (schedule, choose(held_out, len(held_out)), engine)

@@ -319,6 +319,17 @@ def test_a_step_that_does_not_fit_goes_on_in_smaller_streams(folder, flags):
     assert len(short) == 3 and short == pytest.approx(plenty, rel=0.02)
 
 
+def test_several_streams_of_a_step_are_replayed_as_they_are_launched(folder):
+    norms = []
+    for name, flags in (("replayed", []), ("launched", ["--no-cuda_graphs"])):
+        limit = ["--batch_size", 1, "--gradient_accumulation_steps", 4, "--max_seq_length", 400]
+        output = run(folder, *limit, *flags, "--save_method", "lora", **{"--output_dir": folder / name})
+        assert re.search("^plan     4 rows per step in 2 streams ", output, re.MULTILINE)
+        state = json.loads(max((folder / name).glob("checkpoint-*/trainer_state.json")).read_text())
+        norms.append([log["grad_norm"] for log in state["log_history"] if "grad_norm" in log])
+    assert len(norms[0]) > 3 and norms[0] == pytest.approx(norms[1], rel=BF16)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Two GPUs
 # ---------------------------------------------------------------------------------------------------------------

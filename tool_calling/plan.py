@@ -7,7 +7,6 @@ from pathlib import Path
 from tool_calling.checkpoints import list_checkpoints
 from tool_calling.engines.answers import GPU_ROWS, limit_answers, measure_row
 from tool_calling.engines.choices import find_optim
-from tool_calling.engines.graphs import can_record
 from tool_calling.engines.hub import can_share, count_parameters
 from tool_calling.estimates import Footprint, Saving
 from tool_calling.files import find_existing
@@ -49,7 +48,7 @@ class Training:
             find_optim(self.optim, self.lora_rank, self.fsdp, cuda=True),
             checkpointing=self.gradient_checkpointing != "off",
             may_keep=self.gradient_checkpointing == "auto" and self.engine != "transformers",
-            recorded=self.engine != "transformers" and self.cuda_graphs and can_record(schedule, self.lora_dropout),
+            recorded=self.cuda_graphs and bool(schedule.layout.lengths) and not self.lora_dropout,
             split_over=schedule.devices if self.fsdp else 1,
         )
 

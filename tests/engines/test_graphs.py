@@ -8,16 +8,7 @@ from peft import LoraConfig, get_peft_model
 from small import CASES, make_adapted, make_qwen3, make_schedule
 
 from tool_calling.engines import graphs
-from tool_calling.engines.graphs import (
-    can_record,
-    empty_weights,
-    find_recorded,
-    make_room,
-    read_streams,
-    use_checkpointing,
-)
-from tool_calling.schedule import Schedule
-from tool_calling.streams import Layout
+from tool_calling.engines.graphs import empty_weights, find_recorded, make_room, read_streams, use_checkpointing
 
 KEPT = 4 * 32 + 3 * 16 * 3 + 2 * 64  # inputs of norms and projections of one layer
 
@@ -84,14 +75,6 @@ def test_a_replay_over_an_output_in_use_is_refused(monkeypatch):
         decoder.forward(subtree_end=torch.zeros(8), **given)
     del view
     assert decoder.forward(subtree_end=torch.zeros(16), **given).last_hidden_state == 1
-
-
-def test_only_one_stream_per_step_without_dropout_is_recorded():
-    rows = CASES["one tool set"]
-    assert can_record(make_schedule(rows, 8), dropout=0)
-    assert not can_record(make_schedule(rows, 8), dropout=0.1)
-    assert not can_record(Schedule(rows, 8, 2, Layout(8)), dropout=0)
-    assert not can_record(Schedule(rows, 8, 1, Layout(8, share_prefix=False)), dropout=0)
 
 
 def test_recorded_graphs_are_dropped_when_memory_runs_out():

@@ -10,6 +10,7 @@ from conftest import patch
 from jobs import names
 from small import COMPUTE, TRAIN, Identity, limit_memory, losses, make_trainer, weights
 from transformers import TrainerCallback
+from trl import SFTTrainer
 
 import train_qwen3_tool_calling as script
 from tool_calling.files import find_damage
@@ -69,6 +70,25 @@ def test_a_step_that_does_not_fit_is_computed_in_smaller_streams(
     assert losses(trainer) == pytest.approx(losses(expected), rel=1e-5)  # fp32 sums in other groups
     change = (weights(expected) - start).norm()
     assert change > 0.1 and (weights(trainer) - weights(expected)).norm() < 1e-4 * change
+
+
+def test_streams_that_are_replayed_add_up_to_the_step(tmp_path, tokenizer, monkeypatch):
+    """A replayed stream writes its gradient where the last one's lies, so it must find none."""
+    flags = ["--batch_size", "4", "--gradient_accumulation_steps", "3"]
+    expected, replayed = (make_trainer(tmp_path / name, tokenizer, *flags) for name in ("launched", "replayed"))
+    start, compute = weights(expected), SFTTrainer.training_step
+    expected.train()
+
+    def replay(trainer, *arguments):
+        assert all(weight.grad is None for weight in trainer.trained)
+        return compute(trainer, *arguments)
+
+    monkeypatch.setattr(SFTTrainer, "training_step", replay)
+    patch(monkeypatch, "replays", lambda model: True)
+    replayed.train()
+    assert losses(replayed) == pytest.approx(losses(expected), rel=1e-6) and replayed.aside is None
+    change = (weights(expected) - start).norm()
+    assert change > 0.1 and (weights(replayed) - weights(expected)).norm() < 1e-4 * change
 
 
 def test_one_row_that_does_not_fit_ends_the_run_with_its_line(tmp_path, tokenizer, monkeypatch, capsys):

@@ -56,6 +56,18 @@ def begin_alike(weights: list) -> None:
         distributed.broadcast(weight.data, 0)
 
 
+def join_gradients(weights: list):
+    """Return a copy of the gradients of weights as one tensor [numbers]."""
+    gradients = (torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights)
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def set_gradients(weights: list, together) -> None:
+    """Give weights the gradients that join_gradients has joined."""
+    for weight, gradient in zip(weights, together.split([weight.numel() for weight in weights])):
+        weight.grad = gradient.view_as(weight)
+
+
 def average_gradients(weights: list) -> None:
     """Replace the gradients of weights by their mean over all devices; FSDP has averaged those that it has split.
 
@@ -64,12 +76,9 @@ def average_gradients(weights: list) -> None:
     """
     weights = list_shared(weights)
     if weights:
-        gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
-        together = torch.cat([gradient.flatten() for gradient in gradients])
+        together = join_gradients(weights)
         distributed.all_reduce(together)
-        together /= distributed.get_world_size()
-        for weight, mean in zip(weights, together.split([weight.numel() for weight in weights])):
-            weight.grad = mean.view_as(weight)
+        set_gradients(weights, together / distributed.get_world_size())
 
 
 def leave_group() -> bool:

@@ -34,15 +34,6 @@ def count_token_bytes(config, checkpointing: bool, working: float) -> float:
     return 2 * layers * config.hidden_size + working * 2 * kept if checkpointing else 2 * layers * kept
 
 
-def can_record(schedule: Schedule, dropout: float) -> bool:
-    """Return whether streams can be recorded as CUDA graphs (see read_streams).
-
-    There must be one stream per step, because a recorded gradient lies where the next one will be written; and no
-    dropout, because a replay would drop the same again.
-    """
-    return schedule.layout.share_prefix and schedule.streams_per_step == 1 and not dropout
-
-
 def use_checkpointing(choice: str, engine: str, schedule: Schedule, model, recording: bool) -> bool:
     """Return whether activations are computed twice instead of kept: less memory, a third more time.
 
@@ -130,7 +121,7 @@ def read_streams(model, recorded: tuple[int, ...]) -> None:
     than one, so that large models wait too. Forward and backward of each length are therefore recorded when it first
     comes in training, and from then on replayed by two launches.
     """
-    decoder = model.get_base_model().model
+    decoder = find_decoder(model)
     eager, pool, last = decoder.forward, torch.cuda.graph_pool_handle(), []
     decoder.graphs = {} if recorded else None  # see drop_graphs
 
@@ -154,15 +145,20 @@ def read_streams(model, recorded: tuple[int, ...]) -> None:
     decoder.forward = forward
 
 
-def drop_graphs(model) -> None:
-    """Free the recorded CUDA graphs of a model; from then on its streams are launched kernel by kernel.
+def find_decoder(model):
+    """Return the decoder of a model, with or without an adapter; None if it has another structure."""
+    return getattr(model.get_base_model() if hasattr(model, "get_base_model") else model, "model", None)
 
-    When memory runs out, theirs is needed; and a step of several streams cannot use them (see can_record).
-    """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    decoder = getattr(base, "model", None)
-    if getattr(decoder, "graphs", None) is not None:
-        decoder.graphs = None
+
+def replays(model) -> bool:
+    """Return whether streams are replayed as CUDA graphs; then a gradient lies where the next one will be written."""
+    return getattr(find_decoder(model), "graphs", None) is not None
+
+
+def drop_graphs(model) -> None:
+    """Free the recorded CUDA graphs of a model, for memory; from then on its streams are launched kernel by kernel."""
+    if replays(model):
+        find_decoder(model).graphs = None
 
 
 def make_room(model) -> None:

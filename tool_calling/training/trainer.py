@@ -19,9 +19,9 @@ from trl import SFTTrainer
 
 from tool_calling.checkpoints import list_checkpoints
 from tool_calling.engines.compat import set_checkpointing
-from tool_calling.engines.device import average_gradients, begin_alike
+from tool_calling.engines.device import average_gradients, begin_alike, join_gradients, set_gradients
 from tool_calling.engines.fsdp import gather_weights, gather_whole, is_split, split_as
-from tool_calling.engines.graphs import make_room
+from tool_calling.engines.graphs import make_room, replays
 from tool_calling.engines.heads import fuse_head
 from tool_calling.engines.loading import TOKEN_ROWS
 from tool_calling.engines.losses import compute_token_losses, score_batches, to_metrics
@@ -56,6 +56,7 @@ class StreamTrainer(SFTTrainer):
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the supervised tokens of the whole step
     can_recompute = False  # whether activations are kept that may be computed twice instead
+    aside = None  # the sum of the gradients of the step's streams, if these are replayed
 
     def __init__(self, schedule: Schedule, held_out: list[Sample], engine: str, **settings):
         self.held_out, self.engine = held_out, engine
@@ -162,6 +163,8 @@ class StreamTrainer(SFTTrainer):
                 for part in (*again, *([rows] if whole else split_rows(rows, self.layout.rows))):
                     batch = inputs if whole else self.layout.build(part)
                     losses.append(super().training_step(model, batch, num_items_in_batch))
+                    if self.schedule.streams_per_step > 1 and replays(self.model):
+                        self.set_aside()
                 loss = sum(losses[len(again) :])
             except torch.OutOfMemoryError:
                 pass  # the failed computation is still held here; it is released below
@@ -170,8 +173,16 @@ class StreamTrainer(SFTTrainer):
                 lost = self.step_rows  # the rows of this step before these: their gradient was dropped to make room
         self.step_rows, self.step_loss = [*self.step_rows, *rows], self.step_loss + loss
         if self.accelerator.sync_gradients:  # the last micro-batch of the step
+            if self.aside is not None:
+                set_gradients(self.trained, self.aside)
             average_gradients(self.trained)
         return loss
+
+    def set_aside(self) -> None:
+        """Add the gradients of a stream to the step's, out of the way of those of the next replayed one."""
+        total = join_gradients(self.trained) + (0.0 if self.aside is None else self.aside)
+        self.drop_gradients()
+        self.aside = total
 
     def divide_streams(self, rows: list[Sample], tokens: int) -> None:
         """Compute activations twice, if they were kept, or halve the streams after these rows did not fit into memory.
@@ -203,6 +214,7 @@ class StreamTrainer(SFTTrainer):
         return [weight for weight in self.model.parameters() if weight.requires_grad]
 
     def drop_gradients(self, set_to_none=True):
+        self.aside = None
         for weight in self.trained:
             weight.grad = None
 
