@@ -234,6 +234,8 @@ def build_parser() -> Parser:
     add("--share_prefix", action=switch, default=True, help="compute what rows have in common once per stream")
     add("--cuda_graphs", action=switch, default=True,
         help="record the step and replay it with a few launches (Unsloth)")
+    add("--flash_attention", action="store_true", default=False,
+        help="compute streams with the package flash-attn-4: faster for large ones, on Hopper and newer GPUs")
     add("--fsdp", action=switch, default=False,
         help="split the weights over all GPUs (FSDP2), for models too large for one")
     add("--seed", type=number(int, 0, 2**32), default=SEED, help="seed of everything random")
@@ -405,7 +407,7 @@ def load_model(args: argparse.Namespace, engine: str, schedule, tokenizer):
     if engine == "unsloth":
         take_all_targets()
         if schedule.layout.share_prefix:
-            compile_attention()
+            compile_attention(args.flash_attention)
     return split_model(model) if args.fsdp else model
 
 
@@ -540,7 +542,7 @@ def train_and_prove(args: argparse.Namespace, command: str, locks: contextlib.Ex
     from tool_calling.engines.start import start_engine
 
     run.watch.note("read")
-    engine = start_engine(args.engine, args.share_prefix, args.output_dir, args.seed)
+    engine = start_engine(args.engine, args.share_prefix, args.output_dir, args.seed, args.flash_attention)
     run.watch.note("import")
     trained, tokenizer, config = check_models(args, engine, gguf)
     run = run.with_date(tokenizer)
@@ -746,7 +748,7 @@ def check_trainer(args: argparse.Namespace, trainer, tokenizer, held_out: list):
     from tool_calling.schedule import Batching, plan_schedule
     from tool_calling.training.selfcheck import check_sharing
 
-    if not args.share_prefix or check_sharing(trainer.model, trainer.schedule, trainer.engine):
+    if not args.share_prefix or check_sharing(trainer.model, trainer.schedule, trainer.engine, args.flash_attention):
         return trainer
     args.share_prefix = False
     make_room(trainer.model)  # of what the check has recorded
@@ -821,7 +823,7 @@ def rank_labels(args: argparse.Namespace, command: str, locks: contextlib.ExitSt
 
     from tool_calling.engines.start import start_engine
 
-    engine = start_engine(args.engine, args.share_prefix, args.output_dir, args.seed)
+    engine = start_engine(args.engine, args.share_prefix, args.output_dir, args.seed, args.flash_attention)
     from tool_calling.doubts import finish_doubts, rank
     from tool_calling.report import describe_run
 

@@ -1,4 +1,4 @@
-"""What each lever of a training step on CUDA gives: the step without it, one lever at a time; and ways of attention.
+"""What each lever of a training step on CUDA gives: the step without it, one lever at a time; and kernels of attention.
 
     python tests/bench_levers.py MODEL [--rows 8 128]    # the step
     python tests/bench_levers.py --attention             # attention alone, of streams of three shapes
@@ -9,8 +9,8 @@ does not have go to all variants: `--gradient_checkpointing on` shows what a ste
 """
 
 import argparse
+import importlib.util
 import json
-import math
 import random
 import sys
 import tempfile
@@ -45,7 +45,7 @@ def take_away(lever: str) -> None:
         stream.trained = property(lambda self: [weight for weight in self.model.parameters() if weight.requires_grad])
         del stream.floating_point_ops
     elif lever == "dynamic":
-        compat.compile_attention = lambda: None
+        compat.compile_attention = lambda flash: None
 
 
 def time_variant(model: str, lever: str, rows: int, flags: list[str], result: Path) -> dict:
@@ -94,7 +94,6 @@ def print_levers(model: str, rows: list[int], without: list[str], flags: list[st
 # ----------------------------------------------------------------------------------------------------------------------
 HEADS, KEY_HEADS, SIZE = 16, 8, 128
 SHAPES = [(1792, 925), (8960, 925), (15232, 6528)]  # tokens of a stream, and of the prefix of all its rows
-COPIES = 4
 
 
 def grow_tree(tokens: int, prefix: int):
@@ -110,103 +109,21 @@ def grow_tree(tokens: int, prefix: int):
     return ends.cuda(), filled
 
 
-def compile_flex(tokens: int, starts, ends, aux: bool = False):
-    """Return FlexAttention, compiled, in which key k is seen by the queries from starts[k] until ends[k]."""
+def compile_flex(ends, backend: str):
+    """Return FlexAttention, compiled to Triton or FLASH, in which key k is seen by the queries from k until ends[k]."""
     import torch
-    from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     def sees(batch, head, query, key):
-        return (starts[key] <= query) & (query < ends[key])
+        return (key <= query) & (query < ends[key])
 
-    mask = create_block_mask(sees, None, None, tokens, len(ends), device="cuda")
-    more = {"return_aux": AuxRequest(lse=True)} if aux else {}
+    mask = create_block_mask(sees, None, None, len(ends), len(ends), device="cuda")
 
     def attend(query, key, value):
-        return flex_attention(query, key, value, block_mask=mask, enable_gqa=True, **more)
+        options = {"BACKEND": backend}
+        return flex_attention(query, key, value, block_mask=mask, enable_gqa=True, kernel_options=options)
 
     return torch.compile(attend, dynamic=False, fullgraph=True)
-
-
-def copy_prefix(ends, prefix: int):
-    """Return attention in which each of COPIES parts of the queries has a copy of the prefix to itself.
-
-    The backward pass computes the gradient of a block of keys in one program: a few of them, those of the prefix, are
-    seen by all queries.
-    """
-    import torch
-
-    tokens, held = len(ends), -(-prefix // 128) * 128
-    step, index = -(-(tokens - held) // (128 * COPIES)) * 128, torch.arange(len(ends), device="cuda")
-    borders = [0, *(held + copy * step for copy in range(1, COPIES)), tokens]
-    starts = [index[:held].clamp(min=low) for low in borders[:-1]] + [index[held:]]
-    stops = [ends[:held].clamp(max=high) for high in borders[1:]] + [ends[held:]]
-    attend = compile_flex(tokens, torch.cat(starts), torch.cat(stops))
-
-    def repeat(keys):
-        return torch.cat([keys[:, :, :held]] * COPIES + [keys[:, :, held:]], dim=2)
-
-    return lambda query, key, value: attend(query, repeat(key), repeat(value))
-
-
-def join(ends, prefix: int, kind: str):
-    """Return attention in parts: the prefix by a dense kernel, the rest of each row by FlexAttention, joined by LSE.
-
-    The gradient of each part follows from the joint output and its log-sum-exp.
-    """
-    import torch
-
-    index = torch.arange(len(ends) - prefix, device="cuda")
-    own = compile_flex(len(index), index, ends[prefix:] - prefix, aux=True)
-    forward = getattr(torch.ops.aten, f"_scaled_dot_product_{kind}_attention")
-    backward = getattr(torch.ops.aten, f"_scaled_dot_product_{kind}_attention_backward")
-    scale = 1 / math.sqrt(SIZE)
-
-    def attend(query, key, value, causal):
-        more = (None, True) if kind == "cudnn" else ()  # no bias, but the log-sum-exp
-        return forward(query, key, value, *more, 0.0, causal, False, scale=scale)
-
-    def go_back(gradient, inputs, output, lse, found, causal):
-        lengths, numbers = found[2:6], found[6:8]
-        more = (*numbers, None, *lengths, 0.0, causal) if kind == "cudnn" else (*lengths, 0.0, causal, *numbers)
-        return backward(gradient, *inputs, output, lse, *more, scale=scale)
-
-    @torch.compile(dynamic=False)
-    def merge(one, lse, other, other_lse):
-        both = torch.logaddexp(lse, other_lse)
-        weights = (lse - both).exp()[..., None], (other_lse - both).exp()[..., None]
-        return (one.float() * weights[0] + other.float() * weights[1]).to(one.dtype), both
-
-    @torch.compile(dynamic=False)
-    def divide(gradient, output, part, lse, part_lse):
-        share, wide = (part_lse - lse).exp(), gradient.float()
-        of_lse = share * ((wide * part.float()).sum(-1) - (wide * output.float()).sum(-1))
-        return (wide * share[..., None]).to(gradient.dtype), of_lse
-
-    class Joined(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, query, key, value):
-            root = [tensor[:, :, :prefix] for tensor in (query, key, value)]
-            with torch.enable_grad():
-                rest = [tensor[:, :, prefix:].detach().requires_grad_() for tensor in (query, key, value)]
-                part, aux = own(*rest)
-            first, dense = attend(*root, True), attend(rest[0].detach(), *root[1:], False)
-            output, lse = merge(dense[0], dense[1].reshape(aux.lse.shape), part.detach(), aux.lse.detach())
-            ctx.kept = root, rest, part, aux.lse, first, dense, output, lse
-            return torch.cat([first[0], output], dim=2)
-
-        @staticmethod
-        def backward(ctx, gradient):
-            root, rest, part, part_lse, first, dense, output, lse = ctx.kept
-            upper, lower = gradient[:, :, :prefix], gradient[:, :, prefix:]
-            a = go_back(upper, root, first[0], first[1], first, True)
-            inputs = (rest[0].detach(), *root[1:])
-            b = go_back(lower, inputs, output, lse.reshape(dense[1].shape), dense, False)
-            of_part = divide(lower, output, part.detach(), lse, part_lse.detach())
-            c = torch.autograd.grad((part, part_lse), rest, of_part, retain_graph=True)
-            heads = torch.cat([a[0], b[0] + c[0]], dim=2)
-            return heads, *(torch.cat([a[i] + b[i], c[i]], dim=2) for i in (1, 2))
-
-    return Joined.apply
 
 
 def time_graph(attend, inputs, gradient) -> tuple[float, float, list]:
@@ -229,18 +146,6 @@ def time_graph(attend, inputs, gradient) -> tuple[float, float, list]:
     return *times, [output.detach().float(), *(found.float() for found in gradients)]
 
 
-def list_ways(ends, prefix: int) -> dict:
-    """Return functions that make each way of attention."""
-    import torch
-
-    index = torch.arange(len(ends), device="cuda")
-    ways = {"FlexAttention": lambda: compile_flex(len(ends), index, ends)}
-    ways[f"the same, the prefix in {COPIES} copies"] = lambda: copy_prefix(ends, prefix)
-    for kind in ("cudnn", "flash"):
-        ways[f"prefix by {kind}, rest by FlexAttention"] = lambda kind=kind: join(ends, prefix, kind)
-    return ways
-
-
 def print_attention() -> None:
     """Time each way of attention on streams of all shapes, and print a table."""
     import torch
@@ -255,8 +160,8 @@ def print_attention() -> None:
         )
         gradient[:, :, filled:] = 0  # of tokens that only fill the stream
         inputs, wanted = [tensor.requires_grad_() for tensor in (query, key, value)], None
-        for name, make in list_ways(ends, prefix).items():
-            forward, backward, found = time_graph(make(), inputs, gradient)
+        for name in ("TRITON", "FLASH") if importlib.util.find_spec("flash_attn") else ("TRITON",):
+            forward, backward, found = time_graph(compile_flex(ends, name), inputs, gradient)
             found = [tensor[:, :, :filled] for tensor in found]
             wanted = wanted or found
             worst = max(((a - b).norm() / b.norm()).item() for a, b in zip(found, wanted))

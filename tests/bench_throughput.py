@@ -9,6 +9,7 @@ timed from the end of the one before to its own, with the device synchronised; t
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -47,6 +48,7 @@ RECIPES = {
     "e128": ("this script, 4-bit", "unsloth", SHARED, FOUR_BIT, 128, 1),
     "e16": ("this script, 16-bit", "unsloth", SHARED, SIXTEEN_BIT, 128, 1),
 }
+FLASH = ["--flash_attention"]  # each recipe of this script also with it, where its kernels are
 GROWTH = {
     f"tools {tools}, rows {rows}": (tools, rows) for tools, rows in [(6, 128), (60, 128), (8, 8), (8, 32), (8, 512)]
 }
@@ -317,7 +319,7 @@ def print_tables(options, jobs: dict, results: dict) -> None:
     )
     print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for name, job in jobs.items():
-        if name in results and name not in GROWTH:
+        if name in results and not name.startswith("tools"):
             r = results[name]
             cells = (
                 name,
@@ -332,14 +334,14 @@ def print_tables(options, jobs: dict, results: dict) -> None:
             )
             print(f"| {' | '.join(cells)} |")
     speed = {name: result["samples_per_second"] for name, result in results.items()}
-    others = {name: speed[name] for name in speed if name not in GROWTH and not name.startswith("e")}
+    others = {name: speed[name] for name in speed if not name.startswith(("tools", "e"))}
     if others:
         best = max(others, key=others.get)
         for name in speed:
             if name.startswith("e"):
                 base = f" and {speed[name] / speed['a']:.1f} times (a)" if "a" in speed else ""
                 print(f"\n({name}) is {speed[name] / others[best]:.1f} times ({best}), the best of the others{base}")
-    growth = [name for name in GROWTH if name in results]
+    growth = [name for name in results if name.startswith("tools")]
     if growth:
         print("\n| growth, this script, 4-bit | samples/s | ms per row | peak GiB |\n|---|---|---|---|")
         for name in growth:
@@ -373,6 +375,9 @@ def main() -> None:
         options.model_id = str(ROOT / "models" / "tiny-qwen3")
     else:
         jobs |= {name: [name, "unsloth", SHARED, FOUR_BIT, rows, 1, tools] for name, (tools, rows) in GROWTH.items()}
+        for name, (label, engine, batching, flags, *sizes) in list(jobs.items()):
+            if batching == SHARED and importlib.util.find_spec("flash_attn"):
+                jobs[f"{name} flash"] = [f"{label}, FlashAttention", engine, batching, [*flags, *FLASH], *sizes]
     if options.only:
         jobs = {name: job for name, job in jobs.items() if name in options.only}
     start = time.perf_counter()

@@ -1,5 +1,6 @@
 """What needs CUDA: both engines, by the real command line. `python -m pytest -m gpu` on a machine with a GPU."""
 
+import importlib.util
 import json
 import os
 import random
@@ -317,6 +318,13 @@ def test_a_step_that_does_not_fit_goes_on_in_smaller_streams(folder, flags):
         for kind in ("short", "plenty")
     )
     assert len(short) == 3 and short == pytest.approx(plenty, rel=0.02)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("flash_attn"), reason="needs flash-attn-4")
+def test_flash_attention_trains_alike(folder):
+    runs = [run(folder, *flags, **{"--output_dir": folder / str(len(flags))}) for flags in ([], ["--flash_attention"])]
+    assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=BF16)
+    assert "check    sharing changes" in runs[1] and "sharing is switched off" not in runs[1]
 
 
 def test_several_streams_of_a_step_are_replayed_as_they_are_launched(folder):

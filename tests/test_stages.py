@@ -134,6 +134,7 @@ def test_two_runs_cannot_write_one_final_folder(job, tmp_path, monkeypatch):
     "flags, recorded",
     [
         ([], True),
+        (["--flash_attention"], True),
         (["--no-cuda_graphs"], False),
         (["--lora_dropout", "0.1"], False),
         (["--no-share_prefix"], False),
@@ -141,13 +142,13 @@ def test_two_runs_cannot_write_one_final_folder(job, tmp_path, monkeypatch):
     ],
 )
 def test_unsloth_records_streams_where_flags_allow_it(monkeypatch, flags, recorded):
-    model, noted, asked, fitted = SimpleNamespace(config=None, modules=list), [], [], []
+    model, noted, asked, fitted, compiled = SimpleNamespace(config=None, modules=list), [], [], [], []
     unsloth = SimpleNamespace(
         from_pretrained=lambda *_, **options: asked.append(options) or (model, None),
         get_peft_model=lambda model, **options: asked.append(options) or model,
     )
     monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace(FastLanguageModel=unsloth))
-    monkeypatch.setattr(compat, "compile_attention", lambda: None)
+    monkeypatch.setattr(compat, "compile_attention", compiled.append)
     monkeypatch.setattr(compat, "take_all_targets", lambda: None)
     monkeypatch.setattr(trainer, "build_trainer", lambda *given: SimpleNamespace(config=given[3]))
     monkeypatch.setattr(graphs, "find_recorded", lambda schedule, config, checkpointing: schedule.layout.lengths)
@@ -160,6 +161,7 @@ def test_unsloth_records_streams_where_flags_allow_it(monkeypatch, flags, record
     built = script.build_run_trainer(args, model, None, schedule, [], "unsloth")
     assert built.config.gradient_checkpointing and not built.can_recompute
     assert noted == ([] if "--no-share_prefix" in flags else [(128,) if recorded else ()])
+    assert compiled == ([] if "--no-share_prefix" in flags else ["--flash_attention" in flags])
     assert asked[0]["use_safetensors"] and asked[0]["load_in_4bit"] and not asked[0]["trust_remote_code"]
     assert asked[1]["use_gradient_checkpointing"] == "unsloth" and asked[1]["target_modules"] == args.target_modules
 

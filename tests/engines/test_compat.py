@@ -3,12 +3,15 @@
 import ast
 import importlib
 import importlib.util
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import Trainer
 
-from tool_calling.engines.compat import PRIVATE_NAMES
+from tool_calling.engines.compat import PRIVATE_NAMES, compile_attention
 from tool_calling.training.trainer import SplitTrainer, StreamTrainer
 
 
@@ -46,6 +49,16 @@ def test_a_name_that_is_gone_is_missed():
     assert "add_fused_lm_head" in find_names(source)
     assert "add_fused_lm_head" not in find_names(source.replace("add_fused_lm_head", "add_head"))
     assert find_names("# _old_checkpoint") == set()
+
+
+def test_attention_is_compiled_to_the_kernels_that_were_asked_for(monkeypatch):
+    own = {"BLOCK_M": 64}
+    kernel = SimpleNamespace(_kernel_options_for_dtype=lambda dtype: own)
+    monkeypatch.setitem(sys.modules, "unsloth.utils", SimpleNamespace(prefix_grouper_kernel=kernel))
+    compile_attention(False)
+    assert kernel._kernel_options_for_dtype(torch.bfloat16) is own and callable(kernel._flex_attention_compiled)
+    compile_attention(True)
+    assert kernel._kernel_options_for_dtype(torch.bfloat16) == {"BACKEND": "FLASH"}
 
 
 def test_every_hook_of_the_trainer_that_is_overridden_is_listed():

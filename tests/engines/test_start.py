@@ -1,5 +1,6 @@
 """Starting an engine: Unsloth comes before the libraries that it patches, or not at all."""
 
+import importlib.util
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 from conftest import ROOT, write_jsonl
 from jobs import ENVIRONMENT, ROWS, arguments
 
+from tool_calling.engines import start
 from tool_calling.engines.start import import_unsloth, start_engine
 from tool_calling.terminal import UserError
 
@@ -47,6 +49,32 @@ def test_unsloth_without_a_gpu_is_refused(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match="^--engine unsloth needs a CUDA GPU, and torch sees none; use --engine trans"):
         start_engine("unsloth", True, "out", 1)
+
+
+@pytest.mark.parametrize(
+    "engine, shared, packages, capability, fit",
+    [
+        ("unsloth", True, {"flash_attn", "flash_attn.cute"}, (9, 0), True),
+        ("unsloth", True, {"flash_attn", "flash_attn.cute"}, (12, 0), True),
+        ("unsloth", True, {"flash_attn", "flash_attn.cute"}, (8, 9), False),
+        ("unsloth", True, {"flash_attn"}, (9, 0), False),  # FlashAttention 2
+        ("unsloth", True, set(), (9, 0), False),
+        ("unsloth", False, {"flash_attn", "flash_attn.cute"}, (9, 0), False),
+        ("transformers", True, {"flash_attn", "flash_attn.cute"}, (9, 0), False),
+    ],
+)
+def test_flash_attention_is_refused_where_nothing_would_use_it(monkeypatch, engine, shared, packages, capability, fit):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in packages else None)
+    monkeypatch.setattr(start, "import_unsloth", lambda *_: None)
+    if fit:
+        return start_engine(engine, shared, "out", 1, flash=True)
+    needs = "Unsloth, shared prefixes, a Hopper or Blackwell GPU, and the package flash-attn-4"
+    with pytest.raises(UserError, match=f"^--flash_attention needs {needs}; leave it out$"):
+        start_engine(engine, shared, "out", 1, flash=True)
 
 
 # What Unsloth does when it is imported: it looks through TRL's trainers, and rewrites each.

@@ -1,6 +1,7 @@
 """The self-check: it passes by rounding alone, draws no dropout, and switches off what cannot be computed."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from small import CASES, TRAIN, limit_memory, make_adapted, make_schedule, make_
 
 from tool_calling.engines.attention import to_attention_mask
 from tool_calling.streams import build_stream
+from tool_calling.terminal import UserError
 from tool_calling.training import selfcheck
-from tool_calling.training.selfcheck import check_sharing, compare_sharing
+from tool_calling.training.selfcheck import Difference, check_sharing, compare_sharing
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +73,31 @@ def test_a_kernel_that_cannot_be_compiled_switches_sharing_off(tmp_path, tokeniz
     for engine, devices in (("unsloth", 2), ("transformers", 1)):  # one device does not decide for all; and a bug
         with pytest.raises(RuntimeError):
             check_sharing(trainer.model, make_schedule(TRAIN, 8, devices=devices), engine)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no kernel\nhere"), TypeError("no kernel"), AssertionError()])
+def test_kernels_that_were_asked_for_and_cannot_be_used_end_the_run(tmp_path, tokenizer, monkeypatch, error):
+    trainer, schedule = make_trainer(tmp_path, tokenizer), make_schedule(TRAIN, 8, devices=2)
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(selfcheck, "compare_sharing", fail)
+    reason = f"{error}".split("\n")[0] or "AssertionError"
+    message = f"--flash_attention: attention with a shared prefix cannot be computed here ({reason}); leave it out"
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        check_sharing(trainer.model, schedule, "unsloth", flash=True)
+    if not isinstance(error, RuntimeError):  # a bug
+        with pytest.raises(type(error)):
+            check_sharing(trainer.model, make_schedule(TRAIN, 8), "unsloth")
+
+
+def test_kernels_that_were_asked_for_and_compute_something_else_end_the_run(tmp_path, tokenizer, monkeypatch):
+    trainer = make_trainer(tmp_path, tokenizer)
+    wrong = Difference(0.5, 0.5, 0.5), Difference(math.inf, 0.1, 0.1)
+    monkeypatch.setattr(selfcheck, "compare_sharing", lambda *_: wrong)
+    with pytest.raises(UserError, match=r"^--flash_attention: sharing the prefix changes .* \(1e-01\); leave it out$"):
+        check_sharing(trainer.model, make_schedule(TRAIN, 8), "unsloth", flash=True)
 
 
 def test_a_loss_of_nothing_can_be_compared(monkeypatch):

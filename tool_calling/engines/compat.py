@@ -31,7 +31,8 @@ PRIVATE_NAMES = [
     ("bitsandbytes.nn.modules", "support_avx512bf16_for_cpu", "bitsandbytes 0.50"),
     (
         "unsloth.utils.prefix_grouper_kernel",
-        "_flex_attention_compiled _BLOCK_MASK_CACHE clear_block_mask_cache _create_block_mask_compiled",
+        "_flex_attention_compiled _BLOCK_MASK_CACHE clear_block_mask_cache _create_block_mask_compiled "
+        "_kernel_options_for_dtype",
         "unsloth 2026.10.9",
     ),
     ("unsloth.models.rl", "patch_trl_rl_trainers _patch_trl_rl_trainers sft_trainer", "unsloth 2026.10.9"),
@@ -41,15 +42,17 @@ PRIVATE_NAMES = [
 ]
 
 
-def compile_attention() -> None:
+def compile_attention(flash: bool) -> None:
     """Compile Unsloth's attention for exactly the lengths of streams: half the time of "any length".
 
     Streams have few lengths. With fullgraph, attention that cannot be compiled is an error (see check_sharing), and is
-    not computed uncompiled, as Unsloth would.
+    not computed uncompiled, as Unsloth would. With `flash`, it is compiled to FlashAttention 4 instead of Triton.
     """
     from unsloth.utils import prefix_grouper_kernel
 
     prefix_grouper_kernel._flex_attention_compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    if flash:
+        prefix_grouper_kernel._kernel_options_for_dtype = lambda dtype: {"BACKEND": "FLASH"}
 
 
 def cache_block_mask(subtree_end) -> SimpleNamespace:

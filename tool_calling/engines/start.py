@@ -14,8 +14,12 @@ from tool_calling.terminal import UserError, plural
 # Transformers is imported inside of functions here: Unsloth patches it and must be imported before it.
 
 
-def start_engine(engine: str, share_prefix: bool, output_dir: str, seed: int) -> str:
-    """Import the engine, "unsloth", "transformers" or "auto", set the seed and return the engine's name."""
+def start_engine(engine: str, share_prefix: bool, output_dir: str, seed: int, flash: bool = False) -> str:
+    """Import the engine, "unsloth", "transformers" or "auto", set the seed and return the engine's name.
+
+    Args:
+        flash: whether it must be able to compute streams by FlashAttention 4.
+    """
     cuda = torch.cuda.is_available()
     if cuda:
         here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
@@ -26,6 +30,9 @@ def start_engine(engine: str, share_prefix: bool, output_dir: str, seed: int) ->
         engine = "unsloth" if cuda else "transformers"
     if engine == "unsloth" and not cuda:
         raise UserError("--engine unsloth needs a CUDA GPU, and torch sees none; use --engine transformers")
+    if flash and not (engine == "unsloth" and share_prefix and has_flash_attention()):
+        needs = "Unsloth, shared prefixes, a Hopper or Blackwell GPU, and the package flash-attn-4"
+        raise UserError(f"--flash_attention needs {needs}; leave it out")
     with keep_objects():
         if engine == "unsloth":
             import_unsloth(share_prefix, output_dir)
@@ -34,6 +41,12 @@ def start_engine(engine: str, share_prefix: bool, output_dir: str, seed: int) ->
 
     transformers.set_seed(seed)
     return engine
+
+
+def has_flash_attention() -> bool:
+    """Return whether FlashAttention 4 is installed, and made for this GPU."""
+    found = importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute")
+    return bool(found) and torch.cuda.get_device_capability() >= (9, 0)
 
 
 def import_unsloth(share_prefix: bool, output_dir: str) -> None:

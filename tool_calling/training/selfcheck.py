@@ -15,7 +15,7 @@ from tool_calling.engines.losses import compute_gradient
 from tool_calling.samples import Sample
 from tool_calling.schedule import Schedule, choose_lengths
 from tool_calling.streams import build_padded, build_stream, count_tokens, to_tree
-from tool_calling.terminal import plural, say, warn
+from tool_calling.terminal import UserError, plural, say, warn
 
 CHECKED_ROWS = 4  # compared at the start of each run
 FP32_LIMIT = 1e-4  # of the gradient's norm, and of the largest loss of a token: rounding in fp32 is less
@@ -34,7 +34,7 @@ class Difference(NamedTuple):
     gradient: float  # as a share of its norm
 
 
-def check_sharing(model, schedule: Schedule, engine: str) -> bool:
+def check_sharing(model, schedule: Schedule, engine: str, flash: bool = False) -> bool:
     """Compute the first rows of the run in a stream and one by one; print how they differ, return whether by rounding.
 
     A mask that is not used, or positions that run on, change the gradient of the embedded base by 180 % and more; a
@@ -45,30 +45,34 @@ def check_sharing(model, schedule: Schedule, engine: str) -> bool:
     rows = [schedule.samples[i] for i in schedule.order(epoch=0)[:count]]
     try:
         rows, change, limit = compare_what_fits(model, rows, schedule.layout.lengths, engine)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, UserError):
         raise
-    except RuntimeError as error:  # usually the compiler's, which only Unsloth's attention needs
-        if engine != "unsloth" or schedule.devices > 1:
+    except Exception as error:  # usually the compiler's, which only Unsloth's attention needs
+        if engine != "unsloth" or not flash and (schedule.devices > 1 or not isinstance(error, RuntimeError)):
             raise
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # after a fault of the GPU this fails, too: nothing can go on
-        reason = str(error).splitlines()[0]
-        warn(f"attention with a shared prefix cannot be computed here ({reason}): sharing is switched off")
-        return False
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        return switch_off(f"attention with a shared prefix cannot be computed here ({reason})", flash)
     free_gpu()
     changes = f"by {change.loss:.1e} and {{}} gradient by {change.gradient:.1e} of its norm"
     within = change.gradient <= limit.gradient and change.token <= limit.token
     if not broadcast_object_list([within])[0]:  # all devices do as the first one finds
         one = f" (that of one token by {change.token:.1e} nats)" if change.token > limit.token else ""
         changed = f"the loss{one} {changes.format('the')}"
-        warn(
-            f"sharing the prefix changes {changed}, more than rounding ({limit.gradient:.0e}): sharing is switched off"
-        )
-        return False
+        return switch_off(f"sharing the prefix changes {changed}, more than rounding ({limit.gradient:.0e})", flash)
     verdict = f"rounding, of which {limit.gradient:.1e} is allowed here" if limit.gradient > FP32_LIMIT else "rounding"
     changed = f"the loss of {plural(len(rows), 'row')} {changes.format('their')}"
     say("check", f"sharing changes {changed}: {verdict} ({time.perf_counter() - start:.1f} s)")
     return True
+
+
+def switch_off(reason: str, flash: bool) -> bool:
+    """Say why sharing is switched off and return False; with --flash_attention, end the run: the others may do."""
+    if flash:
+        raise UserError(f"--flash_attention: {reason}; leave it out")
+    warn(f"{reason}: sharing is switched off")
+    return False
 
 
 def compare_what_fits(model, rows: list[Sample], lengths: tuple[int, ...], engine: str) -> tuple:
