@@ -885,7 +885,7 @@ def run_command_line() -> int:
     except Interrupted as stop:
         resumable = [] if args.eval_only or args.dry_run or args.doubt else [PROGRAM, *argv]
         return report_interrupt(stop.args[0], args.output_dir, resumable, began)
-    except (UserError, OSError, MemoryError, RuntimeError) as error:
+    except (UserError, OSError, MemoryError, RuntimeError, ModuleNotFoundError) as error:
         return report_failure(error)
     return 0
 

@@ -19,6 +19,7 @@ import train_qwen3_tool_calling as script
 from tool_calling.data.examples import Reading, read_examples
 from tool_calling.data.tools import to_tools
 from tool_calling.engines.hub import load_tokenizer
+from tool_calling.failures import report_failure
 from tool_calling.page import SCORE_NAMES
 from tool_calling.prompts import DEFAULT, HIDDEN
 from tool_calling.run_folder import WRITTEN_BY
@@ -629,6 +630,16 @@ def test_a_path_that_the_system_refuses_is_one_line(tmp_path):
     name = tmp_path / ("x" * 300)
     result = run_here("--output_dir", name)
     assert result.returncode == 1 and errors(result) == [f"error: {name}: File name too long"]
+
+
+def test_what_is_not_installed_is_one_line(capsys):
+    command = [sys.executable, "-S", ROOT / "train_qwen3_tool_calling.py", "--help"]  # -S: the standard library alone
+    result = subprocess.run(command, capture_output=True, text=True)
+    install = "run pip install -r requirements.txt\n"
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr == f"error: not installed: jinja2, jsonschema, rich, yaml; {install}"
+    assert report_failure(ModuleNotFoundError("No module named 'torch'", name="torch")) == 1
+    assert capsys.readouterr().err == f"error: No module named 'torch'; {install}"
 
 
 def test_help_names_every_flag_with_its_default():

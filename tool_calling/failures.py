@@ -25,6 +25,8 @@ def explain_failure(error: Exception) -> str | None:
         return f"{error.filename or 'output'}: the disk is full; free some space and run again"
     if isinstance(error, OSError) and error.filename and error.errno in KNOWN_ERRORS:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error}; run pip install -r requirements.txt"
     if type(error).__name__ in MEMORY:
         advice = "lower --batch_size or --max_seq_length (while answers are generated, --eval_batch_size)"
         return f"out of {MEMORY[type(error).__name__]}; {advice}, or choose a smaller --model_id"
