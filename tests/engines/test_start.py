@@ -1,6 +1,5 @@
 """Starting an engine: Unsloth comes before the libraries that it patches, or not at all."""
 
-import importlib.util
 import subprocess
 import sys
 
@@ -9,7 +8,7 @@ from conftest import ROOT, write_jsonl
 from jobs import ENVIRONMENT, ROWS, arguments
 
 from tool_calling.engines import start
-from tool_calling.engines.start import import_unsloth, start_engine
+from tool_calling.engines.start import has_flash_attention, import_unsloth, start_engine
 from tool_calling.terminal import UserError
 
 # A run up to its engine, which prints what Unsloth would come too late for.
@@ -52,26 +51,31 @@ def test_unsloth_without_a_gpu_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "engine, shared, packages, capability, fit",
-    [
-        ("unsloth", True, {"flash_attn", "flash_attn.cute"}, (9, 0), True),
-        ("unsloth", True, {"flash_attn", "flash_attn.cute"}, (12, 0), True),
-        ("unsloth", True, {"flash_attn", "flash_attn.cute"}, (8, 9), False),
-        ("unsloth", True, {"flash_attn"}, (9, 0), False),  # FlashAttention 2
-        ("unsloth", True, set(), (9, 0), False),
-        ("unsloth", False, {"flash_attn", "flash_attn.cute"}, (9, 0), False),
-        ("transformers", True, {"flash_attn", "flash_attn.cute"}, (9, 0), False),
-    ],
+    "release, capability, fit",
+    [(4, (9, 0), True), (4, (12, 0), True), (4, (8, 9), False), (2, (9, 0), False), (None, (9, 0), False)]
+    + [("broken", (9, 0), False)],
 )
-def test_flash_attention_is_refused_where_nothing_would_use_it(monkeypatch, engine, shared, packages, capability, fit):
+def test_flash_attention_is_the_fourth_release_on_a_new_gpu(tmp_path, monkeypatch, release, capability, fit):
+    if release:
+        package = tmp_path / "flash_attn"
+        (package / "cute" if release == 4 else package).mkdir(parents=True)
+        (package / "__init__.py").write_text("raise ImportError('undefined symbol')" if release == "broken" else "")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
+    try:
+        assert has_flash_attention() is fit
+    finally:
+        sys.modules.pop("flash_attn", None)
+
+
+@pytest.mark.parametrize(
+    "engine, shared, found", [("transformers", True, True), ("unsloth", False, True), ("unsloth", True, False)]
+)
+def test_flash_attention_is_refused_where_nothing_would_use_it(monkeypatch, engine, shared, found):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in packages else None)
-    monkeypatch.setattr(start, "import_unsloth", lambda *_: None)
-    if fit:
-        return start_engine(engine, shared, "out", 1, flash=True)
+    monkeypatch.setattr(start, "has_flash_attention", lambda: found)
     needs = "Unsloth, shared prefixes, a Hopper or Blackwell GPU, and the package flash-attn-4"
     with pytest.raises(UserError, match=f"^--flash_attention needs {needs}; leave it out$"):
         start_engine(engine, shared, "out", 1, flash=True)

@@ -45,8 +45,11 @@ def start_engine(engine: str, share_prefix: bool, output_dir: str, seed: int, fl
 
 def has_flash_attention() -> bool:
     """Return whether FlashAttention 4 is installed, and made for this GPU."""
-    found = importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute")
-    return bool(found) and torch.cuda.get_device_capability() >= (9, 0)
+    try:
+        found = importlib.util.find_spec("flash_attn.cute")
+    except ImportError:  # no flash_attn, or one that does not fit this PyTorch
+        return False
+    return found is not None and torch.cuda.get_device_capability() >= (9, 0)
 
 
 def import_unsloth(share_prefix: bool, output_dir: str) -> None:
