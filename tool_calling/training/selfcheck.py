@@ -68,7 +68,7 @@ def check_sharing(model, schedule: Schedule, engine: str, flash: bool = False) -
 
 
 def switch_off(reason: str, flash: bool) -> bool:
-    """Say why sharing is switched off and return False; with --flash_attention, end the run: the others may do."""
+    """Say why sharing is switched off, and return False; end the run if --flash_attention may be why."""
     if flash:
         raise UserError(f"--flash_attention: {reason}; leave it out")
     warn(f"{reason}: sharing is switched off")
