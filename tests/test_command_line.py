@@ -634,7 +634,7 @@ def test_a_path_that_the_system_refuses_is_one_line(tmp_path):
 
 def test_what_is_not_installed_is_one_line(capsys):
     command = [sys.executable, "-S", ROOT / "train_qwen3_tool_calling.py", "--help"]  # -S: the standard library alone
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""})
     install = "run pip install -r requirements.txt\n"
     assert result.returncode == 1 and result.stdout == ""
     assert result.stderr == f"error: not installed: jinja2, jsonschema, rich, yaml; {install}"
