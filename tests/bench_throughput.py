@@ -48,7 +48,6 @@ RECIPES = {
     "e128": ("this script, 4-bit", "unsloth", SHARED, FOUR_BIT, 128, 1),
     "e16": ("this script, 16-bit", "unsloth", SHARED, SIXTEEN_BIT, 128, 1),
 }
-FLASH = ["--flash_attention"]  # each recipe of this script also with it, where its kernels are
 GROWTH = {
     f"tools {tools}, rows {rows}": (tools, rows) for tools, rows in [(6, 128), (60, 128), (8, 8), (8, 32), (8, 512)]
 }
@@ -375,9 +374,11 @@ def main() -> None:
         options.model_id = str(ROOT / "models" / "tiny-qwen3")
     else:
         jobs |= {name: [name, "unsloth", SHARED, FOUR_BIT, rows, 1, tools] for name, (tools, rows) in GROWTH.items()}
-        for name, (label, engine, batching, flags, *sizes) in list(jobs.items()):
-            if batching == SHARED and importlib.util.find_spec("flash_attn"):
-                jobs[f"{name} flash"] = [f"{label}, FlashAttention", engine, batching, [*flags, *FLASH], *sizes]
+        ours = {name: job for name, job in jobs.items() if job[2] == SHARED}
+        if importlib.util.find_spec("flash_attn"):  # each recipe of this script with its kernels, too
+            for name, (label, engine, batching, flags, *sizes) in ours.items():
+                flags = [*flags, "--flash_attention"]
+                jobs[f"{name} flash"] = [f"{label}, FlashAttention", engine, batching, flags, *sizes]
     if options.only:
         jobs = {name: job for name, job in jobs.items() if name in options.only}
     start = time.perf_counter()

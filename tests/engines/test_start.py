@@ -52,8 +52,14 @@ def test_unsloth_without_a_gpu_is_refused(monkeypatch):
 
 @pytest.mark.parametrize(
     "release, capability, fit",
-    [(4, (9, 0), True), (4, (12, 0), True), (4, (8, 9), False), (2, (9, 0), False), (None, (9, 0), False)]
-    + [("broken", (9, 0), False)],
+    [
+        (4, (9, 0), True),
+        (4, (12, 0), True),
+        (4, (8, 9), False),
+        (2, (9, 0), False),
+        ("broken", (9, 0), False),
+        (None, (9, 0), False),
+    ],
 )
 def test_flash_attention_is_the_fourth_release_on_a_new_gpu(tmp_path, monkeypatch, release, capability, fit):
     if release:
